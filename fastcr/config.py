@@ -1,0 +1,289 @@
+"""The settings of a run: frozen dataclasses, their command line, their YAML file.
+
+Every flag is `--section.field value`; the text under a field is its `--help`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import os
+import re
+import sys
+import types
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_type_hints
+
+import torch
+import tyro
+import yaml
+
+C = TypeVar("C")
+
+
+class UsageError(Exception):
+    """Something the user can put right; commands print it as one line and exit with status 2."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where and how the run is carried out."""
+
+    dir: Path | None = None
+    """Run folder. Default: runs/<preset>-<date>-<time>."""
+    seed: int = 0
+    """Seed of the weights, of the order of the images and of their augmentation."""
+    steps: int | None = None
+    """Stop after this many steps in all; the learning rate still follows --optim.epochs."""
+    device: str = "auto"
+    """auto (CUDA when there is one, else the CPU), cpu, cuda or cuda:N."""
+    kernels: Literal["auto", "triton", "torch"] = "auto"
+    """Implementation of the fused ops; auto takes the fastest the device has."""
+    compile: bool | Literal["auto"] = "auto"
+    """torch.compile the encoders; auto: on CUDA only."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Encoder arithmetic (autocast); auto: bf16 on CUDA, fp32 on the CPU."""
+    log_every: int = 10
+    """Steps between two records in metrics.jsonl; the host waits for the device only then."""
+    eval_every: int = 0
+    """Epochs between two evaluations during training; 0: only at the end."""
+    save_minutes: float = 5.0
+    """Minutes between two saves of resume.pt; 0: after every step."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The images and how they are loaded."""
+
+    root: Path | None = None
+    """Folder of images; see the README for the layouts. Default: the drawn synthetic set."""
+    loader: Literal["auto", "dali", "torch"] = "auto"
+    """auto: DALI where it is installed, else torchvision."""
+    image_size: int = 224
+    """Side of the square views, pixels."""
+    workers: int | None = None
+    """Loader processes (torch) or threads (dali). Default: one per core."""
+    on_corrupt: Literal["skip", "fail"] = "skip"
+    """Unreadable images: skip (named, counted, the next image takes their place) or fail."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The encoder."""
+
+    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet50"
+    """torchvision ResNet."""
+    last_stage: Literal["layer3", "layer4"] = "layer4"
+    """Last residual stage; what follows it is left out."""
+    weights: str = "imagenet"
+    """imagenet (torchvision's IMAGENET1K_V1), none (random), or a .safetensors, .pt or .pth file."""
+    allow_missing_weights: bool = False
+    """Accept a weights file that does not fill the whole encoder; the rest stays random and is listed."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """SGD with a cosine schedule."""
+
+    epochs: int = 100
+    """Passes over the training images; the learning rate reaches 0 at their end."""
+    batch_size: int = 128
+    """Images (pairs of views) a step."""
+    lr: float = 0.03
+    """Learning rate at the start."""
+    momentum: float = 0.9
+    """SGD momentum."""
+    weight_decay: float = 1e-4
+    """SGD weight decay, on every parameter."""
+
+
+@dataclass(frozen=True)
+class MocoConfig:
+    """Momentum contrast (MoCo v2)."""
+
+    queue_size: int = 4096
+    """Keys kept as negatives; more than there are images only adds stale keys of the same images."""
+    temperature: float = 0.2
+    """InfoNCE temperature."""
+    key_momentum: float = 0.999
+    """Key encoder = key_momentum * key encoder + (1 - key_momentum) * query encoder, each step."""
+    embedding_dim: int = 256
+    """Width of the query and the key."""
+
+
+@dataclass(frozen=True)
+class RationaleConfig:
+    """The branch that learns where to look."""
+
+    enabled: bool = True
+    """False: plain MoCo v2."""
+    fit_weight: float = 1.0
+    """Weight of the fit loss (mean KL over the batch)."""
+    detectors: int = 32
+    """1x1 projections whose maximum is the attention logit, 1 to 128."""
+    target: Literal["max-softmax", "sum"] = "max-softmax"
+    """GradCAM to distribution: softmax of GradCAM / its maximum, or GradCAM / its sum."""
+    cam_sign: Literal["score", "loss"] = "score"
+    """Keep places that lower the contrast loss (score) or raise it (loss)."""
+    temperature: float = 0.4
+    """Temperature of the softmax over positions."""
+    stop_gradient: bool = True
+    """Keep the fit loss from changing the encoder."""
+
+
+@dataclass(frozen=True)
+class ReleasedConfig:
+    """The variant of the authors' released code (fastcr/released.py); replaces the rationale branch."""
+
+    enabled: bool = False
+    """Train with the released branch and fit loss."""
+    detach_target: bool = False
+    """Keep the fit loss from flowing through the GradCAM."""
+    fit_axis: Literal["rows", "all"] = "rows"
+    """Softmax of the KL over the last spatial axis, tau 1 (MoCo), or over all positions, tau 0.4 (BYOL)."""
+    stem_maxpool: bool = True
+    """False: no max-pool in the stem, as in the released BYOL encoder."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of a training run."""
+
+    preset: tyro.conf.Suppress[str] = "synthetic"
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    moco: MocoConfig = field(default_factory=MocoConfig)
+    rationale: RationaleConfig = field(default_factory=RationaleConfig)
+    released: ReleasedConfig = field(default_factory=ReleasedConfig)
+
+
+def validate(config: Config) -> Config:
+    """Return `config`, or raise `UsageError` naming the first flag whose value cannot work."""
+    checks = {
+        "--data.image_size must be at least 32": config.data.image_size >= 32,
+        "--data.workers must be at least 0": config.data.workers is None or config.data.workers >= 0,
+        "--optim.epochs must be at least 1": config.optim.epochs >= 1,
+        "--optim.batch_size must be at least 2 (batch normalisation)": config.optim.batch_size >= 2,
+        "--optim.lr must be above 0": config.optim.lr > 0,
+        "--run.seed must be at least 0": config.run.seed >= 0,
+        "--run.steps must be at least 1": config.run.steps is None or config.run.steps >= 1,
+        "--run.log_every must be at least 1": config.run.log_every >= 1,
+        "--run.eval_every must be at least 0": config.run.eval_every >= 0,
+        "--moco.queue_size must be at least 1": config.moco.queue_size >= 1,
+        "--moco.temperature must be above 0": config.moco.temperature > 0,
+        "--moco.key_momentum must lie in [0, 1]": 0 <= config.moco.key_momentum <= 1,
+        "--moco.embedding_dim must be at least 1": config.moco.embedding_dim >= 1,
+        "--rationale.detectors must lie in 1..128": 1 <= config.rationale.detectors <= 128,
+        "--rationale.temperature must be above 0": config.rationale.temperature > 0,
+        "--rationale.fit_weight must be at least 0": config.rationale.fit_weight >= 0,
+        "--released.enabled needs --rationale.enabled True": (config.rationale.enabled or not config.released.enabled),
+    }
+    for message, holds in checks.items():
+        if not holds:
+            raise UsageError(message)
+    return config
+
+
+def parse(cls: type[C], args: Sequence[str], *, default: C | None = None, prog: str, description: str | None) -> C:
+    """`tyro.cli` with each mistake on one line.
+
+    Raises `UsageError` for a flag or value it cannot use; prints and exits 0 for `--help`.
+    """
+    kwargs: dict[str, Any] = {} if default is None else {"default": default}
+    caught = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(caught):
+            return tyro.cli(
+                cls,
+                args=args,
+                prog=prog,
+                description=description,
+                config=(tyro.conf.FlagConversionOff,),
+                **kwargs,
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UsageError(_one_line(caught.getvalue())) from None
+
+
+def _one_line(box: str) -> str:
+    """The first paragraph of one of tyro's error boxes, and the flag it suggests."""
+    lines = [line.strip("│ ") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines() if "│" in line]
+    rules = [i for i, line in enumerate(lines) if line.startswith("─")] or [len(lines)]
+    message = " ".join(lines[: rules[0]]).rstrip(".")
+    after = " ".join(lines[rules[0] :])
+    if "erhaps you meant" in after and (guess := re.search(r"--[\w.]+", after)):
+        message += f" (did you mean {guess.group()}?)"
+    return message or box.strip()
+
+
+@contextlib.contextmanager
+def one_line_errors(command: str) -> Iterator[None]:
+    """Turn `UsageError` into `<command>: error: <message>` on stderr and exit status 2."""
+    try:
+        yield
+    except UsageError as error:
+        print(f"{command}: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def pick_device(name: str) -> torch.device:
+    """The device `--run.device` names; auto: CUDA when there is one. `UsageError` if it is not there."""
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--run.device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
+        if device.index >= torch.cuda.device_count():
+            raise UsageError(f"--run.device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    elif device.type != "cpu":
+        raise UsageError(f"--run.device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    return device
+
+
+def pick_workers(workers: int | None) -> int:
+    """`--data.workers`, or the cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if workers is None else workers
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write `config` as YAML."""
+    text = yaml.safe_dump(dataclasses.asdict(config, dict_factory=_plain), sort_keys=False)
+    path.write_text(text)
+
+
+def _plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {key: str(value) if isinstance(value, Path) else value for key, value in items}
+
+
+def load_config(path: Path) -> Config:
+    """Read what `save_config` wrote; `UsageError` if it is missing or holds a setting nobody knows."""
+    try:
+        sections = yaml.safe_load(path.read_text())
+        return _build(Config, sections)
+    except FileNotFoundError:
+        raise UsageError(f"{path.parent} is not a run folder: it has no {path.name}") from None
+    except (yaml.YAMLError, TypeError, AttributeError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read as a configuration: {str(error).splitlines()[0]}") from None
+
+
+def _build(cls: Callable[..., C], values: dict[str, Any]) -> C:
+    hints = get_type_hints(cls)
+    made = {}
+    for key, value in values.items():
+        hint = hints.get(key)
+        if dataclasses.is_dataclass(hint):
+            value = _build(hint, value)  # type: ignore[arg-type]
+        elif value is not None and isinstance(hint, types.UnionType) and Path in hint.__args__:
+            value = Path(value)
+        made[key] = value
+    return cls(**made)

@@ -1,0 +1,141 @@
+"""Weights files to encoders, images to embeddings: both kinds, from one pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import functional as TF
+
+from fastcr.backbone import build_backbone
+from fastcr.checkpoint import load_weights
+from fastcr.config import ModelConfig, RationaleConfig, ReleasedConfig, UsageError
+from fastcr.folders import ImageList, read_rgb
+from fastcr.moco import mean_pool
+from fastcr.rationale import Rationale
+from fastcr.released import ReleasedBranch
+from fastcr.views import MEAN, STD, normalise
+
+Branch = Rationale | ReleasedBranch
+BATCH_SIZE = 128
+
+
+class Embeddings(NamedTuple):
+    """Unit embeddings of the images that could be read, on the CPU."""
+
+    mean: Tensor  # [N,C] fp32
+    rationale: Tensor | None  # [N,C] fp32; None without a branch
+    kept: Tensor  # [N] indices into the image list
+
+
+def weights_facts(
+    model: ModelConfig, rationale: RationaleConfig, released: ReleasedConfig, image_size: int
+) -> dict[str, Any]:
+    """What a weights file says of itself (its metadata key `fastcr`)."""
+    return {
+        "backbone": model.backbone,
+        "last_stage": model.last_stage,
+        "stem_maxpool": released.stem_maxpool,
+        "detectors": rationale.detectors if rationale.enabled else 0,
+        "temperature": rationale.temperature,
+        "attention": "batch-minmax" if released.enabled else "softmax",
+        "image_size": image_size,
+        "mean": MEAN,
+        "std": STD,
+    }
+
+
+def weights_of(backbone: nn.Module, branch: nn.Module | None) -> dict[str, Tensor]:
+    """State dict of a weights file: `backbone.*` and `branch.*`."""
+    return nn.ModuleDict({"backbone": backbone, **({"branch": branch} if branch else {})}).state_dict()
+
+
+def build_branch(
+    channels: int, rationale: RationaleConfig, released: ReleasedConfig, impl: Any = "auto"
+) -> Branch | None:
+    """The branch a configuration asks for; None for plain MoCo."""
+    if not rationale.enabled:
+        return None
+    if released.enabled:
+        return ReleasedBranch(channels, rationale, released)
+    return Rationale(channels, rationale, impl)
+
+
+def load_encoder(path: Path, device: torch.device) -> tuple[nn.Module, Branch | None, dict[str, Any]]:
+    """Encoder, branch and facts of a weights file. `UsageError` if it is none of fastcr's."""
+    state, facts = load_weights(path)
+    try:
+        backbone, channels = build_backbone(facts["backbone"], facts["last_stage"], stem_maxpool=facts["stem_maxpool"])
+        rationale = RationaleConfig(
+            enabled=facts["detectors"] > 0, detectors=facts["detectors"], temperature=facts["temperature"]
+        )
+        branch = build_branch(channels, rationale, ReleasedConfig(enabled=facts["attention"] == "batch-minmax"))
+        modules = nn.ModuleDict({"backbone": backbone, **({"branch": branch} if branch else {})})
+        modules.load_state_dict(state)
+    except (KeyError, RuntimeError) as error:
+        raise UsageError(f"{path} does not hold what its metadata says: {' '.join(str(error).split())[:200]}") from None
+    modules.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return backbone, branch, facts
+
+
+class _TestImages(Dataset[Tensor]):
+    """Index to the centre crop, uint8 `[S,S,3]`: shorter side to `round(S*8/7)`, then the central square.
+
+    An unreadable image gives an empty tensor.
+    """
+
+    def __init__(self, images: ImageList, size: int) -> None:
+        self.images, self.size = images, size
+
+    def __getitem__(self, index: int) -> Tensor:
+        try:
+            image = TF.pil_to_tensor(read_rgb(self.images.path(index)))
+        except OSError:
+            return torch.empty(0)
+        image = TF.resize(image, [round(self.size * 8 / 7)], antialias=True)
+        return TF.center_crop(image, [self.size, self.size]).permute(1, 2, 0)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+@torch.inference_mode()
+def embed(
+    backbone: nn.Module,
+    branch: Branch | None,
+    images: ImageList,
+    *,
+    image_size: int,
+    device: torch.device,
+    workers: int,
+    console: Console,
+    title: str,
+) -> Embeddings:
+    """Both embeddings of each image from one pass, encoder and branch in eval mode (put back as they were after)."""
+    modules = nn.ModuleList([backbone] + ([branch] if branch else []))
+    training = modules.training
+    modules.eval()
+    loader = DataLoader(_TestImages(images, image_size), batch_size=BATCH_SIZE, num_workers=workers, collate_fn=list)
+    mean, rationale, kept = [], [], []
+    for number, crops in enumerate(track(loader, f"embedding, {title}", console=console, transient=True)):
+        readable = [i for i, crop in enumerate(crops) if crop.numel()]
+        for i in set(range(len(crops))) - set(readable):
+            console.print(f"unreadable image {images.path(number * BATCH_SIZE + i)!r}: left out", soft_wrap=True)
+        if not readable:
+            continue
+        pixels = torch.stack([crops[i] for i in readable]).to(device)
+        features = backbone(normalise(pixels, torch.float32))
+        mean.append(F.normalize(mean_pool(features), dim=1).cpu())
+        if branch is not None:
+            rationale.append(F.normalize(branch.pool(features).pooled, dim=1).cpu())
+        kept += [number * BATCH_SIZE + i for i in readable]
+    modules.train(training)
+    if not kept:
+        raise UsageError(f"none of the {len(images)} images under {images.root} can be read")
+    return Embeddings(torch.cat(mean), torch.cat(rationale) if rationale else None, torch.tensor(kept))

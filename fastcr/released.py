@@ -1,0 +1,115 @@
+"""The variant of the authors' released code, in plain torch, for comparing with their results and checkpoints.
+
+What it does differently (the preset `cub200-released` turns it on, its settings are `ReleasedConfig`):
+  branch    1x1 convolution without bias -> BatchNorm -> ReLU -> maximum over K
+  attention min-max scaled over the whole batch: an image's embedding depends on the batch it is in
+  target    softmax of the raw GradCAM (values near 1e-4, so all but uniform), GradCAM of +loss, not detached
+  fit loss  KL over the last spatial axis only, tau 1 (`rows`), or over all positions, tau 0.4 (`all`); summed
+            over the batch
+  embedding mean over positions of features times attention
+The released code also keeps a second head and queue on masked features that never enter the loss: dropped here.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastcr.config import RationaleConfig, ReleasedConfig, UsageError
+from fastcr.kernels.info_nce import info_nce
+from fastcr.kernels.rationale_pool import RationalePool
+from fastcr.moco import MoCo, mean_pool
+from fastcr.step import Losses
+from fastcr.views import Batch
+
+KL_TEMPERATURE = {"rows": 1.0, "all": 0.4}
+# the released step runs the branch three times on like features, and each run moves BatchNorm's statistics by 0.1
+BATCHNORM_MOMENTUM = 1 - 0.9**3
+
+
+class ReleasedBranch(nn.Module):
+    """Detectors `conv.weight [K,C,1,1]` with batch normalisation."""
+
+    def __init__(self, channels: int, rationale: RationaleConfig, released: ReleasedConfig) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, rationale.detectors, 1, bias=False)
+        self.norm = nn.BatchNorm2d(rationale.detectors, momentum=BATCHNORM_MOMENTUM)
+        self.released = released
+
+    def attention(self, features: Tensor) -> Tensor:
+        """Features `[B,C,H,W]` to maps `[B,H,W]` in [0, 1], scaled over the whole batch."""
+        with torch.autocast(features.device.type, enabled=False):
+            peak = F.relu(self.norm(self.conv(features.float()))).amax(1)
+            low, high = peak.amin(), peak.amax()
+            return (peak - low) / (high - low)
+
+    def pool(self, features: Tensor) -> RationalePool:
+        """Features `[B,C,H,W]` to `(pooled [B,C], attention [B,S])`; the attention does not sum to 1 here."""
+        attention = self.attention(features)
+        pooled = (features.float() * attention[:, None]).mean((2, 3))
+        return RationalePool(pooled, attention.flatten(1))
+
+    def fit(self, attention: Tensor, cam: Tensor) -> Tensor:
+        """Released KL of maps `[B,H,W]` from GradCAM `[B,H,W]`, summed over the batch, a scalar."""
+        target = cam.detach() if self.released.detach_target else cam
+        if self.released.fit_axis == "all":
+            attention, target = attention.flatten(1), target.flatten(1)
+        temperature = KL_TEMPERATURE[self.released.fit_axis]
+        log_attention = F.log_softmax(attention / temperature, dim=-1)
+        return F.kl_div(log_attention, F.softmax(target / temperature, dim=-1), reduction="sum")
+
+    @torch.no_grad()
+    def effective_detectors(self, features: Tensor) -> Tensor:
+        """exp(entropy of which detector wins a position), 1 to K; a scalar."""
+        winners = F.conv2d(features.float(), self.conv.weight).argmax(1).flatten()
+        share = torch.bincount(winners, minlength=self.conv.out_channels) / winners.numel()
+        return torch.exp(-torch.xlogy(share, share).sum())
+
+
+def gradcam(features: Tensor, gradient: Tensor) -> Tensor:
+    """Raw GradCAM `[B,H,W]` of features `[B,C,H,W]`; `gradient` `[B,C]` of the batch-mean loss by pooled features."""
+    positions = features.shape[2] * features.shape[3]
+    return F.relu(torch.einsum("bchw,bc->bhw", features.float(), gradient)) / positions
+
+
+def released_losses(
+    moco: MoCo, batch: Batch, autocast: torch.autocast, *, branch: ReleasedBranch, temperature: float
+) -> Losses:
+    """Losses of one batch as the released code computes them; the fit loss is a sum over the batch."""
+    with autocast:
+        features = moco.backbone(batch.first)
+    key = moco.key(batch.second, autocast)
+    pooled = mean_pool(features)
+    contrast = info_nce(moco.query(pooled), key, moco.queue, temperature=temperature).mean()
+    (gradient,) = torch.autograd.grad(
+        contrast, pooled, retain_graph=True, create_graph=not branch.released.detach_target
+    )
+    attention = branch.attention(features)
+    fit = branch.fit(attention, gradcam(features, gradient))
+    spread = attention.detach().flatten(1)
+    return Losses(contrast, fit, spread / spread.sum(1, keepdim=True), features.detach(), key)
+
+
+def from_released_checkpoint(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Released MoCo or BYOL state dict (without `module.`) to fastcr's names: `backbone.*` and `branch.*`.
+
+    Key encoders, queues, heads, predictors and the unused masked head are left out.
+    Raises `UsageError` if `state` is neither.
+    """
+    branch = {"conv16.weight": "branch.conv.weight"}
+    branch |= {f"bn16.{name}": f"branch.norm.{name}" for name in ("weight", "bias", "running_mean", "running_var")}
+    branch["bn16.num_batches_tracked"] = "branch.norm.num_batches_tracked"
+    if "conv16.weight" not in state:
+        raise UsageError(f"not a released checkpoint (no conv16.weight); its keys begin {', '.join(sorted(state)[:3])}")
+    encoder = "encoder_q." if any(key.startswith("encoder_q.") for key in state) else "online_encoder.0."
+    names = {key: f"backbone.{_torchvision_name(key.removeprefix(encoder))}" for key in state
+             if key.startswith(encoder) and not key.startswith(f"{encoder}fc.")}  # fmt: skip
+    return {new: state[old] for old, new in (names | branch).items() if old in state}
+
+
+def _torchvision_name(key: str) -> str:
+    """BYOL's encoder may be a plain Sequential of the ResNet's children: 0 conv1, 1 bn1, 4.. layer1.. (3: max-pool)."""
+    first, _, rest = key.partition(".")
+    names = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+    return f"{names.get(first, first)}.{rest}"

@@ -1,0 +1,191 @@
+"""What a run shows, keeps and watches: progress bar, metrics.jsonl, TensorBoard, speed, bad losses, signals."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+from torch import Tensor
+
+from fastcr.config import UsageError
+
+SHOWN = {  # metric: its name on the bar's second line, and format
+    "images_per_second": ("images/s", "{:.0f}"),
+    "data_wait": ("waiting for data", "{:.0%}"),
+    "contrast_loss": ("contrast", "{:.3f}"),
+    "fit_loss": ("fit", "{:.4f}"),
+    "attention_entropy": ("entropy", "{:.2f}"),
+    "effective_detectors": ("detectors", "{:.1f}"),
+}
+
+
+class RunLog:
+    """Shows a run's progress and appends its records; used as a context manager.
+
+    `metrics.jsonl` holds one JSON object a logged step. A resumed run first drops the records after `start_step`, which
+    it will write again.
+    """
+
+    def __init__(
+        self, folder: Path, console: Console, *, start_step: int, last_step: int, steps_per_epoch: int
+    ) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # TensorBoard's own, about its dependencies
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)
+        self.console, self.steps_per_epoch = console, steps_per_epoch
+        path = folder / "metrics.jsonl"
+        kept = path.read_text().splitlines() if start_step and path.exists() else []
+        path.write_text("".join(f"{line}\n" for line in kept if _step_of(line) <= start_step))
+        self.file = path.open("a")
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("steps"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            expand=True,
+        )
+        self.task = self.progress.add_task("", total=last_step, completed=start_step)
+        self.status = Text("", no_wrap=True, overflow="ellipsis")
+        self.live = Live(Group(self.progress, self.status), console=console, transient=True, refresh_per_second=4)
+
+    def __enter__(self) -> RunLog:
+        """Start the bar."""
+        self.live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop the bar and close the files, whatever happened."""
+        self.live.stop()
+        self.writer.close()
+        self.file.close()
+
+    def advance(self, step: int, epochs: int) -> None:
+        """Move the bar to `step` completed steps."""
+        epoch = min((step - 1) // self.steps_per_epoch + 1, epochs)
+        self.progress.update(self.task, completed=step, description=f"epoch {epoch}/{epochs}")
+
+    def record(self, record: dict[str, Any]) -> None:
+        """Append one step's metrics, and show them."""
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        for name, value in record.items():
+            if name not in ("step", "epoch"):
+                self.writer.add_scalar(name, value, record["step"])
+        self.status.plain = describe(record)
+
+    def epoch_done(self, record: dict[str, Any], epoch: int, epochs: int) -> None:
+        """Leave a line behind for a finished epoch."""
+        self.console.print(f"epoch {epoch}/{epochs}  {describe(record)}", highlight=False, soft_wrap=True)
+
+
+def describe(record: dict[str, Any]) -> str:
+    """One line of the metrics worth watching."""
+    return "  ".join(f"{label} {form.format(record[key])}" for key, (label, form) in SHOWN.items() if key in record)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # a line cut off by a kill
+
+
+class Meter:
+    """Images a second and share of time spent waiting for data, since the last reading."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Start over."""
+        self.start, self.waited, self.images = time.perf_counter(), 0.0, 0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time inside as waiting for data."""
+        before = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - before
+
+    def read(self) -> dict[str, float]:
+        """`images_per_second` and `data_wait`, and start over."""
+        elapsed = time.perf_counter() - self.start
+        values = {"images_per_second": self.images / elapsed, "data_wait": self.waited / elapsed}
+        self.reset()
+        return values
+
+
+class LossWatch:
+    """Notices a loss or a weight that is no number, without waiting for the device at every step."""
+
+    def __init__(self, parameters: Sequence[Tensor], step: int) -> None:
+        self.parameters, self.step, self.losses = parameters, step, list[Tensor]()
+
+    def add(self, loss: Tensor) -> None:
+        """Take note of the next step's loss, a scalar."""
+        self.losses.append(loss)
+
+    def check(self, resume: Path) -> None:
+        """Raise `UsageError`, naming the step and the last good checkpoint, if anything since the last check is bad."""
+        bad = (~torch.stack(self.losses).isfinite()).nonzero() if self.losses else torch.empty(0)
+        if len(bad):
+            step = self.step + 1 + int(bad[0])
+        elif not torch.stack([p.isfinite().all() for p in self.parameters]).all():
+            step = self.step + len(self.losses)
+        else:
+            self.step, self.losses = self.step + len(self.losses), []
+            return
+        last_good = f"the last good checkpoint is {resume}" if resume.exists() else "nothing had been saved yet"
+        raise UsageError(f"the loss is not a finite number from step {step} on (try a lower --optim.lr); {last_good}")
+
+
+class StopSignal:
+    """Turns SIGTERM and SIGINT into a wish the loop looks at between steps; used as a context manager."""
+
+    def __init__(self) -> None:
+        self.received = 0
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+
+    def __enter__(self) -> StopSignal:
+        """Listen, where signals can be (the main thread)."""
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Put back the handlers that were there."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,284 @@
+"""`python -m fastcr.train [PRESET] [--section.field value ...]`, `python -m fastcr.train --resume RUN`."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from fastcr.backbone import build_backbone, load_initial_weights
+from fastcr.checkpoint import load_resume, random_states, save_resume, save_weights, set_random_states
+from fastcr.config import (
+    Config,
+    UsageError,
+    load_config,
+    one_line_errors,
+    parse,
+    pick_device,
+    pick_workers,
+    save_config,
+    validate,
+)
+from fastcr.embed import Branch, build_branch, weights_facts, weights_of
+from fastcr.evaluate import TrainingEvaluation
+from fastcr.folders import ImageList, read_splits
+from fastcr.moco import MoCo
+from fastcr.presets import PRESETS
+from fastcr.rationale import attention_entropy
+from fastcr.released import ReleasedBranch, released_losses
+from fastcr.runlog import LossWatch, Meter, RunLog, StopSignal
+from fastcr.step import Losses, LossFunction, contrast_losses, cosine_lr, train_step
+from fastcr.synthetic import write_synthetic
+from fastcr.torch_views import TorchViews
+from fastcr.views import Views
+
+
+def train(config: Config, console: Console, resume: Path | None = None) -> Path:
+    """Train as `config` says, or go on with the run in the folder `resume`; returns the run folder.
+
+    Raises `UsageError` for settings, data or files that cannot work; `SystemExit` 143 or 130 after a SIGTERM or SIGINT,
+    with everything saved.
+    """
+    device = pick_device(config.run.device)
+    bf16 = config.run.precision == "bf16" or (config.run.precision == "auto" and device.type == "cuda")
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+
+    splits = read_splits(config.data.root or write_synthetic())
+    steps_per_epoch = check_sizes(config, splits.train, console)
+    total_steps = config.optim.epochs * steps_per_epoch
+    last_step = min(total_steps, config.run.steps or total_steps)
+
+    torch.manual_seed(config.run.seed)
+    moco, branch = build_model(config, console)
+    facts = weights_facts(config.model, config.rationale, config.released, config.data.image_size)
+    folder = resume or new_folder(config)
+    if resume is None:
+        save_weights(folder / "init.safetensors", weights_of(moco.backbone, branch), facts)
+    model = nn.ModuleDict({"moco": moco, **({"branch": branch} if branch else {})})
+    model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(
+        trained,
+        lr=config.optim.lr,
+        momentum=config.optim.momentum,
+        weight_decay=config.optim.weight_decay,
+        fused=device.type == "cuda",
+    )
+    start_step = restore(folder / "resume.pt", model, optimizer) if resume else 0
+    if config.run.compile is True or (config.run.compile == "auto" and device.type == "cuda"):
+        moco.backbone.compile()
+        moco.key_backbone.compile()
+    views = make_views(config, splits.train, device, torch.bfloat16 if bf16 else torch.float32, console)
+    loss_function = pick_loss_function(config, branch)
+    evaluation = TrainingEvaluation(folder, splits, device, pick_workers(config.data.workers), console)
+
+    def save(step: int) -> None:
+        watch.check(folder / "resume.pt")
+        state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        save_resume(folder / "resume.pt", state | {"random": random_states()})
+        save_weights(folder / "weights.safetensors", weights_of(moco.backbone, branch), facts)
+
+    log = RunLog(folder, console, start_step=start_step, last_step=last_step, steps_per_epoch=steps_per_epoch)
+    watch, warned, saved_at = LossWatch(trained, start_step), False, time.monotonic()
+    with log, StopSignal() as stop:
+        batches, meter = views.batches(start_step), Meter()
+        for step in range(start_step + 1, last_step + 1):
+            with meter.waiting():
+                batch = next(batches)
+            lr = cosine_lr(config.optim.lr, step - 1, total_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            loss, losses = train_step(
+                moco,
+                loss_function,
+                optimizer,
+                batch,
+                fit_weight=config.rationale.fit_weight,
+                key_momentum=config.moco.key_momentum,
+                autocast=autocast,
+            )
+            watch.add(loss)
+            meter.images += len(batch.first)
+            log.advance(step, config.optim.epochs)
+
+            epoch, epoch_ends = step // steps_per_epoch, step % steps_per_epoch == 0
+            if step % config.run.log_every == 0 or epoch_ends or step == last_step:
+                watch.check(folder / "resume.pt")
+                record = {"step": step, "epoch": step / steps_per_epoch, "loss": loss.item(), "lr": lr}
+                record |= metrics_of(losses, branch) | meter.read()
+                log.record(record)
+                if record.get("effective_detectors", 2) < 2 and not warned:
+                    warned = True
+                    console.print(
+                        f"warning: fewer than 2 of {config.rationale.detectors} detectors in use (step {step})"
+                    )
+                if epoch_ends:
+                    log.epoch_done(record, epoch, config.optim.epochs)
+            if epoch_ends and step < last_step and config.run.eval_every and epoch % config.run.eval_every == 0:
+                evaluation.during(moco.backbone, branch, config.data.image_size, epoch)
+                meter.reset()
+            if stop.received or step == last_step or time.monotonic() - saved_at >= 60 * config.run.save_minutes:
+                save(step)
+                saved_at = time.monotonic()
+            if stop.received:
+                go_on = f"stopped at step {step}; to go on: python -m fastcr.train --resume {folder}"
+                console.print(go_on, soft_wrap=True, highlight=False)
+                raise SystemExit(128 + stop.received)
+    if views.bad.files:
+        console.print(f"{len(views.bad.files)} unreadable training images were passed over", highlight=False)
+    evaluation.at_the_end()
+    console.print(f"run folder: {folder}", soft_wrap=True, highlight=False)
+    return folder
+
+
+def check_sizes(config: Config, images: ImageList, console: Console) -> int:
+    """Steps of an epoch. `UsageError` where a batch is larger than the data; a warning where the queue is."""
+    batch_size = config.optim.batch_size
+    if len(images) < batch_size:
+        raise UsageError(f"{images.root} has {len(images)} training images: set --optim.batch_size to at most that")
+    if config.moco.queue_size > len(images):
+        console.print(
+            f"warning: the queue ({config.moco.queue_size}) is larger than the data set ({len(images)} images): "
+            "stale keys of the same images become negatives",
+            highlight=False,
+        )
+    return len(images) // batch_size
+
+
+def build_model(config: Config, console: Console) -> tuple[MoCo, Branch | None]:
+    """Encoders, queue and branch, initialised."""
+    backbone, channels = build_backbone(
+        config.model.backbone, config.model.last_stage, stem_maxpool=config.released.stem_maxpool
+    )
+    missing = load_initial_weights(backbone, config.model)
+    if missing:
+        names = ", ".join(sorted(missing))
+        console.print(f"{len(missing)} weights stay random: {names}", highlight=False, soft_wrap=True)
+    moco = MoCo(backbone, channels, embedding_dim=config.moco.embedding_dim, queue_size=config.moco.queue_size)
+    return moco, build_branch(channels, config.rationale, config.released, config.run.kernels)
+
+
+def new_folder(config: Config) -> Path:
+    """Make the run folder and write config.yaml into it. `UsageError` if it already holds a run."""
+    folder = config.run.dir or Path("runs") / f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if (folder / "config.yaml").exists():
+        raise UsageError(f"{folder} already holds a run: go on with --resume {folder}, or name another --run.dir")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_config(config, folder / "config.yaml")
+    except OSError as error:
+        raise UsageError(f"cannot write into --run.dir {folder}: {error.strerror}") from None
+    return folder
+
+
+def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Put a saved state back; returns the step it was saved after."""
+    state = load_resume(path)
+    try:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        set_random_states(state["random"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"{path} does not fit the settings of this run: {reason}") from None
+    return state["step"]
+
+
+def make_views(config: Config, images: ImageList, device: torch.device, dtype: torch.dtype, console: Console) -> Views:
+    """The loader `--data.loader` asks for; says which one it took."""
+    loader: Any = TorchViews
+    name = "torchvision"
+    if config.data.loader != "torch":
+        try:
+            from nvidia import dali
+
+            from fastcr.dali_views import DaliViews
+
+            loader, name = DaliViews, f"DALI {dali.__version__}"
+        except ImportError:
+            if config.data.loader == "dali":
+                raise UsageError('--data.loader dali needs NVIDIA DALI: pip install "fastcr[dali]"') from None
+            name += ' (DALI is not installed: pip install "fastcr[dali]")'
+    console.print(f"loader: {name}; device: {device}; {len(images)} training images", highlight=False, soft_wrap=True)
+    return loader(
+        images,
+        image_size=config.data.image_size,
+        batch_size=config.optim.batch_size,
+        seed=config.run.seed,
+        device=device,
+        dtype=dtype,
+        workers=pick_workers(config.data.workers),
+        on_corrupt=config.data.on_corrupt,
+    )
+
+
+def pick_loss_function(config: Config, branch: Branch | None) -> LossFunction:
+    """The method's losses, or the released code's."""
+    temperature = config.moco.temperature
+    if isinstance(branch, ReleasedBranch):
+        return partial(released_losses, branch=branch, temperature=temperature)
+    return partial(contrast_losses, branch=branch, temperature=temperature)
+
+
+def metrics_of(losses: Losses, branch: Branch | None) -> dict[str, float]:
+    """Losses and the branch's state of health, read from the device."""
+    metrics = {"contrast_loss": losses.contrast.item()}
+    if branch is not None and losses.fit is not None and losses.attention is not None:
+        metrics["fit_loss"] = losses.fit.item()
+        metrics["attention_entropy"] = attention_entropy(losses.attention).item()
+        metrics["effective_detectors"] = branch.effective_detectors(losses.features).item()
+    return metrics
+
+
+def read_command_line(args: Sequence[str]) -> tuple[Config, Path | None]:
+    """`[PRESET | --resume RUN] [--section.field value ...]` to settings and the run to go on with."""
+    args = list(args)
+    resume = None
+    if "--resume" in args:
+        at = args.index("--resume")
+        if at + 1 == len(args):
+            raise UsageError("--resume needs a run folder")
+        resume = Path(args[at + 1])
+        if not resume.is_dir():
+            raise UsageError(f"no run folder {resume}")
+        default = load_config(resume / "config.yaml")
+        del args[at : at + 2]
+    else:
+        name = args.pop(0) if args and not args[0].startswith("-") else "synthetic"
+        if name not in PRESETS:
+            guess = difflib.get_close_matches(name, PRESETS, n=1)
+            hint = f"did you mean {guess[0]}?" if guess else f"there are {', '.join(PRESETS)}"
+            raise UsageError(f"no preset {name!r} ({hint})")
+        default = PRESETS[name]()
+    presets = "\n".join(f"  {name}: {(make.__doc__ or '').splitlines()[0]}" for name, make in PRESETS.items())
+    config = parse(
+        Config,
+        args,
+        default=default,
+        prog="python -m fastcr.train [PRESET | --resume RUN]",
+        description=f"Train common rationales on unlabelled images.\n\nPresets:\n{presets}",
+    )
+    return validate(config), resume
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Command line of `python -m fastcr.train`."""
+    with one_line_errors("fastcr.train"):
+        config, resume = read_command_line(sys.argv[1:] if args is None else args)
+        try:
+            train(config, Console(), resume)
+        except torch.OutOfMemoryError:
+            half = max(config.optim.batch_size // 2, 2)
+            raise UsageError(f"out of GPU memory at --optim.batch_size {config.optim.batch_size}: try {half}") from None
+
+
+if __name__ == "__main__":
+    main()
