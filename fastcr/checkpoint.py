@@ -90,8 +90,9 @@ def load_torch(path: Path) -> Any:
         raise UsageError(
             f"{path} is refused: it holds pickled code or is no checkpoint (only tensors are read)"
         ) from None
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        raise UsageError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # broken bytes lead the unpickler anywhere
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"{path} cannot be read as a checkpoint: {reason}") from None
 
 
 def save_resume(path: Path, content: dict[str, Any]) -> None:

@@ -204,6 +204,7 @@ def parse(cls: type[C], args: Sequence[str], *, default: C | None = None, prog: 
                 prog=prog,
                 description=description,
                 config=(tyro.conf.FlagConversionOff,),
+                use_underscores=True,
                 **kwargs,
             )
     except SystemExit as stop:

@@ -123,7 +123,9 @@ def embed(
     modules.eval()
     loader = DataLoader(_TestImages(images, image_size), batch_size=BATCH_SIZE, num_workers=workers, collate_fn=list)
     mean, rationale, kept = [], [], []
-    for number, crops in enumerate(track(loader, f"embedding, {title}", console=console, transient=True)):
+    for number, crops in enumerate(
+        track(loader, f"embedding, {title}", console=console, transient=True, disable=not console.is_terminal)
+    ):
         readable = [i for i, crop in enumerate(crops) if crop.numel()]
         for i in set(range(len(crops))) - set(readable):
             console.print(f"unreadable image {images.path(number * BATCH_SIZE + i)!r}: left out", soft_wrap=True)

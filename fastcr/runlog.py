@@ -75,8 +75,9 @@ class RunLog:
         self.live = Live(Group(self.progress, self.status), console=console, transient=True, refresh_per_second=4)
 
     def __enter__(self) -> RunLog:
-        """Start the bar."""
-        self.live.start()
+        """Start the bar, where there is a terminal to show it on."""
+        if self.console.is_terminal:
+            self.live.start()
         return self
 
     def __exit__(

@@ -17,6 +17,8 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from rich.progress import track
 
+from fastcr.config import UsageError
+
 VERSION = 1  # part of the cache folder's name: raise it whenever a drawn picture changes
 TRAIN, TEST = 100, 25  # images in each class
 WIDTHS, HEIGHT, SUPERSAMPLING = (96, 128), 96, 3
@@ -240,7 +242,7 @@ def write_synthetic(
     """Write the set as `root/{train,test}/<class>/<nnnn>.jpg` unless it is there, and return its folder.
 
     Image i of a class and split depends only on these three and the seed. A folder with the same file names
-    is used as it is; any other that holds something raises `FileExistsError`.
+    is used as it is; any other that holds something raises `UsageError`.
     """
     root = Path(root or default_root(seed, train_per_class, test_per_class))
     images = {
@@ -252,8 +254,11 @@ def write_synthetic(
     if set(root.glob("*/*/*.jpg")) == set(images):
         return root
     if root.exists() and any(root.iterdir()):
-        raise FileExistsError(f"{root} is not a complete synthetic set: remove it or name another folder")
-    root.parent.mkdir(parents=True, exist_ok=True)
+        raise UsageError(f"{root} is not a complete synthetic set: remove it or name another folder")
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot write the synthetic images to {root}: {error.strerror}") from None
     # drawn beside the final place and renamed: a killed run leaves no half set, two runs at once do not meet
     with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as scratch:
         draft = Path(scratch) / root.name

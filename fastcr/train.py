@@ -244,7 +244,7 @@ def read_command_line(args: Sequence[str]) -> tuple[Config, Path | None]:
     resume = None
     if "--resume" in args:
         at = args.index("--resume")
-        if at + 1 == len(args):
+        if at + 1 == len(args) or args[at + 1].startswith("--"):
             raise UsageError("--resume needs a run folder")
         resume = Path(args[at + 1])
         if not resume.is_dir():

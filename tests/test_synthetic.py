@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from fastcr import synthetic
+from fastcr.config import UsageError
 from fastcr.synthetic import CLASSES, HEIGHT, WIDTHS, draw_bird, write_synthetic
 
 SMALL = {"train_per_class": 2, "test_per_class": 1}
@@ -119,7 +120,7 @@ def test_the_first_of_two_writers_wins(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_folder_with_something_else_is_refused_and_kept(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="not a complete synthetic set"):
+    with pytest.raises(UsageError, match="not a complete synthetic set"):
         write_synthetic(tmp_path, **SMALL)
     assert contents(tmp_path) == {"notes.txt": b"mine"}
 
