@@ -23,6 +23,8 @@ def build_backbone(name: str, last_stage: str = "layer4", *, stem_maxpool: bool 
     """
     resnet = torchvision.models.get_model(name, weights=None)
     modules = OrderedDict(resnet.named_children())
+    if last_stage not in STAGES:
+        raise ValueError(f"last_stage must be one of {', '.join(STAGES)}, got {last_stage!r}")
     channels = modules.pop("fc").in_features
     modules.pop("avgpool")
     if not stem_maxpool:
@@ -49,7 +51,8 @@ def load_initial_weights(backbone: nn.Sequential, config: ModelConfig) -> list[s
     wanted = backbone.state_dict()
     if not state.keys() & wanted.keys():
         raise UsageError(f"{source} has no weight of a {config.backbone}; its keys begin {_some(state)}")
-    foreign = [key for key in state if key not in wanted and key.split(".")[0] not in (*STAGES, "fc")]
+    beyond = (*STAGES[STAGES.index(config.last_stage) + 1 :], "fc")
+    foreign = [key for key in state if key not in wanted and key.split(".")[0] not in beyond]
     if foreign:
         raise UsageError(f"{source} is not a {config.backbone}: it has {len(foreign)} foreign keys, {_some(foreign)}")
     for key in state.keys() & wanted.keys():
@@ -77,15 +80,19 @@ def _download(name: str) -> dict[str, Tensor]:
     weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
     try:
         return weights.get_state_dict(progress=True, check_hash=True)
-    except (URLError, OSError) as error:
+    except Exception as error:  # a proxy's page or a cut transfer fails anywhere in torch's reader
         file = weights.url.rsplit("/", 1)[1]
         folder = Path(torch.hub.get_dir()) / "checkpoints"
+        if not isinstance(error, URLError):
+            raise UsageError(
+                f"the ImageNet weights {folder / file} are broken: remove that file to download it again"
+            ) from None
         raise UsageError(
-            f"no network for the ImageNet weights ({getattr(error, 'reason', error)}): put {file} into {folder}, or "
+            f"no network for the ImageNet weights ({error.reason}): put {file} into {folder}, or "
             f"pass --model.weights /path/to/{file} (or --model.weights none)"
         ) from None
 
 
 def _some(keys: object) -> str:
     names = sorted(keys)  # type: ignore[call-overload]
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "") or "nothing"

@@ -23,7 +23,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     Whatever stops this half-way (a kill, a full disk), the old file stays whole. `OSError` is passed on as
     `UsageError`.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = path.with_name(f".{path.name}.tmp")
     try:
         write(beside)
         with open(beside, "rb+") as file:
@@ -38,7 +38,9 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 def save_weights(path: Path, state: dict[str, Tensor], facts: dict[str, Any]) -> None:
     """Write `state` as safetensors with `facts` as JSON under the metadata key `fastcr`."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    write_whole(path, lambda file: safetensors.torch.save_file(tensors, file, {"fastcr": json.dumps(facts)}))
+    metadata = {"fastcr": json.dumps(facts)}
+    # safetensors' own save_file would make it readable to its owner only
+    write_whole(path, lambda file: file.write_bytes(safetensors.torch.save(tensors, metadata)))
 
 
 def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -47,8 +49,11 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     facts = {}
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
-            facts = json.loads((file.metadata() or {}).get("fastcr", "{}"))
-    if not facts:
+            try:
+                facts = json.loads((file.metadata() or {}).get("fastcr", "{}"))
+            except ValueError:
+                facts = {}
+    if not facts or not isinstance(facts, dict):
         raise UsageError(
             f"{path} was not written by fastcr.train (no fastcr metadata); keys: {', '.join(sorted(state)[:3])}, ..."
         )
@@ -73,7 +78,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+    if not isinstance(content, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
+    ):
         keys = ", ".join(map(str, list(content)[:5])) if isinstance(content, dict) else type(content).__name__
         raise UsageError(f"{path} holds no dict of tensors (found: {keys})")
     return {
@@ -91,8 +98,7 @@ def load_torch(path: Path) -> Any:
             f"{path} is refused: it holds pickled code or is no checkpoint (only tensors are read)"
         ) from None
     except Exception as error:  # broken bytes lead the unpickler anywhere
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"{path} cannot be read as a checkpoint: {reason}") from None
+        raise UsageError(f"{path} is broken, or is no checkpoint ({type(error).__name__})") from None
 
 
 def save_resume(path: Path, content: dict[str, Any]) -> None:

@@ -8,14 +8,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import math
 import os
 import re
 import sys
-import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar
 
 import torch
 import tyro
@@ -169,8 +169,11 @@ def validate(config: Config) -> Config:
         "--data.workers must be at least 0": config.data.workers is None or config.data.workers >= 0,
         "--optim.epochs must be at least 1": config.optim.epochs >= 1,
         "--optim.batch_size must be at least 2 (batch normalisation)": config.optim.batch_size >= 2,
-        "--optim.lr must be above 0": config.optim.lr > 0,
-        "--run.seed must be at least 0": config.run.seed >= 0,
+        "--optim.lr must be above 0 and finite": 0 < config.optim.lr < math.inf,
+        "--optim.momentum must lie in [0, 1)": 0 <= config.optim.momentum < 1,
+        "--optim.weight_decay must be at least 0 and finite": 0 <= config.optim.weight_decay < math.inf,
+        "--run.seed must lie in 0..2**63-1": 0 <= config.run.seed < 2**63,
+        "--run.save_minutes must be at least 0": config.run.save_minutes >= 0,
         "--run.steps must be at least 1": config.run.steps is None or config.run.steps >= 1,
         "--run.log_every must be at least 1": config.run.log_every >= 1,
         "--run.eval_every must be at least 0": config.run.eval_every >= 0,
@@ -178,9 +181,10 @@ def validate(config: Config) -> Config:
         "--moco.temperature must be above 0": config.moco.temperature > 0,
         "--moco.key_momentum must lie in [0, 1]": 0 <= config.moco.key_momentum <= 1,
         "--moco.embedding_dim must be at least 1": config.moco.embedding_dim >= 1,
+        "--run.kernels triton: this version has no Triton kernels, take auto": config.run.kernels != "triton",
         "--rationale.detectors must lie in 1..128": 1 <= config.rationale.detectors <= 128,
         "--rationale.temperature must be above 0": config.rationale.temperature > 0,
-        "--rationale.fit_weight must be at least 0": config.rationale.fit_weight >= 0,
+        "--rationale.fit_weight must be at least 0 and finite": 0 <= config.rationale.fit_weight < math.inf,
         "--released.enabled needs --rationale.enabled True": (config.rationale.enabled or not config.released.enabled),
     }
     for message, holds in checks.items():
@@ -215,9 +219,12 @@ def parse(cls: type[C], args: Sequence[str], *, default: C | None = None, prog: 
 
 def _one_line(box: str) -> str:
     """The first paragraph of one of tyro's error boxes, and the flag it suggests."""
-    lines = [line.strip("│ ") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines() if "│" in line]
-    rules = [i for i, line in enumerate(lines) if line.startswith("─")] or [len(lines)]
-    message = " ".join(lines[: rules[0]]).rstrip(".")
+    lines = [line.strip("│╭╮╰╯ ") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()]
+    if len(lines) > 1 and set(lines[1]) == {"-"}:  # where the terminal is not UTF-8 the title is a line of its own
+        del lines[1]
+    del lines[:1]
+    rules = [i for i, line in enumerate(lines) if line.startswith(("──", "---"))] or [len(lines)]
+    message = " ".join(lines[: rules[0]]).strip().rstrip(".")
     after = " ".join(lines[rules[0] :])
     if "erhaps you meant" in after and (guess := re.search(r"--[\w.]+", after)):
         message += f" (did you mean {guess.group()}?)"
@@ -232,6 +239,8 @@ def one_line_errors(command: str) -> Iterator[None]:
     except UsageError as error:
         print(f"{command}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 def pick_device(name: str) -> torch.device:
@@ -267,24 +276,17 @@ def _plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def load_config(path: Path) -> Config:
-    """Read what `save_config` wrote; `UsageError` if it is missing or holds a setting nobody knows."""
+    """Read what `save_config` wrote; `UsageError` if it is missing or holds a setting or value nobody knows."""
     try:
         sections = yaml.safe_load(path.read_text())
-        return _build(Config, sections)
+        preset = sections.pop("preset", Config.preset)
+        flags = [f"--{section}.{key}={value}" for section, keys in sections.items() for key, value in keys.items()]
     except FileNotFoundError:
         raise UsageError(f"{path.parent} is not a run folder: it has no {path.name}") from None
-    except (yaml.YAMLError, TypeError, AttributeError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read as a configuration: {str(error).splitlines()[0]}") from None
-
-
-def _build(cls: Callable[..., C], values: dict[str, Any]) -> C:
-    hints = get_type_hints(cls)
-    made = {}
-    for key, value in values.items():
-        hint = hints.get(key)
-        if dataclasses.is_dataclass(hint):
-            value = _build(hint, value)  # type: ignore[arg-type]
-        elif value is not None and isinstance(hint, types.UnionType) and Path in hint.__args__:
-            value = Path(value)
-        made[key] = value
-    return cls(**made)
+    except (yaml.YAMLError, AttributeError, TypeError, OSError, UnicodeDecodeError):
+        raise UsageError(f"{path} is broken: it does not hold sections of settings") from None
+    try:
+        # through the command line's own checks: a file edited by hand gets the same messages
+        return dataclasses.replace(parse(Config, flags, prog="config.yaml", description=None), preset=preset)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None

@@ -32,6 +32,7 @@ class Embeddings(NamedTuple):
     mean: Tensor  # [N,C] fp32
     rationale: Tensor | None  # [N,C] fp32; None without a branch
     kept: Tensor  # [N] indices into the image list
+    unreadable: list[str]  # files left out
 
 
 def weights_facts(
@@ -78,7 +79,7 @@ def load_encoder(path: Path, device: torch.device) -> tuple[nn.Module, Branch | 
         branch = build_branch(channels, rationale, ReleasedConfig(enabled=facts["attention"] == "batch-minmax"))
         modules = nn.ModuleDict({"backbone": backbone, **({"branch": branch} if branch else {})})
         modules.load_state_dict(state)
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, RuntimeError, ValueError, TypeError) as error:
         raise UsageError(f"{path} does not hold what its metadata says: {' '.join(str(error).split())[:200]}") from None
     modules.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return backbone, branch, facts
@@ -119,25 +120,30 @@ def embed(
 ) -> Embeddings:
     """Both embeddings of each image from one pass, encoder and branch in eval mode (put back as they were after)."""
     modules = nn.ModuleList([backbone] + ([branch] if branch else []))
-    training = modules.training
+    training = backbone.training
     modules.eval()
     loader = DataLoader(_TestImages(images, image_size), batch_size=BATCH_SIZE, num_workers=workers, collate_fn=list)
-    mean, rationale, kept = [], [], []
+    # filled in place: the embeddings of 100,000 images are too large to be held twice
+    mean = rationale = torch.empty(0)
+    kept: list[int] = []
     for number, crops in enumerate(
         track(loader, f"embedding, {title}", console=console, transient=True, disable=not console.is_terminal)
     ):
         readable = [i for i, crop in enumerate(crops) if crop.numel()]
-        for i in set(range(len(crops))) - set(readable):
-            console.print(f"unreadable image {images.path(number * BATCH_SIZE + i)!r}: left out", soft_wrap=True)
         if not readable:
             continue
         pixels = torch.stack([crops[i] for i in readable]).to(device)
         features = backbone(normalise(pixels, torch.float32))
-        mean.append(F.normalize(mean_pool(features), dim=1).cpu())
+        if not kept:
+            mean = torch.empty(len(images), features.shape[1])
+            rationale = torch.empty_like(mean) if branch else rationale
+        rows = slice(len(kept), len(kept) + len(readable))
+        mean[rows] = F.normalize(mean_pool(features), dim=1)
         if branch is not None:
-            rationale.append(F.normalize(branch.pool(features).pooled, dim=1).cpu())
+            rationale[rows] = F.normalize(branch.pool(features).pooled, dim=1)
         kept += [number * BATCH_SIZE + i for i in readable]
     modules.train(training)
     if not kept:
         raise UsageError(f"none of the {len(images)} images under {images.root} can be read")
-    return Embeddings(torch.cat(mean), torch.cat(rationale) if rationale else None, torch.tensor(kept))
+    unreadable = [images.path(i) for i in sorted(set(range(len(images))) - set(kept))]
+    return Embeddings(mean[: len(kept)], rationale[: len(kept)] if branch else None, torch.tensor(kept), unreadable)

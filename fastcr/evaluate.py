@@ -22,8 +22,11 @@ from fastcr.folders import ImageList, Splits, read_splits
 from fastcr.retrieval import retrieval
 from fastcr.synthetic import write_synthetic
 
+Scores = dict[str, dict[str, float]]
+HISTORY = "evaluations.jsonl"  # of a run: one object an evaluation in between
 
-def score(embeddings: Embeddings, images: ImageList, device: torch.device) -> dict[str, dict[str, float]]:
+
+def score(embeddings: Embeddings, images: ImageList, device: torch.device) -> Scores:
     """Retrieval of both embeddings: `{"mean": {"rank1", "rank5", "mAP"}, "rationale": {...}}`, percent."""
     assert images.labels is not None
     labels = torch.tensor(images.labels)[embeddings.kept]
@@ -43,8 +46,8 @@ def test_images(splits: Splits) -> ImageList | None:
 
 def evaluate_weights(
     path: Path, images: ImageList, device: torch.device, workers: int, console: Console, title: str
-) -> dict[str, Any]:
-    """Retrieval scores of a weights file on `images`."""
+) -> tuple[Scores, list[str]]:
+    """Retrieval scores of a weights file on `images`, and the files that could not be read."""
     backbone, branch, facts = load_encoder(path, device)
     embeddings = embed(
         backbone,
@@ -56,26 +59,34 @@ def evaluate_weights(
         console=console,
         title=title,
     )
-    return score(embeddings, images, device)
+    return score(embeddings, images, device), embeddings.unreadable
 
 
 def evaluate_run(
     weights: Path,
-    frozen: dict[str, Any] | None,
+    frozen: Scores | None,
     images: ImageList,
     device: torch.device,
     workers: int,
     console: Console,
 ) -> dict[str, Any]:
-    """Content of `results.json`: scores of `weights`, and those of the frozen initialisation if they are given."""
+    """Content of `results.json`: scores of `weights`, those of the frozen initialisation, the best epoch measured."""
+    scores, unreadable = evaluate_weights(weights, images, device, workers, console, "trained")
+    for path in unreadable:
+        console.print(f"unreadable image {path!r}: left out", soft_wrap=True, highlight=False)
     results: dict[str, Any] = {
-        "images": len(images),
-        "classes": len(images.classes),
         "folder": str(images.root),
+        "images": len(images) - len(unreadable),
+        "unreadable": len(unreadable),
+        "classes": len(images.classes),
+        "retrieval": scores,
     }
-    results["retrieval"] = evaluate_weights(weights, images, device, workers, console, "trained")
     if frozen is not None:
         results["frozen_init"] = {"retrieval": frozen}
+    history = weights.parent / HISTORY
+    if history.exists():
+        entries = [json.loads(line) for line in history.read_text().splitlines()]
+        results["best_epoch"] = max(entries, key=lambda entry: list(entry["retrieval"].values())[-1]["rank1"])
     return results
 
 
@@ -83,15 +94,14 @@ class TrainingEvaluation:
     """The evaluations of one training run: in between, and at its end. Does nothing without labels."""
 
     def __init__(self, folder: Path, splits: Splits, device: torch.device, workers: int, console: Console) -> None:
-        self.folder, self.images, self.device, self.workers, self.console = (
-            folder, test_images(splits), device, workers, console)  # fmt: skip
-        self.frozen: dict[str, Any] | None = None
-        self.history = folder / "evaluations.jsonl"
+        self.folder, self.images, self.device = folder, test_images(splits), device
+        self.workers, self.console = workers, console
+        self.frozen: Scores | None = None
 
-    def _frozen(self, images: ImageList) -> dict[str, Any]:
+    def _frozen(self, images: ImageList) -> Scores:
         if self.frozen is None:
             path = self.folder / "init.safetensors"
-            self.frozen = evaluate_weights(path, images, self.device, self.workers, self.console, "frozen init")
+            self.frozen, _ = evaluate_weights(path, images, self.device, self.workers, self.console, "frozen init")
         return self.frozen
 
     def during(self, backbone: nn.Module, branch: Branch | None, image_size: int, epoch: int) -> None:
@@ -110,7 +120,7 @@ class TrainingEvaluation:
             title=f"epoch {epoch}",
         )
         scores = score(embeddings, self.images, self.device)
-        with self.history.open("a") as file:
+        with (self.folder / HISTORY).open("a") as file:
             file.write(json.dumps({"epoch": epoch, "retrieval": scores}) + "\n")
         for name, values in scores.items():
             line = f"  rank-1 {name} {values['rank1']:.2f} (frozen init {frozen[name]['rank1']:.2f})"
@@ -124,11 +134,8 @@ class TrainingEvaluation:
             return
         weights = self.folder / "weights.safetensors"
         results = evaluate_run(weights, self._frozen(self.images), self.images, self.device, self.workers, self.console)
-        if self.history.exists():
-            entries = [json.loads(line) for line in self.history.read_text().splitlines()]
-            results["best_epoch"] = max(entries, key=lambda entry: list(entry["retrieval"].values())[-1]["rank1"])
-        write_results(self.folder / "results.json", results)
         self.console.print(results_table(results))
+        write_results(self.folder / "results.json", results)
 
 
 def results_table(results: dict[str, Any]) -> Table:
@@ -179,7 +186,7 @@ class EvaluateConfig:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Command line of `python -m fastcr.evaluate`."""
-    console = Console()
+    console = Console(markup=False)
     with one_line_errors("fastcr.evaluate"):
         config = parse(
             EvaluateConfig,
@@ -202,13 +209,15 @@ def main(args: Sequence[str] | None = None) -> None:
             raise UsageError(f"{root} has no labels (class folders), so retrieval cannot be measured")
         device = pick_device(config.run.device)
         workers = pick_workers(config.data.workers)
+        if workers < 0:
+            raise UsageError("--data.workers must be at least 0")
         scores = None
         if frozen and frozen.is_file():
-            scores = evaluate_weights(frozen, images, device, workers, console, "frozen init")
+            scores, _ = evaluate_weights(frozen, images, device, workers, console, "frozen init")
         results = evaluate_run(weights, scores, images, device, workers, console)
+        console.print(results_table(results))
         write_results(weights.parent / "results.json", results)
-    console.print(results_table(results))
-    console.print(f"results: {weights.parent / 'results.json'}", soft_wrap=True)
+        console.print(f"results: {weights.parent / 'results.json'}", soft_wrap=True, highlight=False)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ class ReleasedBranch(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             peak = F.relu(self.norm(self.conv(features.float()))).amax(1)
             low, high = peak.amin(), peak.amax()
-            return (peak - low) / (high - low)
+            return (peak - low) / (high - low).clamp_min(1e-12)
 
     def pool(self, features: Tensor) -> RationalePool:
         """Features `[B,C,H,W]` to `(pooled [B,C], attention [B,S])`; the attention does not sum to 1 here."""
@@ -62,7 +62,10 @@ class ReleasedBranch(nn.Module):
     @torch.no_grad()
     def effective_detectors(self, features: Tensor) -> Tensor:
         """exp(entropy of which detector wins a position), 1 to K; a scalar."""
-        winners = F.conv2d(features.float(), self.conv.weight).argmax(1).flatten()
+        norm, responses = self.norm, F.conv2d(features.float(), self.conv.weight)
+        # with the batch's statistics, as in training, but without moving the running ones
+        responses = F.batch_norm(responses, None, None, norm.weight, norm.bias, training=True, eps=norm.eps)
+        winners = responses.argmax(1).flatten()
         share = torch.bincount(winners, minlength=self.conv.out_channels) / winners.numel()
         return torch.exp(-torch.xlogy(share, share).sum())
 
@@ -105,6 +108,8 @@ def from_released_checkpoint(state: dict[str, Tensor]) -> dict[str, Tensor]:
     encoder = "encoder_q." if any(key.startswith("encoder_q.") for key in state) else "online_encoder.0."
     names = {key: f"backbone.{_torchvision_name(key.removeprefix(encoder))}" for key in state
              if key.startswith(encoder) and not key.startswith(f"{encoder}fc.")}  # fmt: skip
+    if not names:
+        raise UsageError(f"not a released checkpoint (no encoder); its keys begin {', '.join(sorted(state)[:3])}")
     return {new: state[old] for old, new in (names | branch).items() if old in state}
 
 

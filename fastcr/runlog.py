@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import threading
 import time
@@ -56,8 +57,7 @@ class RunLog:
             self.writer = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)
         self.console, self.steps_per_epoch = console, steps_per_epoch
         path = folder / "metrics.jsonl"
-        kept = path.read_text().splitlines() if start_step and path.exists() else []
-        path.write_text("".join(f"{line}\n" for line in kept if _step_of(line) <= start_step))
+        keep_records(path, "step", start_step)
         self.file = path.open("a")
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -112,11 +112,17 @@ def describe(record: dict[str, Any]) -> str:
     return "  ".join(f"{label} {form.format(record[key])}" for key, (label, form) in SHOWN.items() if key in record)
 
 
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")  # a line cut off by a kill
+def keep_records(path: Path, key: str, last: float) -> None:
+    """Drop from a JSONL file the records whose `key` is beyond `last`, and a line cut off by a kill."""
+
+    def value(line: str) -> float:
+        try:
+            return json.loads(line)[key]
+        except (ValueError, KeyError, TypeError):
+            return math.inf
+
+    if path.exists():
+        path.write_text("".join(f"{line}\n" for line in path.read_text().splitlines() if value(line) <= last))
 
 
 class Meter:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from rich import get_console
 from rich.progress import track
 
 from fastcr.config import UsageError
@@ -262,7 +263,9 @@ def write_synthetic(
     # drawn beside the final place and renamed: a killed run leaves no half set, two runs at once do not meet
     with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as scratch:
         draft = Path(scratch) / root.name
-        for file, (s, c, i) in track(images.items(), "Drawing the synthetic birds", transient=True):
+        for file, (s, c, i) in track(
+            images.items(), "Drawing the synthetic birds", transient=True, disable=not get_console().is_terminal
+        ):
             path = draft / file.relative_to(root)
             path.parent.mkdir(parents=True, exist_ok=True)
             draw_bird(CLASSES[c], np.random.default_rng([seed, s, c, i])).save(path, quality=90)

@@ -28,13 +28,13 @@ from fastcr.config import (
     validate,
 )
 from fastcr.embed import Branch, build_branch, weights_facts, weights_of
-from fastcr.evaluate import TrainingEvaluation
+from fastcr.evaluate import HISTORY, TrainingEvaluation
 from fastcr.folders import ImageList, read_splits
 from fastcr.moco import MoCo
 from fastcr.presets import PRESETS
 from fastcr.rationale import attention_entropy
 from fastcr.released import ReleasedBranch, released_losses
-from fastcr.runlog import LossWatch, Meter, RunLog, StopSignal
+from fastcr.runlog import LossWatch, Meter, RunLog, StopSignal, keep_records
 from fastcr.step import Losses, LossFunction, contrast_losses, cosine_lr, train_step
 from fastcr.synthetic import write_synthetic
 from fastcr.torch_views import TorchViews
@@ -57,9 +57,11 @@ def train(config: Config, console: Console, resume: Path | None = None) -> Path:
     last_step = min(total_steps, config.run.steps or total_steps)
 
     torch.manual_seed(config.run.seed)
-    moco, branch = build_model(config, console)
+    moco, branch = build_model(config, console, initial_weights=resume is None)
+    views = make_views(config, splits.train, device, torch.bfloat16 if bf16 else torch.float32, console)
     facts = weights_facts(config.model, config.rationale, config.released, config.data.image_size)
     folder = resume or new_folder(config)
+    console.print(f"run folder: {folder}", soft_wrap=True, highlight=False)
     if resume is None:
         save_weights(folder / "init.safetensors", weights_of(moco.backbone, branch), facts)
     model = nn.ModuleDict({"moco": moco, **({"branch": branch} if branch else {})})
@@ -73,10 +75,11 @@ def train(config: Config, console: Console, resume: Path | None = None) -> Path:
         fused=device.type == "cuda",
     )
     start_step = restore(folder / "resume.pt", model, optimizer) if resume else 0
+    save_config(config, folder / "config.yaml")
+    keep_records(folder / HISTORY, "epoch", start_step / steps_per_epoch)
     if config.run.compile is True or (config.run.compile == "auto" and device.type == "cuda"):
         moco.backbone.compile()
         moco.key_backbone.compile()
-    views = make_views(config, splits.train, device, torch.bfloat16 if bf16 else torch.float32, console)
     loss_function = pick_loss_function(config, branch)
     evaluation = TrainingEvaluation(folder, splits, device, pick_workers(config.data.workers), console)
 
@@ -115,13 +118,11 @@ def train(config: Config, console: Console, resume: Path | None = None) -> Path:
                 record = {"step": step, "epoch": step / steps_per_epoch, "loss": loss.item(), "lr": lr}
                 record |= metrics_of(losses, branch) | meter.read()
                 log.record(record)
-                if record.get("effective_detectors", 2) < 2 and not warned:
-                    warned = True
-                    console.print(
-                        f"warning: fewer than 2 of {config.rationale.detectors} detectors in use (step {step})"
-                    )
                 if epoch_ends:
                     log.epoch_done(record, epoch, config.optim.epochs)
+                    if record.get("effective_detectors", 2) < 2 and not warned:
+                        warned = True
+                        console.print(f"warning: fewer than 2 of {config.rationale.detectors} detectors are in use")
             if epoch_ends and step < last_step and config.run.eval_every and epoch % config.run.eval_every == 0:
                 evaluation.during(moco.backbone, branch, config.data.image_size, epoch)
                 meter.reset()
@@ -153,12 +154,12 @@ def check_sizes(config: Config, images: ImageList, console: Console) -> int:
     return len(images) // batch_size
 
 
-def build_model(config: Config, console: Console) -> tuple[MoCo, Branch | None]:
-    """Encoders, queue and branch, initialised."""
+def build_model(config: Config, console: Console, *, initial_weights: bool) -> tuple[MoCo, Branch | None]:
+    """Encoders, queue and branch; a run that goes on needs no initial weights."""
     backbone, channels = build_backbone(
         config.model.backbone, config.model.last_stage, stem_maxpool=config.released.stem_maxpool
     )
-    missing = load_initial_weights(backbone, config.model)
+    missing = load_initial_weights(backbone, config.model) if initial_weights else []
     if missing:
         names = ", ".join(sorted(missing))
         console.print(f"{len(missing)} weights stay random: {names}", highlight=False, soft_wrap=True)
@@ -167,13 +168,13 @@ def build_model(config: Config, console: Console) -> tuple[MoCo, Branch | None]:
 
 
 def new_folder(config: Config) -> Path:
-    """Make the run folder and write config.yaml into it. `UsageError` if it already holds a run."""
+    """Make the run folder. `UsageError` if it already holds a run, or cannot be made."""
     folder = config.run.dir or Path("runs") / f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if (folder / "config.yaml").exists():
+    if (folder / "resume.pt").exists():
         raise UsageError(f"{folder} already holds a run: go on with --resume {folder}, or name another --run.dir")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_config(config, folder / "config.yaml")
+        save_config(config, folder / "config.yaml")  # here, to find out early that it can be written
     except OSError as error:
         raise UsageError(f"cannot write into --run.dir {folder}: {error.strerror}") from None
     return folder
@@ -186,7 +187,7 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> i
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         set_random_states(state["random"])
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UsageError(f"{path} does not fit the settings of this run: {reason}") from None
     return state["step"]
@@ -240,7 +241,7 @@ def metrics_of(losses: Losses, branch: Branch | None) -> dict[str, float]:
 
 def read_command_line(args: Sequence[str]) -> tuple[Config, Path | None]:
     """`[PRESET | --resume RUN] [--section.field value ...]` to settings and the run to go on with."""
-    args = list(args)
+    args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--resume=") else [arg])]
     resume = None
     if "--resume" in args:
         at = args.index("--resume")
@@ -266,6 +267,8 @@ def read_command_line(args: Sequence[str]) -> tuple[Config, Path | None]:
         prog="python -m fastcr.train [PRESET | --resume RUN]",
         description=f"Train common rationales on unlabelled images.\n\nPresets:\n{presets}",
     )
+    if resume and (config.run.seed, config.optim.batch_size) != (default.run.seed, default.optim.batch_size):
+        raise UsageError("--run.seed and --optim.batch_size of a run cannot change: they order its images")
     return validate(config), resume
 
 
@@ -274,7 +277,7 @@ def main(args: Sequence[str] | None = None) -> None:
     with one_line_errors("fastcr.train"):
         config, resume = read_command_line(sys.argv[1:] if args is None else args)
         try:
-            train(config, Console(), resume)
+            train(config, Console(markup=False), resume)
         except torch.OutOfMemoryError:
             half = max(config.optim.batch_size // 2, 2)
             raise UsageError(f"out of GPU memory at --optim.batch_size {config.optim.batch_size}: try {half}") from None

@@ -83,6 +83,7 @@ def rationale_fit_reference(
 
         slope = torch.einsum("bcs,bc->bs", maps.detach(), gradient)
         cam = torch.relu(slope if cam_sign == "loss" else -slope)
+        cam = cam.where(slope.isfinite(), torch.nan)  # relu would hide an infinity of the other sign
         probability = gradcam_target(cam, target, temperature)
 
         divergence = (torch.xlogy(probability, probability) - probability * log_attention).sum(1)

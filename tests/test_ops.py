@@ -40,6 +40,11 @@ SHAPES = [
 CONTRASTS = [(0, 64, 1000), (1, 64, 1), (1, 128, 1000), (3, 64, 1000), (3, 128, 1), (3, 5, 33)]
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
 class Inputs(NamedTuple):
     features: Tensor
     gradient: Tensor

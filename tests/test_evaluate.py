@@ -1,0 +1,236 @@
+"""Evaluation: the same scores whenever, in whatever batches; what is left out; what embeddings and crops are."""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from torchvision.transforms import v2
+
+from fastcr import embed as embedding
+from fastcr import evaluate, train
+from fastcr.embed import Embeddings, embed, load_encoder
+from fastcr.folders import ImageList, read_rgb, read_splits
+from fastcr.synthetic import write_synthetic
+
+TINY = [
+    "--data.image_size", "32", "--data.loader", "torch", "--data.workers", "0", "--run.device", "cpu",
+    "--run.steps", "3", "--model.weights", "none", "--model.backbone", "resnet18",
+    "--model.last_stage", "layer3", "--optim.batch_size", "8", "--moco.queue_size", "24",
+]  # fmt: skip
+CPU = ("--run.device", "cpu", "--data.workers", "0")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Steps this small only get slower with threads that wait for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def birds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_synthetic(tmp_path_factory.mktemp("data") / "birds", train_per_class=1, test_per_class=2)
+
+
+@pytest.fixture(scope="module")
+def finished(birds: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    with contextlib.redirect_stdout(io.StringIO()):
+        train.main([*TINY, "--data.root", str(birds), "--run.dir", str(folder)])
+    return folder
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    """That run, for a test to change."""
+    return Path(shutil.copytree(finished, tmp_path / "copied"))
+
+
+@pytest.fixture
+def images(birds: Path) -> ImageList:
+    test = read_splits(birds).test
+    assert test is not None
+    return test
+
+
+def results(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    return content
+
+
+def embed_with(weights: Path, images: ImageList) -> Embeddings:
+    backbone, branch, facts = load_encoder(weights, torch.device("cpu"))
+    return embed(
+        backbone,
+        branch,
+        images,
+        image_size=facts["image_size"],
+        device=torch.device("cpu"),
+        workers=0,
+        console=Console(file=io.StringIO()),
+        title="test",
+    )
+
+
+def test_run_folder_gives_the_results_of_the_runs_end(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (copied / "results.json").read_bytes()
+    (copied / "results.json").unlink()
+    evaluate.main([str(copied), *CPU])
+    assert (copied / "results.json").read_bytes() == before
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    for part in (results(copied), results(copied)["frozen_init"]):
+        for scores in part["retrieval"].values():
+            assert all(f"{score:.2f}" in captured.out for score in scores.values())
+
+
+def test_command_works_as_a_module(copied: Path) -> None:
+    before = results(copied)
+    (copied / "results.json").unlink()
+    done = subprocess.run(
+        [sys.executable, "-m", "fastcr.evaluate", str(copied), *CPU],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")  # no warning of a library either
+    assert results(copied) == before
+    assert done.stdout.splitlines()[-1] == f"results: {copied}/results.json"
+
+
+def test_bare_weights_give_the_same_scores_without_the_frozen_init(finished: Path, birds: Path, tmp_path: Path) -> None:
+    file = Path(shutil.copyfile(finished / "weights.safetensors", tmp_path / "mine.safetensors"))
+    evaluate.main([str(file), "--data.root", str(birds), *CPU])
+    whole = results(finished)
+    assert results(tmp_path).keys() == whole.keys() - {"frozen_init"}
+    assert results(tmp_path)["retrieval"] == whole["retrieval"]
+
+
+def test_frozen_init_is_the_encoder_of_step_0(finished: Path, birds: Path, tmp_path: Path) -> None:
+    file = Path(shutil.copyfile(finished / "init.safetensors", tmp_path / "init.safetensors"))
+    evaluate.main([str(file), "--data.root", str(birds), *CPU])
+    assert results(tmp_path)["retrieval"] == results(finished)["frozen_init"]["retrieval"]
+
+
+def test_unreadable_image_is_named_left_out_and_counted(
+    copied: Path, birds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = Path(shutil.copytree(birds, tmp_path / "birds"))
+    broken = sorted((root / "test").glob("*/*.jpg"))[3]
+    broken.write_bytes(broken.read_bytes()[:300])
+    evaluate.main([str(copied), "--data.root", str(root), *CPU])
+    assert str(broken) in capsys.readouterr().out
+    assert results(copied)["images"] == 31
+    broken_scores = results(copied)["retrieval"]
+
+    # the others are scored as if it had never been there
+    broken.unlink()
+    evaluate.main([str(copied), "--data.root", str(root), *CPU])
+    assert results(copied)["images"] == 31
+    assert broken_scores == results(copied)["retrieval"]
+
+
+def test_none_of_the_images_can_be_read(
+    copied: Path, birds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = Path(shutil.copytree(birds, tmp_path / "birds"))
+    for picture in (root / "test").glob("*/*.jpg"):
+        picture.write_bytes(b"")
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([str(copied), "--data.root", str(root), *CPU])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"none of the 32 images under {root}/test can be read" in line
+
+
+def test_embeddings_are_unit_vectors_in_the_order_of_the_images(finished: Path, images: ImageList) -> None:
+    embeddings = embed_with(finished / "weights.safetensors", images)
+    assert embeddings.rationale is not None
+    assert embeddings.kept.tolist() == list(range(32))
+    for vectors in (embeddings.mean, embeddings.rationale):
+        assert (vectors.shape, vectors.dtype) == ((32, 256), torch.float32)
+        torch.testing.assert_close(vectors.norm(dim=1), torch.ones(32))
+    assert not torch.allclose(embeddings.mean, embeddings.rationale, atol=1e-4)
+    last = ImageList(images.root, images.files[-1:], images.labels[-1:] if images.labels else None, images.classes)
+    alone = embed_with(finished / "weights.safetensors", last)
+    torch.testing.assert_close(alone.mean[0], embeddings.mean[-1], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size", [1, 5, 31])
+def test_embeddings_do_not_depend_on_the_batch(
+    size: int, finished: Path, images: ImageList, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = embed_with(finished / "weights.safetensors", images)
+    monkeypatch.setattr(embedding, "BATCH_SIZE", size)
+    split = embed_with(finished / "weights.safetensors", images)
+    assert split.kept.tolist() == whole.kept.tolist()
+    torch.testing.assert_close(split.mean, whole.mean, atol=1e-5, rtol=0)
+    torch.testing.assert_close(split.rationale, whole.rationale, atol=1e-5, rtol=0)
+
+
+def test_unreadable_images_are_told_apart_across_batches(
+    finished: Path, images: ImageList, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path(shutil.copytree(images.root, tmp_path / "test"))
+    broken = [0, 4, 5, 6, 7, 31]  # one batch of four is all but lost, another is lost whole
+    for index in broken:
+        (root / images.files[index]).write_bytes(b"no picture")
+    monkeypatch.setattr(embedding, "BATCH_SIZE", 4)
+    part = embed_with(finished / "weights.safetensors", ImageList(root, images.files, images.labels, images.classes))
+    assert part.kept.tolist() == [index for index in range(32) if index not in broken]
+    whole = embed_with(finished / "weights.safetensors", images)
+    torch.testing.assert_close(part.mean, whole.mean[part.kept], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("fails", [True, False])
+def test_embedding_leaves_the_encoder_as_it_was(
+    training: bool, fails: bool, finished: Path, images: ImageList, tmp_path: Path
+) -> None:
+    backbone, branch, _ = load_encoder(finished / "weights.safetensors", torch.device("cpu"))
+    assert branch is not None
+    backbone.train(training)
+    branch.train(training)
+    before = {key: value.clone() for key, value in backbone.state_dict().items()}
+    if fails:  # with nothing to embed
+        images = ImageList(tmp_path, images.files, images.labels, images.classes)
+    outcome = pytest.raises(Exception, match="can be read") if fails else contextlib.nullcontext()
+    console = Console(file=io.StringIO())
+    with outcome:
+        embed(
+            backbone,
+            branch,
+            images,
+            image_size=32,
+            device=torch.device("cpu"),
+            workers=0,
+            console=console,
+            title="",
+        )
+    assert {module.training for model in (backbone, branch) for module in model.modules()} == {training}
+    # BatchNorm in training mode would have moved its statistics
+    assert all(torch.equal(value, before[key]) for key, value in backbone.state_dict().items())
+
+
+@pytest.mark.parametrize("size", [(96, 128), (128, 96), (20, 37), (500, 60), (36, 36)])
+@pytest.mark.parametrize("side", [32, 112])
+def test_crop_is_torchvisions_resize_and_centre_crop(size: tuple[int, int], side: int, tmp_path: Path) -> None:
+    noise = torch.randint(0, 256, (*size[::-1], 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    Image.fromarray(noise.numpy()).save(tmp_path / "noise.png")
+    crop = embedding._TestImages(ImageList(tmp_path, ("noise.png",), None, ()), side)[0]
+    expected = v2.Compose([v2.PILToTensor(), v2.Resize(round(side * 8 / 7), antialias=True), v2.CenterCrop(side)])
+    assert torch.equal(crop.permute(2, 0, 1), expected(read_rgb(str(tmp_path / "noise.png"))))

@@ -1,0 +1,507 @@
+"""A run from its first step to its last file; stopped, killed, starved of disk or numbers, and taken up again."""
+
+import contextlib
+import importlib.util
+import io
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from fastcr import step, train
+from fastcr.backbone import build_backbone
+from fastcr.checkpoint import load_weights
+from fastcr.config import load_config
+from fastcr.synthetic import write_synthetic
+
+# 64 training images make 8 steps an epoch; a queue of 20 is no multiple of the batch
+TINY = [
+    "--data.image_size", "32", "--data.loader", "torch", "--data.workers", "0", "--run.device", "cpu",
+    "--run.log_every", "1", "--model.backbone", "resnet18", "--model.last_stage", "layer3",
+    "--model.weights", "none", "--optim.epochs", "4", "--optim.batch_size", "8", "--moco.queue_size", "20",
+    "--moco.embedding_dim", "16", "--rationale.detectors", "4",
+]  # fmt: skip
+STEPS_PER_EPOCH, STEPS = 8, 13
+METRICS = {
+    *("step", "epoch", "loss", "contrast_loss", "fit_loss", "lr", "images_per_second", "data_wait"),
+    *("attention_entropy", "effective_detectors"),
+}
+LOADERS = [
+    "torch",
+    pytest.param(
+        "dali",
+        marks=pytest.mark.skipif(
+            importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None,
+            reason="NVIDIA DALI is not installed",
+        ),
+    ),
+]
+Records = list[dict[str, float]]
+
+
+class Finished(NamedTuple):
+    """A run folder and what the run printed."""
+
+    folder: Path
+    output: str
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Steps this small only get slower with threads that wait for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def birds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_synthetic(tmp_path_factory.mktemp("data") / "birds", train_per_class=4, test_per_class=2)
+
+
+@pytest.fixture(scope="module")
+def flat(birds: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The training pictures without labels: nothing is evaluated, which makes for short runs."""
+    root = tmp_path_factory.mktemp("flat")
+    for i, picture in enumerate(sorted((birds / "train").glob("*/*.jpg"))):
+        shutil.copyfile(picture, root / f"{i:03d}.jpg")
+    return root
+
+
+def flags(root: Path, folder: Path, *more: str) -> list[str]:
+    return [*TINY, "--data.root", str(root), "--run.dir", str(folder), *more]
+
+
+def run(root: Path, folder: Path, *more: str, preset: str = "synthetic") -> Records:
+    train.main([preset, *flags(root, folder, *more)])
+    return records(folder)
+
+
+def resume(folder: Path, *more: str) -> Records:
+    train.main(["--resume", str(folder), *more])
+    return records(folder)
+
+
+def records(folder: Path) -> Records:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Records) -> list[tuple[float, ...]]:
+    return [tuple(record[key] for key in ("step", "loss", "contrast_loss", "fit_loss")) for record in run]
+
+
+def state(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = torch.load(folder / "resume.pt", weights_only=True)
+    return content
+
+
+def facts(file: Path) -> dict[str, Any]:
+    with safe_open(file, "pt") as opened:
+        read: dict[str, Any] = json.loads(opened.metadata()["fastcr"])
+    return read
+
+
+def names(folder: Path) -> set[str]:
+    return {entry.name for entry in folder.iterdir() if "tfevents" not in entry.name}
+
+
+def refused(call: Callable[[], object], capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        call()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2
+    assert line.startswith("fastcr.train: error: ")
+    return line
+
+
+@pytest.fixture(scope="module")
+def evaluated(birds: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    folder = tmp_path_factory.mktemp("runs") / "evaluated"
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        run(birds, folder, "--run.steps", "9", "--run.eval_every", "1")
+    return Finished(folder, output.getvalue())
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(flat: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of an undisturbed run with a loader, made at its first use."""
+    runs = tmp_path_factory.mktemp("uninterrupted")
+
+    def folder(loader: str) -> Path:
+        if not (runs / loader).exists():
+            run(flat, runs / loader, "--data.loader", loader, "--run.steps", str(STEPS))
+        return runs / loader
+
+    return folder
+
+
+def test_run_folder_holds_all_its_files(evaluated: Finished) -> None:
+    folder = evaluated.folder
+    assert names(folder) == {
+        *("config.yaml", "metrics.jsonl", "weights.safetensors", "init.safetensors", "resume.pt"),
+        *("results.json", "evaluations.jsonl"),
+    }
+    config = load_config(folder / "config.yaml")
+    assert (config.run.dir, config.run.steps, config.rationale.detectors) == (folder, 9, 4)
+    assert state(folder)["step"] == 9
+    (events,) = folder.glob("events.out.tfevents.*")
+    assert all(name.encode() in events.read_bytes() for name in METRICS - {"step", "epoch"})
+    for file in ("weights.safetensors", "init.safetensors"):
+        assert facts(folder / file) == {
+            "backbone": "resnet18",
+            "last_stage": "layer3",
+            "stem_maxpool": True,
+            "detectors": 4,
+            "temperature": 0.4,
+            "attention": "softmax",
+            "image_size": 32,
+            "mean": [0.485, 0.456, 0.406],
+            "std": [0.229, 0.224, 0.225],
+        }
+    trained, initial = (load_weights(folder / file)[0] for file in ("weights.safetensors", "init.safetensors"))
+    assert trained.keys() == initial.keys()
+    assert not torch.equal(trained["branch.weight"], initial["branch.weight"])
+
+
+def test_weights_are_as_readable_for_others_as_the_rest(evaluated: Finished) -> None:
+    modes = {file.name: file.stat().st_mode & 0o777 for file in evaluated.folder.iterdir()}
+    assert len(set(modes.values())) == 1, modes
+
+
+def test_results_are_in_percent_for_both_embeddings_and_the_frozen_init(evaluated: Finished) -> None:
+    results = json.loads((evaluated.folder / "results.json").read_text())
+    assert (results["images"], results["classes"]) == (32, 16)
+    for part in (results, results["frozen_init"]):
+        assert part["retrieval"].keys() == {"mean", "rationale"}
+        for scores in part["retrieval"].values():
+            assert scores.keys() == {"rank1", "rank5", "mAP"}
+            # a query is right or wrong: shares of 32 images, in percent
+            assert all((scores[key] * 32 / 100).is_integer() for key in ("rank1", "rank5"))
+            assert 0 <= scores["rank1"] <= scores["rank5"] <= 100
+            assert 1 < scores["mAP"] < 100
+
+
+def test_evaluation_during_training_is_printed_kept_and_in_the_results(evaluated: Finished) -> None:
+    (entry,) = map(json.loads, (evaluated.folder / "evaluations.jsonl").read_text().splitlines())
+    results = json.loads((evaluated.folder / "results.json").read_text())
+    assert entry["epoch"] == 1
+    assert results["best_epoch"] == entry
+    for name in ("mean", "rationale"):
+        now, frozen = entry["retrieval"][name]["rank1"], results["frozen_init"]["retrieval"][name]["rank1"]
+        (line,) = (line for line in evaluated.output.splitlines() if line.startswith(f"  rank-1 {name} "))
+        assert f"{now:.2f} (frozen init {frozen:.2f})" in line
+        assert ("below the frozen init" in line) == (now < frozen)
+
+
+def test_metrics_are_whole_and_consistent(uninterrupted: Callable[[str], Path]) -> None:
+    run = records(uninterrupted("torch"))
+    assert [record["step"] for record in run] == list(range(1, STEPS + 1))
+    for record in run:
+        assert record.keys() == METRICS
+        assert all(math.isfinite(value) for value in record.values())
+        assert record["epoch"] == record["step"] / STEPS_PER_EPOCH
+        assert record["loss"] == pytest.approx(record["contrast_loss"] + record["fit_loss"], rel=1e-5)
+        # the schedule follows the epochs, wherever --run.steps stops
+        progress = (record["step"] - 1) / (4 * STEPS_PER_EPOCH)
+        assert record["lr"] == pytest.approx(0.03 * (1 + math.cos(math.pi * progress)))
+        assert record["images_per_second"] > 0
+        assert 0 < record["data_wait"] < 1
+        assert 0 <= record["attention_entropy"] <= math.log(4) + 1e-5  # 32 px at stride 16: four positions
+        assert 1 <= record["effective_detectors"] <= 4 + 1e-5
+    assert run[0]["loss"] != run[-1]["loss"]
+
+
+def test_steps_between_records_and_the_ends_of_epochs(flat: Path, tmp_path: Path) -> None:
+    logged = run(flat, tmp_path / "run", "--run.log_every", "3", "--run.steps", "10")
+    assert [record["step"] for record in logged] == [3, 6, 8, 9, 10]
+
+
+def test_without_the_branch_it_is_plain_moco(birds: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    logged = run(birds, folder, "--rationale.enabled", "False", "--run.steps", "3")
+    branch_metrics = {"fit_loss", "attention_entropy", "effective_detectors"}
+    assert all(record.keys() == METRICS - branch_metrics for record in logged)
+    assert all(record["loss"] == pytest.approx(record["contrast_loss"]) for record in logged)
+    results = json.loads((folder / "results.json").read_text())
+    assert results["retrieval"].keys() == results["frozen_init"]["retrieval"].keys() == {"mean"}
+    weights, written = load_weights(folder / "weights.safetensors")
+    assert written["detectors"] == 0
+    assert not [key for key in weights if not key.startswith("backbone.")]
+
+
+def test_preset_of_the_released_code_works_end_to_end(birds: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    logged = run(birds, folder, "--run.steps", "3", preset="cub200-released")
+    assert all(record.keys() == METRICS for record in logged)
+    for record in logged:
+        assert record["loss"] == pytest.approx(record["contrast_loss"] + 0.01 * record["fit_loss"], rel=1e-5)
+    assert facts(folder / "weights.safetensors")["attention"] == "batch-minmax"
+    results = json.loads((folder / "results.json").read_text())
+    assert results["retrieval"].keys() == {"mean", "rationale"}
+
+
+def test_last_stage_decides_how_deep_the_encoder_is(flat: Path, tmp_path: Path) -> None:
+    run(flat, tmp_path / "run", "--model.last_stage", "layer4", "--run.steps", "1")
+    weights, written = load_weights(tmp_path / "run" / "weights.safetensors")
+    assert written["last_stage"] == "layer4"
+    assert weights["branch.weight"].shape == (4, 512)
+    assert "backbone.layer4.1.conv2.weight" in weights
+
+
+def test_bf16_on_the_cpu_trains_and_keeps_fp32_weights(
+    flat: Path, tmp_path: Path, uninterrupted: Callable[[str], Path]
+) -> None:
+    logged = run(flat, tmp_path / "run", "--run.precision", "bf16", "--run.steps", "2")
+    exact = records(uninterrupted("torch"))[0]["loss"]
+    assert logged[0]["loss"] != exact
+    assert logged[0]["loss"] == pytest.approx(exact, rel=0.2)
+    with safe_open(tmp_path / "run" / "weights.safetensors", "pt") as file:
+        kinds = {file.get_tensor(key).dtype for key in file.keys()}  # noqa: SIM118 (it is no dict)
+    assert kinds == {torch.float32, torch.int64}
+
+
+def test_queue_that_is_no_multiple_of_the_batch_is_filled_in_a_ring(uninterrupted: Callable[[str], Path]) -> None:
+    model = state(uninterrupted("torch"))["model"]
+    assert model["moco.queue_position"] == STEPS * 8 % 20
+    assert model["moco.queue"].shape == (20, 16)
+    torch.testing.assert_close(model["moco.queue"].norm(dim=1), torch.ones(20))
+
+
+def test_queue_larger_than_the_data_is_warned_of(
+    flat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(flat, tmp_path / "run", "--run.steps", "1", "--moco.queue_size", "65")
+    assert "warning: the queue (65) is larger than the data set (64 images)" in capsys.readouterr().out
+
+
+def test_flat_folder_trains_and_says_that_nothing_is_measured(
+    flat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(flat, tmp_path / "run", "--run.steps", "8", "--run.eval_every", "1")
+    assert capsys.readouterr().out.count("retrieval is not measured") == 1
+    assert not names(tmp_path / "run") & {"results.json", "evaluations.jsonl"}
+
+
+def test_losses_depend_on_the_seed_and_not_on_the_workers(
+    flat: Path, tmp_path: Path, uninterrupted: Callable[[str], Path]
+) -> None:
+    expected = losses(records(uninterrupted("torch")))[:3]
+    assert losses(run(flat, tmp_path / "workers", "--data.workers", "2", "--run.steps", "3")) == expected
+    other = losses(run(flat, tmp_path / "seed", "--run.seed", "1", "--run.steps", "3"))
+    assert not {loss for _, loss, *_ in other} & {loss for _, loss, *_ in expected}
+
+
+class Process(NamedTuple):
+    """A run in a process of its own."""
+
+    folder: Path
+    handle: subprocess.Popen[str]
+
+
+@pytest.fixture(scope="module")
+def interrupted(flat: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Process]]:
+    """Three real commands, stopped in the first epoch: SIGKILL with either loader, and SIGTERM. Started together,
+    because most of their time goes into imports."""
+    runs = tmp_path_factory.mktemp("interrupted")
+    # OMP_NUM_THREADS: as `one_thread` here, for sums in another order would be other sums
+    plans = {"torch": signal.SIGKILL, "dali": signal.SIGKILL, "term": signal.SIGTERM}
+    processes = {}
+    for name in plans:
+        loader = "dali" if name == "dali" else "torch"
+        more = ("--data.loader", loader, "--run.save_minutes", "0", "--run.steps", str(STEPS))
+        command = [sys.executable, "-m", "fastcr.train", "synthetic", *flags(flat, runs / name, *more)]
+        handle = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        processes[name] = Process(runs / name, handle)
+    waiting, deadline = dict(processes), time.monotonic() + 120
+    while waiting and time.monotonic() < deadline:
+        for name, (folder, handle) in list(waiting.items()):
+            metrics = folder / "metrics.jsonl"
+            # the first step has been saved once the second is in the log
+            begun = metrics.exists() and len(metrics.read_text().splitlines()) >= 2
+            if begun or handle.poll() is not None:
+                handle.send_signal(plans[name])
+                del waiting[name]
+        time.sleep(0.005)
+    yield processes
+    for _, handle in processes.values():
+        handle.kill()
+        handle.communicate()
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_killed_run_goes_on_bit_for_bit(
+    loader: str, interrupted: dict[str, Process], uninterrupted: Callable[[str], Path]
+) -> None:
+    folder, handle = interrupted[loader]
+    _, errors = handle.communicate(timeout=60)
+    assert handle.returncode == -signal.SIGKILL, errors
+    assert state(folder)["step"] < STEPS
+    assert losses(resume(folder)) == losses(records(uninterrupted(loader)))
+    weights = (uninterrupted(loader) / "weights.safetensors").read_bytes()
+    assert (folder / "weights.safetensors").read_bytes() == weights
+
+
+def test_sigterm_saves_says_how_to_go_on_and_exits_143(
+    interrupted: dict[str, Process], uninterrupted: Callable[[str], Path]
+) -> None:
+    folder, handle = interrupted["term"]
+    output, errors = handle.communicate(timeout=60)
+    assert handle.returncode == 143
+    assert errors == ""  # no warning of a library either
+    stopped = state(folder)["step"]
+    assert f"stopped at step {stopped}; to go on: python -m fastcr.train --resume {folder}" in output
+    assert [record["step"] for record in records(folder)] == list(range(1, stopped + 1))
+    assert losses(resume(folder)) == losses(records(uninterrupted("torch")))
+    weights = (uninterrupted("torch") / "weights.safetensors").read_bytes()
+    assert (folder / "weights.safetensors").read_bytes() == weights
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_run_stopped_after_n_steps_goes_on_bit_for_bit_and_heals_a_torn_line(
+    loader: str, flat: Path, tmp_path: Path, uninterrupted: Callable[[str], Path]
+) -> None:
+    folder = tmp_path / "run"
+    run(flat, folder, "--data.loader", loader, "--run.steps", "5")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "loss": 1.0}\n{"step": 7, "lo')  # logged after the last save, then cut off by a kill
+    assert losses(resume(folder, "--run.steps", str(STEPS))) == losses(records(uninterrupted(loader)))
+    weights = (uninterrupted(loader) / "weights.safetensors").read_bytes()
+    assert (folder / "weights.safetensors").read_bytes() == weights
+
+
+def test_resumed_run_evaluates_an_epoch_once(birds: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(birds, folder, "--run.eval_every", "1", "--run.steps", "7")
+    early = (folder / "resume.pt").read_bytes()
+    resume(folder, "--run.steps", "9")
+    (folder / "resume.pt").write_bytes(early)  # as after a kill at step 9: the last save was before the evaluation
+    with (folder / "evaluations.jsonl").open("a") as file:
+        file.write('{"epoch": 2, "retr')
+    resume(folder, "--run.steps", "9")
+    lines = (folder / "evaluations.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1]
+
+
+def test_completed_run_is_only_evaluated(evaluated: Finished, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(evaluated.folder, tmp_path / "run"))
+    kept = ("metrics.jsonl", "weights.safetensors", "resume.pt", "init.safetensors", "results.json")
+    before = {name: (folder / name).read_bytes() for name in kept}
+    (folder / "results.json").unlink()
+    resume(folder)
+    assert {name: (folder / name).read_bytes() for name in kept} == before
+
+
+def test_resume_clears_what_a_killed_save_left(flat: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(flat, folder, "--run.steps", "1")
+    half = folder / ".resume.pt.tmp"
+    half.write_bytes(b"hundreds of megabytes for each kill")
+    resume(folder, "--run.steps", "2")
+    assert not half.exists()
+
+
+def test_resume_needs_nothing_of_the_initial_weights(flat: Path, tmp_path: Path) -> None:
+    start, folder = tmp_path / "start.pt", tmp_path / "run"
+    torch.save(build_backbone("resnet18", "layer3")[0].state_dict(), start)
+    run(flat, folder, "--model.weights", str(start), "--run.steps", "1")
+    start.unlink()
+    assert [record["step"] for record in resume(folder, "--run.steps", "2")] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("flag", "culprit"),
+    [(("--rationale.detectors", "5"), "branch.weight"), (("--moco.queue_size", "16"), "moco.queue")],
+)
+def test_resume_with_another_shape_is_refused(
+    flag: tuple[str, str], culprit: str, evaluated: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(evaluated.folder, tmp_path / "run"))
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    line = refused(lambda: resume(folder, *flag), capsys)
+    assert f"{folder}/resume.pt does not fit the settings of this run" in line
+    assert culprit in line
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def tensors(content: Any) -> Iterator[torch.Tensor]:
+    if isinstance(content, torch.Tensor):
+        yield content
+    elif isinstance(content, dict | list):
+        for value in content.values() if isinstance(content, dict) else content:
+            yield from tensors(value)
+
+
+def test_diverging_run_stops_and_keeps_the_last_good_checkpoint(
+    flat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    run(flat, folder, "--run.steps", "2")
+    line = refused(lambda: resume(folder, "--run.steps", "8", "--optim.lr", "1e38", "--run.log_every", "8"), capsys)
+    # the learning rate blows up the weights of step 3; whether its own loss or the next is named depends on them
+    assert "not a finite number from step 3 " in line or "not a finite number from step 4 " in line
+    assert f"the last good checkpoint is {folder}/resume.pt" in line
+    kept = state(folder)
+    assert kept["step"] == 2
+    assert all(tensor.isfinite().all() for tensor in tensors(kept) if tensor.is_floating_point())
+    assert [record["step"] for record in resume(folder, "--run.steps", "3")] == [1, 2, 3]
+
+
+def test_loss_that_is_no_number_is_named_though_it_is_seldom_read(
+    flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = iter(range(1, 100))
+
+    def third_is_nan(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, step.Losses]:
+        loss, parts = step.train_step(*args, **kwargs)
+        return (loss * torch.nan if next(steps) == 3 else loss), parts
+
+    monkeypatch.setattr(train, "train_step", third_is_nan)
+    line = refused(lambda: run(flat, tmp_path / "run", "--run.log_every", "7"), capsys)
+    assert "not a finite number from step 3 on" in line
+    assert "nothing had been saved yet" in line
+    assert "resume.pt" not in names(tmp_path / "run")
+
+
+@pytest.mark.parametrize("broken", ["torch.save", "safetensors.torch.save", "os.replace", "os.fsync"])
+def test_full_disk_leaves_the_last_good_files_and_nothing_else(
+    broken: str, flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    run(flat, folder, "--run.steps", "1")
+    before = names(folder)
+    files = {name: (folder / name).read_bytes() for name in ("resume.pt", "weights.safetensors")}
+
+    def full(*args: object, **kwargs: object) -> None:
+        for target in args:
+            if isinstance(target, Path) and target.suffix == ".tmp":
+                target.write_bytes(b"the first half")
+        raise OSError(28, os.strerror(28))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(broken, full)
+        line = refused(lambda: resume(folder, "--run.steps", "2"), capsys)
+    culprit = "weights.safetensors" if "safetensors" in broken else "resume.pt"
+    assert f"cannot save {folder / culprit}: [Errno 28] No space left on device" in line
+    assert (folder / culprit).read_bytes() == files[culprit]
+    assert names(folder) == before
+    assert [record["step"] for record in resume(folder, "--run.steps", "3")] == [1, 2, 3]
