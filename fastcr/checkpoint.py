@@ -44,20 +44,15 @@ def save_weights(path: Path, state: dict[str, Tensor], facts: dict[str, Any]) ->
 
 
 def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `save_weights` wrote. `UsageError` if the file is missing, broken or not fastcr's."""
-    state = read_state_dict(path)
-    facts = {}
+    """Read what `save_weights` wrote; no facts for a file of another kind. `UsageError` if it is missing or broken."""
+    state, facts = read_state_dict(path), {}
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
             try:
                 facts = json.loads((file.metadata() or {}).get("fastcr", "{}"))
             except ValueError:
                 facts = {}
-    if not facts or not isinstance(facts, dict):
-        raise UsageError(
-            f"{path} was not written by fastcr.train (no fastcr metadata); keys: {', '.join(sorted(state)[:3])}, ..."
-        )
-    return state, facts
+    return state, facts if isinstance(facts, dict) else {}
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from fastcr.config import ModelConfig, RationaleConfig, ReleasedConfig, UsageErr
 from fastcr.folders import ImageList, read_rgb
 from fastcr.moco import mean_pool
 from fastcr.rationale import Rationale
-from fastcr.released import ReleasedBranch
+from fastcr.released import ReleasedBranch, from_released_checkpoint, released_facts
 from fastcr.views import MEAN, STD, normalise
 
 Branch = Rationale | ReleasedBranch
@@ -69,8 +69,17 @@ def build_branch(
 
 
 def load_encoder(path: Path, device: torch.device) -> tuple[nn.Module, Branch | None, dict[str, Any]]:
-    """Encoder, branch and facts of a weights file. `UsageError` if it is none of fastcr's."""
+    """Encoder, branch and facts of one of fastcr's weights files or of the authors' released checkpoints.
+
+    `UsageError` if it is neither.
+    """
     state, facts = load_weights(path)
+    if "conv16.weight" in state:
+        facts = released_facts(state)
+        state = from_released_checkpoint(state)
+    if not facts:
+        keys = ", ".join(sorted(state)[:3])
+        raise UsageError(f"{path} was not written by fastcr.train (no fastcr metadata); its keys begin {keys}")
     try:
         backbone, channels = build_backbone(facts["backbone"], facts["last_stage"], stem_maxpool=facts["stem_maxpool"])
         rationale = RationaleConfig(

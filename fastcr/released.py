@@ -12,6 +12,8 @@ The released code also keeps a second head and queue on masked features that nev
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -94,6 +96,19 @@ def released_losses(
     return Losses(contrast, fit, spread / spread.sum(1, keepdim=True), features.detach(), key)
 
 
+def released_facts(state: dict[str, Tensor]) -> dict[str, Any]:
+    """What `embed.weights_facts` would say of a released checkpoint: ResNet-50 at 224 px, no stem max-pool in BYOL."""
+    return {
+        "backbone": "resnet50",
+        "last_stage": "layer4",
+        "stem_maxpool": any(key.startswith("encoder_q.") for key in state),
+        "detectors": len(state["conv16.weight"]),
+        "temperature": KL_TEMPERATURE["all"],
+        "attention": "batch-minmax",
+        "image_size": 224,
+    }
+
+
 def from_released_checkpoint(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Released MoCo or BYOL state dict (without `module.`) to fastcr's names: `backbone.*` and `branch.*`.
 
@@ -114,7 +129,7 @@ def from_released_checkpoint(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _torchvision_name(key: str) -> str:
-    """BYOL's encoder may be a plain Sequential of the ResNet's children: 0 conv1, 1 bn1, 4.. layer1.. (3: max-pool)."""
+    """BYOL's encoder may be a Sequential of the ResNet's children: 0 conv1, 1 bn1, 4.. layer1.. (3: the max-pool's)."""
     first, _, rest = key.partition(".")
     names = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
     return f"{names.get(first, first)}.{rest}"

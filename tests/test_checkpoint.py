@@ -28,6 +28,7 @@ from fastcr.checkpoint import (
     write_whole,
 )
 from fastcr.config import UsageError
+from fastcr.embed import load_encoder
 
 FACTS = {"backbone": "resnet18", "detectors": 4, "mean": [0.5, 0.25, 0.125], "temperature": 0.4}
 
@@ -151,7 +152,7 @@ def test_state_dict_is_found_and_unwrapped(wrap: Callable[[Any], Any], suffix: s
 def test_foreign_weights_are_refused_with_their_keys(tmp_path: Path) -> None:
     safetensors.torch.save_file({"other.weight": torch.ones(1)}, tmp_path / "w.safetensors")
     with pytest.raises(UsageError, match=r"no fastcr metadata.*other\.weight"):
-        load_weights(tmp_path / "w.safetensors")
+        load_encoder(tmp_path / "w.safetensors", torch.device("cpu"))
 
 
 def test_resume_state_comes_back_and_so_do_the_random_numbers(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastcr.backbone import build_backbone
 from fastcr.config import RationaleConfig, ReleasedConfig, UsageError
+from fastcr.embed import load_encoder
 from fastcr.kernels.info_nce import info_nce
 from fastcr.moco import MoCo
 from fastcr.released import ReleasedBranch, from_released_checkpoint, gradcam, released_losses
@@ -234,3 +235,25 @@ def test_other_checkpoints_are_refused_by_their_keys() -> None:
 def test_a_branch_without_an_encoder_is_refused() -> None:
     with pytest.raises(UsageError, match="not a released checkpoint"):
         from_released_checkpoint(branch_state())
+
+
+@pytest.mark.parametrize("kind", ["moco", "byol"])
+def test_a_released_checkpoint_is_evaluated_as_it_is(kind: str, tmp_path: Path) -> None:
+    backbone, channels = build_backbone("resnet50", stem_maxpool=kind == "moco")
+    branch = ReleasedBranch(channels, RationaleConfig(), ReleasedConfig())
+    encoder = {"moco": "module.encoder_q.", "byol": "online_encoder.0."}[kind]
+    state = {f"{encoder}{key}": value for key, value in backbone.state_dict().items()}
+    prefix = "module." if kind == "moco" else ""
+    state[f"{prefix}conv16.weight"] = branch.conv.weight.detach()
+    state |= {f"{prefix}bn16.{key}": value for key, value in branch.norm.state_dict().items()}
+    torch.save({"state_dict": state} if kind == "moco" else state, tmp_path / "released.pth")
+    loaded, loaded_branch, facts = load_encoder(tmp_path / "released.pth", torch.device("cpu"))
+    assert (facts["attention"], facts["stem_maxpool"]) == ("batch-minmax", kind == "moco")
+    assert isinstance(loaded_branch, ReleasedBranch)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        features, expected = loaded.eval()(images), backbone.eval()(images)
+        # another memory format, another order of the sums
+        torch.testing.assert_close(features, expected, atol=1e-3, rtol=0)
+        pooled = loaded_branch.eval().pool(expected).pooled
+        torch.testing.assert_close(pooled, branch.eval().pool(expected).pooled)
