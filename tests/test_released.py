@@ -256,4 +256,4 @@ def test_a_released_checkpoint_is_evaluated_as_it_is(kind: str, tmp_path: Path) 
         # another memory format, another order of the sums
         torch.testing.assert_close(features, expected, atol=1e-3, rtol=0)
         pooled = loaded_branch.eval().pool(expected).pooled
-        torch.testing.assert_close(pooled, branch.eval().pool(expected).pooled)
+        torch.testing.assert_close(pooled, branch.eval().pool(expected).pooled, atol=1e-3, rtol=1e-4)
