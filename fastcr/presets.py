@@ -19,13 +19,17 @@ from fastcr.config import (
 
 
 def synthetic() -> Config:
-    """Drawn birds, 16 classes that differ only in small parts; ResNet-18 from random weights at 64 px."""
+    """Drawn birds, 16 classes that differ only in small parts; ResNet-18 from random weights at 64 px.
+
+    A minute and a half on two CPU cores shows every part at work: both losses fall. It is far too short for features
+    fine enough to tell the classes: retrieval stays near chance (rank-1 6.25 %). From ImageNet weights it does not.
+    """
     return Config(
         preset="synthetic",
         data=DataConfig(image_size=64),
         model=ModelConfig(backbone="resnet18", last_stage="layer3", weights="none"),
-        optim=OptimConfig(epochs=8, batch_size=64, lr=0.06),
-        moco=MocoConfig(queue_size=1024, key_momentum=0.99, embedding_dim=128),
+        optim=OptimConfig(epochs=8, batch_size=64),
+        moco=MocoConfig(queue_size=256, key_momentum=0.99, embedding_dim=128),
     )
 
 
