@@ -217,7 +217,7 @@ def test_metrics_are_whole_and_consistent(uninterrupted: Callable[[str], Path]) 
         assert record["loss"] == pytest.approx(record["contrast_loss"] + record["fit_loss"], rel=1e-5)
         # the schedule follows the epochs, wherever --run.steps stops
         progress = (record["step"] - 1) / (4 * STEPS_PER_EPOCH)
-        assert record["lr"] == pytest.approx(0.03 * (1 + math.cos(math.pi * progress)))
+        assert record["lr"] == pytest.approx(PRESETS["synthetic"]().optim.lr * (1 + math.cos(math.pi * progress)) / 2)
         assert record["images_per_second"] > 0
         assert 0 < record["data_wait"] < 1
         assert 0 <= record["attention_entropy"] <= math.log(4) + 1e-5  # 32 px at stride 16: four positions
