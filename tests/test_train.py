@@ -23,6 +23,7 @@ from fastcr import step, train
 from fastcr.backbone import build_backbone
 from fastcr.checkpoint import load_weights
 from fastcr.config import load_config
+from fastcr.presets import PRESETS
 from fastcr.synthetic import write_synthetic
 
 # 64 training images make 8 steps an epoch; a queue of 20 is no multiple of the batch
