@@ -83,12 +83,12 @@ def _download(name: str) -> dict[str, Tensor]:
     except Exception as error:  # a proxy's page or a cut transfer fails anywhere in torch's reader
         file = weights.url.rsplit("/", 1)[1]
         folder = Path(torch.hub.get_dir()) / "checkpoints"
-        if not isinstance(error, URLError):
+        if not isinstance(error, URLError) and (folder / file).exists():
             raise UsageError(
                 f"the ImageNet weights {folder / file} are broken: remove that file to download it again"
             ) from None
         raise UsageError(
-            f"no network for the ImageNet weights ({error.reason}): put {file} into {folder}, or "
+            f"no network for the ImageNet weights ({getattr(error, 'reason', error)}): put {file} into {folder}, or "
             f"pass --model.weights /path/to/{file} (or --model.weights none)"
         ) from None
 

@@ -136,7 +136,10 @@ class RationaleConfig:
 
 @dataclass(frozen=True)
 class ReleasedConfig:
-    """The variant of the authors' released code (fastcr/released.py); replaces the rationale branch."""
+    """The variant of the authors' released code (fastcr/released.py).
+
+    It replaces the rationale branch: of that section, only detectors and fit_weight count.
+    """
 
     enabled: bool = False
     """Train with the released branch and fit loss."""
@@ -237,6 +240,9 @@ def one_line_errors(command: str) -> Iterator[None]:
     try:
         yield
     except UsageError as error:
+        print(f"{command}: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:  # a full disk, a folder taken away
         print(f"{command}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

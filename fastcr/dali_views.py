@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from nvidia.dali import fn, math, pipeline_def, types
 from PIL import Image
 
-from fastcr.folders import ImageList, read_rgb_or_next
+from fastcr.folders import ImageList, read_rgb, read_rgb_or_next
 from fastcr.views import (
     BadFiles,
     Batch,
@@ -29,6 +30,7 @@ from fastcr.views import (
 GREY = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 CHANNEL_SHIFT = np.array([0, 2 / 3, 1 / 3], dtype=np.float32)  # turns
 END_OF_JPEG = b"\xff\xd9"
+Encoded = tuple[np.ndarray, tuple[int, int], list[int]]
 Node = Any  # a DALI DataNode: a batch of samples inside the graph
 
 
@@ -63,7 +65,9 @@ def two_views(source: Iterator[tuple[Any, ...]], size: int, device: str) -> tupl
     """Encoded files and their `ViewParameters` to two uint8 `[size,size,3]` views on `device` ("cpu" or "gpu")."""
     encoded, *drawn = fn.external_source(source=source, num_outputs=1 + len(ViewParameters._fields))
     decoder = "mixed" if device == "gpu" else "cpu"
-    image = fn.decoders.image(encoded, device=decoder, output_type=types.RGB, adjust_orientation=False)
+    image = fn.decoders.image(
+        encoded, device=decoder, output_type=types.RGB, adjust_orientation=False, jpeg_fancy_upsampling=True
+    )
     views = []
     for view in (0, 1):
         p = ViewParameters(*(values[view] for values in drawn))
@@ -92,23 +96,24 @@ def two_views(source: Iterator[tuple[Any, ...]], size: int, device: str) -> tupl
     return views[0], views[1]
 
 
-def read_encoded(images: ImageList, index: int) -> tuple[np.ndarray, tuple[int, int], list[int]]:
+def read_encoded(images: ImageList, index: int) -> Encoded:
     """Bytes DALI is sure to decode, (height, width) in pixels, and the unreadable images passed over.
 
     A whole RGB or grey JPEG is handed over as it is; anything else is decoded here and handed over as PPM.
     """
     try:
         data = np.fromfile(images.path(index), dtype=np.uint8)
-        with Image.open(io.BytesIO(data.tobytes())) as image:
+        with Image.open(io.BytesIO(data.data)) as image:
             # some cameras and servers pad the file with zeros after its end
             if image.format == "JPEG" and image.mode in ("RGB", "L") and END_OF_JPEG in data[-64:].tobytes():
                 return data, (image.height, image.width), []
     except Exception:  # PIL raises whatever the broken bytes lead it to; the next line says what is wrong
         pass
-    return _read_decoded(images, index)
+    return read_decoded(images, index)
 
 
-def _read_decoded(images: ImageList, index: int) -> tuple[np.ndarray, tuple[int, int], list[int]]:
+def read_decoded(images: ImageList, index: int) -> Encoded:
+    """Image `index`, or the next readable one, decoded by PIL and handed over as PPM; as `read_encoded`."""
     picture, bad = read_rgb_or_next(images, index)
     header = b"P6 %d %d 255\n" % picture.size
     data = np.frombuffer(header + picture.tobytes(), dtype=np.uint8)
@@ -133,13 +138,17 @@ class DaliViews:
         self.images, self.image_size, self.batch_size, self.seed = images, image_size, batch_size, seed
         self.device, self.dtype, self.workers = device, dtype, max(workers, 1)
         self.bad = BadFiles(images, on_corrupt)
-        self._decode_here = False  # set for good once DALI has met a file it cannot decode
+        self._threads = ThreadPoolExecutor(self.workers)
+        self._undecodable: set[int] = set()  # sound ends, broken insides: PIL reads these, and names them
+
+    def _read(self, index: int) -> Encoded:
+        read = read_decoded if index in self._undecodable else read_encoded
+        return read(self.images, index)
 
     def _source(self, step: int) -> Iterator[tuple[Any, ...]]:
         while True:
             epoch, indices = step_indices(len(self.images), self.batch_size, self.seed, step)
-            read = _read_decoded if self._decode_here else read_encoded
-            files = [read(self.images, int(index)) for index in indices]
+            files = list(self._threads.map(self._read, indices.tolist()))
             for _, _, bad in files:
                 for index in bad:
                     self.bad.note(index)
@@ -169,13 +178,22 @@ class DaliViews:
                 stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
                 first, second = (torch.from_dlpack(view.as_tensor()) for view in pipeline.run(stream))
             except RuntimeError:
-                if self._decode_here:
+                ahead = [step_indices(len(self.images), self.batch_size, self.seed, step + i)[1] for i in range(3)]
+                broken = {index for index in np.concatenate(ahead).tolist() if self._is_broken(index)}
+                if broken <= self._undecodable:
                     raise
-                # a JPEG with sound ends and broken insides: from this step on PIL decodes, and names the file
-                self._decode_here = True
+                self._undecodable |= broken
                 pipeline = self._pipeline(step)
                 continue
-            yield Batch(normalise(first, self.dtype), normalise(second, self.dtype))
+            batch = Batch(normalise(first, self.dtype), normalise(second, self.dtype))
             if stream is not None:
                 used = stream.record_event()
+            yield batch
             step += 1
+
+    def _is_broken(self, index: int) -> bool:
+        try:
+            read_rgb(self.images.path(index))
+        except OSError:
+            return True
+        return False

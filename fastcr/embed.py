@@ -88,31 +88,39 @@ def load_encoder(path: Path, device: torch.device) -> tuple[nn.Module, Branch | 
         branch = build_branch(channels, rationale, ReleasedConfig(enabled=facts["attention"] == "batch-minmax"))
         modules = nn.ModuleDict({"backbone": backbone, **({"branch": branch} if branch else {})})
         modules.load_state_dict(state)
+        facts["image_size"] = int(facts["image_size"])
     except (KeyError, RuntimeError, ValueError, TypeError) as error:
         raise UsageError(f"{path} does not hold what its metadata says: {' '.join(str(error).split())[:200]}") from None
     modules.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return backbone, branch, facts
 
 
-class _TestImages(Dataset[Tensor]):
+class _TestImages(Dataset[Tensor | None]):
     """Index to the centre crop, uint8 `[S,S,3]`: shorter side to `round(S*8/7)`, then the central square.
 
-    An unreadable image gives an empty tensor.
+    None for an unreadable image.
     """
 
     def __init__(self, images: ImageList, size: int) -> None:
         self.images, self.size = images, size
 
-    def __getitem__(self, index: int) -> Tensor:
+    def __getitem__(self, index: int) -> Tensor | None:
         try:
             image = TF.pil_to_tensor(read_rgb(self.images.path(index)))
         except OSError:
-            return torch.empty(0)
+            return None
         image = TF.resize(image, [round(self.size * 8 / 7)], antialias=True)
         return TF.center_crop(image, [self.size, self.size]).permute(1, 2, 0)
 
     def __len__(self) -> int:
         return len(self.images)
+
+
+def _collate(crops: list[Tensor | None]) -> tuple[Tensor, list[int]]:
+    """The readable crops in one tensor (one shared file a batch, not one an image), and their places in the batch."""
+    readable = [i for i, crop in enumerate(crops) if crop is not None]
+    pixels = [crop for crop in crops if crop is not None]
+    return torch.stack(pixels) if pixels else torch.empty(0), readable
 
 
 @torch.inference_mode()
@@ -131,18 +139,18 @@ def embed(
     modules = nn.ModuleList([backbone] + ([branch] if branch else []))
     training = backbone.training
     modules.eval()
-    loader = DataLoader(_TestImages(images, image_size), batch_size=BATCH_SIZE, num_workers=workers, collate_fn=list)
+    loader = DataLoader(
+        _TestImages(images, image_size), batch_size=BATCH_SIZE, num_workers=workers, collate_fn=_collate
+    )
     # filled in place: the embeddings of 100,000 images are too large to be held twice
     mean = rationale = torch.empty(0)
     kept: list[int] = []
-    for number, crops in enumerate(
+    for number, (pixels, readable) in enumerate(
         track(loader, f"embedding, {title}", console=console, transient=True, disable=not console.is_terminal)
     ):
-        readable = [i for i, crop in enumerate(crops) if crop.numel()]
         if not readable:
             continue
-        pixels = torch.stack([crops[i] for i in readable]).to(device)
-        features = backbone(normalise(pixels, torch.float32))
+        features = backbone(normalise(pixels.to(device), torch.float32))
         if not kept:
             mean = torch.empty(len(images), features.shape[1])
             rationale = torch.empty_like(mean) if branch else rationale

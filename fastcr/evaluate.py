@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import tyro
@@ -20,22 +20,32 @@ from fastcr.config import UsageError, load_config, one_line_errors, parse, pick_
 from fastcr.embed import Branch, Embeddings, embed, load_encoder
 from fastcr.folders import ImageList, Splits, read_splits
 from fastcr.retrieval import retrieval
+from fastcr.runlog import read_records
 from fastcr.synthetic import write_synthetic
 
 Scores = dict[str, dict[str, float]]
 HISTORY = "evaluations.jsonl"  # of a run: one object an evaluation in between
 
 
-def score(embeddings: Embeddings, images: ImageList, device: torch.device) -> Scores:
+class Evaluation(NamedTuple):
+    """Scores of an encoder, and which images they leave out."""
+
+    scores: Scores
+    skipped: int  # images that are alone in their class: in the gallery, but no queries
+    unreadable: list[str]
+
+
+def score(embeddings: Embeddings, images: ImageList, device: torch.device) -> Evaluation:
     """Retrieval of both embeddings: `{"mean": {"rank1", "rank5", "mAP"}, "rationale": {...}}`, percent."""
     assert images.labels is not None
     labels = torch.tensor(images.labels)[embeddings.kept]
-    scores = {}
+    scores, skipped = {}, 0
     for name, vectors in (("mean", embeddings.mean), ("rationale", embeddings.rationale)):
         if vectors is not None:
             result = retrieval(vectors.to(device), labels)
             scores[name] = {"rank1": result.rank1, "rank5": result.rank5, "mAP": result.mAP}
-    return scores
+            skipped = result.skipped
+    return Evaluation(scores, skipped, embeddings.unreadable)
 
 
 def test_images(splits: Splits) -> ImageList | None:
@@ -46,8 +56,8 @@ def test_images(splits: Splits) -> ImageList | None:
 
 def evaluate_weights(
     path: Path, images: ImageList, device: torch.device, workers: int, console: Console, title: str
-) -> tuple[Scores, list[str]]:
-    """Retrieval scores of a weights file on `images`, and the files that could not be read."""
+) -> Evaluation:
+    """Retrieval with a weights file on `images`."""
     backbone, branch, facts = load_encoder(path, device)
     embeddings = embed(
         backbone,
@@ -59,7 +69,7 @@ def evaluate_weights(
         console=console,
         title=title,
     )
-    return score(embeddings, images, device), embeddings.unreadable
+    return score(embeddings, images, device)
 
 
 def evaluate_run(
@@ -71,21 +81,23 @@ def evaluate_run(
     console: Console,
 ) -> dict[str, Any]:
     """Content of `results.json`: scores of `weights`, those of the frozen initialisation, the best epoch measured."""
-    scores, unreadable = evaluate_weights(weights, images, device, workers, console, "trained")
+    scores, skipped, unreadable = evaluate_weights(weights, images, device, workers, console, "trained")
     for path in unreadable:
         console.print(f"unreadable image {path!r}: left out", soft_wrap=True, highlight=False)
+    if skipped:
+        console.print(f"{skipped} images are alone in their class: they are retrieved from, but are no queries")
     results: dict[str, Any] = {
         "folder": str(images.root),
         "images": len(images) - len(unreadable),
         "unreadable": len(unreadable),
+        "skipped": skipped,
         "classes": len(images.classes),
         "retrieval": scores,
     }
     if frozen is not None:
         results["frozen_init"] = {"retrieval": frozen}
-    history = weights.parent / HISTORY
-    if history.exists():
-        entries = [json.loads(line) for line in history.read_text().splitlines()]
+    history = read_records(weights.parent / HISTORY)
+    if entries := [entry for entry in history if entry.get("folder") == str(images.root)]:
         results["best_epoch"] = max(entries, key=lambda entry: list(entry["retrieval"].values())[-1]["rank1"])
     return results
 
@@ -101,7 +113,8 @@ class TrainingEvaluation:
     def _frozen(self, images: ImageList) -> Scores:
         if self.frozen is None:
             path = self.folder / "init.safetensors"
-            self.frozen, _ = evaluate_weights(path, images, self.device, self.workers, self.console, "frozen init")
+            frozen = evaluate_weights(path, images, self.device, self.workers, self.console, "frozen init")
+            self.frozen = frozen.scores
         return self.frozen
 
     def during(self, backbone: nn.Module, branch: Branch | None, image_size: int, epoch: int) -> None:
@@ -109,19 +122,20 @@ class TrainingEvaluation:
         if self.images is None:
             return
         frozen = self._frozen(self.images)
-        embeddings = embed(
-            backbone,
-            branch,
-            self.images,
-            image_size=image_size,
-            device=self.device,
-            workers=self.workers,
-            console=self.console,
-            title=f"epoch {epoch}",
-        )
-        scores = score(embeddings, self.images, self.device)
+        with torch.compiler.set_stance("force_eager"):  # not worth compiling for eval mode and another batch size
+            embeddings = embed(
+                backbone,
+                branch,
+                self.images,
+                image_size=image_size,
+                device=self.device,
+                workers=self.workers,
+                console=self.console,
+                title=f"epoch {epoch}",
+            )
+        scores = score(embeddings, self.images, self.device).scores
         with (self.folder / HISTORY).open("a") as file:
-            file.write(json.dumps({"epoch": epoch, "retrieval": scores}) + "\n")
+            file.write(json.dumps({"epoch": epoch, "folder": str(self.images.root), "retrieval": scores}) + "\n")
         for name, values in scores.items():
             line = f"  rank-1 {name} {values['rank1']:.2f} (frozen init {frozen[name]['rank1']:.2f})"
             below = "  warning: below the frozen init" if values["rank1"] < frozen[name]["rank1"] else ""
@@ -213,7 +227,7 @@ def main(args: Sequence[str] | None = None) -> None:
             raise UsageError("--data.workers must be at least 0")
         scores = None
         if frozen and frozen.is_file():
-            scores, _ = evaluate_weights(frozen, images, device, workers, console, "frozen init")
+            scores = evaluate_weights(frozen, images, device, workers, console, "frozen init").scores
         results = evaluate_run(weights, scores, images, device, workers, console)
         console.print(results_table(results))
         write_results(weights.parent / "results.json", results)

@@ -73,16 +73,18 @@ def read_splits(root: Path) -> Splits:
 
 def _class_folders(root: Path) -> ImageList:
     """Class folders below `root`, else the images that lie in `root` itself, unlabelled."""
-    classes = tuple(sorted(entry.name for entry in os.scandir(root) if entry.is_dir()))
+    classes = tuple(sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != "."))
     files, labels = [], []
     for label, name in enumerate(classes):
         found = [os.path.relpath(os.path.join(folder, file), root)
                  for folder, _, names in os.walk(root / name) for file in names if _is_image(folder, file)]  # fmt: skip
         files += sorted(found)
         labels += [label] * len(found)
+    flat = sorted(name for name in os.listdir(root) if _is_image(root, name))
+    if files and flat:
+        raise UsageError(f"{root} holds images and also folders of images ({files[0]!r}): keep one kind")
     if files:
         return ImageList(root, tuple(files), tuple(labels), classes)
-    flat = sorted(name for name in os.listdir(root) if _is_image(root, name))
     if not flat:
         raise UsageError(f"no images under {root} (looked for {' '.join(sorted(SUFFIXES))})")
     return ImageList(root, tuple(flat), None, ())
@@ -118,7 +120,7 @@ def _cub_archive(root: Path) -> Splits:
         return ImageList(
             root / "images",
             tuple(files[id_].strip() for id_ in ids),
-            tuple(int(labels[id_]) - 1 for id_ in ids),
+            tuple(classes.index(files[id_].split("/")[0]) for id_ in ids),
             classes,
         )
 

@@ -15,8 +15,8 @@ class Rationale(nn.Module):
 
     def __init__(self, channels: int, config: RationaleConfig, impl: Impl = "auto") -> None:
         super().__init__()
-        as_convolution = nn.Linear(channels, config.detectors)  # for torch's own initialisation
-        self.weight, self.bias = as_convolution.weight, as_convolution.bias
+        initial = nn.Linear(channels, config.detectors)  # initialised as a 1x1 convolution is
+        self.weight, self.bias = initial.weight, initial.bias
         self.config, self.impl = config, impl
 
     def fit(self, features: Tensor, gradient: Tensor, pool_weight: float) -> RationaleFit:

@@ -93,7 +93,7 @@ def released_losses(
     attention = branch.attention(features)
     fit = branch.fit(attention, gradcam(features, gradient))
     spread = attention.detach().flatten(1)
-    return Losses(contrast, fit, spread / spread.sum(1, keepdim=True), features.detach(), key)
+    return Losses(contrast, fit, spread / spread.sum(1, keepdim=True).clamp_min(1e-12), features.detach(), key)
 
 
 def released_facts(state: dict[str, Tensor]) -> dict[str, Any]:

@@ -36,9 +36,8 @@ def retrieval(embeddings: Tensor, labels: Tensor) -> Retrieval:
     """
     count = len(embeddings)
     labels = labels.to(embeddings.device)
-    # images sorted by class: the members of a class are a slice, and a query's relevant images need no search
+    # queries in the order of their classes: those of a class lie together, and so do their relevant images in `order`
     order = torch.argsort(labels, stable=True)
-    embeddings = embeddings[order]
     sizes = torch.unique_consecutive(labels[order], return_counts=True)[1].tolist()
     slices = [(end - size, end) for size, end in zip(sizes, itertools.accumulate(sizes), strict=True) if size > 1]
 
@@ -46,14 +45,14 @@ def retrieval(embeddings: Tensor, labels: Tensor) -> Retrieval:
     queries = 0
     chunk = max(CHUNK_BYTES // (4 * max(count, 1)), 1)
     for first in range(0, count, chunk):
-        similarity = embeddings[first : first + chunk] @ embeddings.T
-        rows = torch.arange(len(similarity), device=similarity.device)
-        similarity[rows, rows + first] = -torch.inf  # not the query itself: last of all
+        images = order[first : first + chunk]
+        similarity = embeddings[images] @ embeddings.T
+        similarity[torch.arange(len(images)), images] = -torch.inf  # not the query itself: last of all
         ranking = _sorted(similarity)
         for start, end in slices:
             low, high = max(start - first, 0), min(end - first, len(similarity))
             if low < high:
-                rank, ap = _ranks(similarity[low:high, start:end], ranking[low:high])
+                rank, ap = _ranks(similarity[low:high, order[start:end]], ranking[low:high])
                 rank1 += (rank <= 1).sum().item()
                 rank5 += (rank <= 5).sum().item()
                 precision += ap.sum().item()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import signal
 import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -28,6 +27,7 @@ from rich.progress import (
 from rich.text import Text
 from torch import Tensor
 
+from fastcr.checkpoint import write_whole
 from fastcr.config import UsageError
 
 SHOWN = {  # metric: its name on the bar's second line, and format
@@ -112,17 +112,20 @@ def describe(record: dict[str, Any]) -> str:
     return "  ".join(f"{label} {form.format(record[key])}" for key, (label, form) in SHOWN.items() if key in record)
 
 
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSONL file, without a line cut off by a kill; none if there is no file."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with suppress(ValueError):
+            records.append(json.loads(line))
+    return records
+
+
 def keep_records(path: Path, key: str, last: float) -> None:
     """Drop from a JSONL file the records whose `key` is beyond `last`, and a line cut off by a kill."""
-
-    def value(line: str) -> float:
-        try:
-            return json.loads(line)[key]
-        except (ValueError, KeyError, TypeError):
-            return math.inf
-
     if path.exists():
-        path.write_text("".join(f"{line}\n" for line in path.read_text().splitlines() if value(line) <= last))
+        kept = [record for record in read_records(path) if record[key] <= last]
+        write_whole(path, lambda file: file.write_text("".join(json.dumps(record) + "\n" for record in kept)))
 
 
 class Meter:
@@ -181,6 +184,8 @@ class StopSignal:
         self.received = 0
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received:  # a second Ctrl-C does not wait for the step
+            raise KeyboardInterrupt
         self.received = number
 
     def __enter__(self) -> StopSignal:

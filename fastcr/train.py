@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import sys
 import time
+import zlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from rich.console import Console
 from torch import nn
 
 from fastcr.backbone import build_backbone, load_initial_weights
-from fastcr.checkpoint import load_resume, random_states, save_resume, save_weights, set_random_states
+from fastcr.checkpoint import load_resume, random_states, save_resume, save_weights, set_random_states, write_whole
 from fastcr.config import (
     Config,
     UsageError,
@@ -51,6 +52,8 @@ def train(config: Config, console: Console, resume: Path | None = None) -> Path:
     bf16 = config.run.precision == "bf16" or (config.run.precision == "auto" and device.type == "cuda")
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
 
+    if config.data.root is None and config.preset != "synthetic":
+        raise UsageError(f"preset {config.preset} needs --data.root, the folder of its images")
     splits = read_splits(config.data.root or write_synthetic())
     steps_per_epoch = check_sizes(config, splits.train, console)
     total_steps = config.optim.epochs * steps_per_epoch
@@ -74,8 +77,8 @@ def train(config: Config, console: Console, resume: Path | None = None) -> Path:
         weight_decay=config.optim.weight_decay,
         fused=device.type == "cuda",
     )
-    start_step = restore(folder / "resume.pt", model, optimizer) if resume else 0
-    save_config(config, folder / "config.yaml")
+    start_step = restore(folder / "resume.pt", model, optimizer, fingerprint(splits.train)) if resume else 0
+    write_whole(folder / "config.yaml", partial(save_config, config))
     keep_records(folder / HISTORY, "epoch", start_step / steps_per_epoch)
     if config.run.compile is True or (config.run.compile == "auto" and device.type == "cuda"):
         moco.backbone.compile()
@@ -86,8 +89,9 @@ def train(config: Config, console: Console, resume: Path | None = None) -> Path:
     def save(step: int) -> None:
         watch.check(folder / "resume.pt")
         state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        save_resume(folder / "resume.pt", state | {"random": random_states()})
+        # resume.pt last: what it has passed is there
         save_weights(folder / "weights.safetensors", weights_of(moco.backbone, branch), facts)
+        save_resume(folder / "resume.pt", state | {"random": random_states(), "images": fingerprint(splits.train)})
 
     log = RunLog(folder, console, start_step=start_step, last_step=last_step, steps_per_epoch=steps_per_epoch)
     watch, warned, saved_at = LossWatch(trained, start_step), False, time.monotonic()
@@ -133,6 +137,7 @@ def train(config: Config, console: Console, resume: Path | None = None) -> Path:
                 go_on = f"stopped at step {step}; to go on: python -m fastcr.train --resume {folder}"
                 console.print(go_on, soft_wrap=True, highlight=False)
                 raise SystemExit(128 + stop.received)
+    del batches  # its processes and memory are not needed any more
     if views.bad.files:
         console.print(f"{len(views.bad.files)} unreadable training images were passed over", highlight=False)
     evaluation.at_the_end()
@@ -173,19 +178,27 @@ def new_folder(config: Config) -> Path:
     if (folder / "resume.pt").exists():
         raise UsageError(f"{folder} already holds a run: go on with --resume {folder}, or name another --run.dir")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=config.run.dir is not None)
         save_config(config, folder / "config.yaml")  # here, to find out early that it can be written
     except OSError as error:
         raise UsageError(f"cannot write into --run.dir {folder}: {error.strerror}") from None
     return folder
 
 
-def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Put a saved state back; returns the step it was saved after."""
+def fingerprint(images: ImageList) -> int:
+    """A number of the list of files: another list is another order of the images."""
+    return zlib.crc32("\n".join(images.files).encode(errors="surrogateescape"))
+
+
+def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, images: int) -> int:
+    """Put a saved state back; returns the step it was saved after. `images` is the fingerprint of today's images."""
     state = load_resume(path)
+    if state.get("images") != images:
+        raise UsageError(f"{path}: the training images are not those of this run: files came, went or moved")
     try:
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        # momentum comes back; the settings are today's
+        optimizer.load_state_dict({**state["optimizer"], "param_groups": optimizer.state_dict()["param_groups"]})
         set_random_states(state["random"])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]

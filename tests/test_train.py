@@ -490,7 +490,7 @@ def test_full_disk_leaves_the_last_good_files_and_nothing_else(
     folder = tmp_path / "run"
     run(flat, folder, "--run.steps", "1")
     before = names(folder)
-    files = {name: (folder / name).read_bytes() for name in ("resume.pt", "weights.safetensors")}
+    files = {name: (folder / name).read_bytes() for name in ("resume.pt", "weights.safetensors", "config.yaml")}
 
     def full(*args: object, **kwargs: object) -> None:
         for target in args:
@@ -501,8 +501,36 @@ def test_full_disk_leaves_the_last_good_files_and_nothing_else(
     with monkeypatch.context() as patch:
         patch.setattr(broken, full)
         line = refused(lambda: resume(folder, "--run.steps", "2"), capsys)
-    culprit = "weights.safetensors" if "safetensors" in broken else "resume.pt"
+    # a run that goes on writes its settings first
+    culprit = {"torch.save": "resume.pt", "safetensors.torch.save": "weights.safetensors"}.get(broken, "config.yaml")
     assert f"cannot save {folder / culprit}: [Errno 28] No space left on device" in line
     assert (folder / culprit).read_bytes() == files[culprit]
     assert names(folder) == before
     assert [record["step"] for record in resume(folder, "--run.steps", "3")] == [1, 2, 3]
+
+
+def test_resume_refuses_other_images(flat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = tmp_path / "images"
+    shutil.copytree(flat, images)
+    run(images, tmp_path / "run", "--run.steps", "1")
+    first = sorted(images.iterdir())[0]
+    first.rename(first.with_name("zz.jpg"))
+    assert "the training images are not those" in refused(lambda: resume(tmp_path / "run", "--run.steps", "2"), capsys)
+
+
+def test_run_stopped_between_its_last_two_saves_ends_well(flat: Path, tmp_path: Path) -> None:
+    """Whatever resume.pt has passed is in weights.safetensors too: it is written first."""
+    order: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("save_weights", "save_resume"):
+            original = getattr(train, name)
+            patch.setattr(train, name, lambda path, *rest, do=original: (order.append(path.name), do(path, *rest)))
+        run(flat, tmp_path / "run", "--run.steps", "1")
+    assert order[-2:] == ["weights.safetensors", "resume.pt"]
+
+
+def test_resume_takes_todays_settings_of_the_optimiser(flat: Path, tmp_path: Path) -> None:
+    run(flat, tmp_path / "run", "--run.steps", "1")
+    resume(tmp_path / "run", "--run.steps", "2", "--optim.weight_decay", "0.5")
+    (group,) = torch.load(tmp_path / "run" / "resume.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert group["weight_decay"] == 0.5
