@@ -5,7 +5,9 @@ Each docstring states what to expect. Where a figure has not been measured with 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from fastcr.config import (
     Config,
@@ -15,6 +17,10 @@ from fastcr.config import (
     OptimConfig,
     RationaleConfig,
     ReleasedConfig,
+    UsageError,
+    load_config,
+    parse,
+    validate,
 )
 
 
@@ -96,3 +102,36 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "inat2019": inat2019,
     "folder": folder,
 }
+
+
+def read_command_line(args: Sequence[str]) -> tuple[Config, Path | None]:
+    """`[PRESET | --resume RUN] [--section.field value ...]` to settings and the run to go on with."""
+    args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--resume=") else [arg])]
+    resume = None
+    if "--resume" in args:
+        at = args.index("--resume")
+        if at + 1 == len(args) or args[at + 1].startswith("--"):
+            raise UsageError("--resume needs a run folder")
+        resume = Path(args[at + 1])
+        if not resume.is_dir():
+            raise UsageError(f"no run folder {resume}")
+        default = load_config(resume / "config.yaml")
+        del args[at : at + 2]
+    else:
+        name = args.pop(0) if args and not args[0].startswith("-") else "synthetic"
+        if name not in PRESETS:
+            guess = difflib.get_close_matches(name, PRESETS, n=1)
+            hint = f"did you mean {guess[0]}?" if guess else f"there are {', '.join(PRESETS)}"
+            raise UsageError(f"no preset {name!r} ({hint})")
+        default = PRESETS[name]()
+    presets = "\n".join(f"  {name}: {(make.__doc__ or '').splitlines()[0]}" for name, make in PRESETS.items())
+    config = parse(
+        Config,
+        args,
+        default=default,
+        prog="python -m fastcr.train [PRESET | --resume RUN]",
+        description=f"Train common rationales on unlabelled images.\n\nPresets:\n{presets}",
+    )
+    if resume and (config.run.seed, config.optim.batch_size) != (default.run.seed, default.optim.batch_size):
+        raise UsageError("--run.seed and --optim.batch_size of a run cannot change: they order its images")
+    return validate(config), resume

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 import time
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -20,19 +20,16 @@ from fastcr.checkpoint import load_resume, random_states, save_resume, save_weig
 from fastcr.config import (
     Config,
     UsageError,
-    load_config,
     one_line_errors,
-    parse,
     pick_device,
     pick_workers,
     save_config,
-    validate,
 )
 from fastcr.embed import Branch, build_branch, weights_facts, weights_of
 from fastcr.evaluate import HISTORY, TrainingEvaluation
 from fastcr.folders import ImageList, read_splits
 from fastcr.moco import MoCo
-from fastcr.presets import PRESETS
+from fastcr.presets import read_command_line
 from fastcr.rationale import attention_entropy
 from fastcr.released import ReleasedBranch, released_losses
 from fastcr.runlog import LossWatch, Meter, RunLog, StopSignal, keep_records
@@ -48,7 +45,7 @@ def train(config: Config, console: Console, resume: Path | None = None) -> Path:
     Raises `UsageError` for settings, data or files that cannot work; `SystemExit` 143 or 130 after a SIGTERM or SIGINT,
     with everything saved.
     """
-    device = pick_device(config.run.device)
+    device, config = pick_device(config.run.device), settle_loader(config, console)
     bf16 = config.run.precision == "bf16" or (config.run.precision == "auto" and device.type == "cuda")
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
 
@@ -206,21 +203,33 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, imag
     return state["step"]
 
 
+def settle_loader(config: Config, console: Console) -> Config:
+    """`config` with `--data.loader auto` settled, so that a run goes on with the loader it began with."""
+    loader: Literal["dali", "torch"] = "torch"
+    if config.data.loader != "torch":
+        try:
+            import nvidia.dali  # noqa: F401
+
+            loader = "dali"
+        except ImportError:
+            if config.data.loader == "dali":
+                raise UsageError('--data.loader dali needs NVIDIA DALI: pip install "fastcr[dali]"') from None
+            console.print(
+                'DALI is not installed (pip install "fastcr[dali]"): loading with torchvision', soft_wrap=True
+            )
+    return replace(config, data=replace(config.data, loader=loader))
+
+
 def make_views(config: Config, images: ImageList, device: torch.device, dtype: torch.dtype, console: Console) -> Views:
     """The loader `--data.loader` asks for; says which one it took."""
     loader: Any = TorchViews
     name = "torchvision"
-    if config.data.loader != "torch":
-        try:
-            from nvidia import dali
+    if config.data.loader == "dali":
+        from nvidia import dali
 
-            from fastcr.dali_views import DaliViews
+        from fastcr.dali_views import DaliViews
 
-            loader, name = DaliViews, f"DALI {dali.__version__}"
-        except ImportError:
-            if config.data.loader == "dali":
-                raise UsageError('--data.loader dali needs NVIDIA DALI: pip install "fastcr[dali]"') from None
-            name += ' (DALI is not installed: pip install "fastcr[dali]")'
+        loader, name = DaliViews, f"DALI {dali.__version__}"
     console.print(f"loader: {name}; device: {device}; {len(images)} training images", highlight=False, soft_wrap=True)
     return loader(
         images,
@@ -250,39 +259,6 @@ def metrics_of(losses: Losses, branch: Branch | None) -> dict[str, float]:
         metrics["attention_entropy"] = attention_entropy(losses.attention).item()
         metrics["effective_detectors"] = branch.effective_detectors(losses.features).item()
     return metrics
-
-
-def read_command_line(args: Sequence[str]) -> tuple[Config, Path | None]:
-    """`[PRESET | --resume RUN] [--section.field value ...]` to settings and the run to go on with."""
-    args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--resume=") else [arg])]
-    resume = None
-    if "--resume" in args:
-        at = args.index("--resume")
-        if at + 1 == len(args) or args[at + 1].startswith("--"):
-            raise UsageError("--resume needs a run folder")
-        resume = Path(args[at + 1])
-        if not resume.is_dir():
-            raise UsageError(f"no run folder {resume}")
-        default = load_config(resume / "config.yaml")
-        del args[at : at + 2]
-    else:
-        name = args.pop(0) if args and not args[0].startswith("-") else "synthetic"
-        if name not in PRESETS:
-            guess = difflib.get_close_matches(name, PRESETS, n=1)
-            hint = f"did you mean {guess[0]}?" if guess else f"there are {', '.join(PRESETS)}"
-            raise UsageError(f"no preset {name!r} ({hint})")
-        default = PRESETS[name]()
-    presets = "\n".join(f"  {name}: {(make.__doc__ or '').splitlines()[0]}" for name, make in PRESETS.items())
-    config = parse(
-        Config,
-        args,
-        default=default,
-        prog="python -m fastcr.train [PRESET | --resume RUN]",
-        description=f"Train common rationales on unlabelled images.\n\nPresets:\n{presets}",
-    )
-    if resume and (config.run.seed, config.optim.batch_size) != (default.run.seed, default.optim.batch_size):
-        raise UsageError("--run.seed and --optim.batch_size of a run cannot change: they order its images")
-    return validate(config), resume
 
 
 def main(args: Sequence[str] | None = None) -> None:
