@@ -41,7 +41,7 @@ class RunConfig:
     device: str = "auto"
     """auto (CUDA when there is one, else the CPU), cpu, cuda or cuda:N."""
     kernels: Literal["auto", "triton", "torch"] = "auto"
-    """Implementation of the fused ops; auto takes the fastest the device has."""
+    """Implementation of the fused ops; auto: triton on CUDA, torch elsewhere."""
     compile: bool | Literal["auto"] = "auto"
     """torch.compile the encoders; auto: on CUDA only."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -184,7 +184,6 @@ def validate(config: Config) -> Config:
         "--moco.temperature must be above 0": config.moco.temperature > 0,
         "--moco.key_momentum must lie in [0, 1]": 0 <= config.moco.key_momentum <= 1,
         "--moco.embedding_dim must be at least 1": config.moco.embedding_dim >= 1,
-        "--run.kernels triton: this version has no Triton kernels, take auto": config.run.kernels != "triton",
         "--rationale.detectors must lie in 1..128": 1 <= config.rationale.detectors <= 128,
         "--rationale.temperature must be above 0": config.rationale.temperature > 0,
         "--rationale.fit_weight must be at least 0 and finite": 0 <= config.rationale.fit_weight < math.inf,

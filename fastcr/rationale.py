@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from fastcr.config import RationaleConfig
+from fastcr.kernels.launch import Impl
 from fastcr.kernels.rationale_fit import RationaleFit, rationale_fit
-from fastcr.kernels.rationale_pool import Impl, RationalePool, rationale_pool
+from fastcr.kernels.rationale_pool import RationalePool, rationale_pool
 
 
 class Rationale(nn.Module):

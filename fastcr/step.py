@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastcr.kernels.info_nce import info_nce
+from fastcr.kernels.launch import Impl
 from fastcr.moco import MoCo, mean_pool
 from fastcr.rationale import Rationale
 from fastcr.views import Batch
@@ -33,19 +34,25 @@ class LossFunction(Protocol):
 
 
 def contrast_losses(
-    moco: MoCo, batch: Batch, autocast: torch.autocast, *, branch: Rationale | None, temperature: float
+    moco: MoCo,
+    batch: Batch,
+    autocast: torch.autocast,
+    *,
+    branch: Rationale | None,
+    temperature: float,
+    impl: Impl = "auto",
 ) -> Losses:
     """Contrast loss of a batch and the branch's fit to its GradCAM; without a branch, plain MoCo v2."""
     with autocast:
         features = moco.backbone(batch.first)
     key = moco.key(batch.second, autocast)
     if branch is None:
-        contrast = info_nce(moco.query(mean_pool(features)), key, moco.queue, temperature=temperature)
+        contrast = info_nce(moco.query(mean_pool(features)), key, moco.queue, temperature=temperature, impl=impl)
         return Losses(contrast.mean(), None, None, features.detach(), key)
 
     # the fit hands the pooling gradient to the features in its own pass, so pooling is cut off from them here
     pooled = mean_pool(features.detach()).requires_grad_()
-    contrast = info_nce(moco.query(pooled), key, moco.queue, temperature=temperature)
+    contrast = info_nce(moco.query(pooled), key, moco.queue, temperature=temperature, impl=impl)
     (gradient,) = torch.autograd.grad(contrast.sum(), pooled, retain_graph=True)
     fit = branch.fit(features, gradient, pool_weight=1 / len(pooled))
     return Losses(contrast.mean(), fit.divergence.mean(), fit.attention, features.detach(), key)

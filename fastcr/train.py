@@ -28,6 +28,7 @@ from fastcr.config import (
 from fastcr.embed import Branch, build_branch, weights_facts, weights_of
 from fastcr.evaluate import HISTORY, TrainingEvaluation
 from fastcr.folders import ImageList, read_splits
+from fastcr.kernels.launch import Impl, use_triton
 from fastcr.moco import MoCo
 from fastcr.presets import read_command_line
 from fastcr.rationale import attention_entropy
@@ -51,6 +52,7 @@ def train(config: Config, console: Console, resume: Path | None = None) -> Path:
 
     if config.data.root is None and config.preset != "synthetic":
         raise UsageError(f"preset {config.preset} needs --data.root, the folder of its images")
+    check_kernels(config.run.kernels, device)
     splits = read_splits(config.data.root or write_synthetic())
     steps_per_epoch = check_sizes(config, splits.train, console)
     total_steps = config.optim.epochs * steps_per_epoch
@@ -140,6 +142,14 @@ def train(config: Config, console: Console, resume: Path | None = None) -> Path:
     evaluation.at_the_end()
     console.print(f"run folder: {folder}", soft_wrap=True, highlight=False)
     return folder
+
+
+def check_kernels(impl: Impl, device: torch.device) -> None:
+    """`UsageError` where the implementation `--run.kernels` names cannot serve tensors on `device`."""
+    try:
+        use_triton(impl, {"features": torch.empty(0, device=device)})
+    except ValueError as error:
+        raise UsageError(f"--run.kernels {impl}: {error}") from None
 
 
 def check_sizes(config: Config, images: ImageList, console: Console) -> int:
@@ -248,7 +258,7 @@ def pick_loss_function(config: Config, branch: Branch | None) -> LossFunction:
     temperature = config.moco.temperature
     if isinstance(branch, ReleasedBranch):
         return partial(released_losses, branch=branch, temperature=temperature)
-    return partial(contrast_losses, branch=branch, temperature=temperature)
+    return partial(contrast_losses, branch=branch, temperature=temperature, impl=config.run.kernels)
 
 
 def metrics_of(losses: Losses, branch: Branch | None) -> dict[str, float]:

@@ -9,8 +9,9 @@
 
 A [B,C,S] features at S = H*W positions, g [B,C] gradient of each image's own contrast loss by its mean-pooled
 features, w [K,C] detectors, c [K] their biases, tau temperature. Backward: dKL_b/dL_b(s) = Q_b(s) - P_b(s).
-Least bytes in 16 bits: forward, A read once, `2 B C S`; backward, A read once and its gradient written once, `4 B C S`.
-The reference here reads A twice and materialises the `[B,K,S]` logits.
+Least bytes in 16 bits: forward, A read once, `2 B C S`; backward, A read once and its gradient written once, `4 B C S`
+(the reference reads A twice and materialises the `[B,K,S]` logits). With `stop_gradient` the features' gradient is that
+of pooling, the same at every place: it is an expanded `[B,C]`, and the backward only reads.
 """
 
 from __future__ import annotations
@@ -20,7 +21,25 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fastcr.kernels.rationale_pool import Impl, attention_logits, check_features
+from fastcr.kernels.detectors import (
+    attention_logits,
+    block_sizes,
+    check_features,
+    dot_settings,
+    images_of,
+    named,
+    rows_of,
+    spread_gradients,
+)
+from fastcr.kernels.launch import Impl, use_triton
+
+try:
+    import triton
+    import triton.language as tl
+
+    from fastcr.kernels.detectors import masked_softmax, tile_logits
+except ImportError:
+    triton = None
 
 Target = Literal["max-softmax", "sum"]
 CamSign = Literal["score", "loss"]
@@ -92,6 +111,139 @@ def rationale_fit_reference(
     return RationaleFit(divergence, log_attention.detach().exp(), probability)
 
 
+if triton is not None:
+
+    @triton.jit
+    def _fit_kernel(
+        features, gradient, detectors, bias, divergence, attention, target, winners, S, C, K, inverse_temperature, sign,
+        BLOCK_S: tl.constexpr, BLOCK_ALL: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+        HAS_BIAS: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    ):  # fmt: skip
+        """One image: logits and slopes tile by tile from one read, then both distributions and their divergence."""
+        b = tl.program_id(0).to(tl.int64)
+        row = b * S
+        for start in range(0, S, BLOCK_S):
+            s = start + tl.arange(0, BLOCK_S)
+            high, winner, slope = tile_logits(
+                features + row * C, detectors, bias, s, S, C, K, BLOCK_S, BLOCK_K, BLOCK_C, HAS_BIAS, PRECISION, UPCAST,
+                gradient + b * C, True,
+            )  # fmt: skip
+            tl.store(attention + row + s, high * inverse_temperature, mask=s < S)
+            tl.store(target + row + s, slope * sign, mask=s < S)
+            tl.store(winners + row + s, winner, mask=s < S)
+        tl.debug_barrier()
+        s = tl.arange(0, BLOCK_ALL)
+        inside = s < S
+        logits = tl.load(attention + row + s, mask=inside, other=0.0)
+        cam = tl.load(target + row + s, mask=inside, other=0.0)
+        tl.debug_barrier()
+        bad = tl.sum(tl.where(cam - cam == 0, 0, 1), axis=0) > 0  # relu would hide an infinity of the other sign
+        cam = tl.where(cam > 0, cam, 0.0)
+        if SUM:
+            mass = tl.sum(cam, axis=0)
+            p = tl.where(mass == 0, 1.0 / S, cam / tl.where(mass == 0, 1.0, mass))
+            p = tl.where(bad, float("nan"), tl.where(inside, p, 0.0))
+        else:
+            peak = tl.max(cam, axis=0)
+            cam = cam / tl.where(peak == 0, 1.0, peak) * inverse_temperature
+            p = masked_softmax(tl.where(bad, float("nan"), cam), inside)
+        broken = tl.sum(tl.where(inside & (logits != logits), 1, 0), axis=0) > 0
+        high = tl.max(tl.where(inside, logits, float("-inf")), axis=0)
+        mass = tl.sum(tl.where(inside, tl.exp(logits - high), 0.0), axis=0)
+        log_q = tl.where(broken, float("nan"), logits - high - tl.log(mass))
+        log_p = tl.log(tl.where(p > 0, p, 1.0))
+        kl = tl.sum(tl.where(inside, p * (log_p - log_q), 0.0), axis=0)
+        tl.store(attention + row + s, tl.exp(log_q), mask=inside)
+        tl.store(target + row + s, p, mask=inside)
+        tl.store(divergence + b, kl)
+
+
+@torch.library.custom_op("fastcr::rationale_fit", mutates_args=())
+def _fused(
+    features: Tensor, gradient: Tensor, detectors: Tensor, bias: Tensor | None, temperature: float, target: str,
+    cam_sign: str, pool_weight: float, stop_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """KL `[B]`, attention and target `[B,S]` (fp32), winning detectors `[B,S]` (int32)."""
+    rows, detectors = rows_of(features), detectors.contiguous()
+    batch, positions, channels = rows.shape
+    divergence = rows.new_empty(batch, dtype=torch.float32)
+    attention, probability = (rows.new_empty(batch, positions, dtype=torch.float32) for _ in range(2))
+    winners = rows.new_empty(batch, positions, dtype=torch.int32)
+    if batch:
+        _fit_kernel[(batch,)](
+            rows, gradient.float().contiguous(), detectors, rows if bias is None else bias.contiguous(),
+            divergence, attention, probability, winners, positions, channels, len(detectors), 1 / temperature,
+            1.0 if cam_sign == "loss" else -1.0,
+            BLOCK_ALL=max(triton.next_power_of_2(positions), 16), HAS_BIAS=bias is not None, SUM=target == "sum",
+            num_warps=8, **block_sizes(positions, len(detectors)), **dot_settings(rows),
+        )  # fmt: skip
+    return divergence, attention, probability, winners
+
+
+@_fused.register_fake
+def _(
+    features: Tensor, gradient: Tensor, detectors: Tensor, bias: Tensor | None, temperature: float, target: str,
+    cam_sign: str, pool_weight: float, stop_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    batch, _, height, width = features.shape
+    attention = features.new_empty(batch, height * width, dtype=torch.float32)
+    winners = torch.empty_like(attention, dtype=torch.int32)
+    return attention.new_empty(batch), attention, torch.empty_like(attention), winners
+
+
+@torch.library.custom_op("fastcr::rationale_fit_backward", mutates_args=())
+def _fused_backward(
+    by_divergence: Tensor, features: Tensor, gradient: Tensor, detectors: Tensor, attention: Tensor, target: Tensor,
+    winners: Tensor, temperature: float, pool_weight: float, write: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    rows, detectors = rows_of(features), detectors.contiguous()
+    batch, positions, _ = rows.shape
+    if not batch:
+        by_detectors = torch.zeros_like(detectors, dtype=torch.float32)
+        by_features = torch.empty_like(features) if write else features.new_empty(0)
+        return by_features, by_detectors, by_detectors.new_zeros(len(detectors))
+    by_logits = (by_divergence / temperature)[:, None] * (attention - target)
+    spread = torch.full_like(attention, pool_weight / positions)
+    by_rows, by_detectors, by_bias = spread_gradients(
+        rows, detectors, winners, by_logits, spread, gradient.float().contiguous(), write
+    )
+    return images_of(by_rows, features) if write else by_rows, by_detectors, by_bias
+
+
+@_fused_backward.register_fake
+def _(
+    by_divergence: Tensor, features: Tensor, gradient: Tensor, detectors: Tensor, attention: Tensor, target: Tensor,
+    winners: Tensor, temperature: float, pool_weight: float, write: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    by_detectors = detectors.new_empty(detectors.shape, dtype=torch.float32)
+    by_features = images_of(torch.empty_like(rows_of(features)), features) if write else features.new_empty(0)
+    return by_features, by_detectors, by_detectors.new_empty(len(detectors))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    features, gradient, detectors, bias, ctx.temperature, _, _, ctx.pool_weight, ctx.stop_gradient = inputs
+    _, attention, target, winners = output
+    ctx.mark_non_differentiable(attention, target, winners)
+    ctx.save_for_backward(features, gradient, detectors, attention, target, winners)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, by_divergence: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
+    features, gradient, detectors, *maps = ctx.saved_tensors
+    write = ctx.needs_input_grad[0] and not ctx.stop_gradient
+    by_features, by_detectors, by_bias = _fused_backward(
+        by_divergence, features, gradient, detectors, *maps, ctx.temperature, ctx.pool_weight, write
+    )
+    if not write:  # pooling alone: the same at every place, so nothing is written at all
+        by_pooled = (gradient * ctx.pool_weight / maps[0].shape[1]).to(features.dtype)
+        by_features = by_pooled[:, :, None, None].expand_as(features) if ctx.pool_weight else None
+    bias = None if ctx.bias_dtype is None else by_bias.to(ctx.bias_dtype)
+    return by_features, None, by_detectors.to(detectors.dtype), bias, None, None, None, None, None
+
+
+_fused.register_autograd(_backward, setup_context=_save)
+
+
 def rationale_fit(
     features: Tensor,
     gradient: Tensor,
@@ -139,8 +291,9 @@ def rationale_fit(
         raise ValueError(f"target must be 'max-softmax' or 'sum', got {target!r}")
     if cam_sign not in ("score", "loss"):
         raise ValueError(f"cam_sign must be 'score' or 'loss', got {cam_sign!r}")
-    if impl not in ("auto", "torch"):
-        raise ValueError(f"impl must be 'auto' or 'torch' (rationale_fit has no other implementation), got {impl!r}")
+    if use_triton(impl, named(features=features, gradient=gradient, detectors=detectors, bias=bias)):
+        results = _fused(features, gradient, detectors, bias, temperature, target, cam_sign, pool_weight, stop_gradient)
+        return RationaleFit(*results[:3])
     return rationale_fit_reference(
         features,
         gradient,

@@ -3,19 +3,41 @@
     Q_b(s) = softmax_s(max_k(w_k . A_b(s) + c_k) / tau),   pooled_b = sum_s Q_b(s) A_b(s)
 
 A [B,C,S] features at S = H*W positions, w [K,C] detectors, c [K] their biases, tau temperature.
-Least bytes: A read once, `2 B C S` in 16 bits; the reference here reads it twice and materialises the `[B,K,S]` logits.
+Least bytes: A read once, `2 B C S` in 16 bits (the reference reads it twice and materialises the `[B,K,S]` logits).
+
+One program an image: all detectors at a tile of positions in one product, their maximum in registers, the softmax over
+all positions, and the pooling from an image that is still in the cache. Backward, with k the winning detector:
+
+    dQ(s) = dpooled . A(s) + dattention(s),   dL(s) = Q(s) (dQ(s) - sum_s Q dQ) / tau
+    dA(s) = Q(s) dpooled + dL(s) w_k,   dw_k = sum dL(s) A(s),   dc_k = sum dL(s)
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-Impl = Literal["auto", "triton", "torch"]
-MAX_DETECTORS = 128
-MAX_POSITIONS = 4096
+from fastcr.kernels.detectors import (
+    attention_logits,
+    block_sizes,
+    check_features,
+    dot_settings,
+    images_of,
+    named,
+    rows_of,
+    spread_gradients,
+)
+from fastcr.kernels.launch import Impl, use_triton
+
+try:
+    import triton
+    import triton.language as tl
+
+    from fastcr.kernels.detectors import masked_softmax, tile_logits
+except ImportError:
+    triton = None
 
 
 class RationalePool(NamedTuple):
@@ -25,14 +47,6 @@ class RationalePool(NamedTuple):
     """`[B,C]`, not normalised."""
     attention: Tensor
     """`[B,S]`, each row sums to 1."""
-
-
-def attention_logits(features: Tensor, detectors: Tensor, bias: Tensor | None) -> Tensor:
-    """`max_k(w_k . A_b(s) + c_k)`, `[B,S]`, from features `[B,C,S]`."""
-    logits = torch.einsum("kc,bcs->bks", detectors, features)
-    if bias is not None:
-        logits = logits + bias[:, None]
-    return logits.amax(1)
 
 
 def rationale_pool_reference(
@@ -47,26 +61,153 @@ def rationale_pool_reference(
         return RationalePool(torch.einsum("bs,bcs->bc", attention, features), attention)
 
 
-def check_features(features: Tensor, detectors: Tensor, bias: Tensor | None, temperature: float) -> None:
-    """Raise `ValueError`, naming the argument, unless features, detectors and bias fit each other."""
-    if features.ndim != 4 or not features.is_floating_point():
-        raise ValueError(f"features must be a floating-point [B,C,H,W], got {features.dtype} {list(features.shape)}")
-    channels, positions = features.shape[1], features.shape[2] * features.shape[3]
-    if not 1 <= positions <= MAX_POSITIONS:
-        raise ValueError(f"features must have 1 to {MAX_POSITIONS} positions (H*W), got {positions}")
-    if detectors.ndim != 2 or detectors.shape[1] != channels or not 1 <= detectors.shape[0] <= MAX_DETECTORS:
-        raise ValueError(f"detectors must be [K,{channels}] with K in 1..{MAX_DETECTORS}, got {list(detectors.shape)}")
-    if bias is not None and bias.shape != detectors.shape[:1]:
-        raise ValueError(f"bias must be [{detectors.shape[0]}] like detectors, got {list(bias.shape)}")
-    for name, tensor in (("detectors", detectors), ("bias", bias)):
-        if tensor is None:
-            continue
-        if tensor.device != features.device:
-            raise ValueError(f"{name} must be on {features.device} like features, got {tensor.device}")
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} must be floating-point, got {tensor.dtype}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
+if triton is not None:
+
+    @triton.jit
+    def _pool_kernel(
+        features, detectors, bias, pooled, attention, winners, S, C, K, inverse_temperature,
+        BLOCK_S: tl.constexpr, BLOCK_ALL: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+        HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    ):  # fmt: skip
+        """One image: logits tile by tile, softmax over all positions, pooling from the cache."""
+        b = tl.program_id(0).to(tl.int64)
+        image, row = features + b * S * C, b * S
+        everywhere = tl.arange(0, BLOCK_ALL)
+        for start in range(0, S, BLOCK_S):
+            s = start + tl.arange(0, BLOCK_S)
+            high, winner, _ = tile_logits(
+                image, detectors, bias, s, S, C, K, BLOCK_S, BLOCK_K, BLOCK_C, HAS_BIAS, PRECISION, UPCAST, image, False
+            )
+            tl.store(attention + row + s, high * inverse_temperature, mask=s < S)
+            tl.store(winners + row + s, winner, mask=s < S)
+        tl.debug_barrier()
+        logits = tl.load(attention + row + everywhere, mask=everywhere < S, other=0.0)
+        q = masked_softmax(logits, everywhere < S)
+        tl.debug_barrier()
+        tl.store(attention + row + everywhere, q, mask=everywhere < S)
+        tl.debug_barrier()
+        for start in range(0, C, BLOCK_C):
+            c = start + tl.arange(0, BLOCK_C)
+            sums = tl.zeros([BLOCK_C], tl.float32)
+            for first in range(0, S, BLOCK_S):
+                s = first + tl.arange(0, BLOCK_S)
+                a = tl.load(image + s[:, None] * C + c[None, :], mask=(s < S)[:, None] & (c < C)[None, :], other=0.0)
+                if UPCAST:
+                    a = a.to(tl.float32)
+                weight = tl.load(attention + row + s, mask=s < S, other=0.0)
+                sums += tl.sum(a.to(tl.float32) * weight[:, None], axis=0)
+            tl.store(pooled + b * C + c, sums, mask=c < C)
+
+    @triton.jit
+    def _attention_gradient_kernel(
+        features, attention, by_pooled, by_attention, by_logits, S, C, inverse_temperature,
+        BLOCK_S: tl.constexpr, BLOCK_ALL: tl.constexpr, BLOCK_C: tl.constexpr, UPCAST: tl.constexpr,
+    ):  # fmt: skip
+        """One image: gradient of the largest logits from those of the pooled features and of the attention."""
+        b = tl.program_id(0).to(tl.int64)
+        image, row = features + b * S * C, b * S
+        everywhere = tl.arange(0, BLOCK_ALL)
+        for first in range(0, S, BLOCK_S):
+            s = first + tl.arange(0, BLOCK_S)
+            by_q = tl.load(by_attention + row + s, mask=s < S, other=0.0)
+            for start in range(0, C, BLOCK_C):
+                c = start + tl.arange(0, BLOCK_C)
+                a = tl.load(image + s[:, None] * C + c[None, :], mask=(s < S)[:, None] & (c < C)[None, :], other=0.0)
+                if UPCAST:
+                    a = a.to(tl.float32)
+                d = tl.load(by_pooled + b * C + c, mask=c < C, other=0.0)
+                by_q += tl.sum(a.to(tl.float32) * d[None, :], axis=1)
+            tl.store(by_logits + row + s, by_q, mask=s < S)
+        tl.debug_barrier()
+        q = tl.load(attention + row + everywhere, mask=everywhere < S, other=0.0)
+        by_q = tl.load(by_logits + row + everywhere, mask=everywhere < S, other=0.0)
+        tl.debug_barrier()
+        by_logit = q * (by_q - tl.sum(q * by_q, axis=0)) * inverse_temperature
+        tl.store(by_logits + row + everywhere, by_logit, mask=everywhere < S)
+
+
+@torch.library.custom_op("fastcr::rationale_pool", mutates_args=())
+def _fused(
+    features: Tensor, detectors: Tensor, bias: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pooled `[B,C]`, attention `[B,S]` (fp32), winning detectors `[B,S]` (int32)."""
+    rows, detectors = rows_of(features), detectors.contiguous()
+    batch, positions, channels = rows.shape
+    pooled = rows.new_empty(batch, channels, dtype=torch.float32)
+    attention = rows.new_empty(batch, positions, dtype=torch.float32)
+    winners = rows.new_empty(batch, positions, dtype=torch.int32)
+    if batch:
+        _pool_kernel[(batch,)](
+            rows, detectors, rows if bias is None else bias.contiguous(), pooled, attention, winners,
+            positions, channels, len(detectors), 1 / temperature,
+            BLOCK_ALL=max(triton.next_power_of_2(positions), 16), HAS_BIAS=bias is not None, num_warps=4,
+            **block_sizes(positions, len(detectors)), **dot_settings(rows),
+        )  # fmt: skip
+    return pooled, attention, winners
+
+
+@_fused.register_fake
+def _(features: Tensor, detectors: Tensor, bias: Tensor | None, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    batch, channels, height, width = features.shape
+    pooled = features.new_empty(batch, channels, dtype=torch.float32)
+    attention = features.new_empty(batch, height * width, dtype=torch.float32)
+    return pooled, attention, torch.empty_like(attention, dtype=torch.int32)
+
+
+@torch.library.custom_op("fastcr::rationale_pool_backward", mutates_args=())
+def _fused_backward(
+    by_pooled: Tensor, by_attention: Tensor, features: Tensor, detectors: Tensor, attention: Tensor, winners: Tensor,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    rows, detectors = rows_of(features), detectors.contiguous()
+    batch, positions, channels = rows.shape
+    if not batch:
+        return (
+            torch.empty_like(features),
+            torch.zeros_like(detectors, dtype=torch.float32),
+            attention.new_zeros(len(detectors)),
+        )
+    by_pooled = by_pooled.contiguous()
+    by_logits = torch.empty_like(attention)
+    blocks = block_sizes(positions, len(detectors))
+    del blocks["BLOCK_K"]
+    _attention_gradient_kernel[(batch,)](
+        rows, attention, by_pooled, by_attention.contiguous(), by_logits, positions, channels, 1 / temperature,
+        BLOCK_ALL=max(triton.next_power_of_2(positions), 16), UPCAST=dot_settings(rows)["UPCAST"], num_warps=4,
+        **blocks,
+    )  # fmt: skip
+    by_rows, by_detectors, by_bias = spread_gradients(rows, detectors, winners, by_logits, attention, by_pooled, True)
+    return images_of(by_rows, features), by_detectors, by_bias
+
+
+@_fused_backward.register_fake
+def _(
+    by_pooled: Tensor, by_attention: Tensor, features: Tensor, detectors: Tensor, attention: Tensor, winners: Tensor,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    by_detectors = detectors.new_empty(detectors.shape, dtype=torch.float32)
+    by_features = torch.empty_like(rows_of(features))
+    return images_of(by_features, features), by_detectors, by_detectors.new_empty(len(detectors))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    features, detectors, bias, temperature = inputs
+    _, attention, winners = output
+    ctx.mark_non_differentiable(winners)
+    ctx.save_for_backward(features, detectors, attention, winners)
+    ctx.temperature, ctx.bias_dtype = temperature, None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, by_pooled: Tensor, by_attention: Tensor, unused: Any) -> tuple[Tensor | None, ...]:
+    features, detectors, attention, winners = ctx.saved_tensors
+    by_features, by_detectors, by_bias = _fused_backward(
+        by_pooled, by_attention, features, detectors, attention, winners, ctx.temperature
+    )
+    bias = None if ctx.bias_dtype is None else by_bias.to(ctx.bias_dtype)
+    return by_features, by_detectors.to(detectors.dtype), bias, None
+
+
+_fused.register_autograd(_backward, setup_context=_save)
 
 
 def rationale_pool(
@@ -94,6 +235,7 @@ def rationale_pool(
         ValueError: shapes, dtypes or devices do not fit, or `impl` cannot serve these tensors.
     """
     check_features(features, detectors, bias, temperature)
-    if impl not in ("auto", "torch"):
-        raise ValueError(f"impl must be 'auto' or 'torch' (rationale_pool has no other implementation), got {impl!r}")
-    return rationale_pool_reference(features, detectors, bias, temperature=temperature)
+    if not use_triton(impl, named(features=features, detectors=detectors, bias=bias)):
+        return rationale_pool_reference(features, detectors, bias, temperature=temperature)
+    pooled, attention, _ = _fused(features, detectors, bias, temperature)
+    return RationalePool(pooled, attention)

@@ -341,7 +341,10 @@ def test_auto_loader_without_dali_says_so_once(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_triton_kernels_on_the_cpu(flat: Path, tmp_path: Path, mistake: Callable[..., str]) -> None:
+def test_triton_kernels_on_the_cpu(
+    flat: Path, tmp_path: Path, mistake: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastcr.kernels.launch.INTERPRET", False)
     args = (*TINY, "--data.root", flat, "--run.dir", tmp_path / "run", "--run.kernels", "triton")
     assert "--run.kernels triton" in mistake(train.main, *args)
 

@@ -1,0 +1,208 @@
+"""What the rationale ops share: how detectors meet features, forward and backward.
+
+    L_b(s) = max_k(w_k . A_b(s) + c_k),   k_b(s) the detector that wins
+
+A [B,C,S] features, w [K,C] detectors, c [K] biases. Forward, `tile_logits` is the part of a kernel that reads A once.
+Backward, `spread_gradients` reads A once and writes its gradient: `dA(s) = dL(s) w_k(s) + spread(s) direction`,
+`dw_k = sum dL(s) A(s)` over the places k wins, `dc_k = sum dL(s)`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastcr.kernels.launch import INTERPRET
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+MAX_DETECTORS = 128
+MAX_POSITIONS = 4096
+
+
+def attention_logits(features: Tensor, detectors: Tensor, bias: Tensor | None) -> Tensor:
+    """`max_k(w_k . A_b(s) + c_k)`, `[B,S]`, from features `[B,C,S]`."""
+    logits = torch.einsum("kc,bcs->bks", detectors, features)
+    if bias is not None:
+        logits = logits + bias[:, None]
+    return logits.amax(1)
+
+
+def check_features(features: Tensor, detectors: Tensor, bias: Tensor | None, temperature: float) -> None:
+    """Raise `ValueError`, naming the argument, unless features, detectors and bias fit each other."""
+    if features.ndim != 4 or not features.is_floating_point():
+        raise ValueError(f"features must be a floating-point [B,C,H,W], got {features.dtype} {list(features.shape)}")
+    channels, positions = features.shape[1], features.shape[2] * features.shape[3]
+    if not 1 <= positions <= MAX_POSITIONS:
+        raise ValueError(f"features must have 1 to {MAX_POSITIONS} positions (H*W), got {positions}")
+    if detectors.ndim != 2 or detectors.shape[1] != channels or not 1 <= detectors.shape[0] <= MAX_DETECTORS:
+        raise ValueError(f"detectors must be [K,{channels}] with K in 1..{MAX_DETECTORS}, got {list(detectors.shape)}")
+    if bias is not None and bias.shape != detectors.shape[:1]:
+        raise ValueError(f"bias must be [{detectors.shape[0]}] like detectors, got {list(bias.shape)}")
+    for name, tensor in (("detectors", detectors), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.device != features.device:
+            raise ValueError(f"{name} must be on {features.device} like features, got {tensor.device}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must be floating-point, got {tensor.dtype}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+
+
+def named(**tensors: Tensor | None) -> dict[str, Tensor]:
+    """The tensors that were given, by name."""
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+if triton is not None:
+
+    @triton.jit
+    def tile_logits(
+        image, detectors, bias, s, S, C, K,
+        BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+        HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+        gradient, WITH_SLOPE: tl.constexpr,
+    ):  # fmt: skip
+        """Largest logit and its detector at positions `s` of one image, NaN kept; with `gradient` `[C]`, `A . g`."""
+        k = tl.arange(0, BLOCK_K)
+        logits = tl.zeros([BLOCK_S, BLOCK_K], tl.float32)
+        slope = tl.zeros([BLOCK_S], tl.float32)
+        for start in range(0, C, BLOCK_C):
+            c = start + tl.arange(0, BLOCK_C)
+            a = tl.load(image + s[:, None] * C + c[None, :], mask=(s < S)[:, None] & (c < C)[None, :], other=0.0)
+            w = tl.load(detectors + k[:, None] * C + c[None, :], mask=(k < K)[:, None] & (c < C)[None, :], other=0.0)
+            if UPCAST:
+                a = a.to(tl.float32)
+            rounded = w.to(a.dtype)
+            logits += tl.dot(a, tl.trans(rounded), input_precision=PRECISION)
+            if a.dtype != tl.float32:  # what rounding took off the detectors; the product is far from the bottleneck
+                rest = (w.to(tl.float32) - rounded.to(tl.float32)).to(a.dtype)
+                logits += tl.dot(a, tl.trans(rest), input_precision=PRECISION)
+            if WITH_SLOPE:
+                g = tl.load(gradient + c, mask=c < C, other=0.0)
+                slope += tl.sum(a.to(tl.float32) * g[None, :], axis=1)
+        if HAS_BIAS:
+            logits += tl.load(bias + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
+        bad = tl.sum(tl.where(logits != logits, 1, 0), axis=1) > 0
+        logits = tl.where((k < K)[None, :], logits, float("-inf"))
+        winner = tl.argmax(logits, axis=1)
+        # tl.max drops NaN, and an infinity would leave one place of the map finite
+        high = tl.max(logits, axis=1)
+        finite = (high - high == 0) & (bad == 0)
+        return tl.where(finite, high, float("nan")), winner, slope
+
+    @triton.jit
+    def masked_softmax(logits, inside):
+        """Softmax over the entries `inside`, 0 elsewhere; NaN everywhere if one of them is NaN."""
+        bad = tl.sum(tl.where(inside & (logits != logits), 1, 0), axis=0) > 0
+        high = tl.max(tl.where(inside, logits, float("-inf")), axis=0)
+        p = tl.where(inside, tl.exp(logits - high), 0.0)
+        return tl.where(bad, float("nan"), p / tl.sum(p, axis=0))
+
+    @triton.jit
+    def _spread_kernel(
+        features, detectors, winners, by_logits, spread, direction, by_features, detector_parts, bias_parts,
+        B, S, C, K, images,
+        BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+        WRITE_FEATURES: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    ):  # fmt: skip
+        """Some channels of `images` images in fixed order: gradient of the features, partial sums for the detectors."""
+        group = tl.program_id(0)
+        c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+        k = tl.arange(0, BLOCK_K)
+        w = tl.load(detectors + k[:, None] * C + c[None, :], mask=(k < K)[:, None] & (c < C)[None, :], other=0.0)
+        by_w = tl.zeros([BLOCK_K, BLOCK_C], tl.float32)
+        by_bias = tl.zeros([BLOCK_K], tl.float32)
+        start = group.to(tl.int64) * images
+        for number in range(tl.minimum(images, B - group * images)):
+            b = start + number
+            v = tl.load(direction + b * C + c, mask=c < C, other=0.0)
+            for first in range(0, S, BLOCK_S):
+                s = first + tl.arange(0, BLOCK_S)
+                inside = (s < S)[:, None] & (c < C)[None, :]
+                at = b * S * C + s[:, None] * C + c[None, :]
+                a = tl.load(features + at, mask=inside, other=0.0)
+                if UPCAST:
+                    a = a.to(tl.float32)
+                winner = tl.load(winners + b * S + s, mask=s < S, other=0)
+                by_logit = tl.load(by_logits + b * S + s, mask=s < S, other=0.0)
+                chosen = tl.where(winner[:, None] == k[None, :], by_logit[:, None], 0.0)
+                by_bias += tl.sum(chosen, axis=0)
+                # into the range of 16 bits whatever the loss is scaled by; the detectors get what rounding took off
+                scale = tl.max(tl.abs(by_logit), axis=0)
+                scale = tl.where(scale > 0, scale, 1.0)
+                chosen = chosen / scale
+                rounded = chosen.to(a.dtype)
+                part_w = tl.dot(tl.trans(rounded), a, input_precision=PRECISION)
+                if a.dtype != tl.float32:
+                    rest = (chosen - rounded.to(tl.float32)).to(a.dtype)
+                    part_w += tl.dot(tl.trans(rest), a, input_precision=PRECISION)
+                by_w += part_w * scale
+                if WRITE_FEATURES:
+                    share = tl.load(spread + b * S + s, mask=s < S, other=0.0)
+                    by_a = tl.dot(rounded, w.to(a.dtype), input_precision=PRECISION) * scale
+                    by_a += share[:, None] * v[None, :]
+                    tl.store(by_features + at, by_a.to(by_features.dtype.element_ty), mask=inside)
+        part = group.to(tl.int64) * K * C
+        tl.store(detector_parts + part + k[:, None] * C + c[None, :], by_w, mask=(k < K)[:, None] & (c < C)[None, :])
+        if tl.program_id(1) == 0:
+            tl.store(bias_parts + group * K + k, by_bias, mask=k < K)
+
+
+def rows_of(features: Tensor) -> Tensor:
+    """Features `[B,C,H,W]` as contiguous `[B,S,C]`: a view where they are channels-last, a copy otherwise."""
+    return features.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
+
+
+def block_sizes(positions: int, detectors: int) -> dict[str, int]:
+    """Tile of positions, all positions, detectors and channels; powers of two from 16, as tensor cores want."""
+    return {
+        "BLOCK_S": min(max(triton.next_power_of_2(positions), 16), 64),
+        "BLOCK_K": max(triton.next_power_of_2(detectors), 16),
+        "BLOCK_C": 64,
+    }
+
+
+def dot_settings(features: Tensor) -> dict[str, Any]:
+    """fp32 features are multiplied in fp32; bf16 ones are converted first under the interpreter only."""
+    return {
+        "PRECISION": "ieee" if features.dtype == torch.float32 else "tf32",
+        "UPCAST": INTERPRET and features.dtype == torch.bfloat16,
+    }
+
+
+def spread_gradients(
+    rows: Tensor, detectors: Tensor, winners: Tensor, by_logits: Tensor, spread: Tensor, direction: Tensor, write: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by features `[B,S,C]`, detectors `[K,C]` and bias `[K]`, from one read of the features.
+
+    With the winning detector k of a place: `dA = by_logits w_k + spread direction`, `dw_k = sum by_logits A`. The
+    sums run over groups of images in a fixed order. `write=False` leaves the features' gradient out (it is then empty).
+    """
+    batch, positions, channels = rows.shape
+    blocks = block_sizes(positions, len(detectors)) | {"BLOCK_C": 32}  # with 64 registers spill on 8.0
+    chunks = triton.cdiv(channels, blocks["BLOCK_C"])
+    # enough programs for the device; one partial sum an image would move more bytes than the features
+    images = triton.cdiv(batch, max(min(batch, 528 // chunks), 1))
+    groups = triton.cdiv(batch, images)
+    by_features = torch.empty_like(rows) if write else rows.new_empty(0)
+    detector_parts = by_logits.new_empty(groups, *detectors.shape)
+    bias_parts = by_logits.new_empty(groups, len(detectors))
+    _spread_kernel[(groups, chunks)](
+        rows, detectors, winners, by_logits, spread, direction, by_features, detector_parts, bias_parts,
+        batch, positions, channels, len(detectors), images,
+        WRITE_FEATURES=write, num_warps=4, **blocks, **dot_settings(rows),
+    )  # fmt: skip
+    return by_features, detector_parts.sum(0), bias_parts.sum(0)
+
+
+def images_of(rows: Tensor, like: Tensor) -> Tensor:
+    """`[B,S,C]` back to `[B,C,H,W]` (channels-last), as `like`."""
+    return rows.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
