@@ -10,9 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from fastcr.config import pick_workers
 from fastcr.folders import ImageList, read_splits
+from fastcr.machine import pick_workers
 from fastcr.torch_views import TorchViews
+from fastcr.views import BadFiles
 
 BATCH = 64
 
@@ -49,7 +50,7 @@ def test_loader(benchmark: Any, finished: Any, photos: ImageList, tmp_path: Path
         device=device,
         dtype=torch.float32,
         workers=pick_workers(None),
-        on_corrupt="fail",
+        bad=BadFiles(photos, "fail"),
     ).batches(0)
     for _ in range(4):  # past what is prefetched
         next(batches)

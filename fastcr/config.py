@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import io
 import math
-import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import torch
 import tyro
 import yaml
 
@@ -60,14 +58,24 @@ class DataConfig:
 
     root: Path | None = None
     """Folder of images; see the README for the layouts. Default: the drawn synthetic set."""
-    loader: Literal["auto", "dali", "torch"] = "auto"
-    """auto: DALI where it is installed, else torchvision."""
+    loader: Literal["auto", "dali", "torch", "fused"] = "auto"
+    """fused: views cut from the cache by one kernel; auto: that on CUDA, else DALI if installed, else torch(vision)."""
+    cache: Literal["auto", "device", "host", "disk", "off"] = "auto"
+    """Decode every image once and keep the pixels; auto: on the device or in memory, where there is ample room."""
+    cache_side: int | None = None
+    """Cached images are reduced to this shorter side, pixels, where it is longer. Default: twice --data.image_size."""
+    cache_dir: Path | None = None
+    """Folder of --data.cache disk. Default: fastcr in the user's cache folder."""
     image_size: int = 224
     """Side of the square views, pixels."""
     workers: int | None = None
     """Loader processes (torch) or threads (dali). Default: one per core."""
     on_corrupt: Literal["skip", "fail"] = "skip"
     """Unreadable images: skip (named, counted, the next image takes their place) or fail."""
+    roi_decode: bool = False
+    """DALI decodes of each image only what its two views show."""
+    hw_decoder_load: float = 0.65
+    """Share of the JPEGs that DALI gives to the GPU's own decoder, where it has one."""
 
 
 @dataclass(frozen=True)
@@ -169,6 +177,9 @@ def validate(config: Config) -> Config:
     """Return `config`, or raise `UsageError` naming the first flag whose value cannot work."""
     checks = {
         "--data.image_size must be at least 32": config.data.image_size >= 32,
+        "--data.cache_side must be at least --data.image_size": (config.data.cache_side or math.inf)
+        >= config.data.image_size,
+        "--data.hw_decoder_load must lie in [0, 1]": 0 <= config.data.hw_decoder_load <= 1,
         "--data.workers must be at least 0": config.data.workers is None or config.data.workers >= 0,
         "--optim.epochs must be at least 1": config.optim.epochs >= 1,
         "--optim.batch_size must be at least 2 (batch normalisation)": config.optim.batch_size >= 2,
@@ -246,28 +257,6 @@ def one_line_errors(command: str) -> Iterator[None]:
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-
-
-def pick_device(name: str) -> torch.device:
-    """The device `--run.device` names; auto: CUDA when there is one. `UsageError` if it is not there."""
-    if name == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"--run.device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type == "cuda":
-        device = torch.device("cuda", device.index or 0)
-        if device.index >= torch.cuda.device_count():
-            raise UsageError(f"--run.device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
-    elif device.type != "cpu":
-        raise UsageError(f"--run.device must be auto, cpu, cuda or cuda:N, got {name!r}")
-    return device
-
-
-def pick_workers(workers: int | None) -> int:
-    """`--data.workers`, or the cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if workers is None else workers
 
 
 def save_config(config: Config, path: Path) -> None:

@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import functional as TF
 from fastcr.backbone import build_backbone
 from fastcr.checkpoint import load_weights
 from fastcr.config import ModelConfig, RationaleConfig, ReleasedConfig, UsageError
-from fastcr.folders import ImageList, read_rgb
+from fastcr.folders import ImageList
 from fastcr.moco import mean_pool
 from fastcr.rationale import Rationale
 from fastcr.released import ReleasedBranch, from_released_checkpoint, released_facts
@@ -106,7 +106,7 @@ class _TestImages(Dataset[Tensor | None]):
 
     def __getitem__(self, index: int) -> Tensor | None:
         try:
-            image = TF.pil_to_tensor(read_rgb(self.images.path(index)))
+            image = TF.pil_to_tensor(self.images.rgb(index))
         except OSError:
             return None
         image = TF.resize(image, [round(self.size * 8 / 7)], antialias=True)

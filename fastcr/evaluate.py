@@ -16,9 +16,10 @@ from rich.table import Table
 from torch import nn
 
 from fastcr.checkpoint import write_whole
-from fastcr.config import UsageError, load_config, one_line_errors, parse, pick_device, pick_workers
+from fastcr.config import UsageError, load_config, one_line_errors, parse
 from fastcr.embed import Branch, Embeddings, embed, load_encoder
 from fastcr.folders import ImageList, Splits, read_splits
+from fastcr.machine import pick_device, pick_workers
 from fastcr.retrieval import retrieval
 from fastcr.runlog import read_records
 from fastcr.synthetic import write_synthetic

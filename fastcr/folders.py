@@ -1,17 +1,21 @@
 """Folders of images: which files, which labels, which split; and how one file becomes pixels.
 
-Three layouts are recognised: the original archive of CUB-200-2011 (`images.txt`, `train_test_split.txt`,
-`image_class_labels.txt`), class folders (under `train/` and `test/`, or bare), and a flat folder without labels.
+A root is one of the original archives (`archives.py`), class folders (under `train/` and `test/`, or bare), a flat
+folder without labels, a folder of tar shards (`shards.py`), or a text file that lists images. `python -m fastcr.folders
+ROOT` says what it holds and which of its images are broken (`check.py`).
 """
 
 from __future__ import annotations
 
+import io
 import os
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from fastcr.config import UsageError
 
@@ -22,7 +26,7 @@ Image.MAX_IMAGE_PIXELS = 250_000_000
 
 @dataclass(frozen=True)
 class ImageList:
-    """The images of one split, sorted by path: `files` relative to `root`, and a label each if there are any."""
+    """The images of one split, in an order that never changes: `files` below `root`, a label each if there are any."""
 
     root: Path
     files: tuple[str, ...]
@@ -34,8 +38,30 @@ class ImageList:
         return len(self.files)
 
     def path(self, index: int) -> str:
-        """File of image `index`."""
+        """Name of image `index` in messages and reports: its file."""
         return os.path.join(self.root, self.files[index])
+
+    def open(self, index: int) -> BinaryIO:
+        """The encoded file of image `index`, opened. Raises `OSError` where there is none."""
+        return open(self.path(index), "rb")
+
+    def stamp(self, index: int) -> str:
+        """Changes when the file of image `index` does. Raises `OSError` where there is none."""
+        facts = os.stat(self.path(index))
+        return f"{self.path(index)} {facts.st_size} {facts.st_mtime_ns}"
+
+    def read(self, index: int) -> bytes:
+        """The encoded file of image `index`. Raises `OSError` where there is none."""
+        with self.open(index) as file:
+            return file.read()
+
+    def rgb(self, index: int) -> Image.Image:
+        """Decode image `index`, as `read_rgb`. Raises `OSError` for whatever is not a whole picture."""
+        try:
+            data = self.read(index)
+        except OSError as error:
+            raise OSError(f"{self.path(index)!r} cannot be read: {error.strerror or error}") from error
+        return read_rgb(io.BytesIO(data), self.path(index))
 
 
 @dataclass(frozen=True)
@@ -51,12 +77,16 @@ def read_splits(root: Path) -> Splits:
 
     Raises `UsageError` if `root` is missing, holds no image, or its splits name different classes.
     """
+    from fastcr.archives import read_archive  # these two build on the classes above
+    from fastcr.shards import read_shards
+
     root = Path(root)
+    if root.is_file():
+        return Splits(_listed(root), None)
     if not root.is_dir():
         raise UsageError(f"no folder {root}")
-    for base in (root, root / "CUB_200_2011"):
-        if (base / "images.txt").is_file():
-            return _cub_archive(base)
+    if archive := read_archive(root):
+        return archive
     if (root / "train").is_dir():
         train = _class_folders(root / "train")
         test = _class_folders(root / "test") if (root / "test").is_dir() else None
@@ -68,7 +98,7 @@ def read_splits(root: Path) -> Splits:
         return Splits(train, test)
     if (root / "test").is_dir():
         raise UsageError(f"{root} has a folder test but none named train")
-    return Splits(_class_folders(root), None)
+    return read_shards(root) or Splits(_class_folders(root), None)
 
 
 def _class_folders(root: Path) -> ImageList:
@@ -91,55 +121,50 @@ def _class_folders(root: Path) -> ImageList:
 
 
 def _is_image(folder: str | Path, name: str) -> bool:
-    return Path(name).suffix.lower() in SUFFIXES and os.path.isfile(os.path.join(folder, name))
+    file = os.path.join(folder, name)  # a link that leads nowhere is listed too, to be named as unreadable
+    return Path(name).suffix.lower() in SUFFIXES and (os.path.isfile(file) or not os.path.exists(file))
 
 
-def _cub_archive(root: Path) -> Splits:
-    """The archive's three tables, each line `<image id> <value>`."""
-
-    def table(name: str) -> dict[str, str]:
-        try:
-            return dict(line.split(None, 1) for line in (root / name).read_text().splitlines() if line.strip())
-        except (OSError, ValueError):
-            raise UsageError(f"{root / name} is missing or is not a table of '<image id> <value>'") from None
-
-    files, training, labels = (
-        table("images.txt"),
-        table("train_test_split.txt"),
-        table("image_class_labels.txt"),
-    )
-    if not files.keys() == training.keys() == labels.keys():
-        raise UsageError(f"images.txt, train_test_split.txt and image_class_labels.txt of {root} list different ids")
-    order = sorted(files, key=lambda id_: files[id_].strip())
-    classes = tuple(sorted({files[id_].split("/")[0] for id_ in order}))
-
-    def split(flag: str) -> ImageList:
-        ids = [id_ for id_ in order if training[id_].strip() == flag]
-        if not ids:
-            raise UsageError(f"{root / 'train_test_split.txt'} marks no image with {flag}")
-        return ImageList(
-            root / "images",
-            tuple(files[id_].strip() for id_ in ids),
-            tuple(classes.index(files[id_].split("/")[0]) for id_ in ids),
-            classes,
+def _listed(file: Path) -> ImageList:
+    """The images a text file names: a path a line (from the file's own folder), then a tab and a label or nothing."""
+    try:
+        lines = file.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read: {error.strerror}") from None
+    if any("\0" in line for line in lines):
+        raise UsageError(f"{file} is neither a folder of images or tar shards nor a text file that lists images")
+    lines = [line.rstrip("\r") for line in lines if line.strip() and line[0] != "#"]
+    paths, tabs, labels = zip(*sorted(line.partition("\t") for line in lines), strict=True) if lines else ((), (), ())
+    if not paths:
+        raise UsageError(f"{file} names no images")
+    if missing := [path for path in paths if not os.path.isfile(file.parent / path)]:
+        raise UsageError(
+            f"{len(missing)} of the {len(paths)} images that {file} names are not there, e.g. {missing[0]!r}"
         )
+    if twice := [path for path, after in pairwise(paths) if path == after]:
+        raise UsageError(f"{file} names {twice[0]!r} twice")
+    if not any(tabs):
+        return ImageList(file.parent, paths, None, ())
+    if not all(tabs):
+        raise UsageError(f"{file}: some images have a label and some, e.g. {paths[tabs.index('')]!r}, have none")
+    classes = tuple(sorted(set(labels)))
+    return ImageList(file.parent, paths, tuple(classes.index(label) for label in labels), classes)
 
-    return Splits(split("1"), split("0"))
 
-
-def read_rgb(path: str) -> Image.Image:
+def read_rgb(file: str | BinaryIO, name: str = "") -> Image.Image:
     """Decode any picture PIL can read to RGB, 8 bits; 16-bit grey is scaled, alpha is dropped.
 
-    Raises `OSError` for whatever is not a whole picture.
+    Raises `OSError`, with `name` or else `file` in it, for whatever is not a whole picture.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             image.load()
             if image.mode.startswith("I"):  # convert("RGB") would clip 16-bit values at 255
                 image = Image.fromarray((np.asarray(image, dtype=np.int64) >> 8).astype(np.uint8))
-            return image.convert("RGB")
+            return image if image.mode == "RGB" else image.convert("RGB")  # a copy of a large picture costs memory
     except Exception as error:  # decoders raise whatever the broken bytes lead them to
-        raise OSError(f"{path!r} is not a readable image: {error}") from error
+        reason = "no format known here" if isinstance(error, UnidentifiedImageError) else error
+        raise OSError(f"{(name or file)!r} is not a readable image: {reason}") from error
 
 
 def read_rgb_or_next(images: ImageList, index: int) -> tuple[Image.Image, list[int]]:
@@ -148,7 +173,13 @@ def read_rgb_or_next(images: ImageList, index: int) -> tuple[Image.Image, list[i
     while len(bad) < len(images):
         at = (index + len(bad)) % len(images)
         try:
-            return read_rgb(images.path(at)), bad
+            return images.rgb(at), bad
         except OSError:
             bad.append(at)
     raise UsageError(f"none of the {len(images)} images under {images.root} can be read")
+
+
+if __name__ == "__main__":
+    from fastcr.check import main
+
+    main()

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as F
 
 from fastcr.folders import ImageList, read_rgb_or_next
-from fastcr.views import BadFiles, Batch, ViewParameters, draw_parameters, normalise, step_indices
+from fastcr.views import ALONE, BadFiles, Batch, Shard, ViewParameters, draw_parameters, normalise, step_indices
 
 Sample = tuple[Tensor, list[int]]
 
@@ -60,13 +60,13 @@ class _ViewDataset(Dataset[Sample]):
 class _Steps:
     """The endless list of batches from a step on, as `(epoch, index)` pairs."""
 
-    def __init__(self, images: int, batch_size: int, seed: int, start: int) -> None:
-        self.images, self.batch_size, self.seed, self.start = images, batch_size, seed, start
+    def __init__(self, images: int, batch_size: int, seed: int, start: int, shard: Shard) -> None:
+        self.images, self.batch_size, self.seed, self.start, self.shard = images, batch_size, seed, start, shard
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         step = self.start
         while True:
-            epoch, indices = step_indices(self.images, self.batch_size, self.seed, step)
+            epoch, indices = step_indices(self.images, self.batch_size, self.seed, step, self.shard)
             yield [(epoch, int(index)) for index in indices]
             step += 1
 
@@ -88,15 +88,16 @@ class TorchViews:
         device: torch.device,
         dtype: torch.dtype,
         workers: int,
-        on_corrupt: str,
+        bad: BadFiles,
+        shard: Shard = ALONE,
     ) -> None:
-        self.dataset = _ViewDataset(images, image_size, seed)
+        self.dataset, self.shard = _ViewDataset(images, image_size, seed), shard
         self.batch_size, self.workers, self.device, self.dtype = batch_size, workers, device, dtype
-        self.bad = BadFiles(images, on_corrupt)
+        self.bad = bad
 
     def batches(self, start_step: int) -> Iterator[Batch]:
         """Batches from `start_step` on, epoch after epoch, without end."""
-        steps = _Steps(len(self.dataset.images), self.batch_size, self.dataset.seed, start_step)
+        steps = _Steps(len(self.dataset.images), self.batch_size, self.dataset.seed, start_step, self.shard)
         loader = DataLoader(
             self.dataset,
             batch_sampler=steps,

@@ -6,10 +6,8 @@ import sys
 import time
 import zlib
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -21,14 +19,14 @@ from fastcr.config import (
     Config,
     UsageError,
     one_line_errors,
-    pick_device,
-    pick_workers,
     save_config,
 )
 from fastcr.embed import Branch, build_branch, weights_facts, weights_of
 from fastcr.evaluate import HISTORY, TrainingEvaluation
 from fastcr.folders import ImageList, read_splits
 from fastcr.kernels.launch import Impl, use_triton
+from fastcr.loaders import make_views
+from fastcr.machine import pick_device, pick_workers
 from fastcr.moco import MoCo
 from fastcr.presets import read_command_line
 from fastcr.rationale import attention_entropy
@@ -36,8 +34,6 @@ from fastcr.released import ReleasedBranch, released_losses
 from fastcr.runlog import LossWatch, Meter, RunLog, StopSignal, keep_records
 from fastcr.step import Losses, LossFunction, contrast_losses, cosine_lr, train_step
 from fastcr.synthetic import write_synthetic
-from fastcr.torch_views import TorchViews
-from fastcr.views import Views
 
 
 def train(config: Config, console: Console, resume: Path | None = None) -> Path:
@@ -46,7 +42,7 @@ def train(config: Config, console: Console, resume: Path | None = None) -> Path:
     Raises `UsageError` for settings, data or files that cannot work; `SystemExit` 143 or 130 after a SIGTERM or SIGINT,
     with everything saved.
     """
-    device, config = pick_device(config.run.device), settle_loader(config, console)
+    device = pick_device(config.run.device)
     bf16 = config.run.precision == "bf16" or (config.run.precision == "auto" and device.type == "cuda")
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
 
@@ -60,7 +56,7 @@ def train(config: Config, console: Console, resume: Path | None = None) -> Path:
 
     torch.manual_seed(config.run.seed)
     moco, branch = build_model(config, console, initial_weights=resume is None)
-    views = make_views(config, splits.train, device, torch.bfloat16 if bf16 else torch.float32, console)
+    views, config = make_views(config, splits.train, device, torch.bfloat16 if bf16 else torch.float32, console)
     facts = weights_facts(config.model, config.rationale, config.released, config.data.image_size)
     folder = resume or new_folder(config)
     console.print(f"run folder: {folder}", soft_wrap=True, highlight=False)
@@ -211,46 +207,6 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, imag
         reason = " ".join(str(error).split())[:200]
         raise UsageError(f"{path} does not fit the settings of this run: {reason}") from None
     return state["step"]
-
-
-def settle_loader(config: Config, console: Console) -> Config:
-    """`config` with `--data.loader auto` settled, so that a run goes on with the loader it began with."""
-    loader: Literal["dali", "torch"] = "torch"
-    if config.data.loader != "torch":
-        try:
-            import nvidia.dali  # noqa: F401
-
-            loader = "dali"
-        except ImportError:
-            if config.data.loader == "dali":
-                raise UsageError('--data.loader dali needs NVIDIA DALI: pip install "fastcr[dali]"') from None
-            console.print(
-                'DALI is not installed (pip install "fastcr[dali]"): loading with torchvision', soft_wrap=True
-            )
-    return replace(config, data=replace(config.data, loader=loader))
-
-
-def make_views(config: Config, images: ImageList, device: torch.device, dtype: torch.dtype, console: Console) -> Views:
-    """The loader `--data.loader` asks for; says which one it took."""
-    loader: Any = TorchViews
-    name = "torchvision"
-    if config.data.loader == "dali":
-        from nvidia import dali
-
-        from fastcr.dali_views import DaliViews
-
-        loader, name = DaliViews, f"DALI {dali.__version__}"
-    console.print(f"loader: {name}; device: {device}; {len(images)} training images", highlight=False, soft_wrap=True)
-    return loader(
-        images,
-        image_size=config.data.image_size,
-        batch_size=config.optim.batch_size,
-        seed=config.run.seed,
-        device=device,
-        dtype=dtype,
-        workers=pick_workers(config.data.workers),
-        on_corrupt=config.data.on_corrupt,
-    )
 
 
 def pick_loss_function(config: Config, branch: Branch | None) -> LossFunction:

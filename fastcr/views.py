@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
@@ -56,8 +57,18 @@ class Batch(NamedTuple):
     second: Tensor
 
 
+class Shard(NamedTuple):
+    """Which of the processes that train together this is: each takes its own part of every step's images."""
+
+    rank: int
+    ranks: int
+
+
+ALONE = Shard(0, 1)
+
+
 class Views(Protocol):
-    """The contract of `TorchViews` and `DaliViews`."""
+    """The contract of `TorchViews`, `DaliViews` and `CachedViews`."""
 
     bad: BadFiles
 
@@ -138,10 +149,14 @@ def epoch_order(images: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(images)
 
 
-def step_indices(images: int, batch_size: int, seed: int, step: int) -> tuple[int, np.ndarray]:
-    """Epoch and image indices `[batch_size]` of `step`; the short last batch of an epoch is dropped."""
-    epoch, position = divmod(step, images // batch_size)
-    return epoch, epoch_order(images, seed, epoch)[position * batch_size : (position + 1) * batch_size]
+def step_indices(images: int, batch_size: int, seed: int, step: int, shard: Shard = ALONE) -> tuple[int, np.ndarray]:
+    """Epoch and image indices `[batch_size]` of `step` in one process; the short last batch of an epoch is dropped.
+
+    The processes share one order: what they take together in a step is one batch of `batch_size * shard.ranks`.
+    """
+    epoch, position = divmod(step, images // (batch_size * shard.ranks))
+    start = (position * shard.ranks + shard.rank) * batch_size
+    return epoch, epoch_order(images, seed, epoch)[start : start + batch_size]
 
 
 @lru_cache(maxsize=8)
@@ -153,6 +168,34 @@ def normalise(pixels: Tensor, dtype: torch.dtype) -> Tensor:
     """uint8 `[B,S,S,3]` to `(x/255 - MEAN)/STD` as `[B,3,S,S]` in `dtype`, channels-last (nothing is transposed)."""
     mean, scale = _mean_and_scale(pixels.device)
     return ((pixels - mean) * scale).to(dtype).permute(0, 3, 1, 2)
+
+
+class Prefetched:
+    """The same batches, each made while the one before is used: by a thread, and on a stream of its own with CUDA."""
+
+    def __init__(self, views: Views, device: torch.device) -> None:
+        self.views, self.device, self.bad = views, device, views.bad
+
+    def batches(self, start_step: int) -> Iterator[Batch]:
+        """Batches from `start_step` on, epoch after epoch, without end."""
+        batches = self.views.batches(start_step)
+        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+        def make() -> tuple[Batch, torch.cuda.Event | None]:
+            with torch.cuda.stream(stream):
+                return next(batches), stream.record_event() if stream else None
+
+        with ThreadPoolExecutor(1) as thread:
+            future = thread.submit(make)
+            while True:
+                batch, made = future.result()
+                future = thread.submit(make)
+                if made:
+                    user = torch.cuda.current_stream(self.device)
+                    user.wait_event(made)
+                    for view in batch:  # its memory may be used again only after the step
+                        view.record_stream(user)
+                yield batch
 
 
 class BadFiles:

@@ -117,7 +117,6 @@ if triton is not None:
         group = tl.program_id(0)
         c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
         k = tl.arange(0, BLOCK_K)
-        w = tl.load(detectors + k[:, None] * C + c[None, :], mask=(k < K)[:, None] & (c < C)[None, :], other=0.0)
         by_w = tl.zeros([BLOCK_K, BLOCK_C], tl.float32)
         by_bias = tl.zeros([BLOCK_K], tl.float32)
         start = group.to(tl.int64) * images
@@ -146,9 +145,9 @@ if triton is not None:
                     part_w += tl.dot(tl.trans(rest), a, input_precision=PRECISION)
                 by_w += part_w * scale
                 if WRITE_FEATURES:
+                    w = tl.load(detectors + winner[:, None] * C + c[None, :], mask=inside, other=0.0).to(tl.float32)
                     share = tl.load(spread + b * S + s, mask=s < S, other=0.0)
-                    by_a = tl.dot(rounded, w.to(a.dtype), input_precision=PRECISION) * scale
-                    by_a += share[:, None] * v[None, :]
+                    by_a = by_logit[:, None] * w + share[:, None] * v[None, :]
                     tl.store(by_features + at, by_a.to(by_features.dtype.element_ty), mask=inside)
         part = group.to(tl.int64) * K * C
         tl.store(detector_parts + part + k[:, None] * C + c[None, :], by_w, mask=(k < K)[:, None] & (c < C)[None, :])

@@ -23,6 +23,7 @@ from fastcr.views import (
     CROP_RATIO,
     MEAN,
     STD,
+    BadFiles,
     ViewParameters,
     draw_parameters,
     epoch_order,
@@ -56,16 +57,18 @@ def make_dali(images: ImageList, **settings: Any) -> Any:
     pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
     from fastcr.dali_views import DaliViews
 
-    return DaliViews(images, **SETTINGS | settings)
+    bad = BadFiles(images, settings.pop("on_corrupt", "skip"))
+    return DaliViews(images, bad=bad, **SETTINGS | settings)
 
 
 def make_torch(images: ImageList, **settings: Any) -> TorchViews:
-    return TorchViews(images, **SETTINGS | settings)
+    bad = BadFiles(images, settings.pop("on_corrupt", "skip"))
+    return TorchViews(images, bad=bad, **SETTINGS | settings)
 
 
 SETTINGS: dict[str, Any] = {
     "image_size": 48, "batch_size": 6, "seed": 3, "device": CPU, "dtype": torch.float32,
-    "workers": 0, "on_corrupt": "skip",
+    "workers": 0,
 }  # fmt: skip
 BOTH = pytest.mark.parametrize("make", [make_torch, make_dali], ids=["torch", "dali"])
 

@@ -1,0 +1,45 @@
+"""What this machine has: devices, cores, memory."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from fastcr.config import UsageError
+
+
+def pick_device(name: str) -> torch.device:
+    """The device `--run.device` names; auto: CUDA when there is one. `UsageError` if it is not there."""
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--run.device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
+        if device.index >= torch.cuda.device_count():
+            raise UsageError(f"--run.device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    elif device.type != "cpu":
+        raise UsageError(f"--run.device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    return device
+
+
+def pick_workers(workers: int | None) -> int:
+    """`--data.workers`, or the cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if workers is None else workers
+
+
+def free_memory() -> int:
+    """Bytes of main memory this process may still take: the machine's, or what its container leaves."""
+    meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(meminfo["MemAvailable"].split()[0]) * 1024
+    with suppress(OSError, ValueError):  # no container, or one without a limit ("max")
+        group = Path("/sys/fs/cgroup")
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used = int((group / "memory.current").read_text()) - int(stat["file"])  # what is read of files gives way
+        free = min(free, int((group / "memory.max").read_text()) - used)
+    return free

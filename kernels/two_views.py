@@ -1,0 +1,303 @@
+"""Augmented views of images that lie decoded in memory: crop, resize, jitter, grey, blur, flip, normalise.
+
+    x   = resize(image[top : top + height, left : left + width])   triangle filter, as wide as the crop is reduced
+    x   = brightness, contrast, saturation, hue of x               in the order given (`colour.py`)
+    x   = grey(x)                                                  where asked for
+    x   = x * Gaussian(sigma)                                      `window` taps an axis, edges reflected
+    out = (mirror(x) - mean) / std
+
+pixels uint8: images of any sizes one after the other, each `[H,W,3]`; image b starts at byte `starts[b]`, its rows are
+`widths[b]` pixels. table `[B,V,16]` fp32 holds the V views of each image, columns as in `COLUMNS`. All is computed in
+fp32 on colours in [0, 1] and rounded at the end; torchvision on uint8 rounds after the resize too.
+
+Least bytes in 16 bits: the crops read once, `3 B V h w`, the views written once, `6 B V S^2`. Contrast needs the mean
+of the whole view and blur its neighbours, so there are four passes, with the view between them in 16 bits: cut and
+jitter up to contrast; jitter from contrast on; blur along rows; blur along columns. A view without blur takes two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastcr.kernels.colour import grey_reference, jitter_reference
+from fastcr.kernels.launch import KERNEL_DTYPES, Impl, use_triton
+
+try:
+    import triton
+    import triton.language as tl
+
+    from fastcr.kernels.colour import jitter, luma
+except ImportError:
+    triton = None
+
+COLUMNS = (
+    *("top", "left", "height", "width"),  # of the crop, whole pixels inside the image
+    *("first", "second", "third", "fourth"),  # 0 brightness, 1 contrast, 2 saturation, 3 hue, -1 nothing; each once
+    *("brightness", "contrast", "saturation", "hue"),  # factors; hue in turns
+    *("grey", "sigma", "window", "mirror"),  # 0 or 1; pixels; taps, odd, up to MAX_WINDOW, 1 for no blur; 0 or 1
+)
+MAX_WINDOW = 13
+MIN_SIZE = 8  # more than half the window, so that an edge is reflected once
+BLOCK = 256  # places of a view a program works on
+
+
+def _blur(x: Tensor, sigma: float, window: int) -> Tensor:
+    taps = torch.arange(window, dtype=x.dtype, device=x.device) - window // 2
+    weights = torch.softmax(-0.5 * (taps / sigma) ** 2, 0)
+    padded = F.pad(x, [window // 2] * 4, mode="reflect")[:, None]
+    return F.conv2d(F.conv2d(padded, weights[None, None, None]), weights[None, None, :, None])[:, 0]
+
+
+def _view(image: Tensor, row: Sequence[float], size: int) -> Tensor:
+    """One view `[3,S,S]` of an image `[H,W,3]` in [0, 1]."""
+    top, left, height, width = (int(value) for value in row[:4])
+    x = image[top : top + height, left : left + width].permute(2, 0, 1)
+    x = F.interpolate(x[None], (size, size), mode="bilinear", antialias=True)[0]
+    for which in map(int, row[4:8]):
+        x = jitter_reference(x, which, row[8 + which])
+    grey, sigma, window, mirror = row[12:]
+    x = grey_reference(x).expand_as(x) if grey else x
+    x = _blur(x, sigma, int(window)) if window > 1 else x
+    return x.flip(2) if mirror else x
+
+
+def two_views_reference(
+    pixels: Tensor,
+    starts: Tensor,
+    widths: Tensor,
+    table: Tensor,
+    size: int,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The steps above in plain torch, in fp32 (fp64 for an fp64 result): the specification and the test oracle."""
+    compute = torch.promote_types(dtype, torch.float32)
+    batch, views = table.shape[:2]
+    out = torch.empty(views, batch, size, size, 3, dtype=dtype, device=pixels.device).permute(0, 1, 4, 2, 3)
+    shift, scale = (torch.tensor(each, dtype=compute, device=pixels.device)[:, None, None] for each in (mean, std))
+    for b, (start, width, rows) in enumerate(zip(starts.tolist(), widths.tolist(), table.tolist(), strict=True)):
+        for v, row in enumerate(rows):
+            height = int(row[0] + row[2])  # what lies below the crop does not matter
+            image = pixels[start : start + 3 * height * width].view(height, width, 3).to(compute) / 255
+            out[v, b] = (_view(image, row, size) - shift) / scale
+    return out
+
+
+if triton is not None:
+
+    @triton.jit
+    def _load(at, S, inside):
+        """The three colours of some places; they lie one plane of S^2 after the other."""
+        r = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(at + S * S, mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(at + 2 * S * S, mask=inside, other=0.0).to(tl.float32)
+        return r, g, b
+
+    @triton.jit
+    def _store(at, S, inside, r, g, b):
+        tl.store(at, r.to(at.dtype.element_ty), mask=inside)
+        tl.store(at + S * S, g.to(at.dtype.element_ty), mask=inside)
+        tl.store(at + 2 * S * S, b.to(at.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _finish(out, view, place, inside, r, g, b, row, means, stds, B, V, S):
+        """Mirror, normalise and store as `[V,B,S,S,3]`."""
+        x = place % S
+        x = place - x + tl.where(tl.load(row + 15) > 0, S - 1 - x, x)
+        at = out + ((view % V * B + view // V) * S * S + x) * 3
+        tl.store(at, ((r - means[0]) / stds[0]).to(at.dtype.element_ty), mask=inside)
+        tl.store(at + 1, ((g - means[1]) / stds[1]).to(at.dtype.element_ty), mask=inside)
+        tl.store(at + 2, ((b - means[2]) / stds[2]).to(at.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _cut_kernel(pixels, starts, widths, table, between, greys, V, S, tiles, BLOCK: tl.constexpr):
+        """Crop and resize some places of one view, jitter them up to contrast; and sum their grey."""
+        view, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        row = table + view * 16
+        place = tile * BLOCK + tl.arange(0, BLOCK)
+        inside = place < S * S
+        stride = tl.load(widths + view // V).to(tl.int64) * 3
+        top, left, height, width = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+        corner = pixels + tl.load(starts + view // V) + top.to(tl.int64) * stride + left.to(tl.int64) * 3
+        # where torch's antialiased interpolation takes its pixels from
+        scale_y, scale_x = height / S, width / S
+        reach_y, reach_x = tl.maximum(scale_y, 1.0), tl.maximum(scale_x, 1.0)
+        centre_y, centre_x = (place // S + 0.5) * scale_y, (place % S + 0.5) * scale_x
+        first_y = tl.maximum(tl.floor(centre_y - reach_y + 0.5), 0.0)
+        first_x = tl.maximum(tl.floor(centre_x - reach_x + 0.5), 0.0)
+        last_y = tl.minimum(tl.floor(centre_y + reach_y + 0.5), height)
+        last_x = tl.minimum(tl.floor(centre_x + reach_x + 0.5), width)
+        r = tl.zeros([BLOCK], tl.float32)
+        g, b, total = r, r, r
+        for i in range(2 * tl.ceil(reach_y).to(tl.int32) + 1):
+            y = first_y + i
+            weight_y = tl.maximum(1 - tl.abs(y - centre_y + 0.5) / reach_y, 0.0)
+            for j in range(2 * tl.ceil(reach_x).to(tl.int32) + 1):
+                x = first_x + j
+                taken = inside & (y < last_y) & (x < last_x)
+                weight = weight_y * tl.maximum(1 - tl.abs(x - centre_x + 0.5) / reach_x, 0.0)
+                weight = tl.where(taken, weight, 0.0)
+                at = corner + y.to(tl.int64) * stride + x.to(tl.int32) * 3
+                r += weight * tl.load(at, mask=taken, other=0).to(tl.float32)
+                g += weight * tl.load(at + 1, mask=taken, other=0).to(tl.float32)
+                b += weight * tl.load(at + 2, mask=taken, other=0).to(tl.float32)
+                total += weight
+        total = tl.where(inside, total * 255, 1.0)
+        r, g, b = r / total, g / total, b / total
+        waiting = 0  # from contrast on, for the mean
+        for slot in range(4):
+            which = tl.load(row + 4 + slot).to(tl.int32)
+            waiting = tl.where(which == 1, 1, waiting)
+            r, g, b = jitter(r, g, b, tl.where(waiting == 1, -1, which), row + 8, 0.0)
+        tl.store(greys + view * tiles + tile, tl.sum(tl.where(inside, luma(r, g, b), 0.0), axis=0))
+        _store(between + view * 3 * S * S + place, S, inside, r, g, b)
+
+    @triton.jit
+    def _colour_kernel(
+        table, between, greys, out, B, V, S, tiles, means, stds, BLOCK: tl.constexpr, ALL: tl.constexpr
+    ):  # fmt: skip
+        """Jitter some places of one view from contrast on, and grey; a view without blur is then finished."""
+        view, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        row = table + view * 16
+        place = tile * BLOCK + tl.arange(0, BLOCK)
+        inside = place < S * S
+        number = tl.arange(0, ALL)
+        mean = tl.sum(tl.load(greys + view * tiles + number, mask=number < tiles, other=0.0), axis=0) / (S * S)
+        r, g, b = _load(between + view * 3 * S * S + place, S, inside)
+        waiting = 1
+        for slot in range(4):
+            which = tl.load(row + 4 + slot).to(tl.int32)
+            waiting = tl.where(which == 1, 0, waiting)
+            r, g, b = jitter(r, g, b, tl.where(waiting == 1, -1, which), row + 8, mean)
+        if tl.load(row + 12) > 0:
+            r = luma(r, g, b)
+            g, b = r, r
+        if tl.load(row + 14) > 1:
+            _store(between + view * 3 * S * S + place, S, inside, r, g, b)
+        else:
+            _finish(out, view, place, inside, r, g, b, row, means, stds, B, V, S)
+
+    @triton.jit
+    def _blur_kernel(
+        table, source, target, B, V, S, means, stds, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    ):  # fmt: skip
+        """Blur some places of one view along its rows, or along its columns and finish it."""
+        view, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        row = table + view * 16
+        window, sigma = tl.load(row + 14).to(tl.int32), tl.load(row + 13)
+        if window > 1:
+            place = tile * BLOCK + tl.arange(0, BLOCK)
+            inside = place < S * S
+            step = 1 if ROWS else S
+            along = place % S if ROWS else place // S
+            line = source + view * 3 * S * S + place - along * step
+            r = tl.zeros([BLOCK], tl.float32)
+            g, b, total = r, r, 0.0
+            for i in range(window):
+                tap = (i - window // 2) / sigma
+                weight = tl.exp(-0.5 * tap * tap)
+                near = tl.abs(along + i - window // 2)
+                near = S - 1 - tl.abs(S - 1 - near)  # reflected at either edge, which is not repeated
+                x, y, z = _load(line + near * step, S, inside)
+                r, g, b, total = r + weight * x, g + weight * y, b + weight * z, total + weight
+            r, g, b = r / total, g / total, b / total
+            if ROWS:
+                _store(target + view * 3 * S * S + place, S, inside, r, g, b)
+            else:
+                _finish(target, view, place, inside, r, g, b, row, means, stds, B, V, S)
+
+
+@torch.library.custom_op("fastcr::two_views", mutates_args=())
+def _fused(
+    pixels: Tensor, starts: Tensor, widths: Tensor, table: Tensor, size: int, mean: list[float], std: list[float],
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """The views, as `[V,B,S,S,3]`."""
+    batch, views = table.shape[:2]
+    out = table.new_empty(views, batch, size, size, 3, dtype=dtype)
+    if out.numel() == 0:
+        return out
+    starts, widths, table = starts.contiguous(), widths.contiguous(), table.contiguous()
+    between, blurred = (
+        table.new_empty(batch * views, 3, size, size, dtype=torch.float32 if dtype == torch.float32 else torch.float16)
+        for _ in range(2)
+    )
+    tiles = triton.cdiv(size * size, BLOCK)
+    greys = table.new_empty(batch * views, tiles)
+    grid, colours = (batch * views, tiles), (tuple(mean), tuple(std))
+    _cut_kernel[grid](pixels, starts, widths, table, between, greys, views, size, tiles, BLOCK=BLOCK)
+    _colour_kernel[grid](
+        table, between, greys, out, batch, views, size, tiles, *colours,
+        BLOCK=BLOCK, ALL=triton.next_power_of_2(tiles),
+    )  # fmt: skip
+    _blur_kernel[grid](table, between, blurred, batch, views, size, *colours, ROWS=True, BLOCK=BLOCK)
+    _blur_kernel[grid](table, blurred, out, batch, views, size, *colours, ROWS=False, BLOCK=BLOCK)
+    return out
+
+
+@_fused.register_fake
+def _(
+    pixels: Tensor, starts: Tensor, widths: Tensor, table: Tensor, size: int, mean: list[float], std: list[float],
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    batch, views = table.shape[:2]
+    return table.new_empty(views, batch, size, size, 3, dtype=dtype)
+
+
+def two_views(
+    pixels: Tensor,
+    starts: Tensor,
+    widths: Tensor,
+    table: Tensor,
+    size: int,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype = torch.float32,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Views of decoded images, augmented as `table` says, normalised (MoCo v2's augmentation, arXiv 2003.04297).
+
+    Args:
+        pixels: uint8 `[bytes]`, contiguous: images `[H,W,3]` one after the other, of any sizes.
+        starts: int64 `[B]`, byte at which each image begins; the same image may come twice.
+        widths: int64 `[B]`, pixels in a row of each image.
+        table: fp32 `[B,V,16]`, columns as in `COLUMNS`. Crops must lie inside their images: that is not checked.
+        size: side of the views, pixels, at least 8.
+        mean: of red, green, blue in [0, 1].
+        std: likewise.
+        dtype: of the result: fp16, bf16, fp32; fp64 by the reference alone.
+        impl: "auto", "torch" or "triton".
+
+    Returns:
+        `[V,B,3,S,S]`, each view channels-last.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, or `impl` cannot serve these tensors.
+    """
+    if pixels.ndim != 1 or pixels.dtype != torch.uint8 or not pixels.is_contiguous():
+        raise ValueError(f"pixels must be a contiguous uint8 [bytes], got {pixels.dtype} {list(pixels.shape)}")
+    if table.ndim != 3 or table.shape[2] != len(COLUMNS) or table.dtype != torch.float32:
+        raise ValueError(f"table must be an fp32 [B,V,{len(COLUMNS)}], got {table.dtype} {list(table.shape)}")
+    for name, tensor in (("starts", starts), ("widths", widths)):
+        if tensor.shape != table.shape[:1] or tensor.dtype != torch.int64:
+            raise ValueError(f"{name} must be an int64 [{len(table)}], got {tensor.dtype} {list(tensor.shape)}")
+    for name, tensor in (("starts", starts), ("widths", widths), ("table", table)):
+        if tensor.device != pixels.device:
+            raise ValueError(f"{name} must be on {pixels.device} like pixels, got {tensor.device}")
+    if size < MIN_SIZE:
+        raise ValueError(f"size must be at least {MIN_SIZE}, got {size}")
+    if len(mean) != 3 or len(std) != 3:
+        raise ValueError(f"mean and std must have three values, got {len(mean)} and {len(std)}")
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype must be floating-point, got {dtype}")
+    if use_triton(impl, {"table": table}, fits=dtype in KERNEL_DTYPES):
+        views = _fused(pixels, starts, widths, table, size, list(mean), list(std), dtype)
+        return views.permute(0, 1, 4, 2, 3)
+    return two_views_reference(pixels, starts, widths, table, size, mean=mean, std=std, dtype=dtype)
