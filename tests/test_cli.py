@@ -5,7 +5,7 @@ import io
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ from fastcr import evaluate, train
 from fastcr.checkpoint import save_weights
 from fastcr.config import Config, UsageError, load_config, save_config, validate
 from fastcr.presets import PRESETS
-from fastcr.synthetic import write_synthetic
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = [
     "--data.image_size", "32", "--data.loader", "torch", "--data.workers", "0", "--run.device", "cpu",
     "--model.backbone", "resnet18", "--model.last_stage", "layer3", "--model.weights", "none",
@@ -35,28 +35,6 @@ class Code:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, (str(self.trap),)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Steps this small only get slower with threads that wait for each other on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def birds(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_synthetic(tmp_path_factory.mktemp("data") / "birds", train_per_class=1, test_per_class=1)
-
-
-@pytest.fixture(scope="module")
-def flat(birds: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("flat")
-    for i, picture in enumerate(sorted((birds / "train").glob("*/*.jpg"))):
-        shutil.copyfile(picture, root / f"{i:03d}.jpg")
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -220,9 +198,9 @@ def test_unusable_folders_of_images(
 
 
 def test_fewer_images_than_a_batch(flat: Path, tmp_path: Path, mistake: Callable[..., str]) -> None:
-    args = (*TINY, "--data.root", flat, "--run.dir", tmp_path / "run", "--optim.batch_size", 17)
+    args = (*TINY, "--data.root", flat, "--run.dir", tmp_path / "run", "--optim.batch_size", 65)
     line = mistake(train.main, *args)
-    assert f"{flat} has 16 training images" in line
+    assert f"{flat} has 64 training images" in line
     assert "--optim.batch_size" in line
 
 
@@ -312,7 +290,7 @@ def test_unusable_initial_weights(
 def test_unreadable_image_under_fail_is_named(flat: Path, tmp_path: Path, mistake: Callable[..., str]) -> None:
     root = Path(shutil.copytree(flat, tmp_path / "root"))
     (root / "003.jpg").write_bytes(b"\xff\xd8 cut off")
-    args = (*TINY, "--optim.batch_size", 16, "--data.root", root, "--run.dir", tmp_path / "run")
+    args = (*TINY, "--optim.batch_size", 64, "--data.root", root, "--run.dir", tmp_path / "run")
     assert "003.jpg" in mistake(train.main, *args, "--data.on_corrupt", "fail")
 
 

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +20,14 @@ from fastcr import embed as embedding
 from fastcr import evaluate, train
 from fastcr.embed import Embeddings, embed, load_encoder
 from fastcr.folders import ImageList, read_rgb, read_splits
-from fastcr.synthetic import write_synthetic
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = [
     "--data.image_size", "32", "--data.loader", "torch", "--data.workers", "0", "--run.device", "cpu",
     "--run.steps", "3", "--model.weights", "none", "--model.backbone", "resnet18",
     "--model.last_stage", "layer3", "--optim.batch_size", "8", "--moco.queue_size", "24",
 ]  # fmt: skip
 CPU = ("--run.device", "cpu", "--data.workers", "0")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Steps this small only get slower with threads that wait for each other on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def birds(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_synthetic(tmp_path_factory.mktemp("data") / "birds", train_per_class=1, test_per_class=2)
 
 
 @pytest.fixture(scope="module")

@@ -25,8 +25,8 @@ from fastcr.checkpoint import load_weights
 from fastcr.config import load_config
 from fastcr.kernels import launch
 from fastcr.presets import PRESETS
-from fastcr.synthetic import write_synthetic
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 # 64 training images make 8 steps an epoch; a queue of 20 is no multiple of the batch
 TINY = [
     "--data.image_size", "32", "--data.loader", "torch", "--data.workers", "0", "--run.device", "cpu",
@@ -57,29 +57,6 @@ class Finished(NamedTuple):
 
     folder: Path
     output: str
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Steps this small only get slower with threads that wait for each other on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def birds(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_synthetic(tmp_path_factory.mktemp("data") / "birds", train_per_class=4, test_per_class=2)
-
-
-@pytest.fixture(scope="module")
-def flat(birds: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The training pictures without labels: nothing is evaluated, which makes for short runs."""
-    root = tmp_path_factory.mktemp("flat")
-    for i, picture in enumerate(sorted((birds / "train").glob("*/*.jpg"))):
-        shutil.copyfile(picture, root / f"{i:03d}.jpg")
-    return root
 
 
 def flags(root: Path, folder: Path, *more: str) -> list[str]:
@@ -530,15 +507,45 @@ def test_run_stopped_between_its_last_two_saves_ends_well(flat: Path, tmp_path: 
     assert order[-2:] == ["weights.safetensors", "resume.pt"]
 
 
-def test_triton_kernels_train_as_the_references_do(flat: Path, tmp_path: Path) -> None:
-    """Three steps in fp32: in an encoder this small a change of 1e-7 to the queries grows to 1e-2 from the fifth on."""
+@pytest.fixture
+def calm_encoder(tmp_path: Path) -> Path:
+    """Weights with which rounding stays rounding: small residual branches, and few ReLUs near their kink.
+
+    From the default random weights training itself makes 1e-2 out of a change of 1e-7 in the queries, in five steps.
+    """
+    torch.manual_seed(0)
+    backbone, _ = build_backbone("resnet18", "layer3")
+    for name, module in backbone.named_modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            closes_a_block = name.endswith("bn2")
+            torch.nn.init.constant_(module.weight, 0.1 if closes_a_block else 1)
+            torch.nn.init.constant_(module.bias, 0 if closes_a_block else 3)
+    torch.save(backbone.state_dict(), tmp_path / "calm.pt")
+    return tmp_path / "calm.pt"
+
+
+def test_triton_kernels_train_as_the_references_do(flat: Path, tmp_path: Path, calm_encoder: Path) -> None:
+    """20 steps in fp32, the fit's gradient in the encoder too; 1 % off in that of query, features or detectors shows.
+
+    The bias hardly moves the losses here, nor does the choice among detectors: one soon wins everywhere.
+    """
     if not launch.INTERPRET and not torch.cuda.is_available():
         pytest.skip("needs a GPU or Triton's interpreter")
-    settings = ("--optim.lr", "0.0001", "--run.steps", "3")
-    runs = [run(flat, tmp_path / kernels, "--run.kernels", kernels, *settings) for kernels in ("torch", "triton")]
-    values = [torch.tensor([(record["contrast_loss"], record["fit_loss"]) for record in run]) for run in runs]
-    assert len(values[0]) == 3
-    torch.testing.assert_close(values[1], values[0], atol=1e-4, rtol=0)
+    settings = (
+        *("--model.weights", str(calm_encoder), "--data.image_size", "64", "--optim.lr", "0.0003"),
+        *("--rationale.stop_gradient", "False", "--run.steps", "20"),
+    )
+
+    def losses_with(kernels: str, *more: str) -> torch.Tensor:
+        logged = run(flat, tmp_path / f"run{len(list(tmp_path.iterdir()))}", "--run.kernels", kernels, *settings, *more)
+        assert len(logged) == 20
+        return torch.tensor([(record["contrast_loss"], record["fit_loss"]) for record in logged])
+
+    expected = losses_with("torch")
+    # the losses have moved by training, not only because the queue fills up
+    untrained = losses_with("torch", "--optim.lr", "1e-9")
+    assert ((expected - untrained).abs().amax(0) > 0.01).all()
+    torch.testing.assert_close(losses_with("triton"), expected, atol=1e-4, rtol=0)
 
 
 def test_resume_takes_todays_settings_of_the_optimiser(flat: Path, tmp_path: Path) -> None:
