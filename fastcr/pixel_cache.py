@@ -10,7 +10,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
@@ -43,7 +43,7 @@ class PixelCache(NamedTuple):
 class CachedImages(ImageList):
     """An image list that hands out what is in the cache instead of reading files."""
 
-    cache: PixelCache
+    cache: PixelCache = field(compare=False, repr=False)
 
     def rgb(self, index: int) -> Image.Image:
         """Image `index`, decoded."""

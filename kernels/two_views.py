@@ -40,8 +40,7 @@ COLUMNS = (
     *("brightness", "contrast", "saturation", "hue"),  # factors; hue in turns
     *("grey", "sigma", "window", "mirror"),  # 0 or 1; pixels; taps, odd, up to MAX_WINDOW, 1 for no blur; 0 or 1
 )
-MAX_WINDOW = 13
-MIN_SIZE = 8  # more than half the window, so that an edge is reflected once
+MAX_WINDOW, MIN_SIZE = 13, 8  # more than half the window, so that an edge is reflected once
 BLOCK = 256  # places of a view a program works on
 
 
@@ -270,8 +269,7 @@ def two_views(
         widths: int64 `[B]`, pixels in a row of each image.
         table: fp32 `[B,V,16]`, columns as in `COLUMNS`. Crops must lie inside their images: that is not checked.
         size: side of the views, pixels, at least 8.
-        mean: of red, green, blue in [0, 1].
-        std: likewise.
+        mean, std: of red, green and blue, for colours in [0, 1].
         dtype: of the result: fp16, bf16, fp32; fp64 by the reference alone.
         impl: "auto", "torch" or "triton".
 
@@ -285,15 +283,14 @@ def two_views(
         raise ValueError(f"pixels must be a contiguous uint8 [bytes], got {pixels.dtype} {list(pixels.shape)}")
     if table.ndim != 3 or table.shape[2] != len(COLUMNS) or table.dtype != torch.float32:
         raise ValueError(f"table must be an fp32 [B,V,{len(COLUMNS)}], got {table.dtype} {list(table.shape)}")
-    for name, tensor in (("starts", starts), ("widths", widths)):
-        if tensor.shape != table.shape[:1] or tensor.dtype != torch.int64:
-            raise ValueError(f"{name} must be an int64 [{len(table)}], got {tensor.dtype} {list(tensor.shape)}")
     for name, tensor in (("starts", starts), ("widths", widths), ("table", table)):
+        if tensor is not table and (tensor.shape != table.shape[:1] or tensor.dtype != torch.int64):
+            raise ValueError(f"{name} must be an int64 [{len(table)}], got {tensor.dtype} {list(tensor.shape)}")
         if tensor.device != pixels.device:
             raise ValueError(f"{name} must be on {pixels.device} like pixels, got {tensor.device}")
     if size < MIN_SIZE:
         raise ValueError(f"size must be at least {MIN_SIZE}, got {size}")
-    if len(mean) != 3 or len(std) != 3:
+    if not len(mean) == len(std) == 3:
         raise ValueError(f"mean and std must have three values, got {len(mean)} and {len(std)}")
     if not dtype.is_floating_point:
         raise ValueError(f"dtype must be floating-point, got {dtype}")

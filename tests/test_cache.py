@@ -21,6 +21,7 @@ from fastcr.cached_views import CachedViews
 from fastcr.config import Config, UsageError, parse
 from fastcr.folders import ImageList, read_splits
 from fastcr.loaders import choose_place, make_views
+from fastcr.machine import free_memory
 from fastcr.pixel_cache import PixelCache, bounded_size, fill, measure
 from fastcr.torch_views import TorchViews
 from fastcr.views import STD, BadFiles, Prefetched, Shard
@@ -268,6 +269,11 @@ def test_where_the_pixels_go(monkeypatch: pytest.MonkeyPatch) -> None:
     assert place(200, cuda, "--data.loader", "dali") == "host"
     assert place(800, cuda, "--data.cache", "device") == "device"
     assert place(10**6, cuda, "--data.cache", "disk") == "disk"
+
+
+def test_free_memory_is_part_of_the_memory() -> None:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < free_memory() < total
 
 
 @pytest.mark.parametrize(
