@@ -43,7 +43,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> ImageList:
 @pytest.mark.parametrize(
     ("loader", "cache"),
     [
-        *(("torch", "off"), ("torch", "host"), ("dali", "off"), ("dali", "host"), ("dali", "disk")),
+        *(("torch", "off"), ("dali", "off"), ("torch", "host"), ("torch", "disk")),
         *(("fused", "device"), ("fused", "host"), ("fused", "disk")),
     ],
 )

@@ -59,9 +59,9 @@ class DataConfig:
     root: Path | None = None
     """Folder of images; see the README for the layouts. Default: the drawn synthetic set."""
     loader: Literal["auto", "dali", "torch", "fused"] = "auto"
-    """fused: views cut from the cache by one kernel; auto: that on CUDA, else DALI if installed, else torch(vision)."""
+    """fused: views cut from the cache by one kernel; auto: fused on CUDA, dali there without a cache, else torch."""
     cache: Literal["auto", "device", "host", "disk", "off"] = "auto"
-    """Decode every image once and keep the pixels; auto: on the device or in memory, where there is ample room."""
+    """Decode every image once and keep the pixels; auto: on the device or in memory, with ample room (not for dali)."""
     cache_side: int | None = None
     """Cached images are reduced to this shorter side, pixels, where it is longer. Default: twice --data.image_size."""
     cache_dir: Path | None = None

@@ -33,7 +33,11 @@ def make_views(
     data, workers = config.data, pick_workers(config.data.workers)
     bad = BadFiles(images, data.on_corrupt)
     place: Place | Literal["off"] = "off"
-    if data.cache != "off":
+    if data.loader == "dali" and data.cache not in ("auto", "off"):
+        raise UsageError(
+            f"--data.loader dali decodes files, it does not read --data.cache {data.cache}: take fused or torch"
+        )
+    if data.loader != "dali" and data.cache != "off":
         side = data.cache_side or 2 * data.image_size
         sizes = measure(images, side, workers, console)
         place = choose_place(config, int(sizes.prod(1).sum()) * 3, device, console)
@@ -84,9 +88,9 @@ def choose_place(config: Config, size: int, device: torch.device, console: Conso
     """Where `size` bytes of decoded images go, as `--data.cache` asks; auto leaves ample room for everything else."""
     cuda = device.type == "cuda"
     room = {"device": torch.cuda.mem_get_info(device)[0] if cuda else 0, "host": free_memory()}
-    asked, by_file = config.data.cache, config.data.loader in ("dali", "torch")
+    asked, loader = config.data.cache, config.data.loader
     if asked == "auto":
-        if cuda and not by_file and size <= room["device"] / 4:
+        if cuda and loader != "torch" and size <= room["device"] / 4:
             return "device"
         if size <= room["host"] / 2:
             return "host"
@@ -95,8 +99,8 @@ def choose_place(config: Config, size: int, device: torch.device, console: Conso
         return "off"
     if asked == "device" and not cuda:
         raise UsageError("--data.cache device needs CUDA: take host or disk")
-    if asked == "device" and by_file:
-        raise UsageError(f"--data.cache device is read by --data.loader fused, not by {config.data.loader}")
+    if asked == "device" and loader == "torch":
+        raise UsageError("--data.cache device is read by --data.loader fused, not by torch")
     if asked in room and size > room[asked]:
         raise UsageError(
             f"--data.cache {asked}: the decoded images take {size / GIB:.1f} GiB and {room[asked] / GIB:.1f} are free: "
@@ -109,12 +113,12 @@ def choose_loader(
     config: Config, place: str, device: torch.device, console: Console
 ) -> Literal["dali", "torch", "fused"]:
     """The loader `--data.loader` asks for; auto takes the fastest that can serve."""
-    asked = config.data.loader
+    asked, cuda = config.data.loader, device.type == "cuda"
     if asked == "fused" and place == "off":
         raise UsageError("--data.loader fused needs the decoded images: take --data.cache device, host or disk")
-    if asked == "fused" or (asked == "auto" and device.type == "cuda" and place != "off"):
+    if asked == "fused" or (asked == "auto" and cuda and place != "off"):
         return "fused"
-    if asked == "torch":
+    if asked == "torch" or (asked == "auto" and not cuda):  # on the CPU DALI is the slower one (bench/test_loader.py)
         return "torch"
     if importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"):
         return "dali"

@@ -51,11 +51,6 @@ class CachedImages(ImageList):
         pixels = self.cache.pixels[start : start + 3 * height * width].numpy()
         return Image.fromarray(pixels.reshape(height, width, 3))
 
-    def read(self, index: int) -> bytes:
-        """Image `index` as a PPM file."""
-        image = self.rgb(index)
-        return b"P6 %d %d 255\n" % image.size + image.tobytes()
-
 
 def bounded_size(height: int, width: int, side: int) -> tuple[int, int]:
     """The size with the shorter side reduced to `side` pixels where it is longer."""

@@ -20,7 +20,7 @@ from fastcr import loaders
 from fastcr.cached_views import CachedViews
 from fastcr.config import Config, UsageError, parse
 from fastcr.folders import ImageList, read_splits
-from fastcr.loaders import choose_place, make_views
+from fastcr.loaders import choose_loader, choose_place, make_views
 from fastcr.machine import free_memory
 from fastcr.pixel_cache import PixelCache, bounded_size, fill, measure
 from fastcr.torch_views import TorchViews
@@ -132,11 +132,8 @@ def take(images: ImageList, *flags: str, start: int = 0, count: int = 4, said: C
     return [torch.stack(batch) for batch in islice(views.batches(start), count)]
 
 
-@pytest.mark.parametrize("loader", ["torch", "dali"])
-def test_views_of_cached_pixels_are_those_of_the_files(photos: ImageList, loader: str) -> None:
-    if loader == "dali":
-        pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
-    flags = ("--data.loader", loader, "--data.cache_side", "500")
+def test_views_of_cached_pixels_are_those_of_the_files(photos: ImageList) -> None:
+    flags = ("--data.loader", "torch", "--data.cache_side", "500")
     plain = take(photos, *flags, "--data.cache", "off")
     for place in ("host", "disk"):
         more = ("--data.cache", place, "--data.cache_dir", str(photos.root.parent))
@@ -266,9 +263,25 @@ def test_where_the_pixels_go(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert [place(size, cuda) for size in (200, 201, 5000, 5001)] == ["device", "host", "host", "off"]
     assert place(200, CPU) == "host"
-    assert place(200, cuda, "--data.loader", "dali") == "host"
+    assert place(200, cuda, "--data.loader", "torch") == "host"
     assert place(800, cuda, "--data.cache", "device") == "device"
     assert place(10**6, cuda, "--data.cache", "disk") == "disk"
+
+
+def test_which_loader_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    def loader(place: str, device: str, *flags: str) -> str:
+        return choose_loader(settings_of(*flags), place, torch.device(device), said)
+
+    said = Console(file=io.StringIO(), width=200)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    found = [loader(place, device) for device in ("cuda", "cpu") for place in ("device", "host", "off")]
+    assert found == ["fused", "fused", "dali", "torch", "torch", "torch"]
+    assert loader("off", "cpu", "--data.loader", "dali") == "dali"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert loader("off", "cuda") == "torch"
+    assert said.file.getvalue().count("DALI is not installed") == 1  # type: ignore[attr-defined]
+    with pytest.raises(UsageError, match="needs NVIDIA DALI"):
+        loader("off", "cpu", "--data.loader", "dali")
 
 
 def test_free_memory_is_part_of_the_memory() -> None:
@@ -279,6 +292,7 @@ def test_free_memory_is_part_of_the_memory() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (("--data.loader", "dali", "--data.cache", "host"), "--data.loader dali decodes files"),
         (("--data.loader", "fused", "--data.cache", "off"), "--data.loader fused needs the decoded images"),
         (("--data.cache", "device"), "--data.cache device needs CUDA"),
         (("--data.cache", "host"), r"--data\.cache host: the decoded images take .* GiB and 0\.0 are free"),
