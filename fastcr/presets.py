@@ -61,25 +61,27 @@ def cub200_released() -> Config:
 
 
 def cars196() -> Config:
-    """Stanford Cars (8,144 training images) as class-per-folder train/ and test/; the paper's recipe.
+    """Stanford Cars (8,144 training images), the original archive or class folders; the paper's recipe.
 
-    The paper reports a linear probe of 76.6. Not yet measured with this code.
+    The archive's tables need scipy (`pip install "fastcr[archives]"`). The paper reports a linear probe of 76.6. Not
+    yet measured with this code.
     """
     return Config(preset="cars196")
 
 
 def aircraft() -> Config:
-    """FGVC-Aircraft (6,667 trainval images) as class-per-folder train/ and test/; the paper's recipe.
+    """FGVC-Aircraft (6,667 trainval images), the original archive or class folders; the paper's recipe.
 
-    Not yet measured with this code.
+    The archive is read at the level of variants. Not yet measured with this code.
     """
     return Config(preset="aircraft")
 
 
 def inat2019() -> Config:
-    """iNaturalist 2019 (265,213 training images) as class-per-folder train/ and test/; larger queue and batch.
+    """iNaturalist 2019 (265,213 training images), the original archive or class folders; larger queue and batch.
 
-    Not yet measured with this code.
+    The archive's validation list is the test split: no labels of its test images are public. Not yet measured with this
+    code.
     """
     return Config(
         preset="inat2019",

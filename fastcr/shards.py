@@ -12,6 +12,7 @@ the share of a rank and an exact resume are those of single files.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -54,12 +55,18 @@ class TarImages(ImageList):
     shards: tuple[str, ...]
     extents: np.ndarray = field(compare=False)  # int64 [n,3]: shard, offset, size
 
-    def read(self, index: int) -> bytes:
-        """The encoded file of image `index`. Raises `OSError` where its shard is gone."""
+    def open(self, index: int) -> BinaryIO:
+        """The encoded file of image `index`, in memory. Raises `OSError` where its shard is gone."""
         shard, offset, size = self.extents[index].tolist()
         # opened anew each time: nothing to share between threads or carry through a fork, and no limit on the shards
         with open(os.path.join(self.root, self.shards[shard]), "rb", buffering=0) as file:
-            return os.pread(file.fileno(), size, offset)
+            return io.BytesIO(os.pread(file.fileno(), size, offset))
+
+    def stamp(self, index: int) -> str:
+        """Changes when the shard of image `index` does. Raises `OSError` where it is gone."""
+        shard, offset, size = self.extents[index].tolist()
+        facts = os.stat(os.path.join(self.root, self.shards[shard]))
+        return f"{self.path(index)} {offset} {size} {facts.st_size} {facts.st_mtime_ns}"
 
 
 def find_shards(root: Path) -> tuple[list[Path], list[Path]]:

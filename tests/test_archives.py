@@ -115,8 +115,9 @@ ARCHIVES: dict[str, tuple[Callable[[Path], None], str, dict[str, str], dict[str,
             {"001.Wren/a.jpg": "001.Wren", "002.Robin/c.jpg": "002.Robin"}, ("001.Wren", "002.Robin")),
     "cars": (cars, "stanford_cars", {"00001.jpg": CARS[2], "00002.jpg": CARS[0], "00003.jpg": CARS[2]},
              {"00001.jpg": CARS[1]}, tuple(CARS)),
-    "cars in one folder": (cars_in_one_folder, "stanford_cars", {"car_ims/000001.jpg": CARS[2],
-             "car_ims/000002.jpg": CARS[0], "car_ims/000004.jpg": CARS[2]}, {"car_ims/000003.jpg": CARS[1]}, tuple(CARS)),
+    "cars in one folder": (cars_in_one_folder, "stanford_cars",
+             {"car_ims/000001.jpg": CARS[2], "car_ims/000002.jpg": CARS[0], "car_ims/000004.jpg": CARS[2]},
+             {"car_ims/000003.jpg": CARS[1]}, tuple(CARS)),
     "aircraft": (aircraft, "fgvc-aircraft-2013b/data", {"0063287.jpg": "737-200", "1025794.jpg": "Falcon 2000",
              "0056978.jpg": "F/A-18"}, {"1514522.jpg": "737-200"}, ("737-200", "F/A-18", "Falcon 2000")),
     "inat": (inat, ".", {"train_val2019/Birds/2/a.jpg": "Parus major", "train_val2019/Birds/5/b.jpg": "Turdus merula"},
@@ -157,7 +158,9 @@ def test_images_that_are_not_there_are_counted(tmp_path: Path, name: str) -> Non
     first, *_, last = sorted(train)
     for file in (first, last):
         next(path for path in tmp_path.rglob("*.jpg") if str(path).endswith(file)).unlink()
-    with pytest.raises(UsageError, match=rf"^2 of the {len(train)} images that .* names? are not in .*, e.g. '{first}'$"):
+    with pytest.raises(
+        UsageError, match=rf"^2 of the {len(train)} images that .* names? are not in .*, e.g. '{first}'$"
+    ):
         read_splits(tmp_path)
 
 

@@ -1,15 +1,28 @@
-"""Which images a folder holds, in each of the layouts."""
+"""Which images a folder holds, in each of the layouts; what is said of them; what broken files do to a run."""
 
 from __future__ import annotations
 
+import io
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from fastcr import train
+from fastcr.check import main
 from fastcr.config import UsageError
 from fastcr.folders import read_splits
+
+TINY = [
+    "--data.image_size", "32", "--data.cache", "off", "--run.device", "cpu", "--optim.batch_size", "20",
+    "--optim.epochs", "1", "--model.backbone", "resnet18", "--model.last_stage", "layer3", "--model.weights", "none",
+    "--moco.queue_size", "20", "--rationale.detectors", "4",
+]  # fmt: skip
 
 
 def put(path: Path, colour: int = 0) -> None:
@@ -75,3 +88,158 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     put(tmp_path / "only" / "test" / "robin" / "1.png")
     with pytest.raises(UsageError, match="none named train"):
         read_splits(tmp_path / "only")
+
+
+def test_a_list_names_images_and_labels(tmp_path: Path) -> None:
+    """Paths are those from the list's folder, or absolute; comments, blank lines and Windows' line ends are borne."""
+    put(tmp_path / "far away" / "ü 1.png")
+    put(tmp_path / "lists" / "2.png")
+    file = tmp_path / "lists" / "birds.txt"
+    file.write_bytes(f"# birds\r\n\r\n../far away/ü 1.png\r\n{tmp_path}/lists/2.png\n   \n".encode())
+    splits = read_splits(file)
+    assert (splits.test, splits.train.labels, len(splits.train)) == (None, None, 2)
+    assert {splits.train.rgb(i).size for i in range(2)} == {(8, 8)}
+    file.write_text("2.png\twood wren\n../far away/ü 1.png\ta robin")
+    labelled = read_splits(file).train
+    assert labelled.files == ("../far away/ü 1.png", "2.png")
+    assert [labelled.classes[label] for label in labelled.labels or ()] == ["a robin", "wood wren"]
+
+
+def test_a_labelled_list_is_trained_on_and_measured(tmp_path: Path, birds: Path) -> None:
+    lines = [f"{path}\t{path.parent.name}\n" for path in (birds / "train").glob("*/*.jpg")]
+    (tmp_path / "list.txt").write_text("".join(lines))
+    train.main(
+        [*TINY, "--data.root", str(tmp_path / "list.txt"), "--run.steps", "1", "--run.dir", str(tmp_path / "run")]
+    )
+    assert (tmp_path / "run" / "results.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("# nothing\n\n", r"list.txt names no images"),
+        ("1.png\n2.png\n3.png\n", r"2 of the 3 images that .*list.txt names are not there, e.g. '2.png'"),
+        ("1.png\n1.png\n", r"names '1.png' twice"),
+        ("1.png\twren\n./1.png\n", r"some images have a label and some, e.g. './1.png', have none"),
+        ("\0\1\2", r"neither a folder of images or tar shards nor a text file that lists images"),
+    ],
+)
+def test_mistakes_in_a_list_are_named(tmp_path: Path, text: str, words: str) -> None:
+    put(tmp_path / "1.png")
+    (tmp_path / "list.txt").write_text(text)
+    with pytest.raises(UsageError, match=words):
+        read_splits(tmp_path / "list.txt")
+
+
+def test_the_check_counts_and_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split, wrens in (("train", 3), ("test", 1)):
+        for i in range(wrens):
+            put(tmp_path / split / "wren" / f"{i}.png")
+        put(tmp_path / split / "robin" / "a.png")
+    main([str(tmp_path), "--classes"])
+    out = capsys.readouterr().out
+    rows = [re.findall(r"[^│\s][^│]*[^│\s]|[^│\s]", line) for line in out.splitlines() if line.startswith("│")]
+    for row in (["images", "4", "2"], ["broken", "0", "0"], ["classes", "2", "2"],
+                ["images a class", "1 / 2 / 3", "1 / 1 / 1"], ["width, px", "8 / 8 / 8", "8 / 8 / 8"],
+                ["wren", "3", "1"], ["robin", "1", "1"]):  # fmt: skip
+        assert row in rows
+    assert "fewest images in train: robin (1), wren (3)" in out
+    assert "all 6 images are whole" in out
+    picture = tmp_path / "train" / "wren" / "0.png"
+    picture.write_bytes(picture.read_bytes()[:40])
+    with pytest.raises(SystemExit) as stop:
+        main([str(tmp_path)])
+    out = capsys.readouterr().out
+    assert stop.value.code == 1
+    assert f"broken: '{picture}' is not a readable image" in out
+    assert "1 of 6 images are broken" in out
+    assert max(map(len, out.splitlines()[:-2])) <= 100
+    for arguments in ([str(tmp_path / "nowhere")], [str(tmp_path), "--index"], []):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+# GiB, of the largest process; a picture of 108 megapixels is 0.3, and DALI keeps the buffers that it has once needed
+PEAK = {"torch": 2, "dali": 5}
+
+
+def encoded(
+    format_: str, size: tuple[int, int], random: np.random.Generator, mode: str = "RGB", **options: object
+) -> bytes:
+    """A coarse random picture."""
+    small = random.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(small).convert(mode).resize(size).save(file, format_, **options)
+    return file.getvalue()
+
+
+def fuzzed(root: Path, files: int, random: np.random.Generator) -> set[str]:
+    """`files` files of every kind named like images, and what is no file; returns those no decoder can read."""
+    big, jpeg = encoded("JPEG", (12_000, 9_000), random), encoded("JPEG", (90, 70), random)
+    png = encoded("PNG", (60, 80), random)
+    deep = io.BytesIO()
+    Image.fromarray(random.integers(0, 65536, (40, 50), dtype=np.uint16)).save(deep, "PNG")
+    frames = [Image.new("P", (40, 30), shade) for shade in (0, 90, 200)]
+    gif = io.BytesIO()
+    frames[0].save(gif, "GIF", save_all=True, append_images=frames[1:])
+    sound = [
+        (".jpg", jpeg), (".jpg", encoded("JPEG", (64, 64), random, progressive=True)), (".png", png),
+        (".jpg", encoded("JPEG", (70, 50), random, mode="CMYK")), (".jpg", encoded("JPEG", (50, 70), random, mode="L")),
+        (".png", deep.getvalue()), (".gif", gif.getvalue()), (".png", encoded("PNG", (1, 1), random)),
+        (".jpg", encoded("JPEG", (1, 1), random)), (".png", encoded("PNG", (50, 50), random, mode="RGBA")),
+        (".jpg", jpeg[: len(jpeg) // 2] + b"\xff\xd9"),  # ends too early, but ends: decoders fill it up with grey
+        (".webp", encoded("WEBP", (60, 50), random)), (".jpg", encoded("JPEG", (3, 900), random)), (".jpg", png),
+    ]  # fmt: skip
+    bomb = bytearray(encoded("JPEG", (64, 64), random))
+    frame = bomb.index(b"\xff\xc0")
+    bomb[frame + 5 : frame + 9] = b"\xff\xff\xff\xff"  # says it is 65,535 pixels high and wide
+    names = ["{}", "with space {}", "it's {}", 'say "{}"', "new\nline {}", "ü-鸟-{}", "-{}", "%s {}", "[bold]{}"]
+    bad = set()
+    for i in range(files):
+        name = names[i % len(names)].format(f"{i:03d}")
+        if i == 0:
+            suffix, content = ".jpg", big
+        elif random.random() < 0.7:
+            suffix, content = sound[random.integers(len(sound))]
+        else:
+            whole = [jpeg, png][random.integers(2)]
+            suffix, content = ".jpg", [
+                whole[: random.integers(1, len(whole) // 2)], b"", b"<!DOCTYPE html><html>404</html>",
+                bytes(random.integers(0, 256, 500, dtype=np.uint8)), bytes(bomb),
+            ][random.integers(5)]  # fmt: skip
+            bad.add(str(root / f"{name}{suffix}"))
+        (root / f"{name}{suffix}").write_bytes(content)
+    (root / "folder.jpg").mkdir()
+    (root / f"{files:03d} link.jpg").symlink_to(root / "nowhere.jpg")
+    return bad | {str(root / f"{files:03d} link.jpg")}
+
+
+@pytest.mark.slow  # half a minute each
+@pytest.mark.parametrize("loader", ["torch", "dali"])
+@pytest.mark.parametrize("seed", [pytest.param(0, id="sample"), *range(1, 6)])
+def test_broken_files_are_named_once_and_stop_nothing(tmp_path: Path, loader: str, seed: int) -> None:
+    """200 files, one of them of 108 megapixels, in one epoch of ten steps; the peak is that of the whole process."""
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali")
+    root = tmp_path / "images"
+    root.mkdir()
+    bad = fuzzed(root, 199, np.random.default_rng(seed))
+    command = [sys.executable, "-m", "fastcr.train", *TINY, "--data.root", root, "--run.dir", tmp_path / "run",
+               "--data.loader", loader, "--data.workers", "2"]  # fmt: skip
+    with open(tmp_path / "err", "wb") as err, open(tmp_path / "out", "wb") as out:
+        process = subprocess.Popen(list(map(str, command)), stdout=out, stderr=err)
+        _, status, usage = os.wait4(process.pid, 0)
+    lines = (tmp_path / "err").read_text().splitlines()
+    assert os.waitstatus_to_exitcode(status) == 0, lines[-5:]
+    named = [line for line in lines if "unreadable image" in line]
+    expected = [f"fastcr: unreadable image {path!r}: its neighbour is used instead" for path in bad]
+    assert sorted(named) == sorted(expected)
+    assert f"{len(bad)} unreadable training images" in (tmp_path / "out").read_text()
+    assert usage.ru_maxrss / 2**20 < PEAK[loader]
+    check = subprocess.run([sys.executable, "-m", "fastcr.folders", root], capture_output=True, text=True, check=False)
+    broken = [line for line in check.stdout.splitlines() if line.startswith("broken: ")]
+    assert check.returncode == 1
+    assert [sum(line.startswith(f"broken: {path!r}") for line in broken) for path in bad] == [1] * len(bad)
+    assert len(broken) == len(bad)
