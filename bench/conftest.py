@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from fastcr.timing import copy_bandwidth
+
 
 def _first_line(*command: str) -> str | None:
     try:
@@ -39,6 +41,12 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 def device() -> torch.device:
     """CUDA when there is one, else the CPU: figures are of the device their report names."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def copy_rate(device: torch.device) -> float | None:
+    """Bytes a second of a large copy on the GPU, the ceiling of what only moves bytes; None without a GPU."""
+    return copy_bandwidth(device) if device.type == "cuda" else None
 
 
 @pytest.fixture

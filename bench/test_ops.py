@@ -1,75 +1,92 @@
-"""The three ops, forward and backward: the public function, its eager reference, and that under torch.compile."""
+"""The three ops: the public function, its eager reference, and that under torch.compile.
+
+On a GPU: CUDA-graph replays over inputs that exceed the L2 cache, at the sizes of ResNet-50. Without one: a smoke test
+at small sizes, timed by the wall clock. `bench/report.py` turns the JSON into a table.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from fastcr.kernels.info_nce import info_nce, info_nce_reference
-from fastcr.kernels.rationale_fit import rationale_fit, rationale_fit_reference
-from fastcr.kernels.rationale_pool import rationale_pool, rationale_pool_reference
+from fastcr.timing import Timing, rotation, summary, time_on_gpu
+from fastcr.workloads import OPS, REFERENCES, Workload
 
-WAYS = ("op", "eager", "compiled")
-
-
-def _way(name: str, op: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
-    return {"op": op, "eager": reference, "compiled": torch.compile(reference)}[name]
-
-
-@pytest.fixture
-def maps(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Features of ResNet-50 at 224 px (on the CPU: ResNet-18's layer3, fewer), gradient, detectors, bias."""
-    batch, channels = (256, 2048) if device.type == "cuda" else (16, 256)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    torch.manual_seed(0)
-    features = torch.randn(batch, channels, 7, 7, device=device, dtype=dtype).relu()
-    features = features.to(memory_format=torch.channels_last).requires_grad_()
-    gradient = torch.randn(batch, channels, device=device)
-    detectors = (torch.randn(32, channels, device=device) / channels**0.5).requires_grad_()
-    return features, gradient, detectors, torch.zeros(32, device=device, requires_grad=True)
+GPU = [
+    *(
+        Workload(op, way, batch, positions, 2048)  # type: ignore[arg-type]
+        for op, way in (("fit", "forward"), ("fit", "training"), ("pool", "forward"))
+        for batch in (128, 256, 1024)
+        for positions in (49, 196)
+    ),
+    *(Workload("contrast", "training", batch, keys, 256) for batch in (128, 256, 1024) for keys in (4096, 65536)),
+]
+CPU = [
+    Workload("fit", "forward", 16, 49, 256, dtype=torch.float32),
+    Workload("fit", "training", 16, 49, 256, dtype=torch.float32),
+    Workload("pool", "forward", 16, 49, 256, dtype=torch.float32),
+    Workload("contrast", "training", 64, 4096, 256, dtype=torch.float32),
+]
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_rationale_fit(benchmark: Any, finished: Any, maps: tuple[Tensor, ...], way: str) -> None:
-    fit = _way(way, rationale_fit, rationale_fit_reference)
-    features, gradient, detectors, bias = maps
-
-    def run() -> None:
-        divergence = fit(features, gradient, detectors, bias, pool_weight=1 / len(features)).divergence
-        torch.autograd.grad(divergence.sum(), (features, detectors, bias))
-
-    run()
-    benchmark(finished(run))
+def needed_bytes(work: Workload, way: str) -> int:
+    """Memory a measurement takes at most: two sets of inputs with their gradients, and what the way holds in fp32."""
+    fp32 = 4 * work.input_bytes // work.dtype.itemsize
+    logits = 4 * work.batch * work.positions if work.op == "contrast" else 0
+    return 4 * work.input_bytes + (0 if way == "op" else 5 * (fp32 + logits))
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_rationale_pool(benchmark: Any, finished: Any, maps: tuple[Tensor, ...], way: str) -> None:
-    pool = _way(way, rationale_pool, rationale_pool_reference)
-    features, _, detectors, bias = maps
+def extra_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
+    """Peak memory a call takes beside its inputs; None without a GPU."""
+    if device.type != "cuda":
+        call()
+        return None
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
-    @torch.no_grad()
-    def run() -> None:
-        pool(features, detectors, bias)
 
-    run()
-    benchmark(finished(run))
+def wall(benchmark: Any, call: Callable[[], Any]) -> Timing:
+    """pytest-benchmark's own samples of one call on the CPU."""
+    benchmark(call)
+    return summary(benchmark.stats.stats.data, "wall") if benchmark.stats else Timing(0.0, 0.0, 0.0, "wall")
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_info_nce(benchmark: Any, finished: Any, device: torch.device, way: str) -> None:
-    loss = _way(way, info_nce, info_nce_reference)
-    batch, keys = (256, 65536) if device.type == "cuda" else (64, 4096)
-    torch.manual_seed(0)
-    query, key, queue = (F.normalize(torch.randn(n, 256, device=device), dim=1) for n in (batch, batch, keys))
-    query.requires_grad_()
-
-    def run() -> None:
-        torch.autograd.grad(loss(query, key, queue).sum(), query)
-
-    run()
-    benchmark(finished(run))
+@pytest.mark.parametrize("way", ["op", "eager", "compiled"])
+@pytest.mark.parametrize("work", GPU if torch.cuda.is_available() else CPU, ids=str)
+def test_op(benchmark: Any, device: torch.device, copy_rate: float | None, work: Workload, way: str) -> None:
+    """The figures are in the report's extra_info; red where the op's results are not those of the fp64 reference."""
+    gpu = device.type == "cuda"
+    if gpu and needed_bytes(work, way) > 0.9 * torch.cuda.mem_get_info()[0]:
+        pytest.skip(f"needs about {needed_bytes(work, way) / 2**30:.0f} GiB of GPU memory")
+    torch.compiler.reset()  # a compiled function keeps but a few shapes
+    function = OPS[work.op] if way == "op" else REFERENCES[work.op]
+    if way == "compiled":
+        function = torch.compile(function, dynamic=False)
+    sets = [work.inputs(device, seed) for seed in range(rotation(work.input_bytes, device))]
+    calls = [partial(work.run, function, inputs) for inputs in sets]
+    error = work.error(calls[0](), work.exact(sets[0])) if way == "op" else None
+    extra = extra_bytes(calls[0], device)
+    if gpu and benchmark.enabled:
+        timing = time_on_gpu(calls)
+        benchmark.pedantic(calls[0], rounds=1)  # the harness records nothing without a run of its own
+    else:
+        timing = wall(benchmark, calls[0])
+    benchmark.extra_info |= {
+        "work": str(work),
+        "way": way,
+        "correct": None if error is None else error <= work.tolerance,
+        "seconds": timing._asdict(),
+        "floor_bytes": work.floor_bytes,
+        "copy_bytes_per_second": copy_rate,
+        "extra_bytes": extra,
+    }
+    assert error is None or error <= work.tolerance, f"the op is {error:.1e} off"

@@ -1,7 +1,8 @@
 """`python -m fastcr.trace --resources`: what each Triton kernel takes of a multiprocessor, without a GPU.
 
-The ops run on CPU tensors of the shapes that matter while a recorder stands in for the launch; each recorded call is
-then compiled for every target with the types, alignments and settings it was made with.
+The ops run on CPU tensors of the usual sizes (`--every`: of all that have settings of their own) while a recorder
+stands in for the launch; each recorded call is then compiled for every target with the types, alignments and settings
+it was made with.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ from rich.console import Console
 from rich.table import Table
 
 from fastcr.config import UsageError, one_line_errors, parse
-from fastcr.kernels import info_nce, launch, rationale_fit, rationale_pool  # noqa: F401  (they register the ops)
+from fastcr.kernels import info_nce, launch, rationale_fit, rationale_pool, two_views  # noqa: F401  (they register ops)
 
-BATCH, CHANNELS, DETECTORS, DIM, QUEUE, POSITIONS = 256, 2048, 32, 256, 65536, (49, 196)  # ResNet-50, 224 and 448 px
+BATCH, CHANNELS, QUEUE = 256, 2048, 65536  # ResNet-50
 TENSOR_CORE = re.compile(r"\b(?:[HIQO]G?MMA|UTC[A-Z]*MMA)\b")  # FP64's DMMA is left out
-POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
+WIDTHS = (torch.bfloat16, torch.float16, torch.float32)
+TYPES = dict(zip(WIDTHS, ("bf16", "fp16", "fp32"), strict=True))
+TYPES |= {torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
 
 
 # of a multiprocessor with its 65,536 registers: resident warps, blocks, KB shared (CUDA C++ Programming Guide)
@@ -36,11 +39,55 @@ LIMITS = {
 }  # fmt: skip
 
 
+class Maps(NamedTuple):
+    """Sizes of a call of the ops on feature maps."""
+
+    positions: int
+    detectors: int = 32
+    dtype: torch.dtype = torch.bfloat16
+    target: str = "max-softmax"
+
+    def __str__(self) -> str:
+        return f"S {self.positions}, K {self.detectors}, {TYPES[self.dtype]}"
+
+
+class Contrast(NamedTuple):
+    """Sizes of a call of `info_nce`."""
+
+    batch: int = BATCH
+    dim: int = 256
+    dtype: torch.dtype = torch.bfloat16
+
+    def __str__(self) -> str:
+        return f"B {self.batch}, D {self.dim}, {TYPES[self.dtype]}"
+
+
+class Views(NamedTuple):
+    """Sizes of a call of `two_views`."""
+
+    dtype: torch.dtype = torch.bfloat16
+
+    def __str__(self) -> str:
+        return f"224 px, {TYPES[self.dtype]}"
+
+
+Sizes = Maps | Contrast | Views
+COMMON: list[Sizes] = [Maps(49), Maps(196), Contrast(), Views()]  # 224 and 448 px
+MAPS = ((49, 32, "max-softmax"), (196, 64, "sum"), (784, 32, "sum"), (1600, 128, "max-softmax"), (4096, 5, "sum"))
+CONTRASTS = tuple((batch, dim) for batch in (16, 64, BATCH) for dim in (128, 256, 384, 512))
+EVERY: list[Sizes] = [
+    *COMMON,
+    *(Maps(positions, detectors, dtype, target) for dtype in WIDTHS for positions, detectors, target in MAPS),
+    *(Contrast(batch, dim, dtype) for dtype in WIDTHS for batch, dim in CONTRASTS),
+    *map(Views, WIDTHS),
+]
+
+
 class Call(NamedTuple):
     """Of a kernel: what decides its code, as Triton's runtime would choose it."""
 
     kernel: Any
-    types: dict[str, str]
+    types: dict[str, str | tuple[str, ...]]
     constants: dict[str, Any]
     attributes: dict[tuple[int], list[list[Any]]]
     options: dict[str, int]
@@ -70,39 +117,52 @@ def specialise(kernel: Any, args: Sequence[Any], kwargs: dict[str, Any], shape: 
         if param.is_constexpr or (isinstance(value, int) and value == 1):
             call.types[param.name], call.constants[param.name] = "constexpr", value
             continue
+        if isinstance(value, tuple):
+            call.types[param.name] = ("fp32",) * len(value)
+            continue
         pointer = isinstance(value, torch.Tensor)
-        call.types[param.name] = POINTERS[value.dtype] if pointer else "fp32" if isinstance(value, float) else "i32"
+        call.types[param.name] = "*" + TYPES[value.dtype] if pointer else "fp32" if isinstance(value, float) else "i32"
         if pointer or (isinstance(value, int) and value % 16 == 0):  # the allocator aligns to more than 16 bytes
             call.attributes[i,] = [["tt.divisibility", 16]]
     return call
 
 
-def run_ops(positions: int) -> None:
-    """Forward and backward of every op; the queue's length and width are always the same."""
-    side, ops = math.isqrt(positions), torch.ops.fastcr
-    features = torch.empty(BATCH, side, side, CHANNELS, dtype=torch.bfloat16).permute(0, 3, 1, 2)
-    detectors, bias, gradient = torch.zeros(DETECTORS, CHANNELS), torch.zeros(DETECTORS), torch.zeros(BATCH, CHANNELS)
+def run_op(sizes: Sizes) -> None:
+    """Forward and backward of the ops that take these sizes."""
+    ops = torch.ops.fastcr
+    if isinstance(sizes, Contrast):
+        query, queue = (torch.empty(rows, sizes.dim, dtype=sizes.dtype) for rows in (sizes.batch, QUEUE))
+        ops.info_nce(query, query.clone(), queue, 0.2)
+        return
+    if isinstance(sizes, Views):
+        starts = torch.zeros(2, dtype=torch.int64)
+        pixels, table = torch.zeros(3, dtype=torch.uint8), torch.zeros(2, 2, 16)
+        ops.two_views(pixels, starts, starts.clone(), table, 224, [0.5] * 3, [0.5] * 3, sizes.dtype)
+        return
+    side = math.isqrt(sizes.positions)
+    batch = BATCH if side <= 14 else BATCH // 4  # memory
+    features = torch.empty(batch, side, side, CHANNELS, dtype=sizes.dtype).permute(0, 3, 1, 2)
+    detectors, bias = torch.zeros(sizes.detectors, CHANNELS), torch.zeros(sizes.detectors)
+    gradient = torch.zeros(batch, CHANNELS)
     pooled, attention, winners = ops.rationale_pool(features, detectors, bias, 0.4)
     ops.rationale_pool_backward(pooled, attention, features, detectors, attention, winners, 0.4)
-    loss, *maps = ops.rationale_fit(features, gradient, detectors, bias, 0.4, "max-softmax", "score", 0.0, True)
+    loss, *maps = ops.rationale_fit(features, gradient, detectors, bias, 0.4, sizes.target, "score", 0.0, True)
     for write_features in (True, False):
         ops.rationale_fit_backward(loss, features, gradient, detectors, *maps, 0.4, 0.0, write_features)
-    query, queue = (torch.empty(rows, DIM, dtype=torch.bfloat16) for rows in (BATCH, QUEUE))
-    ops.info_nce(query, query.clone(), queue, 0.2)
 
 
-def calls() -> list[Call]:
-    """Every call the ops make at the shapes that matter; what gives the same code is listed once."""
+def calls(every: bool = False) -> list[Call]:
+    """Every call the ops make at the sizes of `COMMON` or `EVERY`; what gives the same code is listed once."""
     found: list[Call] = []
-    for positions in POSITIONS:
+    for sizes in EVERY if every else COMMON:
 
-        def record(kernel: Any, *args: Any, _shape: str = f"S {positions}", **kwargs: Any) -> None:
+        def record(kernel: Any, *args: Any, _shape: str = str(sizes), **kwargs: Any) -> None:
             call = specialise(kernel, args, kwargs, _shape)
             if all(call[:5] != other[:5] for other in found):
                 found.append(call)
 
         with mock.patch("triton.runtime.jit.JITFunction.run", record):
-            run_ops(positions)
+            run_op(sizes)
     return sorted(found, key=lambda call: call.kernel.__name__)
 
 
@@ -131,24 +191,24 @@ def compiled(call: Call, target: int) -> Resources:
     return Resources(name, call.shape, target, *facts, occupancy(target, warps, usage["REG"], shared))
 
 
-def resources(targets: Sequence[int] | None = None) -> list[Resources]:
+def resources(targets: Sequence[int] | None = None, every: bool = False) -> list[Resources]:
     """What every kernel takes on each of `targets` (default: all that the installed Triton compiles for)."""
     if launch.triton is None:
         raise UsageError("Triton is not installed, so there are no kernels to compile")
     if launch.INTERPRET:
         raise UsageError("TRITON_INTERPRET=1 takes the place of Triton's compiler: unset it")
     version = tuple(int(part) for part in launch.triton.__version__.split(".")[:2])
-    able = tuple(LIMITS) if version >= (3, 9) else (80, 90)  # 3.6 crashes on some layouts for the newest
+    able = tuple(LIMITS) if version >= (3, 8) else (80, 90)  # 3.6 crashes on some layouts for the newest
     if wrong := set(targets or ()).difference(able):
         raise UsageError(f"--target {min(wrong)}: this Triton's are {', '.join(map(str, able))}")
-    return [compiled(call, target) for call in calls() for target in targets or able]
+    return [compiled(call, target) for call in calls(every) for target in targets or able]
 
 
 def resources_table(rows: Sequence[Resources]) -> Table:
     """The resources for people; registers and spilled bytes are a thread's, shared memory a block's."""
-    table = Table(title=f"kernels at C {CHANNELS}, K {DETECTORS}, B {BATCH}, D {DIM}, N {QUEUE}, bf16")
+    table = Table(title=f"kernels at B {BATCH}, C {CHANNELS}, N {QUEUE}")
     for name in ("kernel", "shape", "sm", "warps", "registers", "spilled", "shared KB", "tensor ops", "occupancy"):
-        table.add_column(name, justify="left" if name in ("kernel", "shape") else "right", no_wrap=name == "kernel")
+        table.add_column(name, justify="left" if name in ("kernel", "shape") else "right", no_wrap=True)
     for row in rows:
         cells = map(str, (*row[:6], f"{row.shared / 1024:.1f}", row.tensor_core, f"{row.occupancy:.0%}"))
         table.add_row(*cells, end_section=row.target == rows[-1].target)
@@ -161,6 +221,8 @@ class TraceConfig:
 
     resources: tyro.conf.UseCounterAction[int] = 0
     """Compile every kernel; print registers, spills, shared memory, tensor-core instructions and occupancy."""
+    every: tyro.conf.UseCounterAction[int] = 0
+    """Compile for every row of the launch settings and every dtype, not only for the usual sizes; minutes a target."""
     target: tuple[int, ...] = ()
     """Compute capabilities to compile for, 90 for 9.0. Default: all that the installed Triton compiles for."""
 
@@ -172,7 +234,7 @@ def main(args: Sequence[str] | None = None) -> None:
         config = parse(TraceConfig, args, prog="python -m fastcr.trace", description="What the kernels take of a GPU.")
         if not config.resources:
             raise UsageError("nothing to do: give --resources")
-        Console(width=max(Console().width, 110)).print(resources_table(resources(config.target)))
+        Console(width=max(Console().width, 132)).print(resources_table(resources(config.target, bool(config.every))))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastcr.kernels.launch import INTERPRET
+from fastcr.kernels.settings import TABLE, map_class
 
 try:
     import triton
@@ -92,9 +93,9 @@ if triton is not None:
             logits += tl.load(bias + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
         bad = tl.sum(tl.where(logits != logits, 1, 0), axis=1) > 0
         logits = tl.where((k < K)[None, :], logits, float("-inf"))
-        winner = tl.argmax(logits, axis=1)
+        high, winner = tl.max(logits, axis=1, return_indices=True)
+        winner = tl.minimum(winner, K - 1)  # NaN may let padding win
         # tl.max drops NaN, and an infinity would leave one place of the map finite
-        high = tl.max(logits, axis=1)
         finite = (high - high == 0) & (bad == 0)
         return tl.where(finite, high, float("nan")), winner, slope
 
@@ -119,36 +120,37 @@ if triton is not None:
         k = tl.arange(0, BLOCK_K)
         by_w = tl.zeros([BLOCK_K, BLOCK_C], tl.float32)
         by_bias = tl.zeros([BLOCK_K], tl.float32)
-        start = group.to(tl.int64) * images
-        for number in range(tl.minimum(images, B - group * images)):
-            b = start + number
-            v = tl.load(direction + b * C + c, mask=c < C, other=0.0)
-            for first in range(0, S, BLOCK_S):
-                s = first + tl.arange(0, BLOCK_S)
-                inside = (s < S)[:, None] & (c < C)[None, :]
-                at = b * S * C + s[:, None] * C + c[None, :]
-                a = tl.load(features + at, mask=inside, other=0.0)
-                if UPCAST:
-                    a = a.to(tl.float32)
-                winner = tl.load(winners + b * S + s, mask=s < S, other=0)
-                by_logit = tl.load(by_logits + b * S + s, mask=s < S, other=0.0)
-                chosen = tl.where(winner[:, None] == k[None, :], by_logit[:, None], 0.0)
+        tiles = tl.cdiv(S, BLOCK_S)
+        # one loop over images and tiles: the next load is under way across images too, and fewer registers are live
+        for step in range(tl.minimum(images, B - group * images) * tiles):
+            b = (group * images + step // tiles).to(tl.int64)
+            s = step % tiles * BLOCK_S + tl.arange(0, BLOCK_S)
+            inside = (s < S)[:, None] & (c < C)[None, :]
+            at = b * S * C + s[:, None] * C + c[None, :]
+            a = tl.load(features + at, mask=inside, other=0.0)
+            if UPCAST:
+                a = a.to(tl.float32)
+            winner = tl.load(winners + b * S + s, mask=s < S, other=0)
+            by_logit = tl.load(by_logits + b * S + s, mask=s < S, other=0.0)
+            chosen = tl.where(winner[:, None] == k[None, :], by_logit[:, None], 0.0)
+            if tl.program_id(1) == 0:
                 by_bias += tl.sum(chosen, axis=0)
-                # into the range of 16 bits whatever the loss is scaled by; the detectors get what rounding took off
-                scale = tl.max(tl.abs(by_logit), axis=0)
-                scale = tl.where(scale > 0, scale, 1.0)
-                chosen = chosen / scale
-                rounded = chosen.to(a.dtype)
-                part_w = tl.dot(tl.trans(rounded), a, input_precision=PRECISION)
-                if a.dtype != tl.float32:
-                    rest = (chosen - rounded.to(tl.float32)).to(a.dtype)
-                    part_w += tl.dot(tl.trans(rest), a, input_precision=PRECISION)
-                by_w += part_w * scale
-                if WRITE_FEATURES:
-                    w = tl.load(detectors + winner[:, None] * C + c[None, :], mask=inside, other=0.0).to(tl.float32)
-                    share = tl.load(spread + b * S + s, mask=s < S, other=0.0)
-                    by_a = by_logit[:, None] * w + share[:, None] * v[None, :]
-                    tl.store(by_features + at, by_a.to(by_features.dtype.element_ty), mask=inside)
+            # into the range of 16 bits whatever the loss is scaled by; a second product adds what rounding took off
+            scale = tl.max(tl.abs(by_logit), axis=0)
+            scale = tl.where(scale > 0, scale, 1.0)
+            chosen = chosen / scale
+            rounded = chosen.to(a.dtype)
+            part_w = tl.dot(tl.trans(rounded), a, input_precision=PRECISION)
+            if a.dtype != tl.float32:
+                rest = (chosen - rounded.to(tl.float32)).to(a.dtype)
+                part_w += tl.dot(tl.trans(rest), a, input_precision=PRECISION)
+            by_w += part_w * scale
+            if WRITE_FEATURES:  # the winner's row comes from the cache: exact, and no second product
+                w = tl.load(detectors + winner[:, None] * C + c[None, :], mask=inside, other=0.0).to(tl.float32)
+                v = tl.load(direction + b * C + c, mask=c < C, other=0.0)
+                share = tl.load(spread + b * S + s, mask=s < S, other=0.0)
+                by_a = by_logit[:, None] * w + share[:, None] * v[None, :]
+                tl.store(by_features + at, by_a.to(by_features.dtype.element_ty), mask=inside)
         part = group.to(tl.int64) * K * C
         tl.store(detector_parts + part + k[:, None] * C + c[None, :], by_w, mask=(k < K)[:, None] & (c < C)[None, :])
         if tl.program_id(1) == 0:
@@ -160,44 +162,57 @@ def rows_of(features: Tensor) -> Tensor:
     return features.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
 
 
-def block_sizes(positions: int, detectors: int) -> dict[str, int]:
-    """Tile of positions, all positions, detectors and channels; powers of two from 16, as tensor cores want."""
-    return {
-        "BLOCK_S": min(max(triton.next_power_of_2(positions), 16), 64),
-        "BLOCK_K": max(triton.next_power_of_2(detectors), 16),
-        "BLOCK_C": 64,
-    }
+def tiles(kernel: str, rows: Tensor, detectors: int | None = None) -> dict[str, int]:
+    """Settings of `kernel` for features `[B,S,C]`; a tile is no longer than the places, but 16 for tensor cores."""
+    chosen = TABLE[kernel][map_class(rows.dtype, detectors)]
+    return chosen | {"BLOCK_S": min(chosen["BLOCK_S"], all_positions(rows))}
 
 
-def dot_settings(features: Tensor) -> dict[str, Any]:
+def all_positions(rows: Tensor) -> int:
+    """The places of features `[B,S,C]`, as the power of two a kernel holds at once."""
+    return max(triton.next_power_of_2(rows.shape[1]), 16)
+
+
+def dot_settings(rows: Tensor, detectors: int) -> dict[str, Any]:
     """fp32 features are multiplied in fp32; bf16 ones are converted first under the interpreter only."""
     return {
-        "PRECISION": "ieee" if features.dtype == torch.float32 else "tf32",
-        "UPCAST": INTERPRET and features.dtype == torch.bfloat16,
+        "BLOCK_K": max(triton.next_power_of_2(detectors), 16),
+        "PRECISION": "ieee" if rows.dtype == torch.float32 else "tf32",
+        "UPCAST": upcast(rows),
     }
+
+
+def upcast(rows: Tensor) -> bool:
+    """Whether a kernel has to convert these features before it computes on them."""
+    return INTERPRET and rows.dtype == torch.bfloat16
 
 
 def spread_gradients(
-    rows: Tensor, detectors: Tensor, winners: Tensor, by_logits: Tensor, spread: Tensor, direction: Tensor, write: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by features `[B,S,C]`, detectors `[K,C]` and bias `[K]`, from one read of the features.
+    features: Tensor, detectors: Tensor, winners: Tensor, by_logits: Tensor, spread: Tensor, direction: Tensor,
+    write: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients by features `[B,C,H,W]`, detectors `[K,C]` and bias `[K]`, from one read of the features.
 
     With the winning detector k of a place: `dA = by_logits w_k + spread direction`, `dw_k = sum by_logits A`. The
     sums run over groups of images in a fixed order. `write=False` leaves the features' gradient out (it is then empty).
     """
+    rows, detectors = rows_of(features), detectors.contiguous()
     batch, positions, channels = rows.shape
-    blocks = block_sizes(positions, len(detectors)) | {"BLOCK_C": 32}  # with 64 registers spill on 8.0
-    chunks = triton.cdiv(channels, blocks["BLOCK_C"])
+    by_rows = torch.empty_like(rows) if write else rows.new_empty(0)
+    by_features = images_of(by_rows, features) if write else by_rows
+    if not batch:
+        return by_features, torch.zeros_like(detectors, dtype=torch.float32), by_logits.new_zeros(len(detectors))
+    blocks = tiles("spread_gradients", rows, len(detectors))
+    programs, chunks = blocks.pop("programs"), triton.cdiv(channels, blocks["BLOCK_C"])
     # enough programs for the device; one partial sum an image would move more bytes than the features
-    images = triton.cdiv(batch, max(min(batch, 528 // chunks), 1))
+    images = triton.cdiv(batch, max(min(batch, programs // chunks), 1))
     groups = triton.cdiv(batch, images)
-    by_features = torch.empty_like(rows) if write else rows.new_empty(0)
     detector_parts = by_logits.new_empty(groups, *detectors.shape)
     bias_parts = by_logits.new_empty(groups, len(detectors))
     _spread_kernel[(groups, chunks)](
-        rows, detectors, winners, by_logits, spread, direction, by_features, detector_parts, bias_parts,
+        rows, detectors, winners, by_logits, spread, direction, by_rows, detector_parts, bias_parts,
         batch, positions, channels, len(detectors), images,
-        WRITE_FEATURES=write, num_warps=4, **blocks, **dot_settings(rows),
+        WRITE_FEATURES=write, **blocks, **dot_settings(rows, len(detectors)),
     )  # fmt: skip
     return by_features, detector_parts.sum(0), bias_parts.sum(0)
 
@@ -205,3 +220,10 @@ def spread_gradients(
 def images_of(rows: Tensor, like: Tensor) -> Tensor:
     """`[B,S,C]` back to `[B,C,H,W]` (channels-last), as `like`."""
     return rows.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
+
+
+def fake_gradients(features: Tensor, detectors: Tensor, write: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Tensors like those of `spread_gradients`, for tracing."""
+    by_detectors = detectors.new_empty(detectors.shape, dtype=torch.float32)
+    by_features = images_of(torch.empty_like(rows_of(features)), features) if write else features.new_empty(0)
+    return by_features, by_detectors, by_detectors.new_empty(len(detectors))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastcr.kernels.launch import INTERPRET, Impl, use_triton
+from fastcr.kernels.settings import TABLE, contrast_class
 
 try:
     import triton
@@ -102,17 +103,6 @@ if triton is not None:
         tl.store(pull + b, excess * inverse_temperature)
 
 
-def launch_settings(batch: int, keys: int, dim: int) -> tuple[int, int, int, int, int]:
-    """Queries a program, keys a tile, queue rows a part, warps and stages for these sizes."""
-    # larger blocks of queries spill, or do not fit the 99 KB of shared memory of capabilities 8.6, 8.9 and 12.0
-    block_b = 16 if batch <= 16 else 32 if dim > 256 else 64
-    block_n = 32 if dim > 256 else 64
-    programs = 264  # two for each of the 132 multiprocessors of an H200; near enough elsewhere
-    parts = max(programs // triton.cdiv(max(batch, 1), block_b), 1)
-    rows = triton.cdiv(triton.cdiv(keys, parts), block_n) * block_n
-    return block_b, block_n, rows, 4 if block_b == 16 else 8, 2
-
-
 @torch.library.custom_op("fastcr::info_nce", mutates_args=())
 def _fused(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """Loss `[B]`, its gradient by each query `[B,D]`, and by `q_b . k_b` `[B]`, all fp32."""
@@ -123,17 +113,21 @@ def _fused(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> tup
     gradient = query.new_empty(batch, dim, dtype=torch.float32)
     if batch == 0:
         return loss, gradient, pull
-    block_b, block_n, rows, warps, stages = launch_settings(batch, keys, dim)
+    blocks = dict(TABLE["info_nce"][contrast_class(query.dtype, batch, dim)])
+    # whole tiles of keys to each of the programs that share a block of queries
+    blocks_of_queries = triton.cdiv(batch, blocks["BLOCK_B"])
+    parts = max(blocks.pop("programs") // blocks_of_queries, 1)
+    rows = triton.cdiv(triton.cdiv(keys, parts), blocks["BLOCK_N"]) * blocks["BLOCK_N"]
     parts = triton.cdiv(keys, rows)
     peak, total = (loss.new_empty(parts, batch) for _ in range(2))
     weighted = loss.new_empty(parts, batch, dim)
     block_d = max(triton.next_power_of_2(dim), 16)
     scale = math.log2(math.e) / temperature
-    _partial_kernel[(triton.cdiv(batch, block_b), parts)](
+    _partial_kernel[(blocks_of_queries, parts)](
         query, queue, peak, total, weighted, batch, keys, rows, scale,
-        D=dim, BLOCK_B=block_b, BLOCK_N=block_n, BLOCK_D=block_d,
+        D=dim, BLOCK_D=block_d, **blocks,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        UPCAST=INTERPRET and torch.bfloat16 in (query.dtype, queue.dtype), num_warps=warps, num_stages=stages,
+        UPCAST=INTERPRET and torch.bfloat16 in (query.dtype, queue.dtype),
     )  # fmt: skip
     _combine_kernel[(batch,)](
         query, key, peak, total, weighted, loss, gradient, pull, batch, parts, scale, 1 / temperature,

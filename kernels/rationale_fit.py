@@ -22,14 +22,15 @@ import torch
 from torch import Tensor
 
 from fastcr.kernels.detectors import (
+    all_positions,
     attention_logits,
-    block_sizes,
     check_features,
     dot_settings,
-    images_of,
+    fake_gradients,
     named,
     rows_of,
     spread_gradients,
+    tiles,
 )
 from fastcr.kernels.launch import Impl, use_triton
 
@@ -174,8 +175,8 @@ def _fused(
             rows, gradient.float().contiguous(), detectors, rows if bias is None else bias.contiguous(),
             divergence, attention, probability, winners, positions, channels, len(detectors), 1 / temperature,
             1.0 if cam_sign == "loss" else -1.0,
-            BLOCK_ALL=max(triton.next_power_of_2(positions), 16), HAS_BIAS=bias is not None, SUM=target == "sum",
-            num_warps=8, **block_sizes(positions, len(detectors)), **dot_settings(rows),
+            BLOCK_ALL=all_positions(rows), HAS_BIAS=bias is not None, SUM=target == "sum",
+            **tiles("rationale_fit", rows, len(detectors)), **dot_settings(rows, len(detectors)),
         )  # fmt: skip
     return divergence, attention, probability, winners
 
@@ -196,18 +197,9 @@ def _fused_backward(
     by_divergence: Tensor, features: Tensor, gradient: Tensor, detectors: Tensor, attention: Tensor, target: Tensor,
     winners: Tensor, temperature: float, pool_weight: float, write: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    rows, detectors = rows_of(features), detectors.contiguous()
-    batch, positions, _ = rows.shape
-    if not batch:
-        by_detectors = torch.zeros_like(detectors, dtype=torch.float32)
-        by_features = torch.empty_like(features) if write else features.new_empty(0)
-        return by_features, by_detectors, by_detectors.new_zeros(len(detectors))
     by_logits = (by_divergence / temperature)[:, None] * (attention - target)
-    spread = torch.full_like(attention, pool_weight / positions)
-    by_rows, by_detectors, by_bias = spread_gradients(
-        rows, detectors, winners, by_logits, spread, gradient.float().contiguous(), write
-    )
-    return images_of(by_rows, features) if write else by_rows, by_detectors, by_bias
+    spread = torch.full_like(attention, pool_weight / attention.shape[1])
+    return spread_gradients(features, detectors, winners, by_logits, spread, gradient.float().contiguous(), write)
 
 
 @_fused_backward.register_fake
@@ -215,9 +207,7 @@ def _(
     by_divergence: Tensor, features: Tensor, gradient: Tensor, detectors: Tensor, attention: Tensor, target: Tensor,
     winners: Tensor, temperature: float, pool_weight: float, write: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    by_detectors = detectors.new_empty(detectors.shape, dtype=torch.float32)
-    by_features = images_of(torch.empty_like(rows_of(features)), features) if write else features.new_empty(0)
-    return by_features, by_detectors, by_detectors.new_empty(len(detectors))
+    return fake_gradients(features, detectors, write)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

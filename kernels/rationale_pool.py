@@ -20,14 +20,17 @@ import torch
 from torch import Tensor
 
 from fastcr.kernels.detectors import (
+    all_positions,
     attention_logits,
-    block_sizes,
     check_features,
     dot_settings,
+    fake_gradients,
     images_of,
     named,
     rows_of,
     spread_gradients,
+    tiles,
+    upcast,
 )
 from fastcr.kernels.launch import Impl, use_triton
 
@@ -140,8 +143,8 @@ def _fused(
         _pool_kernel[(batch,)](
             rows, detectors, rows if bias is None else bias.contiguous(), pooled, attention, winners,
             positions, channels, len(detectors), 1 / temperature,
-            BLOCK_ALL=max(triton.next_power_of_2(positions), 16), HAS_BIAS=bias is not None, num_warps=4,
-            **block_sizes(positions, len(detectors)), **dot_settings(rows),
+            BLOCK_ALL=all_positions(rows), HAS_BIAS=bias is not None,
+            **tiles("rationale_pool", rows, len(detectors)), **dot_settings(rows, len(detectors)),
         )  # fmt: skip
     return pooled, attention, winners
 
@@ -159,25 +162,17 @@ def _fused_backward(
     by_pooled: Tensor, by_attention: Tensor, features: Tensor, detectors: Tensor, attention: Tensor, winners: Tensor,
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    rows, detectors = rows_of(features), detectors.contiguous()
+    rows = rows_of(features)
     batch, positions, channels = rows.shape
-    if not batch:
-        return (
-            torch.empty_like(features),
-            torch.zeros_like(detectors, dtype=torch.float32),
-            attention.new_zeros(len(detectors)),
-        )
     by_pooled = by_pooled.contiguous()
     by_logits = torch.empty_like(attention)
-    blocks = block_sizes(positions, len(detectors))
-    del blocks["BLOCK_K"]
-    _attention_gradient_kernel[(batch,)](
-        rows, attention, by_pooled, by_attention.contiguous(), by_logits, positions, channels, 1 / temperature,
-        BLOCK_ALL=max(triton.next_power_of_2(positions), 16), UPCAST=dot_settings(rows)["UPCAST"], num_warps=4,
-        **blocks,
-    )  # fmt: skip
-    by_rows, by_detectors, by_bias = spread_gradients(rows, detectors, winners, by_logits, attention, by_pooled, True)
-    return images_of(by_rows, features), by_detectors, by_bias
+    if batch:
+        _attention_gradient_kernel[(batch,)](
+            rows, attention, by_pooled, by_attention.contiguous(), by_logits, positions, channels, 1 / temperature,
+            BLOCK_ALL=all_positions(rows), UPCAST=upcast(rows), **tiles("attention_gradient", rows),
+        )  # fmt: skip
+    features = images_of(rows, features)  # a copy, if there had to be one, serves both kernels
+    return spread_gradients(features, detectors, winners, by_logits, attention, by_pooled, True)
 
 
 @_fused_backward.register_fake
@@ -185,9 +180,7 @@ def _(
     by_pooled: Tensor, by_attention: Tensor, features: Tensor, detectors: Tensor, attention: Tensor, winners: Tensor,
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    by_detectors = detectors.new_empty(detectors.shape, dtype=torch.float32)
-    by_features = torch.empty_like(rows_of(features))
-    return images_of(by_features, features), by_detectors, by_detectors.new_empty(len(detectors))
+    return fake_gradients(features, detectors, True)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -13,18 +13,19 @@ from typing import Any
 import pytest
 
 from fastcr import trace
+from fastcr.kernels import settings
 
 triton = pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[1]
-NEWEST = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9)  # 3.6 crashes on some targets
+NEWER = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 8)  # 3.6 crashes on some targets
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # most one block may take
 MULTIPLYING = {"_partial_kernel", "_pool_kernel", "_fit_kernel", "_spread_kernel", "_spread_kernel (features)"}
-OTHERS = {"_combine_kernel", "_attention_gradient_kernel"}
+OTHERS = {"_combine_kernel", "_attention_gradient_kernel", "_cut_kernel", "_colour_kernel", "_blur_kernel"}
 RESOURCES = """
 import json, sys
 from fastcr.trace import resources
-print(json.dumps([row._asdict() for row in resources([int(sys.argv[1])])]))
+print(json.dumps([row._asdict() for row in resources([int(sys.argv[1])], every=sys.argv[2] == "every")]))
 """
 
 
@@ -34,20 +35,46 @@ def python(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "target", [pytest.param(t, marks=[] if t in (80, 90) else [pytest.mark.slow]) for t in SHARED_KB]
+    ("target", "sizes"),
+    [
+        pytest.param(target, sizes, marks=[] if target in (80, 90) and sizes == "common" else [pytest.mark.slow])
+        for target in SHARED_KB
+        for sizes in ("common", "every")
+    ],
 )
-def test_kernels_fit_the_target(target: int) -> None:
-    if not NEWEST and target not in (80, 90):
+def test_kernels_fit_the_target(target: int, sizes: str) -> None:
+    if not NEWER and target not in (80, 90):
         pytest.skip("this Triton crashes on some layouts for this target")
-    done = python("-c", RESOURCES, str(target))
+    done = python("-c", RESOURCES, str(target), sizes)
     assert done.returncode == 0, done.stderr[-2000:]
     rows: list[dict[str, Any]] = json.loads(done.stdout)
     assert {row["kernel"] for row in rows} == MULTIPLYING | OTHERS
+    dtypes = {row["shape"].split(", ")[-1] for row in rows}
+    assert dtypes == ({"bf16"} if sizes == "common" else {"bf16", "fp16", "fp32"})
     spilled = {(row["kernel"], row["shape"]): row["spills"] for row in rows if row["spills"]}
     too_big = {(row["kernel"], row["shape"]): row["shared"] for row in rows if row["shared"] > SHARED_KB[target] << 10}
-    scalar = {(row["kernel"], row["shape"]) for row in rows if row["kernel"] in MULTIPLYING and not row["tensor_core"]}
+    scalar = {
+        (row["kernel"], row["shape"])
+        for row in rows
+        if row["kernel"] in MULTIPLYING and not row["shape"].endswith("fp32") and not row["tensor_core"]
+    }
     assert (spilled, too_big, scalar) == ({}, {}, set())
     assert all(0 < row["occupancy"] <= 1 for row in rows)
+
+
+def test_every_row_of_the_launch_settings_is_compiled() -> None:
+    rows = {
+        f"{kernel}: {settings.map_class(sizes.dtype, None if kernel == 'attention_gradient' else sizes.detectors)}"
+        for sizes in trace.EVERY
+        if isinstance(sizes, trace.Maps)
+        for kernel in settings.TABLE
+        if kernel != "info_nce"
+    } | {
+        f"info_nce: {settings.contrast_class(sizes.dtype, sizes.batch, sizes.dim)}"
+        for sizes in trace.EVERY
+        if isinstance(sizes, trace.Contrast)
+    }
+    assert rows == {f"{kernel}: {row}" for kernel, table in settings.TABLE.items() for row in table}
 
 
 def test_the_command_prints_the_table() -> None:

@@ -1,0 +1,90 @@
+"""How long a call takes on the GPU: CUDA-graph replays over inputs that together exceed the L2 cache."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+SECONDS, FEWEST, MOST = 0.3, 10, 500  # of one measurement: what it aims at, and its samples
+
+
+class Timing(NamedTuple):
+    """Seconds of one call, and how they were measured."""
+
+    median: float
+    p20: float
+    p80: float
+    how: Literal["graph", "events", "wall"]
+
+
+def summary(samples: Sequence[float], how: Literal["graph", "events", "wall"]) -> Timing:
+    """Median, 20th and 80th percentile of samples in seconds."""
+    if len(samples) == 1:
+        return Timing(samples[0], samples[0], samples[0], how)
+    tenths = statistics.quantiles(samples, n=10, method="inclusive")
+    return Timing(tenths[4], tenths[1], tenths[7], how)
+
+
+def sets_beyond_cache(bytes_a_set: int, cache: int, free: int) -> int:
+    """Sets of inputs that exceed the cache four times, within a quarter of the free memory; two at least."""
+    return max(min(math.ceil(4 * cache / bytes_a_set), free // (4 * bytes_a_set)), 2)
+
+
+def rotation(bytes_a_set: int, device: torch.device) -> int:
+    """How many sets of inputs a measurement on this GPU rotates over; one where there is no GPU."""
+    if device.type != "cuda":
+        return 1
+    free, _ = torch.cuda.mem_get_info(device)
+    return sets_beyond_cache(bytes_a_set, torch.cuda.get_device_properties(device).L2_cache_size, free)
+
+
+def time_on_gpu(calls: Sequence[Callable[[], Any]]) -> Timing:
+    """Time one call: `calls` do the same work on different memory, and are captured, one after the other, in one graph.
+
+    A call that cannot be captured is launched from Python instead, and the timing says "events".
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compiles, and initialises what may not be initialised in a capture
+        for call in (calls[0], *calls):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            results = [call() for call in calls]  # alive until the end: else all would be written to the same memory
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return summary([each / len(calls) for each in _samples(lambda: [call() for call in calls])], "events")
+    timing = summary([each / len(calls) for each in _samples(graph.replay)], "graph")
+    del results
+    return timing
+
+
+def _samples(run: Callable[[], Any]) -> list[float]:
+    """Seconds of each of several runs, launched without a pause; how many depends on how long one takes."""
+
+    def several(rounds: int) -> list[float]:
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(rounds + 1)]
+        marks[0].record()
+        for mark in marks[1:]:
+            run()
+            mark.record()
+        torch.cuda.synchronize()
+        return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(marks)]
+
+    first = statistics.median(several(3))
+    return several(min(max(round(SECONDS / max(first, 1e-9)), FEWEST), MOST))
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second of a large copy on this GPU, read and written bytes both counted."""
+    size = min(1 << 30, torch.cuda.mem_get_info(device)[0] // 8)
+    source, copy = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
+    return 2 * size / time_on_gpu([lambda: copy.copy_(source)]).median

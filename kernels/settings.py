@@ -1,0 +1,57 @@
+"""How each kernel is launched, by the shape of what it is given: one table, read at every call.
+
+`BLOCK_*` are tiles of places (S), channels (C), queries (B) and keys (N); `programs` is how many the work is cut into.
+Chosen so that nothing spills or exceeds shared memory on capabilities 8.0 to 12.0 (`python -m fastcr.trace
+--resources`); `python -m fastcr.tune` times others on the GPU at hand and prints the rows to put here.
+"""
+
+from __future__ import annotations
+
+import torch
+
+Settings = dict[str, int]
+
+TABLE: dict[str, dict[str, Settings]] = {
+    "rationale_fit": {
+        "16 bits, K <= 32": {"BLOCK_S": 64, "BLOCK_C": 64, "num_warps": 8, "num_stages": 3},
+        "16 bits, K > 32": {"BLOCK_S": 64, "BLOCK_C": 32, "num_warps": 4, "num_stages": 3},
+        "32 bits, K <= 32": {"BLOCK_S": 16, "BLOCK_C": 32, "num_warps": 4, "num_stages": 3},
+        "32 bits, K > 32": {"BLOCK_S": 16, "BLOCK_C": 32, "num_warps": 8, "num_stages": 2},
+    },
+    "rationale_pool": {
+        "16 bits, K <= 32": {"BLOCK_S": 64, "BLOCK_C": 64, "num_warps": 4, "num_stages": 3},
+        "16 bits, K > 32": {"BLOCK_S": 64, "BLOCK_C": 32, "num_warps": 4, "num_stages": 3},
+        "32 bits, K <= 32": {"BLOCK_S": 16, "BLOCK_C": 32, "num_warps": 4, "num_stages": 3},
+        "32 bits, K > 32": {"BLOCK_S": 16, "BLOCK_C": 32, "num_warps": 8, "num_stages": 2},
+    },
+    "attention_gradient": {
+        "16 bits": {"BLOCK_S": 64, "BLOCK_C": 64, "num_warps": 4, "num_stages": 3},
+        "32 bits": {"BLOCK_S": 64, "BLOCK_C": 64, "num_warps": 4, "num_stages": 3},
+    },
+    "spread_gradients": {
+        "16 bits, K <= 32": {"BLOCK_S": 64, "BLOCK_C": 64, "num_warps": 8, "num_stages": 3, "programs": 528},
+        "16 bits, K > 32": {"BLOCK_S": 64, "BLOCK_C": 32, "num_warps": 8, "num_stages": 3, "programs": 528},
+        "32 bits, K <= 32": {"BLOCK_S": 32, "BLOCK_C": 32, "num_warps": 8, "num_stages": 3, "programs": 528},
+        "32 bits, K > 32": {"BLOCK_S": 32, "BLOCK_C": 32, "num_warps": 8, "num_stages": 3, "programs": 528},
+    },
+    "info_nce": {
+        "16 bits, B <= 16, D <= 256": {"BLOCK_B": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "programs": 264},
+        "16 bits, B <= 16, D > 256": {"BLOCK_B": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2, "programs": 264},
+        "16 bits, B > 16, D <= 256": {"BLOCK_B": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2, "programs": 264},
+        "16 bits, B > 16, D > 256": {"BLOCK_B": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2, "programs": 264},
+        "32 bits, B <= 16, D <= 256": {"BLOCK_B": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2, "programs": 264},
+        "32 bits, B <= 16, D > 256": {"BLOCK_B": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2, "programs": 264},
+        "32 bits, B > 16, D <= 256": {"BLOCK_B": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2, "programs": 264},
+        "32 bits, B > 16, D > 256": {"BLOCK_B": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2, "programs": 264},
+    },
+}
+
+
+def map_class(dtype: torch.dtype, detectors: int | None = None) -> str:
+    """The row of a kernel that reads features of `dtype`, with `detectors` of them if it multiplies."""
+    return f"{dtype.itemsize * 8} bits" + ("" if detectors is None else f", K {'<=' if detectors <= 32 else '>'} 32")
+
+
+def contrast_class(dtype: torch.dtype, batch: int, dim: int) -> str:
+    """The row of `info_nce` for `batch` queries `[B,D]` of `dtype`."""
+    return f"{dtype.itemsize * 8} bits, B {'<=' if batch <= 16 else '>'} 16, D {'<=' if dim <= 256 else '>'} 256"
