@@ -162,7 +162,7 @@ def rows_of(features: Tensor) -> Tensor:
     return features.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
 
 
-def tiles(kernel: str, rows: Tensor, detectors: int | None = None) -> dict[str, int]:
+def tile_settings(kernel: str, rows: Tensor, detectors: int | None = None) -> dict[str, int]:
     """Settings of `kernel` for features `[B,S,C]`; a tile is no longer than the places, but 16 for tensor cores."""
     chosen = TABLE[kernel][map_class(rows.dtype, detectors)]
     return chosen | {"BLOCK_S": min(chosen["BLOCK_S"], all_positions(rows))}
@@ -202,7 +202,7 @@ def spread_gradients(
     by_features = images_of(by_rows, features) if write else by_rows
     if not batch:
         return by_features, torch.zeros_like(detectors, dtype=torch.float32), by_logits.new_zeros(len(detectors))
-    blocks = tiles("spread_gradients", rows, len(detectors))
+    blocks = tile_settings("spread_gradients", rows, len(detectors))
     programs, chunks = blocks.pop("programs"), triton.cdiv(channels, blocks["BLOCK_C"])
     # enough programs for the device; one partial sum an image would move more bytes than the features
     images = triton.cdiv(batch, max(min(batch, programs // chunks), 1))

@@ -30,7 +30,7 @@ from fastcr.kernels.detectors import (
     named,
     rows_of,
     spread_gradients,
-    tiles,
+    tile_settings,
 )
 from fastcr.kernels.launch import Impl, use_triton
 
@@ -176,7 +176,7 @@ def _fused(
             divergence, attention, probability, winners, positions, channels, len(detectors), 1 / temperature,
             1.0 if cam_sign == "loss" else -1.0,
             BLOCK_ALL=all_positions(rows), HAS_BIAS=bias is not None, SUM=target == "sum",
-            **tiles("rationale_fit", rows, len(detectors)), **dot_settings(rows, len(detectors)),
+            **tile_settings("rationale_fit", rows, len(detectors)), **dot_settings(rows, len(detectors)),
         )  # fmt: skip
     return divergence, attention, probability, winners
 

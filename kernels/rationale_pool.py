@@ -29,7 +29,7 @@ from fastcr.kernels.detectors import (
     named,
     rows_of,
     spread_gradients,
-    tiles,
+    tile_settings,
     upcast,
 )
 from fastcr.kernels.launch import Impl, use_triton
@@ -144,7 +144,7 @@ def _fused(
             rows, detectors, rows if bias is None else bias.contiguous(), pooled, attention, winners,
             positions, channels, len(detectors), 1 / temperature,
             BLOCK_ALL=all_positions(rows), HAS_BIAS=bias is not None,
-            **tiles("rationale_pool", rows, len(detectors)), **dot_settings(rows, len(detectors)),
+            **tile_settings("rationale_pool", rows, len(detectors)), **dot_settings(rows, len(detectors)),
         )  # fmt: skip
     return pooled, attention, winners
 
@@ -169,7 +169,7 @@ def _fused_backward(
     if batch:
         _attention_gradient_kernel[(batch,)](
             rows, attention, by_pooled, by_attention.contiguous(), by_logits, positions, channels, 1 / temperature,
-            BLOCK_ALL=all_positions(rows), UPCAST=upcast(rows), **tiles("attention_gradient", rows),
+            BLOCK_ALL=all_positions(rows), UPCAST=upcast(rows), **tile_settings("attention_gradient", rows),
         )  # fmt: skip
     features = images_of(rows, features)  # a copy, if there had to be one, serves both kernels
     return spread_gradients(features, detectors, winners, by_logits, attention, by_pooled, True)

@@ -26,11 +26,11 @@ TABLE: dict[str, dict[str, Settings]] = {
     },
     "attention_gradient": {
         "16 bits": {"BLOCK_S": 64, "BLOCK_C": 64, "num_warps": 4, "num_stages": 3},
-        "32 bits": {"BLOCK_S": 64, "BLOCK_C": 64, "num_warps": 4, "num_stages": 3},
+        "32 bits": {"BLOCK_S": 32, "BLOCK_C": 64, "num_warps": 4, "num_stages": 3},
     },
     "spread_gradients": {
         "16 bits, K <= 32": {"BLOCK_S": 64, "BLOCK_C": 64, "num_warps": 8, "num_stages": 3, "programs": 528},
-        "16 bits, K > 32": {"BLOCK_S": 64, "BLOCK_C": 32, "num_warps": 8, "num_stages": 3, "programs": 528},
+        "16 bits, K > 32": {"BLOCK_S": 32, "BLOCK_C": 32, "num_warps": 8, "num_stages": 3, "programs": 528},
         "32 bits, K <= 32": {"BLOCK_S": 32, "BLOCK_C": 32, "num_warps": 8, "num_stages": 3, "programs": 528},
         "32 bits, K > 32": {"BLOCK_S": 32, "BLOCK_C": 32, "num_warps": 8, "num_stages": 3, "programs": 528},
     },
