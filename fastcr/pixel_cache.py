@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -21,7 +22,6 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from fastcr.checkpoint import write_whole
 from fastcr.config import UsageError
 from fastcr.folders import ImageList
 from fastcr.views import BadFiles
@@ -87,8 +87,10 @@ def fill(
 ) -> PixelCache:
     """Decode every image, or take up what an earlier run left on the disk; `sizes` as `measure` found them.
 
-    `bad` is told of the images that cannot be read. Raises `UsageError` where the disk does not take them.
+    `bad` is told of the images that cannot be read. Raises `UsageError` if none can, or if the disk is full.
     """
+    if not sizes.any():
+        raise UsageError(f"none of the {len(images)} images under {images.root} can be read")
     if place == "disk":
         cache = _on_disk(images, sizes, side, workers, folder, console)
     else:
@@ -157,22 +159,24 @@ def _on_disk(
     index_file, pixel_file = folder / f"{name}.npz", folder / f"{name}.u8"
     total = int(sizes.prod(1).sum()) * 3
     if not (index_file.exists() and pixel_file.exists() and pixel_file.stat().st_size == total):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:  # another run may be filling the same cache
+                written, listed = Path(scratch, "pixels"), Path(scratch, "index.npz")
+                with open(written, "wb") as file:
+                    os.posix_fallocate(file.fileno(), 0, total)  # a full disk says so now
+                pixels = np.memmap(written, dtype=np.uint8, mode="r+")
 
-        def write(path: Path) -> None:
-            with open(path, "wb") as file:
-                os.posix_fallocate(file.fileno(), 0, total)  # a full disk says so now
-            pixels = np.memmap(path, dtype=np.uint8, mode="r+")
+                def put(start: int, image: np.ndarray) -> None:
+                    pixels[start : start + image.size] = image.reshape(-1)
 
-            def put(start: int, image: np.ndarray) -> None:
-                pixels[start : start + image.size] = image.reshape(-1)
-
-            starts, kept, broken = _decode(images, sizes, side, workers, put, console)
-            pixels.flush()
-            np.savez(f"{path}.npz", starts=starts, sizes=kept, broken=broken)
-
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(pixel_file, write)
-        os.replace(pixel_file.with_name(f".{pixel_file.name}.tmp.npz"), index_file)
+                starts, kept, broken = _decode(images, sizes, side, workers, put, console)
+                pixels.flush()
+                np.savez(listed, starts=starts, sizes=kept, broken=broken)
+                os.replace(written, pixel_file)
+                os.replace(listed, index_file)
+        except OSError as error:
+            raise UsageError(f"cannot save {pixel_file}: {error}") from None
     with np.load(index_file) as index:
         pixels = np.memmap(pixel_file, dtype=np.uint8, mode="c")  # torch wants it writable; nothing is written
         return PixelCache(torch.from_numpy(pixels), index["starts"], index["sizes"], index["broken"])

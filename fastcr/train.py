@@ -49,6 +49,8 @@ def train(config: Config, console: Console, resume: Path | None = None) -> Path:
     if config.data.root is None and config.preset != "synthetic":
         raise UsageError(f"preset {config.preset} needs --data.root, the folder of its images")
     check_kernels(config.run.kernels, device)
+    if resume is None and config.run.dir:
+        check_unused(config.run.dir)
     splits = read_splits(config.data.root or write_synthetic())
     steps_per_epoch = check_sizes(config, splits.train, console)
     total_steps = config.optim.epochs * steps_per_epoch
@@ -175,11 +177,15 @@ def build_model(config: Config, console: Console, *, initial_weights: bool) -> t
     return moco, build_branch(channels, config.rationale, config.released, config.run.kernels)
 
 
-def new_folder(config: Config) -> Path:
-    """Make the run folder. `UsageError` if it already holds a run, or cannot be made."""
-    folder = config.run.dir or Path("runs") / f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+def check_unused(folder: Path) -> None:
+    """`UsageError` if the folder already holds a run; asked before anything is loaded or decoded."""
     if (folder / "resume.pt").exists():
         raise UsageError(f"{folder} already holds a run: go on with --resume {folder}, or name another --run.dir")
+
+
+def new_folder(config: Config) -> Path:
+    """Make the run folder. `UsageError` if it cannot be made."""
+    folder = config.run.dir or Path("runs") / f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     try:
         folder.mkdir(parents=True, exist_ok=config.run.dir is not None)
         save_config(config, folder / "config.yaml")  # here, to find out early that it can be written

@@ -16,7 +16,7 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
-from fastcr import loaders
+from fastcr import loaders, pixel_cache
 from fastcr.cached_views import CachedViews
 from fastcr.config import Config, UsageError, parse
 from fastcr.folders import ImageList, read_splits
@@ -103,6 +103,22 @@ def test_a_cache_without_its_index_counts_for_nothing(photos: ImageList) -> None
     assert sorted(path.suffix for path in folder.iterdir()) == [".npz", ".u8"]
 
 
+def test_two_runs_may_fill_the_same_cache_at_once(photos: ImageList, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second starts and ends while the first decodes."""
+    decode, inner = pixel_cache._decode, []
+
+    def with_another_run(*args: Any) -> Any:
+        monkeypatch.setattr(pixel_cache, "_decode", decode)
+        inner.append(cached(photos, "disk"))
+        return decode(*args)
+
+    monkeypatch.setattr(pixel_cache, "_decode", with_another_run)
+    outer = cached(photos, "disk")
+    assert torch.equal(outer.pixels, inner[0].pixels)
+    assert torch.equal(outer.pixels, cached(photos).pixels)
+    assert sorted(path.suffix for path in (photos.root.parent / "cache").iterdir()) == [".npz", ".u8"]
+
+
 def test_a_full_disk_is_one_line_and_leaves_nothing(photos: ImageList, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -118,8 +134,9 @@ def test_nothing_readable_and_fail_are_errors(photos: ImageList, tmp_path: Path)
         cached(photos, bad=BadFiles(photos, "fail"))
     for name in ("a.jpg", "b.jpg"):
         (tmp_path / name).write_bytes(b"")
-    with pytest.raises(UsageError, match="none of the 2 images"):
-        cached(ImageList(tmp_path, ("a.jpg", "b.jpg"), None, ()))
+    for place in ("host", "disk"):
+        with pytest.raises(UsageError, match="none of the 2 images"):
+            cached(ImageList(tmp_path, ("a.jpg", "b.jpg"), None, ()), place)
 
 
 def settings_of(*flags: str) -> Config:
