@@ -56,6 +56,12 @@ def picture(cache: PixelCache, index: int) -> np.ndarray:
     return cache.pixels[start : start + 3 * height * width].view(height, width, 3).numpy()
 
 
+def assert_same_pictures(ours: PixelCache, theirs: PixelCache) -> None:
+    """The bytes of a broken image belong to no picture: they are whatever was in memory."""
+    for index in range(len(ours.starts)):
+        np.testing.assert_array_equal(picture(ours, index), picture(theirs, index))
+
+
 @pytest.mark.parametrize("place", ["host", "disk"])
 def test_the_cache_holds_what_the_files_hold(photos: ImageList, place: str) -> None:
     bad = BadFiles(photos, "skip")
@@ -84,7 +90,7 @@ def test_the_disk_is_taken_up_again_until_a_file_changes(photos: ImageList, monk
     with monkeypatch.context() as patch:
         patch.setattr(ImageList, "rgb", lambda *args: pytest.fail("decoded again"))
         again = cached(photos, "disk")
-    assert torch.equal(first.pixels, again.pixels)
+    assert_same_pictures(first, again)
     bad = BadFiles(photos, "skip")
     cached(photos, "disk", bad=bad)
     assert bad.files == [photos.path(5)]  # named by every run
@@ -99,7 +105,7 @@ def test_a_cache_without_its_index_counts_for_nothing(photos: ImageList) -> None
     (pixels,) = folder.glob("*.u8")
     index.unlink()
     pixels.write_bytes(b"\0" * first.pixels.numel())
-    assert torch.equal(cached(photos, "disk").pixels, cached(photos).pixels)
+    assert_same_pictures(cached(photos, "disk"), cached(photos))
     assert sorted(path.suffix for path in folder.iterdir()) == [".npz", ".u8"]
 
 
@@ -114,8 +120,8 @@ def test_two_runs_may_fill_the_same_cache_at_once(photos: ImageList, monkeypatch
 
     monkeypatch.setattr(pixel_cache, "_decode", with_another_run)
     outer = cached(photos, "disk")
-    assert torch.equal(outer.pixels, inner[0].pixels)
-    assert torch.equal(outer.pixels, cached(photos).pixels)
+    assert_same_pictures(outer, inner[0])
+    assert_same_pictures(outer, cached(photos))
     assert sorted(path.suffix for path in (photos.root.parent / "cache").iterdir()) == [".npz", ".u8"]
 
 
