@@ -16,8 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import tyro
 import yaml
+
+try:
+    import tyro
+except ImportError:  # only the command line needs it
+    tyro = None  # type: ignore[assignment]
 
 C = TypeVar("C")
 
@@ -42,8 +46,12 @@ class RunConfig:
     """Implementation of the fused ops; auto: triton on CUDA, torch elsewhere."""
     compile: bool | Literal["auto"] = "auto"
     """torch.compile the encoders; auto: on CUDA only."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Encoder arithmetic (autocast); auto: bf16 on CUDA, fp32 on the CPU."""
+    cuda_graph: bool = False
+    """Replay the whole step as one CUDA graph: for steps so short that launching them takes longer."""
+    overlap_keys: bool = False
+    """Run the key encoder beside the query encoder, on a CUDA stream of its own."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Encoder arithmetic (autocast; fp16 with loss scaling); auto: bf16 on CUDA, fp32 on the CPU."""
     log_every: int = 10
     """Steps between two records in metrics.jsonl; the host waits for the device only then."""
     eval_every: int = 0
@@ -100,6 +108,8 @@ class OptimConfig:
     """Passes over the training images; the learning rate reaches 0 at their end."""
     batch_size: int = 128
     """Images (pairs of views) a step."""
+    accumulate: int = 1
+    """Parts a batch is split into to save memory: their gradients add up; BatchNorm sees a part at a time."""
     lr: float = 0.03
     """Learning rate at the start."""
     momentum: float = 0.9
@@ -183,6 +193,12 @@ def validate(config: Config) -> Config:
         "--data.workers must be at least 0": config.data.workers is None or config.data.workers >= 0,
         "--optim.epochs must be at least 1": config.optim.epochs >= 1,
         "--optim.batch_size must be at least 2 (batch normalisation)": config.optim.batch_size >= 2,
+        "--optim.accumulate must divide --optim.batch_size into parts of at least 2": config.optim.accumulate >= 1
+        and config.optim.batch_size % config.optim.accumulate == 0
+        and config.optim.batch_size >= 2 * config.optim.accumulate,
+        "--optim.accumulate: the released attention depends on the whole batch, it cannot be split": not (
+            config.released.enabled and config.optim.accumulate > 1
+        ),
         "--optim.lr must be above 0 and finite": 0 < config.optim.lr < math.inf,
         "--optim.momentum must lie in [0, 1)": 0 <= config.optim.momentum < 1,
         "--optim.weight_decay must be at least 0 and finite": 0 <= config.optim.weight_decay < math.inf,
@@ -209,8 +225,10 @@ def validate(config: Config) -> Config:
 def parse(cls: type[C], args: Sequence[str], *, default: C | None = None, prog: str, description: str | None) -> C:
     """`tyro.cli` with each mistake on one line.
 
-    Raises `UsageError` for a flag or value it cannot use; prints and exits 0 for `--help`.
+    Raises `UsageError` for a flag or value it cannot use, or without tyro; prints and exits 0 for `--help`.
     """
+    if tyro is None:
+        raise UsageError("the command line needs tyro: pip install tyro")
     kwargs: dict[str, Any] = {} if default is None else {"default": default}
     caught = io.StringIO()
     try:

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from fastcr.checkpoint import write_whole
-from fastcr.config import UsageError, load_config, one_line_errors, parse
+from fastcr.config import UsageError, load_config, one_line_errors, parse, tyro
 from fastcr.embed import Branch, Embeddings, embed, load_encoder
 from fastcr.folders import ImageList, Splits, read_splits
 from fastcr.machine import pick_device, pick_workers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -43,3 +44,15 @@ def free_memory() -> int:
         used = int((group / "memory.current").read_text()) - int(stat["file"])  # what is read of files gives way
         free = min(free, int((group / "memory.max").read_text()) - used)
     return free
+
+
+def process_age() -> float:
+    """Seconds since this process was started."""
+    started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started
+
+
+def keep_compiled() -> None:
+    """Let compiled encoders outlive a reboot: unless the user says where, torch.compile keeps them in /tmp."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastcr" / "compiled"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))

@@ -7,6 +7,7 @@ import copy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 
 def projection_head(channels: int, embedding_dim: int) -> nn.Sequential:
@@ -30,6 +31,7 @@ class MoCo(nn.Module):
         self.backbone, self.head = backbone, projection_head(channels, embedding_dim)
         self.key_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
         self.key_head = copy.deepcopy(self.head).requires_grad_(False)
+        self.key_stream: torch.cuda.Stream | None = None  # where keys are made beside the queries, if anywhere
         self.register_buffer("queue", F.normalize(torch.randn(queue_size, embedding_dim), dim=1))
         self.register_buffer("queue_position", torch.zeros((), dtype=torch.int64))
 
@@ -39,23 +41,39 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def key(self, images: Tensor, autocast: torch.autocast) -> Tensor:
-        """Images `[B,3,H,W]` to unit keys `[B,D]`; the encoder runs under `autocast`, the head in fp32."""
-        with autocast:
-            features = self.key_backbone(images)
-        return F.normalize(self.key_head(mean_pool(features)), dim=1)
+        """Images `[B,3,H,W]` to unit keys `[B,D]`; the encoder runs under `autocast`, the head in fp32.
+
+        With a `key_stream` they are there only after `wait_for_keys`.
+        """
+        if self.key_stream:
+            self.key_stream.wait_stream(torch.cuda.current_stream())
+        with record_function("key forward"), torch.cuda.stream(self.key_stream):
+            with autocast:
+                features = self.key_backbone(images)
+            key = F.normalize(self.key_head(mean_pool(features)), dim=1)
+        if self.key_stream:
+            key.record_stream(torch.cuda.current_stream())
+        return key
+
+    def wait_for_keys(self) -> None:
+        """Let what the device does next wait for the keys."""
+        if self.key_stream:
+            torch.cuda.current_stream().wait_stream(self.key_stream)
 
     @torch.no_grad()
     def update_key_encoder(self, momentum: float) -> None:
         """`key = momentum * key + (1 - momentum) * query`, for every parameter (BatchNorm keeps its own statistics)."""
         keys: list[Tensor] = [*self.key_backbone.parameters(), *self.key_head.parameters()]
         queries: list[Tensor] = [*self.backbone.parameters(), *self.head.parameters()]
-        torch._foreach_lerp_(keys, queries, 1 - momentum)
+        with record_function("EMA"):
+            torch._foreach_lerp_(keys, queries, 1 - momentum)
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
         """Replace the oldest keys; any batch size, written on the device without waiting for it."""
         size = self.queue.shape[0]
         skipped = max(len(keys) - size, 0)  # a batch beyond the queue leaves only its last keys
-        slots = torch.arange(skipped, len(keys), device=keys.device) + self.queue_position
-        self.queue.index_copy_(0, slots % size, keys[skipped:].to(self.queue.dtype))
-        self.queue_position.add_(len(keys)).remainder_(size)
+        with record_function("queue"):
+            slots = torch.arange(skipped, len(keys), device=keys.device) + self.queue_position
+            self.queue.index_copy_(0, slots % size, keys[skipped:].to(self.queue.dtype))
+            self.queue_position.add_(len(keys)).remainder_(size)

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from fastcr.config import RationaleConfig, ReleasedConfig, UsageError
 from fastcr.kernels.info_nce import info_nce
 from fastcr.kernels.rationale_pool import RationalePool
 from fastcr.moco import MoCo, mean_pool
-from fastcr.step import Losses
+from fastcr.step import Losses, Scale
 from fastcr.views import Batch
 
 KL_TEMPERATURE = {"rows": 1.0, "all": 0.4}
@@ -79,19 +80,31 @@ def gradcam(features: Tensor, gradient: Tensor) -> Tensor:
 
 
 def released_losses(
-    moco: MoCo, batch: Batch, autocast: torch.autocast, *, branch: ReleasedBranch, temperature: float
+    moco: MoCo,
+    batch: Batch,
+    autocast: torch.autocast,
+    *,
+    branch: ReleasedBranch,
+    temperature: float,
+    scale: Scale = lambda loss: loss,
 ) -> Losses:
-    """Losses of one batch as the released code computes them; the fit loss is a sum over the batch."""
-    with autocast:
-        features = moco.backbone(batch.first)
+    """Losses of one batch as the released code computes them; the fit loss is a sum over the batch.
+
+    The whole gradient passes through the losses, so `scale` is not needed here.
+    """
     key = moco.key(batch.second, autocast)
-    pooled = mean_pool(features)
-    contrast = info_nce(moco.query(pooled), key, moco.queue, temperature=temperature).mean()
-    (gradient,) = torch.autograd.grad(
-        contrast, pooled, retain_graph=True, create_graph=not branch.released.detach_target
-    )
-    attention = branch.attention(features)
-    fit = branch.fit(attention, gradcam(features, gradient))
+    with record_function("query forward"), autocast:
+        features = moco.backbone(batch.first)
+    moco.wait_for_keys()
+    with record_function("contrast"):
+        pooled = mean_pool(features)
+        contrast = info_nce(moco.query(pooled), key, moco.queue, temperature=temperature).mean()
+        (gradient,) = torch.autograd.grad(
+            contrast, pooled, retain_graph=True, create_graph=not branch.released.detach_target
+        )
+    with record_function("fit"):
+        attention = branch.attention(features)
+        fit = branch.fit(attention, gradcam(features, gradient))
     spread = attention.detach().flatten(1)
     return Losses(contrast, fit, spread / spread.sum(1, keepdim=True).clamp_min(1e-12), features.detach(), key)
 

@@ -50,8 +50,9 @@ class RunLog:
     def __init__(
         self, folder: Path, console: Console, *, start_step: int, last_step: int, steps_per_epoch: int
     ) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # TensorBoard's own, about its dependencies
+        self.writer: Any = None
+        with warnings.catch_warnings(), suppress(ImportError):  # a run does without TensorBoard
+            warnings.simplefilter("ignore")  # its own, about its dependencies
             from torch.utils.tensorboard import SummaryWriter
 
             self.writer = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)
@@ -85,7 +86,8 @@ class RunLog:
     ) -> None:
         """Stop the bar and close the files, whatever happened."""
         self.live.stop()
-        self.writer.close()
+        if self.writer:
+            self.writer.close()
         self.file.close()
 
     def advance(self, step: int, epochs: int) -> None:
@@ -98,7 +100,7 @@ class RunLog:
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
         for name, value in record.items():
-            if name not in ("step", "epoch"):
+            if self.writer and name not in ("step", "epoch"):
                 self.writer.add_scalar(name, value, record["step"])
         self.status.plain = describe(record)
 

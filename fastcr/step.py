@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from fastcr.kernels.info_nce import info_nce
 from fastcr.kernels.launch import Impl
 from fastcr.moco import MoCo, mean_pool
 from fastcr.rationale import Rationale
 from fastcr.views import Batch
+
+Scale = Callable[[Tensor], Tensor]
+NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)  # hands everything on as it is
 
 
 class Losses(NamedTuple):
@@ -28,8 +33,8 @@ class Losses(NamedTuple):
 class LossFunction(Protocol):
     """`contrast_losses`, or `released.released_losses`, with the branch bound."""
 
-    def __call__(self, moco: MoCo, batch: Batch, autocast: torch.autocast) -> Losses:
-        """Losses of one batch."""
+    def __call__(self, moco: MoCo, batch: Batch, autocast: torch.autocast, *, scale: Scale) -> Losses:
+        """Losses of one batch; `scale` is applied to them before backward."""
         ...
 
 
@@ -41,20 +46,30 @@ def contrast_losses(
     branch: Rationale | None,
     temperature: float,
     impl: Impl = "auto",
+    scale: Scale = lambda loss: loss,
 ) -> Losses:
-    """Contrast loss of a batch and the branch's fit to its GradCAM; without a branch, plain MoCo v2."""
-    with autocast:
-        features = moco.backbone(batch.first)
-    key = moco.key(batch.second, autocast)
-    if branch is None:
-        contrast = info_nce(moco.query(mean_pool(features)), key, moco.queue, temperature=temperature, impl=impl)
-        return Losses(contrast.mean(), None, None, features.detach(), key)
+    """Contrast loss of a batch and the branch's fit to its GradCAM; without a branch, plain MoCo v2.
 
-    # the fit hands the pooling gradient to the features in its own pass, so pooling is cut off from them here
-    pooled = mean_pool(features.detach()).requires_grad_()
-    contrast = info_nce(moco.query(pooled), key, moco.queue, temperature=temperature, impl=impl)
-    (gradient,) = torch.autograd.grad(contrast.sum(), pooled, retain_graph=True)
-    fit = branch.fit(features, gradient, pool_weight=1 / len(pooled))
+    `scale` is what the caller does to the loss before backward (loss scaling, accumulation): part of the gradient does
+    not pass through the loss.
+    """
+    key = moco.key(batch.second, autocast)
+    with record_function("query forward"), autocast:
+        features = moco.backbone(batch.first)
+    moco.wait_for_keys()
+    if branch is None:
+        with record_function("contrast"):
+            query = moco.query(mean_pool(features))
+            contrast = info_nce(query, key, moco.queue, temperature=temperature, impl=impl).mean()
+        return Losses(contrast, None, None, features.detach(), key)
+
+    with record_function("contrast"):
+        # the fit hands the pooling gradient to the features in its own pass, so pooling is cut off from them here
+        pooled = mean_pool(features.detach()).requires_grad_()
+        contrast = info_nce(moco.query(pooled), key, moco.queue, temperature=temperature, impl=impl)
+        (gradient,) = torch.autograd.grad(contrast.sum(), pooled, retain_graph=True)
+    with record_function("fit"):  # the size of `gradient` is lost on GradCAM, which is normalised
+        fit = branch.fit(features, scale(gradient), pool_weight=1 / len(pooled))
     return Losses(contrast.mean(), fit.divergence.mean(), fit.attention, features.detach(), key)
 
 
@@ -67,16 +82,79 @@ def train_step(
     fit_weight: float,
     key_momentum: float,
     autocast: torch.autocast,
+    scaler: torch.amp.GradScaler = NO_SCALER,
+    accumulate: int = 1,
 ) -> tuple[Tensor, Losses]:
-    """Losses, backward, SGD, EMA of the key encoder, enqueue; returns the weighted loss. Never waits for the device."""
-    losses = loss_function(moco, batch, autocast)
-    loss = losses.contrast if losses.fit is None else losses.contrast + fit_weight * losses.fit
+    """Losses, backward, SGD, EMA of the key encoder, enqueue; returns the weighted loss. Never waits for the device.
+
+    `accumulate` splits the batch into that many equal parts, whose gradients add up to those of the whole but for
+    BatchNorm, which sees a part at a time. `scaler` scales the loss for fp16.
+    """
+
+    def scale(loss: Tensor) -> Tensor:
+        return scaler.scale(loss / accumulate if accumulate > 1 else loss)
+
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
+    parts = []
+    for part in map(Batch, batch.first.chunk(accumulate), batch.second.chunk(accumulate)):
+        losses = loss_function(moco, part, autocast, scale=scale)
+        loss = losses.contrast if losses.fit is None else losses.contrast + fit_weight * losses.fit
+        with record_function("backward"):
+            scale(loss).backward()
+        parts.append((loss.detach(), losses))
+    with record_function("optimiser"):
+        scaler.step(optimizer)
+        scaler.update()
+    loss, losses = parts[0] if accumulate == 1 else _merged(parts)
     moco.update_key_encoder(key_momentum)
     moco.enqueue(losses.key)
-    return loss.detach(), losses
+    return loss, losses
+
+
+def _merged(parts: Sequence[tuple[Tensor, Losses]]) -> tuple[Tensor, Losses]:
+    """Loss and losses of a batch from those of its parts; the features are those of the last."""
+    total = torch.stack([loss for loss, _ in parts]).mean()
+    contrast, fit, attention, features, key = zip(*(losses for _, losses in parts), strict=True)
+    mean = torch.stack(contrast).mean()
+    if fit[0] is None:
+        return total, Losses(mean, None, None, features[-1], torch.cat(key))
+    return total, Losses(mean, torch.stack(fit).mean(), torch.cat(attention), features[-1], torch.cat(key))
+
+
+class Replayed:
+    """A step as one CUDA graph, so that Python launches nothing any more.
+
+    The first calls run the step as it is, on a stream of its own (they compile, and make the optimiser's buffers); the
+    next one captures it, and from then on each call copies the batch into the graph's inputs and replays it. What
+    comes back is overwritten by the next call, the loss excepted.
+    """
+
+    WARM_UP = 3
+
+    def __init__(self, step: Callable[[Batch], tuple[Tensor, Losses]]) -> None:
+        self.step, self.stream, self.calls = step, torch.cuda.Stream(), 0
+        self.graph = torch.cuda.CUDAGraph()
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Losses]:
+        """One step on `batch`, which must have the same shapes and strides each time."""
+        self.calls += 1
+        if self.calls <= self.WARM_UP:
+            caller = torch.cuda.current_stream()
+            self.stream.wait_stream(caller)
+            with torch.cuda.stream(self.stream):
+                results = self.step(batch)
+            caller.wait_stream(self.stream)
+            return results
+        if self.calls == self.WARM_UP + 1:
+            self.inputs = Batch(*map(torch.empty_like, batch))
+            # the loader's thread goes on allocating meanwhile
+            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
+                self.results = self.step(self.inputs)
+        for static, view in zip(self.inputs, batch, strict=True):
+            static.copy_(view)
+        self.graph.replay()
+        loss, losses = self.results
+        return loss.clone(), losses
 
 
 def cosine_lr(base: float, step: int, total: int) -> float:

@@ -19,11 +19,10 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 
-from fastcr.config import UsageError, one_line_errors, parse
+from fastcr.config import UsageError, one_line_errors, parse, tyro
 from fastcr.kernels import info_nce, launch, rationale_fit, rationale_pool, two_views  # noqa: F401  (they register ops)
 
 BATCH, CHANNELS, QUEUE = 256, 2048, 65536  # ResNet-50

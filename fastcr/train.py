@@ -11,9 +11,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from torch import nn
 
-from fastcr.backbone import build_backbone, load_initial_weights
 from fastcr.checkpoint import load_resume, random_states, save_resume, save_weights, set_random_states, write_whole
 from fastcr.config import (
     Config,
@@ -21,34 +19,30 @@ from fastcr.config import (
     one_line_errors,
     save_config,
 )
-from fastcr.embed import Branch, build_branch, weights_facts, weights_of
+from fastcr.embed import Branch, weights_facts, weights_of
 from fastcr.evaluate import HISTORY, TrainingEvaluation
 from fastcr.folders import ImageList, read_splits
-from fastcr.kernels.launch import Impl, use_triton
 from fastcr.loaders import make_views
-from fastcr.machine import pick_device, pick_workers
-from fastcr.moco import MoCo
+from fastcr.machine import pick_device, pick_workers, process_age
 from fastcr.presets import read_command_line
 from fastcr.rationale import attention_entropy
-from fastcr.released import ReleasedBranch, released_losses
 from fastcr.runlog import LossWatch, Meter, RunLog, StopSignal, keep_records
-from fastcr.step import Losses, LossFunction, contrast_losses, cosine_lr, train_step
+from fastcr.step import Losses, cosine_lr
 from fastcr.synthetic import write_synthetic
+from fastcr.training import Training, check_device, compiles, pick_dtype, prepare
 
 
-def train(config: Config, console: Console, resume: Path | None = None) -> Path:
+def train(config: Config, console: Console, resume: Path | None = None, *, started: float = 0.0) -> Path:
     """Train as `config` says, or go on with the run in the folder `resume`; returns the run folder.
 
+    `started` is how many seconds ago the command began, for the time to the first step.
     Raises `UsageError` for settings, data or files that cannot work; `SystemExit` 143 or 130 after a SIGTERM or SIGINT,
     with everything saved.
     """
-    device = pick_device(config.run.device)
-    bf16 = config.run.precision == "bf16" or (config.run.precision == "auto" and device.type == "cuda")
-    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
-
+    began, device = time.monotonic() - started, pick_device(config.run.device)
     if config.data.root is None and config.preset != "synthetic":
         raise UsageError(f"preset {config.preset} needs --data.root, the folder of its images")
-    check_kernels(config.run.kernels, device)
+    check_device(config, device)
     if resume is None and config.run.dir:
         check_unused(config.run.dir)
     splits = read_splits(config.data.root or write_synthetic())
@@ -56,60 +50,43 @@ def train(config: Config, console: Console, resume: Path | None = None) -> Path:
     total_steps = config.optim.epochs * steps_per_epoch
     last_step = min(total_steps, config.run.steps or total_steps)
 
-    torch.manual_seed(config.run.seed)
-    moco, branch = build_model(config, console, initial_weights=resume is None)
-    views, config = make_views(config, splits.train, device, torch.bfloat16 if bf16 else torch.float32, console)
+    training = prepare(config, device, console, initial_weights=resume is None)
+    moco, branch, model, optimizer, scaler, step_on = training
+    views, config = make_views(config, splits.train, device, pick_dtype(config.run.precision, device), console)
     facts = weights_facts(config.model, config.rationale, config.released, config.data.image_size)
     folder = resume or new_folder(config)
     console.print(f"run folder: {folder}", soft_wrap=True, highlight=False)
     if resume is None:
         save_weights(folder / "init.safetensors", weights_of(moco.backbone, branch), facts)
-    model = nn.ModuleDict({"moco": moco, **({"branch": branch} if branch else {})})
-    model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(
-        trained,
-        lr=config.optim.lr,
-        momentum=config.optim.momentum,
-        weight_decay=config.optim.weight_decay,
-        fused=device.type == "cuda",
-    )
-    start_step = restore(folder / "resume.pt", model, optimizer, fingerprint(splits.train)) if resume else 0
+    start_step = restore(folder / "resume.pt", training, fingerprint(splits.train)) if resume else 0
     write_whole(folder / "config.yaml", partial(save_config, config))
     keep_records(folder / HISTORY, "epoch", start_step / steps_per_epoch)
-    if config.run.compile is True or (config.run.compile == "auto" and device.type == "cuda"):
-        moco.backbone.compile()
-        moco.key_backbone.compile()
-    loss_function = pick_loss_function(config, branch)
     evaluation = TrainingEvaluation(folder, splits, device, pick_workers(config.data.workers), console)
 
     def save(step: int) -> None:
         watch.check(folder / "resume.pt")
         state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        state["scaler"] = scaler.state_dict()
         # resume.pt last: what it has passed is there
         save_weights(folder / "weights.safetensors", weights_of(moco.backbone, branch), facts)
         save_resume(folder / "resume.pt", state | {"random": random_states(), "images": fingerprint(splits.train)})
 
     log = RunLog(folder, console, start_step=start_step, last_step=last_step, steps_per_epoch=steps_per_epoch)
-    watch, warned, saved_at = LossWatch(trained, start_step), False, time.monotonic()
+    watch, warned, saved_at = LossWatch(optimizer.param_groups[0]["params"], start_step), False, time.monotonic()
     with log, StopSignal() as stop:
-        batches, meter = views.batches(start_step), Meter()
+        batches, meter, ready = views.batches(start_step), Meter(), time.monotonic()
         for step in range(start_step + 1, last_step + 1):
             with meter.waiting():
                 batch = next(batches)
             lr = cosine_lr(config.optim.lr, step - 1, total_steps)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            loss, losses = train_step(
-                moco,
-                loss_function,
-                optimizer,
-                batch,
-                fit_weight=config.rationale.fit_weight,
-                key_momentum=config.moco.key_momentum,
-                autocast=autocast,
-            )
+            optimizer.param_groups[0]["lr"].fill_(lr)
+            loss, losses = step_on(batch)
             watch.add(loss)
+            if step == start_step + 1:
+                loss.item()  # waits for the device
+                since, compiled = time.monotonic() - began, " and its compilation" * compiles(config, device)
+                took = f"{since:.1f} s after the start, {time.monotonic() - ready:.1f} s of it the step{compiled}"
+                console.print(f"first step done {took}", highlight=False)
             meter.images += len(batch.first)
             log.advance(step, config.optim.epochs)
 
@@ -142,14 +119,6 @@ def train(config: Config, console: Console, resume: Path | None = None) -> Path:
     return folder
 
 
-def check_kernels(impl: Impl, device: torch.device) -> None:
-    """`UsageError` where the implementation `--run.kernels` names cannot serve tensors on `device`."""
-    try:
-        use_triton(impl, {"features": torch.empty(0, device=device)})
-    except ValueError as error:
-        raise UsageError(f"--run.kernels {impl}: {error}") from None
-
-
 def check_sizes(config: Config, images: ImageList, console: Console) -> int:
     """Steps of an epoch. `UsageError` where a batch is larger than the data; a warning where the queue is."""
     batch_size = config.optim.batch_size
@@ -162,19 +131,6 @@ def check_sizes(config: Config, images: ImageList, console: Console) -> int:
             highlight=False,
         )
     return len(images) // batch_size
-
-
-def build_model(config: Config, console: Console, *, initial_weights: bool) -> tuple[MoCo, Branch | None]:
-    """Encoders, queue and branch; a run that goes on needs no initial weights."""
-    backbone, channels = build_backbone(
-        config.model.backbone, config.model.last_stage, stem_maxpool=config.released.stem_maxpool
-    )
-    missing = load_initial_weights(backbone, config.model) if initial_weights else []
-    if missing:
-        names = ", ".join(sorted(missing))
-        console.print(f"{len(missing)} weights stay random: {names}", highlight=False, soft_wrap=True)
-    moco = MoCo(backbone, channels, embedding_dim=config.moco.embedding_dim, queue_size=config.moco.queue_size)
-    return moco, build_branch(channels, config.rationale, config.released, config.run.kernels)
 
 
 def check_unused(folder: Path) -> None:
@@ -199,28 +155,21 @@ def fingerprint(images: ImageList) -> int:
     return zlib.crc32("\n".join(images.files).encode(errors="surrogateescape"))
 
 
-def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, images: int) -> int:
+def restore(path: Path, training: Training, images: int) -> int:
     """Put a saved state back; returns the step it was saved after. `images` is the fingerprint of today's images."""
-    state = load_resume(path)
+    state, optimizer = load_resume(path), training.optimizer
     if state.get("images") != images:
         raise UsageError(f"{path}: the training images are not those of this run: files came, went or moved")
     try:
-        model.load_state_dict(state["model"])
+        training.model.load_state_dict(state["model"])
         # momentum comes back; the settings are today's
         optimizer.load_state_dict({**state["optimizer"], "param_groups": optimizer.state_dict()["param_groups"]})
+        training.scaler.load_state_dict(state["scaler"])
         set_random_states(state["random"])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UsageError(f"{path} does not fit the settings of this run: {reason}") from None
     return state["step"]
-
-
-def pick_loss_function(config: Config, branch: Branch | None) -> LossFunction:
-    """The method's losses, or the released code's."""
-    temperature = config.moco.temperature
-    if isinstance(branch, ReleasedBranch):
-        return partial(released_losses, branch=branch, temperature=temperature)
-    return partial(contrast_losses, branch=branch, temperature=temperature, impl=config.run.kernels)
 
 
 def metrics_of(losses: Losses, branch: Branch | None) -> dict[str, float]:
@@ -238,7 +187,7 @@ def main(args: Sequence[str] | None = None) -> None:
     with one_line_errors("fastcr.train"):
         config, resume = read_command_line(sys.argv[1:] if args is None else args)
         try:
-            train(config, Console(markup=False), resume)
+            train(config, Console(markup=False), resume, started=process_age())
         except torch.OutOfMemoryError:
             half = max(config.optim.batch_size // 2, 2)
             raise UsageError(f"out of GPU memory at --optim.batch_size {config.optim.batch_size}: try {half}") from None
