@@ -267,10 +267,7 @@ def one_line_errors(command: str) -> Iterator[None]:
     """Turn `UsageError` into `<command>: error: <message>` on stderr and exit status 2."""
     try:
         yield
-    except UsageError as error:
-        print(f"{command}: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except OSError as error:  # a full disk, a folder taken away
+    except (UsageError, OSError) as error:  # OSError: a full disk, a folder taken away
         print(f"{command}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
