@@ -193,12 +193,10 @@ def validate(config: Config) -> Config:
         "--data.workers must be at least 0": config.data.workers is None or config.data.workers >= 0,
         "--optim.epochs must be at least 1": config.optim.epochs >= 1,
         "--optim.batch_size must be at least 2 (batch normalisation)": config.optim.batch_size >= 2,
-        "--optim.accumulate must divide --optim.batch_size into parts of at least 2": config.optim.accumulate >= 1
-        and config.optim.batch_size % config.optim.accumulate == 0
-        and config.optim.batch_size >= 2 * config.optim.accumulate,
-        "--optim.accumulate: the released attention depends on the whole batch, it cannot be split": not (
-            config.released.enabled and config.optim.accumulate > 1
-        ),
+        "--optim.accumulate must divide --optim.batch_size into parts of at least 2": config.optim.accumulate
+        in [parts for parts in range(1, config.optim.batch_size // 2 + 1) if config.optim.batch_size % parts == 0],
+        "--optim.accumulate: the released attention depends on the whole batch": not config.released.enabled
+        or config.optim.accumulate == 1,
         "--optim.lr must be above 0 and finite": 0 < config.optim.lr < math.inf,
         "--optim.momentum must lie in [0, 1)": 0 <= config.optim.momentum < 1,
         "--optim.weight_decay must be at least 0 and finite": 0 <= config.optim.weight_decay < math.inf,

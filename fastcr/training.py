@@ -55,6 +55,9 @@ def prepare(config: Config, device: torch.device, console: Console, *, initial_w
         weight_decay=config.optim.weight_decay,
         fused=True,
     )
+    for parameter in optimizer.param_groups[0]["params"]:
+        # torch would leave them uninitialised where the scaler passes over the first step; from 0 it is the same sum
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     dtype = pick_dtype(config.run.precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if compiles(config, device):

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from fastcr import step, train
+from fastcr import step, train, training
 from fastcr.backbone import build_backbone
 from fastcr.checkpoint import load_weights
 from fastcr.config import load_config
@@ -454,7 +455,7 @@ def test_loss_that_is_no_number_is_named_though_it_is_seldom_read(
         loss, parts = step.train_step(*args, **kwargs)
         return (loss * torch.nan if next(steps) == 3 else loss), parts
 
-    monkeypatch.setattr(train, "train_step", third_is_nan)
+    monkeypatch.setattr(training, "train_step", third_is_nan)
     line = refused(lambda: run(flat, tmp_path / "run", "--run.log_every", "7"), capsys)
     assert "not a finite number from step 3 on" in line
     assert "nothing had been saved yet" in line
@@ -546,6 +547,44 @@ def test_triton_kernels_train_as_the_references_do(flat: Path, tmp_path: Path, c
     untrained = losses_with("torch", "--optim.lr", "1e-9")
     assert ((expected - untrained).abs().amax(0) > 0.01).all()
     torch.testing.assert_close(losses_with("triton"), expected, atol=1e-4, rtol=0)
+
+
+def test_time_to_the_first_step_is_printed(flat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(flat, tmp_path / "run", "--run.steps", "2")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("first step done")]
+    since, step = map(float, re.findall(r"([\d.]+) s", line))
+    assert 0 < step < since
+    assert "compilation" not in line
+
+
+def test_a_batch_in_parts_resumes_bit_for_bit(flat: Path, tmp_path: Path) -> None:
+    settings = ("--optim.batch_size", "16", "--optim.accumulate", "4", "--run.precision", "bf16")
+    whole = run(flat, tmp_path / "whole", "--run.steps", "4", *settings)
+    run(flat, tmp_path / "parts", "--run.steps", "2", *settings)
+    assert losses(resume(tmp_path / "parts", "--run.steps", "4")) == losses(whole)
+    in_one = run(flat, tmp_path / "one", "--run.steps", "4", *settings, "--optim.accumulate", "1")
+    assert losses(in_one) != losses(whole)  # BatchNorm sees a part at a time
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--run.cuda_graph", "True", "--run.device", "cpu"], "--run.cuda_graph needs CUDA, and this run is on cpu"),
+        (["--run.overlap_keys", "True", "--run.device", "cpu"], "--run.overlap_keys needs CUDA"),
+        (["--optim.accumulate", "3"], "--optim.accumulate must divide --optim.batch_size"),
+        (["--optim.accumulate", "0"], "--optim.accumulate must divide --optim.batch_size"),
+        (["--optim.accumulate", "8"], "--optim.accumulate must divide --optim.batch_size into parts of at least 2"),
+        (
+            ["--optim.accumulate", "2", "--released.enabled", "True"],
+            "the released attention depends on the whole batch",
+        ),
+    ],
+)
+def test_ways_of_doing_a_step_that_cannot_work_are_refused(
+    flat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
+) -> None:
+    assert message in refused(lambda: run(flat, tmp_path / "run", *more), capsys)
+    assert not (tmp_path / "run").exists()
 
 
 def test_resume_takes_todays_settings_of_the_optimiser(flat: Path, tmp_path: Path) -> None:
