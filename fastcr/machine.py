@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -54,5 +55,7 @@ def process_age() -> float:
 
 def keep_compiled() -> None:
     """Let compiled encoders outlive a reboot: unless the user says where, torch.compile keeps them in /tmp."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastcr" / "compiled"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    name, default = "TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / "torchinductor_")
+    if os.environ.get(name, default).startswith(default):  # torch may have set it on import
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        os.environ[name] = str(cache / "fastcr" / "compiled")

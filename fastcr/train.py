@@ -86,7 +86,7 @@ def train(config: Config, console: Console, resume: Path | None = None, *, start
                 loss.item()  # waits for the device
                 since, compiled = time.monotonic() - began, " and its compilation" * compiles(config, device)
                 took = f"{since:.1f} s after the start, {time.monotonic() - ready:.1f} s of it the step{compiled}"
-                console.print(f"first step done {took}", highlight=False)
+                console.print(f"first step done {took}", highlight=False, soft_wrap=True)
             meter.images += len(batch.first)
             log.advance(step, config.optim.epochs)
 

@@ -37,6 +37,7 @@ class Training(NamedTuple):
 def prepare(config: Config, device: torch.device, console: Console, *, initial_weights: bool = True) -> Training:
     """Encoders, queue, branch, optimiser and the step on `device`; a run that goes on needs no initial weights."""
     torch.manual_seed(config.run.seed)
+    torch.backends.cudnn.benchmark = True  # every batch has one shape
     backbone, channels = build_backbone(
         config.model.backbone, config.model.last_stage, stem_maxpool=config.released.stem_maxpool
     )

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
 import shutil
+import tempfile
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +27,7 @@ from fastcr.config import (
     ReleasedConfig,
     RunConfig,
 )
+from fastcr.machine import keep_compiled
 from fastcr.moco import MoCo
 from fastcr.rationale import Rationale
 from fastcr.released import ReleasedBranch, released_losses
@@ -191,6 +195,22 @@ def test_nothing_in_a_step_asks_the_device_for_a_value(batch: Batch) -> None:
     assert "aten::convolution" in called
     waits = ("item", "_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "equal", "to_cpu")
     assert not called & {f"aten::{name}" for name in waits}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(None, "{cache}/fastcr/compiled"), ("{temp}/torchinductor_me", "{cache}/fastcr/compiled"), ("/my/own", "/my/own")],
+)
+def test_compiled_encoders_are_kept_where_a_reboot_leaves_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, before: str | None, after: str
+) -> None:
+    places = {"cache": tmp_path, "temp": tempfile.gettempdir()}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", (before or "").format(**places))
+    if before is None:
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    keep_compiled()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == after.format(**places)
 
 
 @needs_cuda
