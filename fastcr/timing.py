@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -83,8 +84,37 @@ def _samples(run: Callable[[], Any]) -> list[float]:
     return several(min(max(round(SECONDS / max(first, 1e-9)), FEWEST), MOST))
 
 
+def time_on_cpu(call: Callable[[], Any]) -> Timing:
+    """Time one call that has no device to wait for, by the clock on the wall."""
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    first = min(seconds() for _ in range(2))
+    return summary([seconds() for _ in range(min(max(round(SECONDS / max(first, 1e-9)), 3), MOST))], "wall")
+
+
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second of a large copy on this GPU, read and written bytes both counted."""
-    size = min(1 << 30, torch.cuda.mem_get_info(device)[0] // 8)
-    source, copy = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
-    return 2 * size / time_on_gpu([lambda: copy.copy_(source)]).median
+    """Bytes a second of a large copy on this device, read and written bytes both counted."""
+    cuda = device.type == "cuda"
+    size = min(1 << 30, torch.cuda.mem_get_info(device)[0] // 8) if cuda else 1 << 28  # far beyond the CPU's caches
+    # ones, for memory that was never written to is not there to be read
+    source, copy = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
+    return 2 * size / _fast(lambda: copy.copy_(source), device)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP a second of a large matrix product on this device, a multiplication and an addition counted as two.
+
+    In fp32 on CUDA as `torch.backends.cuda.matmul` says: PyTorch's convolutions may take TF32 where products do not.
+    """
+    side = 8192 if device.type == "cuda" else 1024
+    a, b, product = (torch.randn(side, side, device=device).to(dtype) for _ in range(3))
+    return 2 * side**3 / _fast(lambda: torch.mm(a, b, out=product), device)
+
+
+def _fast(call: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of a call that others do not slow down: a GPU is the user's own, a CPU's cores rarely are."""
+    return time_on_gpu([call]).median if device.type == "cuda" else time_on_cpu(call).p20

@@ -1,223 +1,59 @@
-"""`python -m fastcr.trace --resources`: what each Triton kernel takes of a multiprocessor, without a GPU.
+"""`python -m fastcr.trace [PRESET] [--section.field value ...]`: where the time of a training step goes.
 
-The ops run on CPU tensors of the usual sizes (`--every`: of all that have settings of their own) while a recorder
-stands in for the launch; each recorded call is then compiled for every target with the types, alignments and settings
-it was made with.
+A few steps of the run that `fastcr.train` would make are recorded by PyTorch's profiler, and each phase is held against
+the least it could take (`budget.py`). On CUDA a phase's device time is that of the kernels launched in it, also those
+that autograd's own thread launches meanwhile; on the CPU it is the operators' own time, without what Python adds.
+
+`--nvtx` marks the same ranges for Nsight (nsys, ncu) instead; `--resources` is in `resources.py`.
 """
 
 from __future__ import annotations
 
-import math
-import re
-import subprocess
+import gzip
+import json
+import os
 import sys
-import tempfile
-import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
-from unittest import mock
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
-from fastcr.config import UsageError, one_line_errors, parse, tyro
-from fastcr.kernels import info_nce, launch, rationale_fit, rationale_pool, two_views  # noqa: F401  (they register ops)
+from fastcr.budget import Ceilings, step_work
+from fastcr.config import Config, UsageError, one_line_errors, parse, tyro, validate
+from fastcr.folders import read_splits
+from fastcr.kernels.launch import triton
+from fastcr.loaders import make_views
+from fastcr.machine import pick_device
+from fastcr.presets import read_command_line
+from fastcr.profiled import WAITING, Row, kernel_rows, phase_rows, take_apart
+from fastcr.resources import resources, resources_table
+from fastcr.synthetic import write_synthetic
+from fastcr.timing import copy_bandwidth, matmul_rate
+from fastcr.train import check_sizes
+from fastcr.training import check_device, pick_dtype, prepare
 
-BATCH, CHANNELS, QUEUE = 256, 2048, 65536  # ResNet-50
-TENSOR_CORE = re.compile(r"\b(?:[HIQO]G?MMA|UTC[A-Z]*MMA)\b")  # FP64's DMMA is left out
-WIDTHS = (torch.bfloat16, torch.float16, torch.float32)
-TYPES = dict(zip(WIDTHS, ("bf16", "fp16", "fp32"), strict=True))
-TYPES |= {torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
-
-
-# of a multiprocessor with its 65,536 registers: resident warps, blocks, KB shared (CUDA C++ Programming Guide)
-LIMITS = {
-    80: (64, 32, 164), 86: (48, 16, 100), 89: (48, 24, 100), 90: (64, 32, 228), 100: (64, 32, 228), 120: (48, 24, 100)
-}  # fmt: skip
-
-
-class Maps(NamedTuple):
-    """Sizes of a call of the ops on feature maps."""
-
-    positions: int
-    detectors: int = 32
-    dtype: torch.dtype = torch.bfloat16
-    target: str = "max-softmax"
-
-    def __str__(self) -> str:
-        return f"S {self.positions}, K {self.detectors}, {TYPES[self.dtype]}"
-
-
-class Contrast(NamedTuple):
-    """Sizes of a call of `info_nce`."""
-
-    batch: int = BATCH
-    dim: int = 256
-    dtype: torch.dtype = torch.bfloat16
-
-    def __str__(self) -> str:
-        return f"B {self.batch}, D {self.dim}, {TYPES[self.dtype]}"
-
-
-class Views(NamedTuple):
-    """Sizes of a call of `two_views`."""
-
-    dtype: torch.dtype = torch.bfloat16
-
-    def __str__(self) -> str:
-        return f"224 px, {TYPES[self.dtype]}"
-
-
-Sizes = Maps | Contrast | Views
-COMMON: list[Sizes] = [Maps(49), Maps(196), Contrast(), Views()]  # 224 and 448 px
-MAPS = ((49, 32, "max-softmax"), (196, 64, "sum"), (784, 32, "sum"), (1600, 128, "max-softmax"), (4096, 5, "sum"))
-CONTRASTS = tuple((batch, dim) for batch in (16, 64, BATCH) for dim in (128, 256, 384, 512))
-EVERY: list[Sizes] = [
-    *COMMON,
-    *(Maps(positions, detectors, dtype, target) for dtype in WIDTHS for positions, detectors, target in MAPS),
-    *(Contrast(batch, dim, dtype) for dtype in WIDTHS for batch, dim in CONTRASTS),
-    *map(Views, WIDTHS),
-]
-
-
-class Call(NamedTuple):
-    """Of a kernel: what decides its code, as Triton's runtime would choose it."""
-
-    kernel: Any
-    types: dict[str, str | tuple[str, ...]]
-    constants: dict[str, Any]
-    attributes: dict[tuple[int], list[list[Any]]]
-    options: dict[str, int]
-    shape: str
-
-
-class Resources(NamedTuple):
-    """What one kernel takes on one target: registers and spilled bytes a thread, shared bytes a block."""
-
-    kernel: str
-    shape: str
-    target: int
-    warps: int
-    registers: int
-    spills: int
-    shared: int
-    tensor_core: int  # instructions in the machine code
-    occupancy: float  # bound on the resident warps, of the most the target holds; 0: a block does not fit
-
-
-def specialise(kernel: Any, args: Sequence[Any], kwargs: dict[str, Any], shape: str) -> Call:
-    """The call of `kernel` with these arguments: 1 becomes a constant, multiples of 16 are marked."""
-    values = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
-    call = Call(kernel, {}, {}, {}, {k: values[k] for k in ("num_warps", "num_stages") if k in values}, shape)
-    for i, param in enumerate(kernel.params):
-        value = values[param.name]
-        if param.is_constexpr or (isinstance(value, int) and value == 1):
-            call.types[param.name], call.constants[param.name] = "constexpr", value
-            continue
-        if isinstance(value, tuple):
-            call.types[param.name] = ("fp32",) * len(value)
-            continue
-        pointer = isinstance(value, torch.Tensor)
-        call.types[param.name] = "*" + TYPES[value.dtype] if pointer else "fp32" if isinstance(value, float) else "i32"
-        if pointer or (isinstance(value, int) and value % 16 == 0):  # the allocator aligns to more than 16 bytes
-            call.attributes[i,] = [["tt.divisibility", 16]]
-    return call
-
-
-def run_op(sizes: Sizes) -> None:
-    """Forward and backward of the ops that take these sizes."""
-    ops = torch.ops.fastcr
-    if isinstance(sizes, Contrast):
-        query, queue = (torch.empty(rows, sizes.dim, dtype=sizes.dtype) for rows in (sizes.batch, QUEUE))
-        ops.info_nce(query, query.clone(), queue, 0.2)
-        return
-    if isinstance(sizes, Views):
-        starts = torch.zeros(2, dtype=torch.int64)
-        pixels, table = torch.zeros(3, dtype=torch.uint8), torch.zeros(2, 2, 16)
-        ops.two_views(pixels, starts, starts.clone(), table, 224, [0.5] * 3, [0.5] * 3, sizes.dtype)
-        return
-    side = math.isqrt(sizes.positions)
-    batch = BATCH if side <= 14 else BATCH // 4  # memory
-    features = torch.empty(batch, side, side, CHANNELS, dtype=sizes.dtype).permute(0, 3, 1, 2)
-    detectors, bias = torch.zeros(sizes.detectors, CHANNELS), torch.zeros(sizes.detectors)
-    gradient = torch.zeros(batch, CHANNELS)
-    pooled, attention, winners = ops.rationale_pool(features, detectors, bias, 0.4)
-    ops.rationale_pool_backward(pooled, attention, features, detectors, attention, winners, 0.4)
-    loss, *maps = ops.rationale_fit(features, gradient, detectors, bias, 0.4, sizes.target, "score", 0.0, True)
-    for write_features in (True, False):
-        ops.rationale_fit_backward(loss, features, gradient, detectors, *maps, 0.4, 0.0, write_features)
-
-
-def calls(every: bool = False) -> list[Call]:
-    """Every call the ops make at the sizes of `COMMON` or `EVERY`; what gives the same code is listed once."""
-    found: list[Call] = []
-    for sizes in EVERY if every else COMMON:
-
-        def record(kernel: Any, *args: Any, _shape: str = str(sizes), **kwargs: Any) -> None:
-            call = specialise(kernel, args, kwargs, _shape)
-            if all(call[:5] != other[:5] for other in found):
-                found.append(call)
-
-        with mock.patch("triton.runtime.jit.JITFunction.run", record):
-            run_op(sizes)
-    return sorted(found, key=lambda call: call.kernel.__name__)
-
-
-def occupancy(target: int, warps: int, registers: int, shared: int) -> float:
-    """Share of a multiprocessor's warps that blocks of `warps` can fill, by registers and shared memory."""
-    most_warps, most_blocks, most_shared = LIMITS[target]
-    by_registers = 65536 // (math.ceil(registers / 8) * 256) // 4 * 4 // warps  # warps: units of 256, by fours
-    by_shared = most_shared * 1024 // (math.ceil(shared / 128) * 128 + 1024)
-    return min(most_blocks, by_registers, by_shared, most_warps // warps) * warps / most_warps
-
-
-def compiled(call: Call, target: int) -> Resources:
-    """Compile one call for compute capability `target` (90 for 9.0) and read what it takes."""
-    triton: Any = launch.triton
-    source = triton.compiler.ASTSource(call.kernel, call.types, call.constants, call.attributes)
-    gpu = triton.backends.compiler.GPUTarget("cuda", target, 32)
-    with warnings.catch_warnings(record=True), tempfile.NamedTemporaryFile(buffering=0, suffix=".cubin") as file:
-        binary = triton.compile(source, target=gpu, options=call.options)
-        file.write(binary.asm["cubin"])
-        command = [triton.knobs.nvidia.cuobjdump.path, "-sass", "--dump-resource-usage", file.name]
-        dump = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", dump)}
-    name = call.kernel.__name__ + (" (features)" if call.constants.get("WRITE_FEATURES") else "")
-    warps, shared = binary.metadata.num_warps, binary.metadata.shared
-    facts = (warps, usage["REG"], usage["STACK"] + usage["LOCAL"], shared, len(TENSOR_CORE.findall(dump)))
-    return Resources(name, call.shape, target, *facts, occupancy(target, warps, usage["REG"], shared))
-
-
-def resources(targets: Sequence[int] | None = None, every: bool = False) -> list[Resources]:
-    """What every kernel takes on each of `targets` (default: all that the installed Triton compiles for)."""
-    if launch.triton is None:
-        raise UsageError("Triton is not installed, so there are no kernels to compile")
-    if launch.INTERPRET:
-        raise UsageError("TRITON_INTERPRET=1 takes the place of Triton's compiler: unset it")
-    version = tuple(int(part) for part in launch.triton.__version__.split(".")[:2])
-    able = tuple(LIMITS) if version >= (3, 8) else (80, 90)  # 3.6 crashes on some layouts for the newest
-    if wrong := set(targets or ()).difference(able):
-        raise UsageError(f"--target {min(wrong)}: this Triton's are {', '.join(map(str, able))}")
-    return [compiled(call, target) for call in calls(every) for target in targets or able]
-
-
-def resources_table(rows: Sequence[Resources]) -> Table:
-    """The resources for people; registers and spilled bytes are a thread's, shared memory a block's."""
-    table = Table(title=f"kernels at B {BATCH}, C {CHANNELS}, N {QUEUE}")
-    for name in ("kernel", "shape", "sm", "warps", "registers", "spilled", "shared KB", "tensor ops", "occupancy"):
-        table.add_column(name, justify="left" if name in ("kernel", "shape") else "right", no_wrap=True)
-    for row in rows:
-        cells = map(str, (*row[:6], f"{row.shared / 1024:.1f}", row.tensor_core, f"{row.occupancy:.0%}"))
-        table.add_row(*cells, end_section=row.target == rows[-1].target)
-    return table
+TRACE, SUMMARY = "trace.json.gz", "phases.json"
+KERNELS = 20  # listed
 
 
 @dataclass(frozen=True)
-class TraceConfig:
-    """Settings of a trace."""
+class TraceConfig(Config):
+    """Settings of a trace, and of the training run it records."""
 
+    steps: int = 5
+    """Steps to record, after the first ones."""
+    out: Path | None = None
+    """Folder of trace.json.gz and phases.json. Default: runs/trace-<date>-<time>."""
+    nvtx: tyro.conf.UseCounterAction[int] = 0
+    """Mark the phases and operators for Nsight Systems and Nsight Compute, and record nothing here."""
     resources: tyro.conf.UseCounterAction[int] = 0
     """Compile every kernel; print registers, spills, shared memory, tensor-core instructions and occupancy."""
     every: tyro.conf.UseCounterAction[int] = 0
@@ -226,14 +62,205 @@ class TraceConfig:
     """Compute capabilities to compile for, 90 for 9.0. Default: all that the installed Triton compiles for."""
 
 
+def phase_table(rows: Sequence[Row], ceilings: Ceilings, cuda: bool) -> Table:
+    """The phases for people."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
+    device = "device ms" if cuda else "in ops ms"
+    for name in ("phase", "host ms", device, "GB", "GFLOP", "floor ms", "x floor", "share"):
+        table.add_column(name, justify="left" if name == "phase" else "right", no_wrap=True)
+    for row in rows:
+        cells = [row.name, "" if row.host_ms is None else number(row.host_ms), number(row.device_ms)]
+        if row.work and (least := row.floor_ms(ceilings)):
+            values = row.work.bytes / 1e9, row.work.flops / 1e9, least, row.device_ms / least
+            cells += [number(value) for value in values]
+        else:
+            cells += [""] * 4
+        table.add_row(*cells, f"{row.share:.1%}", end_section=row is rows[-2])
+    return table
+
+
+def kernel_table(rows: Sequence[Row], ceilings: Ceilings, cuda: bool) -> Table:
+    """The longest kernels for people; the rate is the one of bytes and FLOPs that is nearer to its ceiling."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False, expand=True)
+    table.add_column("kernel" if cuda else "operator", no_wrap=True, overflow="ellipsis", ratio=1)
+    for name in ("calls", "ms", "share", "rate", "of ceiling"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows[:KERNELS]:
+        rate, reached, least = "", "", row.floor_ms(ceilings)
+        if row.work and least:
+            of_bytes = row.work.bytes / ceilings.copy >= row.work.flops / ceilings.matmul
+            amount, unit = (row.work.bytes, "B/s") if of_bytes else (row.work.flops, "FLOP/s")
+            rate, reached = per_second(amount / row.timed_ms * 1e3) + unit, f"{least / row.timed_ms:.0%}"
+        table.add_row(row.name, f"{row.calls:g}", number(row.device_ms), f"{row.share:.1%}", rate, reached)
+    return table
+
+
+def number(value: float) -> str:
+    """Three digits, more before the point."""
+    if 0 < value < 0.001:
+        return "<.001"
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:.3g}"
+
+
+def per_second(rate: float) -> str:
+    """A rate with the prefix of its unit: `3.2 T`."""
+    return f"{number(rate / 1e12)} T" if rate >= 1e12 else f"{number(rate / 1e9)} G"
+
+
+def as_json(row: Row, ceilings: Ceilings) -> dict[str, Any]:
+    """A row for `phases.json`; times in milliseconds a step, work of a step."""
+    least = row.floor_ms(ceilings)
+    facts = {**row._asdict(), "floor_ms": least, "times_floor": row.timed_ms / least if least else None}
+    return facts | {"work": row.work._asdict() if row.work else None}
+
+
+def record(one_step: Callable[[], Any], steps: int, device: torch.device, path: Path) -> None:
+    """Run and record `steps` steps, and one before them that is thrown away; the Chrome trace goes to `path`."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports on stderr that it begins, and that there is no GPU
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    with profile(
+        activities=activities,
+        schedule=schedule(wait=0, warmup=1, active=steps, repeat=1),
+        record_shapes=True,
+        on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
+    ) as profiler:
+        for index in range(steps + 1):
+            one_step()
+            if index in (0, steps):
+                finish(device)
+            profiler.step()
+
+
+def mark(one_step: Callable[[], Any], steps: int, device: torch.device) -> None:
+    """Run `steps` steps with NVTX ranges, between the marks that `nsys --capture-range=cudaProfilerApi` waits for."""
+    finish(device)
+    with torch.cuda.profiler.profile(), torch.autograd.profiler.emit_nvtx():
+        for _ in range(steps):
+            one_step()
+        finish(device)
+
+
+def milliseconds(one_step: Callable[[], Any], steps: int, device: torch.device) -> float:
+    """Of one of `steps` steps that nothing records."""
+    finish(device)
+    start = time.perf_counter()
+    for _ in range(steps):
+        one_step()
+    finish(device)
+    return (time.perf_counter() - start) / steps * 1e3
+
+
+def finish(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def prepare_step(config: TraceConfig, device: torch.device, dtype: torch.dtype, console: Console) -> Callable[[], None]:
+    """What a training step calls, on its own batches, with everything done that only the first steps do."""
+    images = read_splits(config.data.root or write_synthetic()).train
+    check_sizes(config, images, console)
+    step_on = prepare(config, device, console).step
+    views, _ = make_views(config, images, device, dtype, console)
+    batches = views.batches(0)
+
+    def one_step() -> None:
+        with record_function(WAITING):
+            batch = next(batches)
+        step_on(batch)
+
+    for _ in range(5 if config.run.cuda_graph else 2):
+        one_step()
+    return one_step
+
+
+def trace(config: TraceConfig, console: Console) -> None:
+    """Record a few steps of the run `config` describes; print and write where their time goes.
+
+    Raises `UsageError` as `train` does, and where `--out` holds a trace already.
+    """
+    device = pick_device(config.run.device)
+    cuda, dtype = device.type == "cuda", pick_dtype(config.run.precision, device)
+    if config.nvtx and not cuda:
+        raise UsageError(f"--nvtx needs CUDA, and this run is on {device}")
+    if config.data.root is None and config.preset != "synthetic":
+        raise UsageError(f"preset {config.preset} needs --data.root, the folder of its images")
+    check_device(config, device)
+    if config.nvtx:
+        mark(prepare_step(config, device, dtype, console), config.steps, device)
+        return
+    folder = config.out or Path("runs") / f"trace-{time.strftime('%Y%m%d-%H%M%S')}"
+    if taken := [name for name in (TRACE, SUMMARY) if (folder / name).exists()]:
+        raise UsageError(f"{folder} already holds a {taken[0]}: name another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    work = step_work(config, dtype)
+    ceilings = Ceilings(copy_bandwidth(device), matmul_rate(device, dtype))
+    one_step = prepare_step(config, device, dtype, console)
+    plain_ms = milliseconds(one_step, config.steps, device)
+    record(one_step, config.steps, device, folder / TRACE)
+
+    with gzip.open(folder / TRACE) as file:
+        recorded = take_apart(json.load(file)["traceEvents"], [WAITING, *work])
+    phases, kernels = phase_rows(recorded, work, graph=config.run.cuda_graph), kernel_rows(recorded)
+    facts = {
+        "device": torch.cuda.get_device_name(device) if cuda else f"CPU (threads: {torch.get_num_threads()})",
+        "torch": torch.__version__,
+        "triton": triton and triton.__version__,
+        "dtype": str(dtype).removeprefix("torch."),
+        "steps": config.steps,
+        "step_ms": plain_ms,
+        "recorded_step_ms": recorded.span / recorded.steps / 1e3,
+        "ceilings": {"copy_bytes_per_second": ceilings.copy, "matmul_flops_per_second": ceilings.matmul},
+        "phases": [as_json(row, ceilings) for row in phases],
+        "kernels": [as_json(row, ceilings) for row in kernels],
+        "settings": asdict(Config(**{field.name: getattr(config, field.name) for field in fields(Config)})),
+    }
+    (folder / SUMMARY).write_text(json.dumps(facts, indent=1, default=str) + "\n")
+
+    say = partial(console.print, highlight=False)
+    copies, products = per_second(ceilings.copy), per_second(ceilings.matmul)
+    say(f"\n{facts['device']}: {copies}B/s in a copy, {products}FLOP/s in a {facts['dtype']} product")
+    took = f"{number(plain_ms)} ms; {number(recorded.span / recorded.steps / 1e3)} ms while recorded"
+    say(f"a step of {config.optim.batch_size} pairs: {took}\n")
+    console.print(phase_table(phases, ceilings, cuda))
+    say("\nfloor: the least bytes at the copy's rate, or the FLOPs at the product's")
+    say("waiting: until the next batch is there")
+    console.print("", kernel_table(kernels, ceilings, cuda), "", sep="\n")
+    say(f"{folder / TRACE}: open it in https://ui.perfetto.dev", soft_wrap=True)
+    say(f"{folder / SUMMARY}: these figures", soft_wrap=True)
+
+
+def read_settings(args: Sequence[str]) -> TraceConfig:
+    """`[PRESET] [--section.field value ...]` and the flags of a trace to settings."""
+    preset = list(args[: bool(args and not args[0].startswith("-"))])
+    default, _ = read_command_line(preset)
+    config = parse(
+        TraceConfig,
+        args[len(preset) :],
+        default=TraceConfig(**vars(default)),
+        prog="python -m fastcr.trace [PRESET]",
+        description="Where the time of a training step goes, phase by phase and kernel by kernel.",
+    )
+    validate(config)
+    if config.steps < 1:
+        raise UsageError("--steps must be at least 1")
+    if (config.every or config.target) and not config.resources:
+        raise UsageError("--every and --target go with --resources")
+    return config
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Command line of `python -m fastcr.trace`."""
     with one_line_errors("fastcr.trace"):
-        args = sys.argv[1:] if args is None else args
-        config = parse(TraceConfig, args, prog="python -m fastcr.trace", description="What the kernels take of a GPU.")
-        if not config.resources:
-            raise UsageError("nothing to do: give --resources")
-        Console(width=max(Console().width, 132)).print(resources_table(resources(config.target, bool(config.every))))
+        config = read_settings(sys.argv[1:] if args is None else args)
+        if config.resources:
+            table = resources_table(resources(config.target, bool(config.every)))
+            Console(width=max(Console().width, 132)).print(table)
+            return
+        try:
+            trace(config, Console(markup=False))
+        except torch.OutOfMemoryError:
+            raise UsageError(f"out of GPU memory at --optim.batch_size {config.optim.batch_size}") from None
 
 
 if __name__ == "__main__":

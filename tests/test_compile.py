@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fastcr import trace
+from fastcr import resources, trace
 from fastcr.kernels import settings
 
 triton = pytest.importorskip("triton")
@@ -24,7 +24,7 @@ MULTIPLYING = {"_partial_kernel", "_pool_kernel", "_fit_kernel", "_spread_kernel
 OTHERS = {"_combine_kernel", "_attention_gradient_kernel", "_cut_kernel", "_colour_kernel", "_blur_kernel"}
 RESOURCES = """
 import json, sys
-from fastcr.trace import resources
+from fastcr.resources import resources
 print(json.dumps([row._asdict() for row in resources([int(sys.argv[1])], every=sys.argv[2] == "every")]))
 """
 
@@ -67,14 +67,14 @@ def test_kernels_fit_the_target(target: int, sizes: str) -> None:
 def test_every_row_of_the_launch_settings_is_compiled() -> None:
     rows = {
         f"{kernel}: {settings.map_class(sizes.dtype, None if kernel == 'attention_gradient' else sizes.detectors)}"
-        for sizes in trace.EVERY
-        if isinstance(sizes, trace.Maps)
+        for sizes in resources.EVERY
+        if isinstance(sizes, resources.Maps)
         for kernel in settings.TABLE
         if kernel != "info_nce"
     } | {
         f"info_nce: {settings.contrast_class(sizes.dtype, sizes.batch, sizes.dim)}"
-        for sizes in trace.EVERY
-        if isinstance(sizes, trace.Contrast)
+        for sizes in resources.EVERY
+        if isinstance(sizes, resources.Contrast)
     }
     assert rows == {f"{kernel}: {row}" for kernel, table in settings.TABLE.items() for row in table}
 
@@ -94,7 +94,10 @@ def test_under_the_interpreter_it_is_one_line() -> None:
 
 @pytest.mark.parametrize(
     ("args", "message"),
-    [(["--resources", "--target", "90", "70"], "--target 70: this Triton's are 80, "), ([], "nothing to do")],
+    [
+        (["--resources", "--target", "90", "70"], "--target 70: this Triton's are 80, "),
+        (["--every"], "--every and --target go with --resources"),
+    ],
 )
 def test_a_mistake_is_one_line(
     args: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -109,7 +112,7 @@ def test_a_mistake_is_one_line(
 
 
 def test_occupancy_of_known_cases() -> None:
-    assert trace.occupancy(80, 4, 32, 0) == 1.0  # 16 blocks of 4 warps
-    assert trace.occupancy(80, 8, 255, 0) == 0.125  # 8192 registers a warp: 8 warps
-    assert trace.occupancy(90, 4, 32, 100 << 10) == 0.125  # two blocks by shared memory
-    assert trace.occupancy(86, 4, 32, 100 << 10) == 0.0  # does not fit
+    assert resources.occupancy(80, 4, 32, 0) == 1.0  # 16 blocks of 4 warps
+    assert resources.occupancy(80, 8, 255, 0) == 0.125  # 8192 registers a warp: 8 warps
+    assert resources.occupancy(90, 4, 32, 100 << 10) == 0.125  # two blocks by shared memory
+    assert resources.occupancy(86, 4, 32, 100 << 10) == 0.0  # does not fit
