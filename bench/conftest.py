@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,6 +38,17 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         "commit": _first_line("git", "rev-parse", "--short", "HEAD"),
         "threads": torch.get_num_threads(),
     }
+
+
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Append each finished benchmark to the file FASTCR_BENCH_LINES: the report itself is written at the very end."""
+    path, benchmark = os.environ.get("FASTCR_BENCH_LINES"), getattr(item, "funcargs", {}).get("benchmark")
+    if path and benchmark is not None and benchmark.stats:
+        stats = benchmark.stats.stats
+        figures = {name: getattr(stats, name) for name in ("min", "max", "mean", "median", "iqr", "rounds")}
+        entry = {"name": benchmark.name, "fullname": benchmark.fullname, "stats": figures}
+        with Path(path).open("a") as file:
+            file.write(json.dumps(entry | {"extra_info": benchmark.extra_info}) + "\n")
 
 
 @pytest.fixture(scope="session")

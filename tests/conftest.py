@@ -3,16 +3,38 @@
 Without a GPU they are tested under Triton's interpreter, which must be chosen before Triton is imported.
 """
 
+import importlib.util
 import os
 import shutil
+import sys
 from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# a machine with a GPU may have PyTorch and pytest but little else: what can be tested there is
+try:
+    import hypothesis  # noqa: F401
+except ImportError:
+    stand_in = MagicMock(__spec__=ModuleSpec("hypothesis", None))  # torch.compile looks for it
+    stand_in.settings.return_value = lambda test: test
+    stand_in.given.return_value = pytest.mark.skip(reason="hypothesis is not installed")
+    sys.modules["hypothesis"] = stand_in
+if not (importlib.util.find_spec("pytorch_metric_learning") and importlib.util.find_spec("sklearn")):
+    collect_ignore = ["test_retrieval.py"]
+
+
+def pytest_report_header() -> str:
+    """Where the kernels run: figures and failures mean little without it."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "kernels: under Triton's interpreter"
+    return f"kernels: compiled for {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU: not run'}"
 
 
 @pytest.fixture(scope="module")
