@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +33,8 @@ class Embeddings(NamedTuple):
 
     mean: Tensor  # [N,C] fp32
     rationale: Tensor | None  # [N,C] fp32; None without a branch
+    attention: Tensor | None  # [N,S] fp32
+    sizes: Tensor  # [N,2] height and width of the pictures, pixels
     kept: Tensor  # [N] indices into the image list
     unreadable: list[str]  # files left out
 
@@ -95,32 +99,61 @@ def load_encoder(path: Path, device: torch.device) -> tuple[nn.Module, Branch | 
     return backbone, branch, facts
 
 
-class _TestImages(Dataset[Tensor | None]):
-    """Index to the centre crop, uint8 `[S,S,3]`: shorter side to `round(S*8/7)`, then the central square.
+Crop = tuple[Tensor, tuple[int, int]]
 
-    None for an unreadable image.
+
+class _TestImages(Dataset[Crop | None]):
+    """Index to the centre crop, uint8 `[S,S,3]`, and the picture's (height, width); None for an unreadable image.
+
+    The shorter side becomes `round(S*8/7)`, then the central square is cut.
     """
 
     def __init__(self, images: ImageList, size: int) -> None:
         self.images, self.size = images, size
 
-    def __getitem__(self, index: int) -> Tensor | None:
+    def __getitem__(self, index: int) -> Crop | None:
         try:
             image = TF.pil_to_tensor(self.images.rgb(index))
         except OSError:
             return None
-        image = TF.resize(image, [round(self.size * 8 / 7)], antialias=True)
-        return TF.center_crop(image, [self.size, self.size]).permute(1, 2, 0)
+        crop = TF.resize(image, [round(self.size * 8 / 7)], antialias=True)
+        crop = TF.center_crop(crop, [self.size, self.size]).permute(1, 2, 0)
+        return crop, (image.shape[1], image.shape[2])
 
     def __len__(self) -> int:
         return len(self.images)
 
 
-def _collate(crops: list[Tensor | None]) -> tuple[Tensor, list[int]]:
-    """The readable crops in one tensor (one shared file a batch, not one an image), and their places in the batch."""
+def collate(crops: list[Crop | None]) -> tuple[Tensor, Tensor, list[int]]:
+    """The readable crops in one tensor (one shared file a batch, not one an image), their sizes, their places."""
     readable = [i for i, crop in enumerate(crops) if crop is not None]
-    pixels = [crop for crop in crops if crop is not None]
-    return torch.stack(pixels) if pixels else torch.empty(0), readable
+    found = [crop for crop in crops if crop is not None]
+    pixels = torch.stack([crop for crop, _ in found]) if found else torch.empty(0)
+    return pixels, torch.tensor([size for _, size in found]).view(-1, 2), readable
+
+
+def encode(backbone: nn.Module, branch: Branch | None, images: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Images `[B,3,H,W]` to unit embeddings `[B,C]`, mean and rationale, and attention `[B,S]`.
+
+    Without a branch the last two are None.
+    """
+    features = backbone(images)
+    mean = F.normalize(mean_pool(features), dim=1)
+    if branch is None:
+        return mean, None, None
+    pooled, attention = branch.pool(features)
+    return mean, F.normalize(pooled, dim=1), attention
+
+
+@contextmanager
+def evaluating(backbone: nn.Module, branch: Branch | None) -> Iterator[None]:
+    """Encoder and branch in eval mode, put back as they were after."""
+    modules, training = nn.ModuleList([backbone] + ([branch] if branch else [])), backbone.training
+    modules.eval()
+    try:
+        yield
+    finally:
+        modules.train(training)
 
 
 @torch.inference_mode()
@@ -135,32 +168,31 @@ def embed(
     console: Console,
     title: str,
 ) -> Embeddings:
-    """Both embeddings of each image from one pass, encoder and branch in eval mode (put back as they were after)."""
-    modules = nn.ModuleList([backbone] + ([branch] if branch else []))
-    training = backbone.training
-    modules.eval()
-    loader = DataLoader(
-        _TestImages(images, image_size), batch_size=BATCH_SIZE, num_workers=workers, collate_fn=_collate
-    )
+    """Both embeddings and the attention of each image from one pass, encoder and branch in eval mode."""
+    loader = DataLoader(_TestImages(images, image_size), batch_size=BATCH_SIZE, num_workers=workers, collate_fn=collate)
     # filled in place: the embeddings of 100,000 images are too large to be held twice
-    mean = rationale = torch.empty(0)
-    kept: list[int] = []
-    for number, (pixels, readable) in enumerate(
-        track(loader, f"embedding, {title}", console=console, transient=True, disable=not console.is_terminal)
-    ):
-        if not readable:
-            continue
-        features = backbone(normalise(pixels.to(device), torch.float32))
-        if not kept:
-            mean = torch.empty(len(images), features.shape[1])
-            rationale = torch.empty_like(mean) if branch else rationale
-        rows = slice(len(kept), len(kept) + len(readable))
-        mean[rows] = F.normalize(mean_pool(features), dim=1)
-        if branch is not None:
-            rationale[rows] = F.normalize(branch.pool(features).pooled, dim=1)
-        kept += [number * BATCH_SIZE + i for i in readable]
-    modules.train(training)
+    filled: list[Tensor] = []
+    sizes, kept = [], list[int]()
+    with evaluating(backbone, branch):
+        for number, (pixels, sizes_here, readable) in enumerate(
+            track(loader, f"embedding, {title}", console=console, transient=True, disable=not console.is_terminal)
+        ):
+            if not readable:
+                continue
+            found = [
+                each
+                for each in encode(backbone, branch, normalise(pixels.to(device), torch.float32))
+                if each is not None
+            ]
+            filled = filled or [torch.empty(len(images), each.shape[1]) for each in found]
+            for all_of_it, part in zip(filled, found, strict=True):
+                all_of_it[len(kept) : len(kept) + len(readable)] = part
+            sizes.append(sizes_here)
+            kept += [number * BATCH_SIZE + i for i in readable]
     if not kept:
         raise UsageError(f"none of the {len(images)} images under {images.root} can be read")
     unreadable = [images.path(i) for i in sorted(set(range(len(images))) - set(kept))]
-    return Embeddings(mean[: len(kept)], rationale[: len(kept)] if branch else None, torch.tensor(kept), unreadable)
+    mean, rationale, attention = (
+        [each[: len(kept)] for each in filled] if branch else (filled[0][: len(kept)], None, None)
+    )
+    return Embeddings(mean, rationale, attention, torch.cat(sizes), torch.tensor(kept), unreadable)

@@ -1,4 +1,4 @@
-"""`python -m fastcr.evaluate RUN|WEIGHTS`: retrieval with both embeddings, beside the frozen initialisation."""
+"""`python -m fastcr.evaluate RUN|WEIGHTS`: both embeddings measured, beside the frozen initialisation."""
 
 from __future__ import annotations
 
@@ -11,41 +11,30 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 from fastcr.checkpoint import write_whole
 from fastcr.config import UsageError, load_config, one_line_errors, parse, tyro
-from fastcr.embed import Branch, Embeddings, embed, load_encoder
+from fastcr.embed import Branch, Embeddings, embed, encode, evaluating, load_encoder
 from fastcr.folders import ImageList, Splits, read_splits
+from fastcr.linear_probe import fit_augmented
+from fastcr.localisation import read_boxes
 from fastcr.machine import pick_device, pick_workers
-from fastcr.retrieval import retrieval
 from fastcr.runlog import read_records
+from fastcr.scores import (
+    Scores,
+    few_label_probe_scores,
+    knn_scores,
+    linear_probe_scores,
+    linear_scores,
+    localisation_scores,
+    results_table,
+    retrieval_scores,
+    split_of,
+)
 from fastcr.synthetic import write_synthetic
 
-Scores = dict[str, dict[str, float]]
 HISTORY = "evaluations.jsonl"  # of a run: one object an evaluation in between
-
-
-class Evaluation(NamedTuple):
-    """Scores of an encoder, and which images they leave out."""
-
-    scores: Scores
-    skipped: int  # images that are alone in their class: in the gallery, but no queries
-    unreadable: list[str]
-
-
-def score(embeddings: Embeddings, images: ImageList, device: torch.device) -> Evaluation:
-    """Retrieval of both embeddings: `{"mean": {"rank1", "rank5", "mAP"}, "rationale": {...}}`, percent."""
-    assert images.labels is not None
-    labels = torch.tensor(images.labels)[embeddings.kept]
-    scores, skipped = {}, 0
-    for name, vectors in (("mean", embeddings.mean), ("rationale", embeddings.rationale)):
-        if vectors is not None:
-            result = retrieval(vectors.to(device), labels)
-            scores[name] = {"rank1": result.rank1, "rank5": result.rank5, "mAP": result.mAP}
-            skipped = result.skipped
-    return Evaluation(scores, skipped, embeddings.unreadable)
 
 
 def test_images(splits: Splits) -> ImageList | None:
@@ -54,88 +43,130 @@ def test_images(splits: Splits) -> ImageList | None:
     return images if images.labels is not None and len(images.classes) > 1 else None
 
 
-def evaluate_weights(
-    path: Path, images: ImageList, device: torch.device, workers: int, console: Console, title: str
-) -> Evaluation:
-    """Retrieval with a weights file on `images`."""
-    backbone, branch, facts = load_encoder(path, device)
-    embeddings = embed(
-        backbone,
-        branch,
-        images,
-        image_size=facts["image_size"],
-        device=device,
-        workers=workers,
-        console=console,
-        title=title,
-    )
-    return score(embeddings, images, device)
+class Measuring(NamedTuple):
+    """How encoders are measured: retrieval always, the rest as the settings say and as there are images for it."""
+
+    splits: Splits
+    images: ImageList  # that the scores are of
+    device: torch.device
+    workers: int
+    console: Console
+    settings: EvaluateConfig | None = None  # None: retrieval only
+    boxes: Tensor | None = None  # [N,4] of `images`
+
+    def encoder(self, backbone: nn.Module, branch: Branch | None, image_size: int, title: str) -> Measured:
+        """Every score of an encoder."""
+
+        def embedded(images: ImageList, what: str) -> Embeddings:
+            return embed(
+                backbone,
+                branch,
+                images,
+                image_size=image_size,
+                device=self.device,
+                workers=self.workers,
+                console=self.console,
+                title=f"{title}, {what} images" if what else title,
+            )
+
+        found, classes, train = embedded(self.images, ""), len(self.images.classes), self.splits.train
+        test = split_of(found, self.images, self.device)
+        retrieved, skipped = retrieval_scores(test)
+        scores: Scores = {"retrieval": retrieved}
+        if self.settings and self.splits.test and train.labels is not None:
+            knn, linear = self.settings.knn, self.settings.linear
+            known = split_of(embedded(train, "training"), train, self.device)
+            scores["knn"] = knn_scores(known, test, classes, k=knn.k, temperature=knn.temperature)
+            if linear.enabled and linear.augment:
+                scores["linear"] = linear_scores(test, self._augmented(backbone, branch, image_size))
+            elif linear.enabled:
+                scores["linear"] = linear_probe_scores(known, test, classes, linear.epochs)
+            if linear.enabled and linear.few:
+                scores["few_label"] = few_label_probe_scores(known, test, classes, linear.few, linear.epochs)
+        if self.boxes is not None and branch is not None:
+            scores["localisation"] = localisation_scores(found, self.boxes, image_size)
+        return Measured(scores, skipped, found.unreadable)
+
+    def _augmented(self, backbone: nn.Module, branch: Branch | None, image_size: int) -> dict[str, nn.Linear]:
+        assert self.settings
+
+        def encoded(images: Tensor) -> dict[str, Tensor]:
+            mean, rationale, _ = encode(backbone, branch, images)
+            return {"mean": mean} | ({} if rationale is None else {"rationale": rationale})
+
+        with evaluating(backbone, branch):
+            return fit_augmented(
+                encoded,
+                self.splits.train,
+                len(self.images.classes),
+                image_size=image_size,
+                device=self.device,
+                workers=self.workers,
+                console=self.console,
+                epochs=self.settings.linear.epochs,
+            )
+
+    def weights(self, path: Path, title: str) -> Measured:
+        """Every score of a weights file."""
+        backbone, branch, facts = load_encoder(path, self.device)
+        return self.encoder(backbone, branch, facts["image_size"], title)
+
+    def results(self, weights: Path, frozen: Scores | None) -> dict[str, Any]:
+        """Content of `results.json`: scores of `weights`, those of the frozen initialisation, the best epoch."""
+        scores, skipped, unreadable = self.weights(weights, "trained")
+        for path in unreadable:
+            self.console.print(f"unreadable image {path!r}: left out", soft_wrap=True, highlight=False)
+        if skipped:
+            self.console.print(
+                f"{skipped} images are alone in their class: they are retrieved from, but are no queries"
+            )
+        results: dict[str, Any] = {
+            "folder": str(self.images.root),
+            "images": len(self.images) - len(unreadable),
+            "unreadable": len(unreadable),
+            "skipped": skipped,
+            "classes": len(self.images.classes),
+            **scores,
+        }
+        if frozen is not None:
+            results["frozen_init"] = frozen
+        history = read_records(weights.parent / HISTORY)
+        if entries := [entry for entry in history if entry.get("folder") == str(self.images.root)]:
+            results["best_epoch"] = max(entries, key=lambda entry: list(entry["retrieval"].values())[-1]["rank1"])
+        return results
 
 
-def evaluate_run(
-    weights: Path,
-    frozen: Scores | None,
-    images: ImageList,
-    device: torch.device,
-    workers: int,
-    console: Console,
-) -> dict[str, Any]:
-    """Content of `results.json`: scores of `weights`, those of the frozen initialisation, the best epoch measured."""
-    scores, skipped, unreadable = evaluate_weights(weights, images, device, workers, console, "trained")
-    for path in unreadable:
-        console.print(f"unreadable image {path!r}: left out", soft_wrap=True, highlight=False)
-    if skipped:
-        console.print(f"{skipped} images are alone in their class: they are retrieved from, but are no queries")
-    results: dict[str, Any] = {
-        "folder": str(images.root),
-        "images": len(images) - len(unreadable),
-        "unreadable": len(unreadable),
-        "skipped": skipped,
-        "classes": len(images.classes),
-        "retrieval": scores,
-    }
-    if frozen is not None:
-        results["frozen_init"] = {"retrieval": frozen}
-    history = read_records(weights.parent / HISTORY)
-    if entries := [entry for entry in history if entry.get("folder") == str(images.root)]:
-        results["best_epoch"] = max(entries, key=lambda entry: list(entry["retrieval"].values())[-1]["rank1"])
-    return results
+class Measured(NamedTuple):
+    """Scores of an encoder, and which images they leave out."""
+
+    scores: Scores
+    skipped: int  # images that are alone in their class: in the gallery, but no queries
+    unreadable: list[str]
 
 
 class TrainingEvaluation:
     """The evaluations of one training run: in between, and at its end. Does nothing without labels."""
 
     def __init__(self, folder: Path, splits: Splits, device: torch.device, workers: int, console: Console) -> None:
-        self.folder, self.images, self.device = folder, test_images(splits), device
-        self.workers, self.console = workers, console
+        self.folder, self.console, images = folder, console, test_images(splits)
+        self.measuring = Measuring(splits, images, device, workers, console) if images else None
         self.frozen: Scores | None = None
 
-    def _frozen(self, images: ImageList) -> Scores:
+    def _frozen(self, measuring: Measuring) -> Scores:
         if self.frozen is None:
-            path = self.folder / "init.safetensors"
-            frozen = evaluate_weights(path, images, self.device, self.workers, self.console, "frozen init")
-            self.frozen = frozen.scores
+            self.frozen = measuring.weights(self.folder / "init.safetensors", "frozen init").scores
         return self.frozen
 
     def during(self, backbone: nn.Module, branch: Branch | None, image_size: int, epoch: int) -> None:
         """Print rank-1 of the encoder as it is beside the frozen initialisation, with a warning if it is below."""
-        if self.images is None:
+        if self.measuring is None:
             return
-        frozen = self._frozen(self.images)
+        frozen = self._frozen(self.measuring)["retrieval"]
         with torch.compiler.set_stance("force_eager"):  # not worth compiling for eval mode and another batch size
-            embeddings = embed(
-                backbone,
-                branch,
-                self.images,
-                image_size=image_size,
-                device=self.device,
-                workers=self.workers,
-                console=self.console,
-                title=f"epoch {epoch}",
-            )
-        scores = score(embeddings, self.images, self.device).scores
+            scores = self.measuring.encoder(backbone, branch, image_size, f"epoch {epoch}").scores["retrieval"]
         with (self.folder / HISTORY).open("a") as file:
-            file.write(json.dumps({"epoch": epoch, "folder": str(self.images.root), "retrieval": scores}) + "\n")
+            folder = str(self.measuring.images.root)
+            file.write(json.dumps({"epoch": epoch, "folder": folder, "retrieval": scores}) + "\n")
         for name, values in scores.items():
             line = f"  rank-1 {name} {values['rank1']:.2f} (frozen init {frozen[name]['rank1']:.2f})"
             below = "  warning: below the frozen init" if values["rank1"] < frozen[name]["rank1"] else ""
@@ -143,26 +174,12 @@ class TrainingEvaluation:
 
     def at_the_end(self) -> None:
         """Evaluate weights.safetensors, write results.json and print the table."""
-        if self.images is None:
+        if self.measuring is None:
             self.console.print("no labels (class folders): retrieval is not measured")
             return
-        weights = self.folder / "weights.safetensors"
-        results = evaluate_run(weights, self._frozen(self.images), self.images, self.device, self.workers, self.console)
+        results = self.measuring.results(self.folder / "weights.safetensors", self._frozen(self.measuring))
         self.console.print(results_table(results))
         write_results(self.folder / "results.json", results)
-
-
-def results_table(results: dict[str, Any]) -> Table:
-    """The scores for people."""
-    table = Table(title=f"retrieval on {results['images']} images of {results['classes']} classes, percent")
-    table.add_column("encoder")
-    table.add_column("embedding")
-    for name in ("rank-1", "rank-5", "mAP"):
-        table.add_column(name, justify="right")
-    for encoder, part in (("frozen init", results.get("frozen_init")), ("trained", results)):
-        for embedding, scores in (part or {}).get("retrieval", {}).items():
-            table.add_row(encoder, embedding, *(f"{scores[key]:.2f}" for key in ("rank1", "rank5", "mAP")))
-    return table
 
 
 def write_results(path: Path, results: dict[str, Any]) -> None:
@@ -176,6 +193,8 @@ class EvaluateData:
 
     root: Path | None = None
     """Folder of images. Default: the one the run was trained on."""
+    boxes: Path | None = None
+    """CSV of the objects' boxes (path, left, top, right, bottom; fractions): measures where the attention lies."""
     workers: int | None = None
     """Loader processes. Default: one per core."""
 
@@ -189,6 +208,30 @@ class EvaluateRun:
 
 
 @dataclass(frozen=True)
+class EvaluateKnn:
+    """Classification by nearest neighbours among the training images."""
+
+    k: int = 200
+    """Neighbours that vote."""
+    temperature: float = 0.1
+    """A neighbour's vote is exp(cosine / temperature)."""
+
+
+@dataclass(frozen=True)
+class EvaluateLinear:
+    """Linear probes of the training images' embeddings: SGD with learning rate 30."""
+
+    enabled: bool = True
+    """False: none."""
+    epochs: int = 100
+    """Passes over the training images; the rate falls to a tenth after 60 % and 80 % of them."""
+    augment: bool = False
+    """Train on random crops and mirror images: the encoder runs in every epoch."""
+    few: tuple[int, ...] = (1, 10, 20, 50)
+    """Also probes with these percentages of each class's labels (never augmented)."""
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     """Settings of an evaluation."""
 
@@ -196,6 +239,22 @@ class EvaluateConfig:
     """A run folder, or one of fastcr's weights files."""
     data: EvaluateData = field(default_factory=EvaluateData)
     run: EvaluateRun = field(default_factory=EvaluateRun)
+    knn: EvaluateKnn = field(default_factory=EvaluateKnn)
+    linear: EvaluateLinear = field(default_factory=EvaluateLinear)
+
+
+def validate(config: EvaluateConfig) -> None:
+    """Raise `UsageError` naming the first flag whose value cannot work."""
+    checks = {
+        "--data.workers must be at least 0": config.data.workers is None or config.data.workers >= 0,
+        "--knn.k must be at least 1": config.knn.k >= 1,
+        "--knn.temperature must be above 0": config.knn.temperature > 0,
+        "--linear.epochs must be at least 1": config.linear.epochs >= 1,
+        "--linear.few must be percentages, 1 to 100": all(1 <= each <= 100 for each in config.linear.few),
+    }
+    for message, holds in checks.items():
+        if not holds:
+            raise UsageError(message)
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -206,8 +265,9 @@ def main(args: Sequence[str] | None = None) -> None:
             EvaluateConfig,
             sys.argv[1:] if args is None else args,
             prog="python -m fastcr.evaluate",
-            description="Retrieval with the mean and the rationale embedding; writes results.json.",
+            description="Retrieval, kNN, linear probes and localisation; writes results.json.",
         )
+        validate(config)
         source, root, frozen = config.source, config.data.root, None
         if source.is_dir():
             root = root or load_config(source / "config.yaml").data.root or write_synthetic()
@@ -218,17 +278,15 @@ def main(args: Sequence[str] | None = None) -> None:
                 raise UsageError("a weights file needs --data.root, the folder of images to measure on")
         else:
             raise UsageError(f"no run folder or weights file {source}")
-        images = test_images(read_splits(root))
+        splits = read_splits(root)
+        images = test_images(splits)
         if images is None:
-            raise UsageError(f"{root} has no labels (class folders), so retrieval cannot be measured")
-        device = pick_device(config.run.device)
-        workers = pick_workers(config.data.workers)
-        if workers < 0:
-            raise UsageError("--data.workers must be at least 0")
-        scores = None
-        if frozen and frozen.is_file():
-            scores = evaluate_weights(frozen, images, device, workers, console, "frozen init").scores
-        results = evaluate_run(weights, scores, images, device, workers, console)
+            raise UsageError(f"{root} has no labels (class folders), so nothing can be measured")
+        boxes = read_boxes(config.data.boxes, images) if config.data.boxes else None
+        device, workers = pick_device(config.run.device), pick_workers(config.data.workers)
+        measuring = Measuring(splits, images, device, workers, console, config, boxes)
+        scores = measuring.weights(frozen, "frozen init").scores if frozen and frozen.is_file() else None
+        results = measuring.results(weights, scores)
         console.print(results_table(results))
         write_results(weights.parent / "results.json", results)
         console.print(f"results: {weights.parent / 'results.json'}", soft_wrap=True, highlight=False)

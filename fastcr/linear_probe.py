@@ -6,11 +6,19 @@ of the rate after 60 and again after 80, batches of 256.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from fastcr.folders import ImageList
+from fastcr.views import normalise
 
 LEARNING_RATE, EPOCHS, MILESTONES, BATCH = 30.0, 100, (60, 80), 256
 
@@ -28,6 +36,67 @@ def fit_linear(embeddings: Tensor, labels: Tensor, classes: int, *, epochs: int 
             optimizer.step()
         schedule.step()
     return classifier
+
+
+def fit_augmented(
+    encode: Callable[[Tensor], Mapping[str, Tensor]],
+    images: ImageList,
+    classes: int,
+    *,
+    image_size: int,
+    device: torch.device,
+    workers: int,
+    console: Console,
+    epochs: int = EPOCHS,
+) -> dict[str, nn.Linear]:
+    """As `fit_linear`, on random crops and mirror images: a classifier for each embedding that `encode` gives.
+
+    `encode` maps normalised images `[B,3,S,S]` to unit embeddings `[B,C]` by name; `images` need labels.
+    """
+    crops = v2.Compose([v2.PILToTensor(), v2.RandomResizedCrop(image_size, antialias=True), v2.RandomHorizontalFlip()])
+    loader = DataLoader(
+        _Labelled(images, crops), BATCH, shuffle=True, num_workers=workers, collate_fn=_readable,
+        persistent_workers=workers > 0, generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    fitted: dict[str, tuple[nn.Linear, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]] = {}
+    shown = track(range(epochs), "linear probe", console=console, transient=True, disable=not console.is_terminal)
+    for _ in shown:
+        for pixels, labels in loader:
+            with torch.no_grad():
+                embeddings = encode(normalise(pixels.to(device), torch.float32))
+            for name, vectors in embeddings.items():
+                if name not in fitted:
+                    classifier = new_classifier(vectors.shape[1], classes).to(device)
+                    fitted[name] = (classifier, *recipe(classifier, epochs))
+                classifier, optimizer, _schedule = fitted[name]
+                optimizer.zero_grad()
+                F.cross_entropy(classifier(vectors), labels.to(device)).backward()
+                optimizer.step()
+        for _, _, schedule in fitted.values():
+            schedule.step()
+    return {name: classifier for name, (classifier, _, _) in fitted.items()}
+
+
+class _Labelled(Dataset[tuple[Tensor, int] | None]):
+    """Index to an augmented image, uint8 `[S,S,3]`, and its label; None for an unreadable image."""
+
+    def __init__(self, images: ImageList, transform: Callable[[Any], Tensor]) -> None:
+        assert images.labels is not None
+        self.images, self.labels, self.transform = images, images.labels, transform
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | None:
+        try:
+            return self.transform(self.images.rgb(index)).permute(1, 2, 0), self.labels[index]
+        except OSError:
+            return None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def _readable(samples: list[tuple[Tensor, int] | None]) -> tuple[Tensor, Tensor]:
+    found = [sample for sample in samples if sample is not None]
+    return torch.stack([image for image, _ in found]), torch.tensor([label for _, label in found])
 
 
 def new_classifier(channels: int, classes: int) -> nn.Linear:
@@ -57,12 +126,19 @@ def few_labels(labels: Tensor, share: float, seed: int = 0) -> Tensor:
 
 
 def few_label_scores(
-    train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor, classes: int, shares: Sequence[float]
+    train: Tensor,
+    labels: Tensor,
+    test: Tensor,
+    test_labels: Tensor,
+    classes: int,
+    shares: Sequence[float],
+    *,
+    epochs: int = EPOCHS,
 ) -> Iterator[tuple[float, float]]:
     """For each share of the training labels: the share, and top-1 on the test embeddings, percent."""
     for share in shares:
         rows = few_labels(labels, share)
-        classifier = fit_linear(train[rows.to(train.device)], labels[rows], classes)
+        classifier = fit_linear(train[rows.to(train.device)], labels[rows], classes, epochs=epochs)
         yield share, accuracy(classifier, test, test_labels)
 
 

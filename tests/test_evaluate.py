@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from fastcr import embed as embedding
 from fastcr import evaluate, train
 from fastcr.embed import Embeddings, embed, load_encoder
 from fastcr.folders import ImageList, read_rgb, read_splits
+from fastcr.linear_probe import fit_augmented
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = [
@@ -27,6 +29,12 @@ TINY = [
     "--run.steps", "3", "--model.weights", "none", "--model.backbone", "resnet18",
     "--model.last_stage", "layer3", "--optim.batch_size", "8", "--moco.queue_size", "24",
 ]  # fmt: skip
+SECTIONS = {
+    "retrieval": {"rank1", "rank5", "mAP"},
+    "knn": {"top1"},
+    "linear": {"top1", "top5"},
+    "few_label": {"1", "10", "20", "50"},
+}
 CPU = ("--run.device", "cpu", "--data.workers", "0")
 
 
@@ -70,39 +78,117 @@ def embed_with(weights: Path, images: ImageList) -> Embeddings:
     )
 
 
-def test_run_folder_gives_the_results_of_the_runs_end(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = (copied / "results.json").read_bytes()
+def test_run_folder_gives_the_results_of_the_runs_end_and_more(
+    copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = results(copied)
     (copied / "results.json").unlink()
-    evaluate.main([str(copied), *CPU])
-    assert (copied / "results.json").read_bytes() == before
-    captured = capsys.readouterr()
+    evaluate.main([str(copied), *CPU, "--linear.epochs", "20"])
+    captured, found = capsys.readouterr(), results(copied)
     assert captured.err == ""
+    assert found["retrieval"] == before["retrieval"]
+    for part in (found, found["frozen_init"]):
+        for section, keys in SECTIONS.items():
+            assert part[section].keys() == {"mean", "rationale"}
+            for scores in part[section].values():
+                assert scores.keys() == keys
+                assert all(0 <= score <= 100 and f"{score:.2f}" in captured.out for score in scores.values())
+    assert found["linear"]["mean"]["top5"] > found["linear"]["mean"]["top1"]
+
+
+def test_what_is_not_wanted_is_not_measured(copied: Path) -> None:
+    evaluate.main([str(copied), *CPU, "--linear.enabled", "False"])
+    assert {"retrieval", "knn"} <= results(copied).keys()
+    assert not {"linear", "few_label", "localisation"} & results(copied).keys()
+    evaluate.main([str(copied), *CPU, "--linear.epochs", "1", "--linear.few", "50"])
+    assert results(copied)["few_label"]["mean"].keys() == {"50"}
+
+
+def test_a_probe_may_be_trained_on_augmented_images(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fitted: list[dict[str, torch.nn.Linear]] = []
+
+    def noted(*args: Any, **kwargs: Any) -> dict[str, torch.nn.Linear]:
+        fitted.append(fit_augmented(*args, **kwargs))
+        return fitted[-1]
+
+    monkeypatch.setattr(evaluate, "fit_augmented", noted)
+    plain = ["--linear.epochs", "2", "--linear.few", "100"]
+    evaluate.main([str(copied), *CPU, *plain])
+    assert not fitted
+    assert results(copied)["linear"]["mean"]["top1"] == results(copied)["few_label"]["mean"]["100"]
+    evaluate.main([str(copied), *CPU, *plain, "--linear.augment", "True"])
+    frozen, trained = fitted
+    for name in ("mean", "rationale"):
+        assert trained[name].weight.any()
+        assert not torch.equal(frozen[name].weight, trained[name].weight)
+    assert results(copied)["linear"].keys() == {"mean", "rationale"}
+
+
+def test_without_a_test_split_there_is_nothing_to_train_a_classifier_on(copied: Path, birds: Path) -> None:
+    evaluate.main([str(copied), "--data.root", str(birds / "test"), *CPU])
+    assert "retrieval" in results(copied)
+    assert not SECTIONS.keys() & results(copied).keys() - {"retrieval"}
+
+
+def test_boxes_say_where_the_attention_lies(
+    copied: Path, birds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = sorted((birds / "test").glob("*/*.jpg"))
+    rows = [f"test/{file.relative_to(birds / 'test')},0.25,0.25,0.75,0.75" for file in files]
+    (tmp_path / "boxes.csv").write_text("path,left,top,right,bottom\n" + "\n".join(rows) + "\n")
+    boxes = ["--data.boxes", str(tmp_path / "boxes.csv")]
+    # the shorter side becomes 37 pixels, of which 32 are seen
+    sizes = [Image.open(file).size for file in files]
+    seen = [math.prod(0.5 * (37 * side // min(size)) / 32 for side in size) for size in sizes]
+    evaluate.main([str(copied), *CPU, "--linear.enabled", "False", *boxes])
+    out = capsys.readouterr().out
     for part in (results(copied), results(copied)["frozen_init"]):
-        for scores in part["retrieval"].values():
-            assert all(f"{score:.2f}" in captured.out for score in scores.values())
+        found = part["localisation"]
+        assert found.keys() == {"attention", "gaussian", "uniform"}
+        assert found["uniform"]["inside"] == pytest.approx(100 * sum(seen) / len(seen))
+        assert found["gaussian"]["pointing"] == 100
+        assert f"{found['attention']['inside']:.2f}" in out
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--knn.k", "0"], "--knn.k must be at least 1"),
+        (["--knn.temperature", "0"], "--knn.temperature must be above 0"),
+        (["--linear.few", "0", "5"], "--linear.few must be percentages, 1 to 100"),
+        (["--linear.epochs", "0"], "--linear.epochs must be at least 1"),
+        (["--data.boxes", "no.csv"], "no.csv holds no boxes"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(
+    copied: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main([str(copied), *CPU, *more])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
 
 
 def test_command_works_as_a_module(copied: Path) -> None:
     before = results(copied)
     (copied / "results.json").unlink()
     done = subprocess.run(
-        [sys.executable, "-m", "fastcr.evaluate", str(copied), *CPU],
+        [sys.executable, "-m", "fastcr.evaluate", str(copied), *CPU, "--linear.epochs", "2"],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")  # no warning of a library either
-    assert results(copied) == before
+    assert results(copied)["retrieval"] == before["retrieval"]
     assert done.stdout.splitlines()[-1] == f"results: {copied}/results.json"
 
 
 def test_bare_weights_give_the_same_scores_without_the_frozen_init(finished: Path, birds: Path, tmp_path: Path) -> None:
     file = Path(shutil.copyfile(finished / "weights.safetensors", tmp_path / "mine.safetensors"))
-    evaluate.main([str(file), "--data.root", str(birds), *CPU])
-    whole = results(finished)
-    assert results(tmp_path).keys() == whole.keys() - {"frozen_init"}
-    assert results(tmp_path)["retrieval"] == whole["retrieval"]
+    evaluate.main([str(file), "--data.root", str(birds), *CPU, "--linear.epochs", "1"])
+    assert "frozen_init" not in results(tmp_path)
+    assert results(tmp_path)["retrieval"] == results(finished)["retrieval"]
 
 
 def test_frozen_init_is_the_encoder_of_step_0(finished: Path, birds: Path, tmp_path: Path) -> None:
@@ -217,5 +303,7 @@ def test_crop_is_torchvisions_resize_and_centre_crop(size: tuple[int, int], side
     noise = torch.randint(0, 256, (*size[::-1], 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     Image.fromarray(noise.numpy()).save(tmp_path / "noise.png")
     crop = embedding._TestImages(ImageList(tmp_path, ("noise.png",), None, ()), side)[0]
+    assert crop is not None
+    assert crop[1] == size[::-1]
     expected = v2.Compose([v2.PILToTensor(), v2.Resize(round(side * 8 / 7), antialias=True), v2.CenterCrop(side)])
-    assert torch.equal(crop.permute(2, 0, 1), expected(read_rgb(str(tmp_path / "noise.png"))))
+    assert torch.equal(crop[0].permute(2, 0, 1), expected(read_rgb(str(tmp_path / "noise.png"))))
