@@ -2,12 +2,14 @@
 
 import importlib.util
 import json
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from fastcr import timing
 from fastcr.workloads import OPS, REFERENCES, Workload
@@ -16,6 +18,7 @@ spec = importlib.util.spec_from_file_location("report", Path(__file__).parents[1
 assert spec is not None
 assert spec.loader is not None
 report = importlib.util.module_from_spec(spec)
+sys.modules["report"] = report  # dataclasses look their module up
 spec.loader.exec_module(report)
 
 MACHINE = {
@@ -77,6 +80,124 @@ def test_figures_of_a_cpu_are_named_so(tmp_path: Path) -> None:
     assert lines[0].startswith("**CPU Some CPU, 2 threads**")
     assert lines[4].split(" | ")[6:10] == ["", "", "", ""]
     assert lines[-1] == "| test_loader[torch] | 500.000 | 100.000 | 88 |"
+
+
+def step(way: str, median: float, *, batch: int = 256, correct: bool | None = True, **changes: Any) -> dict[str, Any]:
+    info = {
+        "step": way,
+        "setting": {
+            "backbone": "resnet50",
+            "last_stage": "layer4",
+            "image_size": 224,
+            "batch": batch,
+            "queue_size": 4096,
+        },
+        "compiled": way == "ours",
+        "correct": correct,
+        "rounds": 30,
+        "seconds": {"median": median, "p20": median * 0.9, "p80": median * 1.2, "how": "events"},
+        "peak_bytes": 3 * 2**30,
+        "flops": 8_000_000_000_000,
+        "matmul_flops_per_second": 8e14,
+    }
+    return {"name": f"test_step[{way}]", "stats": {"median": 1.0, "iqr": 0.5}, "extra_info": info | changes}
+
+
+def test_steps_stand_beside_ours_at_the_same_batch_fastest_first(tmp_path: Path) -> None:
+    steps = [step("released", 0.5), step("ours", 0.1), step("ours-moco", 0.08), step("lightly-tuned", 0.2)]
+    lines = printed([*steps, step("ours", 0.15, batch=512)], tmp_path)
+    assert lines[4:9] == [
+        "| ours-moco | 256 | 3200 | 80.0 | 72.0 to 96.0 | 3.00 | 100.00 | 12% | 0.80 |",
+        "| ours (compiled) | 256 | 2560 | 100.0 | 90.0 to 120.0 | 3.00 | 80.00 | 10% |  |",
+        "| lightly-tuned | 256 | 1280 | 200.0 | 180.0 to 240.0 | 3.00 | 40.00 | 5% | 2.00 |",
+        "| released | 256 | 512 | 500.0 | 450.0 to 600.0 | 3.00 | 16.00 | 2% | 5.00 |",
+        "| ours (compiled) | 512 | 3413 | 150.0 | 135.0 to 180.0 | 3.00 | 53.33 | 7% |  |",
+    ]
+    assert lines[10].startswith("resnet50 up to layer4, 224 px, queue 4096; events around each step, 30 of each.")
+    assert lines[11:] == [
+        "- batch 256: the rationale branch adds +25.0% to a step of plain MoCo v2",
+        "- batch 256: ours over the fastest peer, lightly-tuned: 2.00 (plain MoCo v2 in both: 2.50)",
+    ]
+
+
+@pytest.mark.parametrize("correct", [False, None])
+def test_no_ratio_with_a_step_that_is_wrong_or_unchecked(tmp_path: Path, correct: bool | None) -> None:
+    right, wrong = step("released", 0.5), step("lightly", 0.3, correct=correct)
+    lines = printed([step("ours", 0.1), right, wrong], tmp_path)
+    assert [line.split(" | ")[-1] for line in lines[4:7]] == [" |", "wrong results |", "5.00 |"]
+    assert lines[-1] == "- batch 256: ours over the fastest peer, released: 5.00"
+    lines = printed([step("ours", 0.1, correct=correct), step("ours-moco", 0.08), right], tmp_path)
+    assert [line.split(" | ")[-1] for line in lines[4:7]] == ["wrong results |", " |", "wrong results |"]
+    assert lines[-1] == "- batch 256: ours over the fastest peer, released: wrong results"
+    assert not any(figure in line for line in lines for figure in ("5.00 |", "adds"))
+
+
+def test_columns_a_cpu_cannot_fill_are_left_out(tmp_path: Path) -> None:
+    nothing = {"peak_bytes": None, "matmul_flops_per_second": None}
+    lines = printed([step("ours", 0.1, **nothing), step("released", 0.2, **nothing)], tmp_path)
+    assert lines[2] == "| way | batch | pairs/s | median, ms | p20 to p80, ms | TFLOP/s | ours over it |"
+    assert lines[3] == "|---|---:|---:|---:|---:|---:|---:|"
+    assert lines[5] == "| released | 256 | 1280 | 200.0 | 180.0 to 240.0 | 40.00 | 2.00 |"
+
+
+def test_loaders_have_a_table_of_their_own(tmp_path: Path) -> None:
+    info = {"first_epoch_seconds": 46.31, "second_epoch_seconds": 38.8, "images_per_second": 128.9}
+    loader = {"name": "test_loader[torch-host]", "params": {"loader": "torch", "cache": "host"}, "extra_info": info}
+    assert printed([loader], tmp_path)[-1] == "| torch | host | 46.3 | 38.8 | 129 |"
+
+
+def test_a_kept_report_is_named_after_what_it_holds_and_has_no_raw_samples(tmp_path: Path) -> None:
+    entries = [entry("op", 20e-6, correct=True), step("ours", 0.1)]
+    entries[0]["stats"]["data"] = [0.1] * 1000
+    machine = MACHINE | {"cpu": {"brand_raw": "Some CPU", "flags": ["sse"] * 100}, "node": "name-of-a-machine"}
+    path = tmp_path / "raw.json"
+    path.write_text(
+        json.dumps(
+            {
+                "machine_info": machine,
+                "benchmarks": entries,
+                "datetime": "2026-11-23T20:00:00+00:00",
+                "commit_info": {"id": "abc", "project": "main"},
+            }
+        )
+    )
+    kept = report.keep(path, tmp_path / "results")
+    assert kept == tmp_path / "results" / "ops-step_some-gpu_2.15_2026-11-23.json"
+    assert report.tables(kept) == report.tables(path)
+    text = kept.read_text()
+    assert not any(word in text for word in ("data", "flags", "name-of-a-machine"))
+
+
+def test_the_picture_holds_steps_and_ops(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    entries = [entry("op", 20e-6, correct=True), entry("eager", 90e-6), step("ours", 0.1), step("lightly", 0.3)]
+    printed(entries, tmp_path)
+    report.main([str(tmp_path / "report.json"), "--png", str(tmp_path / "picture.png")])
+    both = Image.open(tmp_path / "picture.png").size
+    printed(entries[2:], tmp_path)
+    report.main([str(tmp_path / "report.json"), "--png", str(tmp_path / "picture.png")])
+    assert both[0] == Image.open(tmp_path / "picture.png").size[0] == 1600
+    assert both[1] > Image.open(tmp_path / "picture.png").size[1]
+
+
+def test_mistakes_are_one_line(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    printed([step("ours", 0.1)], tmp_path)
+    (tmp_path / "other.json").write_text("[]")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    good = str(tmp_path / "report.json")
+    for args, said in (
+        ([good, "--png", "x.png"], "--png needs matplotlib: pip install 'fastcr[report]'"),
+        ([str(tmp_path / "other.json")], "is not a report of pytest-benchmark"),
+        ([str(tmp_path / "none.json")], "No such file"),
+        ([], "files"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            report.main(args)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2
+        assert said in error
+        assert error.startswith("report: error: ")
+        assert error.count("\n") == 1
 
 
 def test_percentiles_of_known_samples() -> None:

@@ -1,0 +1,379 @@
+"""Ways of doing a training step: ours and its variants, the authors' released way, lightly's, a supervised one.
+
+Each way is built from the same seed, so that encoder, head, detectors and queue start the same, and a few steps of it
+must follow the same maths done plainly, in eager fp32 (`follow`, `agrees`): a fast way that computes something else is
+found out before it is timed.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from fastcr.backbone import build_backbone
+from fastcr.config import (
+    Config,
+    MocoConfig,
+    ModelConfig,
+    OptimConfig,
+    RationaleConfig,
+    ReleasedConfig,
+    RunConfig,
+    validate,
+)
+from fastcr.moco import MoCo
+from fastcr.training import pick_dtype, prepare
+from fastcr.views import Batch
+
+SEED, TEMPERATURE, KEY_MOMENTUM, EMBEDDING_DIM, CLASSES = 0, MocoConfig.temperature, MocoConfig.key_momentum, 256, 1000
+RELEASED_FIT_WEIGHT = 0.01  # on the sum over the batch
+LR = 3e-4  # so small that rounding does not part two ways within a few steps
+SGD: dict[str, Any] = {"lr": LR, "momentum": OptimConfig.momentum, "weight_decay": OptimConfig.weight_decay}
+
+
+class Setting(NamedTuple):
+    """Encoder and sizes of a step."""
+
+    backbone: str
+    last_stage: str
+    image_size: int
+    batch: int
+    queue_size: int
+
+
+class Built(NamedTuple):
+    """A way on its device."""
+
+    step: Callable[[Batch], Tensor]  # one step, its loss (a scalar on the device)
+    encoder: nn.Module  # the trained one, images to features
+    key_encoder: nn.Module | None = None
+    queue: Tensor | None = None  # [N,D]
+    dtype: torch.dtype = torch.float32  # of the images it takes
+    memory_format: torch.memory_format = torch.contiguous_format
+
+
+def ours(
+    setting: Setting,
+    device: torch.device,
+    *,
+    compile: bool | Literal["auto"] = "auto",
+    kernels: Literal["auto", "torch"] = "auto",
+    precision: Literal["auto", "fp32"] = "auto",
+    rationale: bool = True,
+    released: bool = False,
+    overlap_keys: bool = False,
+    cuda_graph: bool = False,
+) -> Built:
+    """The step that `fastcr.train` runs. `rationale=False` is plain MoCo v2, `released` the released code's losses."""
+    config = Config(
+        run=RunConfig(
+            seed=SEED,
+            compile=compile,
+            kernels=kernels,
+            precision=precision,
+            overlap_keys=overlap_keys,
+            cuda_graph=cuda_graph,
+        ),
+        model=ModelConfig(setting.backbone, setting.last_stage, weights="none"),  # type: ignore[arg-type]
+        optim=OptimConfig(batch_size=setting.batch, lr=LR),
+        moco=MocoConfig(queue_size=setting.queue_size, embedding_dim=EMBEDDING_DIM),
+        rationale=RationaleConfig(enabled=rationale, fit_weight=RELEASED_FIT_WEIGHT if released else 1.0),
+        released=ReleasedConfig(enabled=released),
+    )
+    training = prepare(validate(config), device, Console(file=io.StringIO()))
+    moco, dtype = training.moco, pick_dtype(precision, device)
+    return Built(
+        lambda batch: training.step(batch)[0],
+        moco.backbone,
+        moco.key_backbone,
+        moco.queue,
+        dtype,
+        torch.channels_last,
+    )
+
+
+def beginning(setting: Setting) -> tuple[MoCo, int]:
+    """Encoders, heads and queue as `ours` begins with them, and the channels of the features."""
+    torch.manual_seed(SEED)
+    backbone, channels = build_backbone(setting.backbone, setting.last_stage)
+    return MoCo(backbone, channels, embedding_dim=EMBEDDING_DIM, queue_size=setting.queue_size), channels
+
+
+class Released(nn.Module):
+    """A step done as the released code does it: fp32, every map and every loss written out, nothing fused.
+
+    Where what it does is not known, the cheaper choice was taken: queue positions never leave the host, batches are
+    not shuffled, and the GradCAM's gradient is not itself differentiated.
+    """
+
+    queue: Tensor
+    masked_queue: Tensor
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__()
+        moco, channels = beginning(setting)
+        self.encoder, self.head = moco.backbone, moco.head
+        detectors = RationaleConfig.detectors
+        self.conv, self.norm = nn.Conv2d(channels, detectors, 1, bias=False), nn.BatchNorm2d(detectors)
+        self.masked_head = deepcopy(self.head)
+        self.key_encoder, self.key_head = moco.key_backbone, moco.key_head
+        self.masked_key_head = deepcopy(moco.key_head)
+        self.register_buffer("queue", moco.queue.clone())
+        self.register_buffer("masked_queue", moco.queue.clone())
+        self.position = 0
+
+    def mask(self, features: Tensor) -> Tensor:
+        """Features `[B,C,H,W]` to maps `[B,H,W]`, min-max scaled over the batch."""
+        peak = F.relu(self.norm(self.conv(features))).max(dim=1).values
+        return (peak - peak.min()) / (peak.max() - peak.min())
+
+    def contrast(self, query: Tensor, key: Tensor, queue: Tensor) -> Tensor:
+        """InfoNCE of unit rows `[B,D]` from the whole matrix of logits `[B,1+N]`, batch mean."""
+        positive = (query * key).sum(dim=1, keepdim=True)
+        negative = query @ queue.clone().T
+        logits = torch.cat([positive, negative], dim=1) / TEMPERATURE
+        return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
+
+    @torch.no_grad()
+    def update_keys(self) -> None:
+        """EMA, one parameter after the other."""
+        pairs = [(self.encoder, self.key_encoder), (self.head, self.key_head), (self.masked_head, self.masked_key_head)]
+        for trained, follower in pairs:
+            for new, old in zip(trained.parameters(), follower.parameters(), strict=True):
+                old.data = old.data * KEY_MOMENTUM + new.data * (1 - KEY_MOMENTUM)
+
+    def losses(self, batch: Batch) -> Tensor:
+        """The loss of a batch; the masked half is computed, and does not enter it."""
+        features = self.encoder(batch.first)
+        query = F.normalize(self.head(features.mean((2, 3))), dim=1)
+        with torch.no_grad():
+            key_features = self.key_encoder(batch.second)
+            key = F.normalize(self.key_head(key_features.mean((2, 3))), dim=1)
+        contrast = self.contrast(query, key, self.queue)
+        (gradient,) = torch.autograd.grad(contrast, features, retain_graph=True)
+        cam = F.relu((features * gradient.mean((2, 3), keepdim=True)).sum(dim=1))
+        fit = F.kl_div(F.log_softmax(self.mask(features), dim=-1), F.softmax(cam, dim=-1), reduction="sum")
+
+        masked = (features * self.mask(features)[:, None]).mean((2, 3))
+        masked_query = F.normalize(self.masked_head(masked), dim=1)
+        with torch.no_grad():
+            masked = (key_features * self.mask(key_features)[:, None]).mean((2, 3))
+            masked_key = F.normalize(self.masked_key_head(masked), dim=1)
+        self.contrast(masked_query, masked_key, self.masked_queue)
+        self.enqueue(key, masked_key)
+        return contrast + RELEASED_FIT_WEIGHT * fit
+
+    @torch.no_grad()
+    def enqueue(self, key: Tensor, masked_key: Tensor) -> None:
+        """Replace the oldest keys of both queues; the batch must divide the queue."""
+        rows = slice(self.position, self.position + len(key))
+        self.queue[rows], self.masked_queue[rows] = key, masked_key
+        self.position = rows.stop % len(self.queue)
+
+
+def released(setting: Setting, device: torch.device) -> Built:
+    """The authors' released way, in our own words: fp32, NCHW, no compiling, no autocast, SGD without foreach."""
+    model = Released(setting).to(device)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, **SGD, foreach=False, fused=False)
+
+    def step(batch: Batch) -> Tensor:
+        model.update_keys()
+        loss = model.losses(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return Built(step, model.encoder, model.key_encoder, model.queue)
+
+
+def lightly(
+    setting: Setting,
+    device: torch.device,
+    *,
+    tuned: bool = False,
+    compile: bool = False,
+    precision: Literal["auto", "fp32"] = "auto",
+) -> Built:
+    """MoCo v2 from lightly's blocks, put together as in its example for one GPU (docs.lightly.ai/examples/moco.html).
+
+    Head widths, learning rate, momenta and weight decay are those of the other ways. As it is: fp32, NCHW, torch's
+    default SGD. `tuned`: what a user would add (autocast to 16 bits on a GPU, channels-last, fused SGD). `compile`:
+    both encoders with their heads; the loss reads its position in the memory bank back to the host, and is left as it
+    is.
+    """
+    from lightly.loss import NTXentLoss
+    from lightly.models.modules import MoCoProjectionHead
+    from lightly.models.utils import deactivate_requires_grad, update_momentum
+
+    moco, channels = beginning(setting)
+    head = MoCoProjectionHead(channels, channels, EMBEDDING_DIM)
+    for mine, theirs in zip(moco.head.parameters(), head.parameters(), strict=True):
+        theirs.data.copy_(mine.data)
+    query_encoder = nn.Sequential(moco.backbone, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
+    key_encoder = deepcopy(query_encoder)
+    deactivate_requires_grad(key_encoder)
+    criterion = NTXentLoss(temperature=TEMPERATURE, memory_bank_size=(setting.queue_size, EMBEDDING_DIM))
+    criterion.memory_bank.bank.copy_(moco.queue)
+    dtype = pick_dtype(precision, device) if tuned else torch.float32
+    memory_format = torch.channels_last if tuned else torch.contiguous_format
+    model = nn.ModuleList([query_encoder, key_encoder, criterion])
+    model.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
+    optimizer = torch.optim.SGD(query_encoder.parameters(), **SGD, **({"fused": True} if tuned else {}))
+    autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+    if compile:
+        query_encoder.compile()
+        key_encoder.compile()
+
+    def step(batch: Batch) -> Tensor:
+        update_momentum(query_encoder, key_encoder, m=KEY_MOMENTUM)
+        with autocast:
+            query = query_encoder(batch.first)
+            with torch.no_grad():
+                key = key_encoder(batch.second)
+            loss: Tensor = criterion(query, key)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return Built(step, query_encoder[0], key_encoder[0], criterion.memory_bank.bank, dtype, memory_format)
+
+
+def supervised(
+    setting: Setting,
+    device: torch.device,
+    *,
+    compile: bool | Literal["auto"] = "auto",
+    precision: Literal["auto", "fp32"] = "auto",
+) -> Built:
+    """A bare supervised step on the first views, cross entropy to 1,000 classes: what one encoder alone costs."""
+    torch.manual_seed(SEED)
+    backbone, channels = build_backbone(setting.backbone, setting.last_stage)
+    model = nn.Sequential(backbone, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, CLASSES))
+    model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.SGD(model.parameters(), **SGD, fused=True)
+    labels = torch.arange(setting.batch, device=device) % CLASSES
+    dtype = pick_dtype(precision, device)
+    autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+    if compiled(compile, device):
+        model.compile()
+
+    def step(batch: Batch) -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        with autocast:
+            loss = F.cross_entropy(model(batch.first), labels)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return Built(step, backbone, dtype=dtype, memory_format=torch.channels_last)
+
+
+def compiled(compile: bool | Literal["auto"], device: torch.device) -> bool:
+    """Whether a way with this setting is compiled on `device`."""
+    return compile is True or (compile == "auto" and device.type == "cuda")
+
+
+class Way(NamedTuple):
+    """A way by the function that builds it, and the same maths done plainly."""
+
+    build: Callable[..., Built]
+    plain: Callable[..., Built]
+    options: dict[str, Any]
+    plain_options: dict[str, Any]
+
+    def compiled(self, device: torch.device) -> bool:
+        """Whether it is compiled on `device`."""
+        default = "auto" if self.build in (ours, supervised) else False
+        return compiled(self.options.get("compile", default), device)
+
+    @property
+    def needs_cuda(self) -> bool:
+        """Whether it is made of CUDA's streams or graphs."""
+        return bool({"overlap_keys", "cuda_graph"} & self.options.keys())
+
+
+EAGER: dict[str, Any] = {"compile": False, "kernels": "torch", "precision": "fp32"}
+MOCO = EAGER | {"rationale": False}
+WAYS = {
+    "ours": Way(ours, ours, {}, EAGER),
+    "ours-overlap": Way(ours, ours, {"overlap_keys": True}, EAGER),
+    "ours-graph": Way(ours, ours, {"cuda_graph": True}, EAGER),
+    "ours-moco": Way(ours, ours, {"rationale": False}, MOCO),
+    "eager": Way(ours, ours, {"compile": False, "kernels": "torch"}, EAGER),
+    "torch-ops": Way(ours, ours, {"compile": True, "kernels": "torch"}, EAGER),
+    "released": Way(released, ours, {}, EAGER | {"released": True}),
+    "lightly": Way(lightly, ours, {}, MOCO),
+    "lightly-tuned": Way(lightly, ours, {"tuned": True}, MOCO),
+    "lightly-tuned-compile": Way(lightly, ours, {"tuned": True, "compile": True}, MOCO),
+    "supervised": Way(supervised, supervised, {}, {"compile": False, "precision": "fp32"}),
+}
+
+
+def make_batches(setting: Setting, device: torch.device, built: Built, count: int) -> list[Batch]:
+    """Pictures of coarse patches, each pair alike but for noise, in the type and layout that `built` takes."""
+    random = torch.Generator(device).manual_seed(SEED)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random, device=device)
+
+    def view(patches: Tensor) -> Tensor:
+        images = F.interpolate(patches, size=setting.image_size, mode="bilinear")
+        images += 0.3 * normal(*images.shape)
+        return images.to(dtype=built.dtype, memory_format=built.memory_format)
+
+    patches = (normal(setting.batch, 3, 8, 8) for _ in range(count))
+    return [Batch(view(coarse), view(coarse)) for coarse in patches]
+
+
+class Trajectory(NamedTuple):
+    """What a few steps did."""
+
+    losses: list[float]
+    moved: Tensor  # how far each weight of the trained encoder went, fp64 on the CPU
+
+
+def follow(built: Built, batches: Sequence[Batch], steps: int) -> Trajectory:
+    """Do `steps` steps over `batches`, round and round, with residual branches that begin at zero.
+
+    A random ResNet-50 is chaotic otherwise: two fp32 runs of it part within a step.
+    """
+
+    def weights() -> Tensor:
+        return torch.cat([parameter.detach().double().flatten() for parameter in built.encoder.parameters()]).cpu()
+
+    fill_residual_scales(built, 0.0)
+    before = weights()
+    losses = [built.step(batch) for batch in itertools.islice(itertools.cycle(batches), steps)]
+    trajectory = Trajectory([loss.item() for loss in losses], weights() - before)
+    fill_residual_scales(built, 1.0)  # as they were: zeros would be timed as such
+    return trajectory
+
+
+def fill_residual_scales(built: Built, value: float) -> None:
+    """Set the scale of each residual block's last BatchNorm, in both encoders."""
+    for encoder in filter(None, (built.encoder, built.key_encoder)):
+        for block in encoder.modules():
+            if isinstance(block, BasicBlock | Bottleneck):
+                last = block.bn3 if isinstance(block, Bottleneck) else block.bn2
+                last.weight.data.fill_(value)
+
+
+def agrees(got: Trajectory, plain: Trajectory) -> bool:
+    """Whether a way went where the plain maths went: each loss within 2 %, the weights' directions within 0.95.
+
+    On ResNet-50 at 64 px rounding to bf16 changes losses by 0.5 % at most, and the cosine to 0.99.
+    """
+    close = all(abs(a - b) <= 0.02 * abs(b) for a, b in zip(got.losses, plain.losses, strict=True))  # False for NaN
+    return close and F.cosine_similarity(got.moved, plain.moved, dim=0).item() >= 0.95
