@@ -18,7 +18,7 @@ from fastcr.config import UsageError, load_config, one_line_errors, parse, tyro
 from fastcr.embed import Branch, Embeddings, embed, encode, evaluating, load_encoder
 from fastcr.folders import ImageList, Splits, read_splits
 from fastcr.linear_probe import fit_augmented
-from fastcr.localisation import read_boxes
+from fastcr.localisation import Objects, read_objects
 from fastcr.machine import pick_device, pick_workers
 from fastcr.runlog import read_records
 from fastcr.scores import (
@@ -52,7 +52,7 @@ class Measuring(NamedTuple):
     workers: int
     console: Console
     settings: EvaluateConfig | None = None  # None: retrieval only
-    boxes: Tensor | None = None  # [N,4] of `images`
+    objects: Objects | None = None  # of `images`
 
     def encoder(self, backbone: nn.Module, branch: Branch | None, image_size: int, title: str) -> Measured:
         """Every score of an encoder."""
@@ -83,8 +83,8 @@ class Measuring(NamedTuple):
                 scores["linear"] = linear_probe_scores(known, test, classes, linear.epochs)
             if linear.enabled and linear.few:
                 scores["few_label"] = few_label_probe_scores(known, test, classes, linear.few, linear.epochs)
-        if self.boxes is not None and branch is not None:
-            scores["localisation"] = localisation_scores(found, self.boxes, image_size)
+        if self.objects is not None and branch is not None:
+            scores["localisation"] = localisation_scores(found, self.objects, image_size)
         return Measured(scores, skipped, found.unreadable)
 
     def _augmented(self, backbone: nn.Module, branch: Branch | None, image_size: int) -> dict[str, nn.Linear]:
@@ -194,7 +194,7 @@ class EvaluateData:
     root: Path | None = None
     """Folder of images. Default: the one the run was trained on."""
     boxes: Path | None = None
-    """CSV of the objects' boxes (path, left, top, right, bottom; fractions): measures where the attention lies."""
+    """CSV of the objects' boxes (path, left, top, right, bottom; fractions). Default: CUB's own, in its archive."""
     workers: int | None = None
     """Loader processes. Default: one per core."""
 
@@ -282,9 +282,9 @@ def main(args: Sequence[str] | None = None) -> None:
         images = test_images(splits)
         if images is None:
             raise UsageError(f"{root} has no labels (class folders), so nothing can be measured")
-        boxes = read_boxes(config.data.boxes, images) if config.data.boxes else None
+        objects = read_objects(config.data.boxes, images)
         device, workers = pick_device(config.run.device), pick_workers(config.data.workers)
-        measuring = Measuring(splits, images, device, workers, console, config, boxes)
+        measuring = Measuring(splits, images, device, workers, console, config, objects)
         scores = measuring.weights(frozen, "frozen init").scores if frozen and frozen.is_file() else None
         results = measuring.results(weights, scores)
         console.print(results_table(results))

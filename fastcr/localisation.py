@@ -1,4 +1,4 @@
-"""Does the attention lie on the object? Share inside its box, and the pointing game, beside maps that know nothing."""
+"""Does the attention lie on the object? Its box and its parts, beside maps that do not look."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from fastcr.config import UsageError
 from fastcr.folders import ImageList
 
+CUB_BOXES, CUB_PARTS = "bounding_boxes.txt", "parts/part_locs.txt"
 COLUMNS = ["path", "left", "top", "right", "bottom"]
 
 
@@ -22,16 +23,33 @@ class Localisation(NamedTuple):
 
     inside: float  # share of the attention inside the box
     pointing: float  # images whose most attended place lies inside the box
+    parts: float | None  # images whose most attended place lies within a cell's width of a part that is seen
     image_count: int
 
 
-def read_boxes(source: Path, images: ImageList) -> Tensor:
-    """Boxes `[N,4]` (left, top, right, bottom) of `images` as fractions of width and height; NaN where there is none.
+class Objects(NamedTuple):
+    """Where the object of each image lies; NaN where it is not known."""
 
-    `source` is a CSV with the columns path, left, top, right, bottom. Paths are those of the list's files, or end
-    in them (as `test/<class>/a.jpg` where the list holds `<class>/a.jpg`).
-    Raises `UsageError` for another file, or if it has a box for none of the images.
+    boxes: Tensor  # [N,4] left, top, right, bottom
+    parts: Tensor | None  # [N,P,2] x, y of its parts; NaN where one is not seen
+    in_pixels: bool  # else: fractions of width and height
+
+
+def read_objects(source: Path | None, images: ImageList) -> Objects | None:
+    """Boxes of `images` from a CSV, or boxes and parts from the tables of the CUB-200-2011 archive.
+
+    `source` is a CSV with the columns path, left, top, right, bottom, in fractions of width and height; its paths are
+    those of the list's files, or these below the folder of their split (`test/<class>/a.jpg`). Or it is the archive's
+    folder. None: that of `images`, if they are the archive's; else nothing is known.
+    Raises `UsageError` for anything else, or if no image has a box.
     """
+    if source is None:
+        return _cub_objects(images.root.parent, images) if (images.root.parent / CUB_BOXES).is_file() else None
+    folder = source.parent if source.name == CUB_BOXES else source
+    return _cub_objects(folder, images) if folder.is_dir() else Objects(_csv_boxes(source, images), None, False)
+
+
+def _csv_boxes(source: Path, images: ImageList) -> Tensor:
     try:
         with source.open(newline="", encoding="utf-8") as file:
             table = csv.DictReader(file)
@@ -40,16 +58,40 @@ def read_boxes(source: Path, images: ImageList) -> Tensor:
             boxes = {row["path"]: [float(row[name]) for name in COLUMNS[1:]] for row in table}
     except (OSError, ValueError, TypeError, csv.Error) as error:
         raise UsageError(f"{source} holds no boxes: {error}") from None
-    split = images.root.name  # <class>/a.jpg of the folder test is test/<class>/a.jpg of the data set
+    split = images.root.name
     found = [boxes.get(f"{split}/{name}") or boxes.get(name) or [math.nan] * 4 for name in images.files]
-    table_of_boxes = torch.tensor(found, dtype=torch.float64)
-    if table_of_boxes.isnan().all():
+    return _known(torch.tensor(found, dtype=torch.float64), source, images)
+
+
+def _cub_objects(folder: Path, images: ImageList) -> Objects:
+    """Boxes and parts as the archive's tables give them: `bounding_boxes.txt`, `parts/part_locs.txt`, in pixels."""
+    try:
+        files = dict(reversed(line.split()) for line in (folder / "images.txt").read_text().splitlines())
+        rows = np.loadtxt(folder / CUB_BOXES, ndmin=2)
+        boxes = {int(row[0]): [row[1], row[2], row[1] + row[3], row[2] + row[4]] for row in rows}
+        ids = [int(files.get(name, -1)) for name in images.files]
+        found = torch.tensor([boxes.get(id_, [math.nan] * 4) for id_ in ids], dtype=torch.float64)
+        parts = None
+        if (folder / CUB_PARTS).is_file():
+            rows = np.loadtxt(folder / CUB_PARTS, ndmin=2)
+            parts = torch.full((len(ids), int(rows[:, 1].max()), 2), math.nan, dtype=torch.float64)
+            row_of = {id_: row for row, id_ in enumerate(ids)}
+            for id_, part, x, y, seen in rows:
+                if seen and int(id_) in row_of:
+                    parts[row_of[int(id_)], int(part) - 1] = torch.tensor([x, y], dtype=torch.float64)
+    except (OSError, ValueError, IndexError) as error:
+        raise UsageError(f"{folder} does not hold CUB's tables of boxes and parts: {error}") from None
+    return Objects(_known(found, folder, images), parts, True)
+
+
+def _known(boxes: Tensor, source: Path, images: ImageList) -> Tensor:
+    if boxes.isnan().all():
         raise UsageError(f"{source} has a box for none of the images, e.g. not for {images.files[0]!r}")
-    return table_of_boxes
+    return boxes
 
 
-def boxes_in_crop(boxes: Tensor, sizes: Tensor, image_size: int) -> Tensor:
-    """Boxes `[N,4]`, fractions of the image, as fractions of the square that evaluation cuts, clipped to it.
+def in_crop(points: Tensor, sizes: Tensor, image_size: int) -> Tensor:
+    """Points `[N,P,2]` (x, y), fractions of the image, as fractions of the square that evaluation cuts.
 
     `sizes` `[N,2]` are (height, width) in pixels. Evaluation resizes the shorter side to `round(image_size*8/7)`, then
     cuts the central square.
@@ -60,8 +102,15 @@ def boxes_in_crop(boxes: Tensor, sizes: Tensor, image_size: int) -> Tensor:
     scale = short / torch.minimum(height, width)
     resized = torch.stack([(width * scale + 1e-9).floor(), (height * scale + 1e-9).floor()], 1)
     corner = torch.from_numpy(np.round((resized - image_size).numpy() / 2))
-    moved = boxes.view(-1, 2, 2) * resized[:, None] - corner[:, None]
-    return (moved / image_size).clamp(0, 1).view(-1, 4)
+    return (points * resized[:, None] - corner[:, None]) / image_size
+
+
+def objects_in_crop(objects: Objects, sizes: Tensor, image_size: int) -> Objects:
+    """Objects as fractions of the square that evaluation cuts; boxes are clipped to it. As `in_crop`."""
+    unit = sizes.double().flip(1)[:, None] if objects.in_pixels else torch.ones(1, 1, 2, dtype=torch.float64)
+    boxes = in_crop(objects.boxes.view(-1, 2, 2) / unit, sizes, image_size).clamp(0, 1).view(-1, 4)
+    parts = None if objects.parts is None else in_crop(objects.parts / unit, sizes, image_size)
+    return Objects(boxes, parts, False)
 
 
 def covered(boxes: Tensor, side: int) -> Tensor:
@@ -75,33 +124,38 @@ def covered(boxes: Tensor, side: int) -> Tensor:
     return (y[:, :, None] * x[:, None, :]).flatten(1)
 
 
-def localisation(attention: Tensor, boxes: Tensor) -> dict[str, Localisation]:
-    """Scores of maps `[N,S]` (S square) on boxes `[N,4]` of the crop, beside two maps that do not look.
+def localisation(attention: Tensor, objects: Objects) -> dict[str, Localisation]:
+    """Scores of maps `[N,S]` (S square) on objects given in fractions of the crop, beside two maps that do not look.
 
-    "uniform": the same everywhere; its pointing is the chance of a random place. "gaussian": centred, round, as wide as
-    gives each image's own entropy; it points at the centre. Images without a box (NaN) are left out.
+    "uniform": the same everywhere; its most attended place is any. "gaussian": centred, round, as wide as gives each
+    image's own entropy; it points at the centre. Images without a box are left out.
     """
-    known = ~boxes.isnan().any(1)
-    attention, boxes = attention[known].double(), boxes[known].double()
+    known = ~objects.boxes.isnan().any(1)
+    attention, boxes = attention[known].double(), objects.boxes[known]
     attention = attention / attention.sum(1, keepdim=True)  # the released branch's do not sum to 1
     side = math.isqrt(attention.shape[1])
-    cells = covered(boxes, side)
+    maps = {
+        "attention": attention,
+        "gaussian": gaussian_of_entropy(_entropy(attention), side),
+        "uniform": torch.full_like(attention, 1 / attention.shape[1]),
+    }
     centres = _centres(side)
-    uniform = torch.full_like(attention, 1 / attention.shape[1])
-    centre = torch.full((len(boxes), 2), 0.5, dtype=torch.float64)
-    at_random = _inside(centres[None], boxes).double().mean(1)
-    hits = {
-        "attention": _inside(centres[attention.argmax(1)][:, None], boxes)[:, 0].double(),
-        "gaussian": _inside(centre[:, None], boxes)[:, 0].double(),
-        "uniform": at_random,
+    places = {  # [N or 1,P,2], any of P
+        "attention": centres[attention.argmax(1)][:, None],
+        "gaussian": torch.full((1, 1, 2), 0.5, dtype=torch.float64),
+        "uniform": centres[None],
     }
-    maps = {"attention": attention, "gaussian": gaussian_of_entropy(_entropy(attention), side), "uniform": uniform}
-    return {
-        name: Localisation(
-            100 * (maps[name] * cells).sum(1).mean().item(), 100 * hits[name].mean().item(), len(attention)
-        )
-        for name in maps
-    }
+    cells, scores = covered(boxes, side), {}
+    for name, weights in maps.items():
+        inside = (weights * cells).sum(1).mean().item()
+        pointing = _inside(places[name], boxes).double().mean().item()
+        near = None
+        if objects.parts is not None:
+            parts = objects.parts[known]
+            seen = ~parts.isnan().all(2).all(1)
+            near = 100 * _near(places[name], parts, 1 / side)[seen].double().mean().item() if seen.any() else None
+        scores[name] = Localisation(100 * inside, 100 * pointing, near, len(boxes))
+    return scores
 
 
 def gaussian_of_entropy(entropy: Tensor, side: int) -> Tensor:
@@ -129,6 +183,13 @@ def _centres(side: int) -> Tensor:
     axis = (torch.arange(side, dtype=torch.float64) + 0.5) / side
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     return torch.stack([x.flatten(), y.flatten()], 1)
+
+
+def _near(points: Tensor, parts: Tensor, reach: float) -> Tensor:
+    """Whether points `[N or 1,P,2]` lie within `reach` of one of the parts `[N,Q,2]` of their image: `[N,P]`."""
+    points = points.expand(len(parts), -1, -1)
+    distance = (points[:, :, None] - parts[:, None]).square().sum(3).sqrt()
+    return (distance <= reach).any(2)  # False where a part is NaN
 
 
 def _inside(points: Tensor, boxes: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from fastcr.embed import Embeddings
 from fastcr.folders import ImageList
 from fastcr.knn import knn_predict, top1
 from fastcr.linear_probe import accuracy, few_label_scores, fit_linear
-from fastcr.localisation import boxes_in_crop, localisation
+from fastcr.localisation import Objects, localisation, objects_in_crop
 from fastcr.retrieval import retrieval
 
 Scores = dict[str, dict[str, Any]]
@@ -75,15 +75,17 @@ def few_label_probe_scores(train: Split, test: Split, classes: int, percents: Se
     return scores
 
 
-def localisation_scores(embeddings: Embeddings, boxes: Tensor, image_size: int) -> Scores:
-    """`{"attention": {"inside", "pointing"}, "gaussian": ..., "uniform": ...}`, percent.
+def localisation_scores(embeddings: Embeddings, objects: Objects, image_size: int) -> Scores:
+    """`{"attention": {"inside", "pointing"[, "parts"]}, "gaussian": ..., "uniform": ...}`, percent.
 
-    `boxes` `[N,4]` are those of all images of the list, as fractions of the picture.
+    `objects` are those of all images of the list; images left out of the embeddings are left out here.
     """
     assert embeddings.attention is not None
-    boxes = boxes_in_crop(boxes[embeddings.kept], embeddings.sizes, image_size)
-    found = localisation(embeddings.attention, boxes)
-    return {name: {"inside": each.inside, "pointing": each.pointing} for name, each in found.items()}
+    parts = None if objects.parts is None else objects.parts[embeddings.kept]
+    kept = Objects(objects.boxes[embeddings.kept], parts, objects.in_pixels)
+    found = localisation(embeddings.attention, objects_in_crop(kept, embeddings.sizes, image_size))
+    keys = ("inside", "pointing") if parts is None else ("inside", "pointing", "parts")
+    return {name: {key: getattr(each, key) for key in keys} for name, each in found.items()}
 
 
 def results_table(results: dict[str, Any]) -> Table:
@@ -110,7 +112,9 @@ def results_table(results: dict[str, Any]) -> Table:
         table.add_section()
         maps = (("attention", "attention"), ("gaussian", "centred Gaussian"), ("uniform", "uniform map"))
         for kind, shown in maps:
-            for key, what in (("inside", "inside the box"), ("pointing", "points into it")):
+            for key, what in (("inside", "inside the box"), ("pointing", "points into it"), ("parts", "at a part")):
+                if key not in results["localisation"][kind]:
+                    continue
                 found = [part["localisation"][kind][key] if name == "rationale" else None for part, name in columns]
                 table.add_row(f"{shown} {what}", *("" if each is None else f"{each:.2f}" for each in found))
     return table

@@ -21,7 +21,14 @@ from fastcr.config import UsageError
 from fastcr.folders import ImageList
 from fastcr.knn import knn_predict, top1
 from fastcr.linear_probe import accuracy, few_label_scores, few_labels, fit_linear
-from fastcr.localisation import boxes_in_crop, covered, gaussian_of_entropy, localisation, read_boxes
+from fastcr.localisation import (
+    Objects,
+    covered,
+    gaussian_of_entropy,
+    localisation,
+    objects_in_crop,
+    read_objects,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -92,6 +99,10 @@ def test_more_labels_help() -> None:
     assert scores[0.5] > scores[0.01] + 5
 
 
+def boxes_in_crop(boxes: Tensor, sizes: Tensor, size: int) -> Tensor:
+    return objects_in_crop(Objects(boxes, None, False), sizes, size).boxes
+
+
 def picture_list(*files: str) -> ImageList:
     return ImageList(Path("/data/test"), files, None, ())
 
@@ -99,7 +110,11 @@ def picture_list(*files: str) -> ImageList:
 def test_boxes_are_found_by_their_paths(tmp_path: Path) -> None:
     file = tmp_path / "boxes.csv"
     file.write_text("path,left,top,right,bottom\ntest/a/1.jpg,0.1,0.2,0.3,0.4\nb/2.jpg,0,0,1,1\n")
-    boxes = read_boxes(file, picture_list("a/1.jpg", "b/2.jpg", "b/3.jpg"))
+    found = read_objects(file, picture_list("a/1.jpg", "b/2.jpg", "b/3.jpg"))
+    assert found is not None
+    boxes = found.boxes
+    assert found.parts is None
+    assert not found.in_pixels
     torch.testing.assert_close(boxes[:2], torch.tensor([[0.1, 0.2, 0.3, 0.4], [0, 0, 1, 1]], dtype=torch.float64))
     assert boxes[2].isnan().all()
 
@@ -121,7 +136,7 @@ def test_files_without_boxes_are_refused(tmp_path: Path, content: str | bytes | 
     if content is not None:
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UsageError, match=message):
-        read_boxes(file, picture_list("a/1.jpg"))
+        read_objects(file, picture_list("a/1.jpg"))
 
 
 @settings(max_examples=40, deadline=None)
@@ -161,14 +176,15 @@ def test_localisation_by_hand() -> None:
     attention[0, 5] = 1  # row 1, column 1
     attention[1, 0], attention[1, 15] = 0.6, 0.4
     boxes = torch.tensor([[0.25, 0.25, 0.5, 0.5], [0.5, 0.5, 1, 1], [math.nan] * 4])
-    scores = localisation(attention, boxes)
+    scores = localisation(attention, Objects(boxes.double(), None, False))
     assert scores["attention"].inside == pytest.approx(100 * (1 + 0.4) / 2)
     assert scores["attention"].pointing == 50
     assert scores["attention"].image_count == 2
     assert scores["uniform"].inside == pytest.approx(100 * (1 / 16 + 4 / 16) / 2)
     assert scores["uniform"].pointing == pytest.approx(100 * (1 / 16 + 4 / 16) / 2)
     assert scores["gaussian"].pointing == 100  # the corners of both boxes are the centre
-    twice = localisation(2 * attention, boxes)
+    assert scores["attention"].parts is None
+    twice = localisation(2 * attention, Objects(boxes.double(), None, False))
     assert twice["attention"] == scores["attention"]
 
 
@@ -193,3 +209,50 @@ def test_a_picture_evaluated_as_a_whole_matches_its_crop(tmp_path: Path) -> None
         corner = boxes_in_crop(torch.tensor([[0.5, 0.5, 1, 1]]).double(), torch.tensor([[height, width]]), 224)[0]
         middle = (image.shape[2] / 2 - round((image.shape[2] - 224) / 2)) / 224
         assert corner[0] == pytest.approx(middle)
+
+
+def cub_tables(root: Path) -> Path:
+    """An archive's tables for two pictures of 200 x 100 and 100 x 200 pixels, the second without its last part."""
+    (root / "parts").mkdir(parents=True)
+    (root / "images.txt").write_text("1 a/1.jpg\n2 b/2.jpg\n7 b/3.jpg\n")
+    (root / "bounding_boxes.txt").write_text("1 50.0 25.0 100.0 50.0\n2 0.0 0.0 100.0 200.0\n")
+    parts = ["1 1 100.0 50.0 1", "1 2 60.0 30.0 1", "2 1 50.0 100.0 1", "2 2 0.0 0.0 0"]
+    (root / "parts" / "part_locs.txt").write_text("\n".join(parts) + "\n")
+    return root
+
+
+def test_the_archives_own_tables_are_read_without_being_asked_for(tmp_path: Path) -> None:
+    images = ImageList(cub_tables(tmp_path / "CUB") / "images", ("a/1.jpg", "b/2.jpg"), None, ())
+    for source in (None, tmp_path / "CUB", tmp_path / "CUB" / "bounding_boxes.txt"):
+        objects = read_objects(source, images)
+        assert objects is not None
+        assert objects.parts is not None
+        assert objects.in_pixels
+        assert objects.boxes.tolist() == [[50, 25, 150, 75], [0, 0, 100, 200]]
+        assert objects.parts[0].tolist() == [[100, 50], [60, 30]]
+        assert objects.parts[1, 1].isnan().all()
+        crop = objects_in_crop(objects, torch.tensor([[100, 200], [200, 100]]), 112)  # 256 x 128, then 112 x 112
+        torch.testing.assert_close(crop.boxes[0], torch.tensor([0, (32 - 8) / 112, 1, (96 - 8) / 112]).double())
+        torch.testing.assert_close(crop.parts[0, 0], torch.tensor([0.5, 0.5]).double())  # type: ignore[index]
+    assert read_objects(None, picture_list("a/1.jpg")) is None
+
+
+@pytest.mark.parametrize("broken", ["images.txt", "bounding_boxes.txt", "parts/part_locs.txt"])
+def test_broken_tables_of_the_archive_take_one_line(tmp_path: Path, broken: str) -> None:
+    images = ImageList(cub_tables(tmp_path) / "images", ("a/1.jpg",), None, ())
+    (tmp_path / broken).write_text("1 what\n")
+    with pytest.raises(UsageError, match=r"tables of boxes and parts|a box for none"):
+        read_objects(tmp_path, images)
+
+
+def test_places_near_a_part_count() -> None:
+    attention = torch.zeros(3, 16)
+    attention[0, 5] = attention[1, 0] = attention[2, 15] = 1  # centres (.375, .375), (.125, .125), (.875, .875)
+    parts = torch.full((3, 2, 2), math.nan).double()
+    parts[0, 1] = torch.tensor([0.5, 0.5])
+    parts[1, 0] = torch.tensor([0.5, 0.5])
+    boxes = torch.tensor([[0.0, 0, 1, 1]]).double().expand(3, 4)
+    scores = localisation(attention, Objects(boxes, parts, False))
+    assert scores["attention"].parts == 50  # the third has no part that is seen
+    assert scores["gaussian"].parts == 100
+    assert scores["uniform"].parts == pytest.approx(100 * 4 / 16)
