@@ -1,18 +1,22 @@
-"""Weights files to encoders, images to embeddings: both kinds, from one pass."""
+"""Weights files to encoders, images to embeddings: both kinds, from one pass.
+
+`python -m fastcr.embed RUN|WEIGHTS FOLDER` writes those of a folder to files (`embed_folder.py`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from torchvision.transforms.v2 import functional as TF
 
 from fastcr.backbone import build_backbone
@@ -99,26 +103,40 @@ def load_encoder(path: Path, device: torch.device) -> tuple[nn.Module, Branch | 
     return backbone, branch, facts
 
 
+def find_weights(source: Path) -> Path:
+    """The weights file that `RUN|WEIGHTS` means: that of a run folder, or itself. `UsageError` if there is neither."""
+    if not source.exists():
+        raise UsageError(f"no run folder or weights file {source}")
+    weights = source / "weights.safetensors" if source.is_dir() else source
+    if not weights.exists():
+        raise UsageError(f"{source} is not a run folder, or its run has saved nothing yet: no {weights.name} in it")
+    return weights
+
+
+def crop_pixels(picture: Image.Image, size: int) -> Tensor:
+    """What evaluation sees of an RGB picture, uint8 `[size,size,3]`.
+
+    The shorter side becomes `round(size*8/7)`, then the central square is cut.
+    """
+    crop = TF.resize(TF.pil_to_tensor(picture), [round(size * 8 / 7)], antialias=True)
+    return TF.center_crop(crop, [size, size]).permute(1, 2, 0)
+
+
 Crop = tuple[Tensor, tuple[int, int]]
 
 
 class _TestImages(Dataset[Crop | None]):
-    """Index to the centre crop, uint8 `[S,S,3]`, and the picture's (height, width); None for an unreadable image.
-
-    The shorter side becomes `round(S*8/7)`, then the central square is cut.
-    """
+    """Index to the centre crop, uint8 `[S,S,3]`, and the picture's (height, width); None for an unreadable image."""
 
     def __init__(self, images: ImageList, size: int) -> None:
         self.images, self.size = images, size
 
     def __getitem__(self, index: int) -> Crop | None:
         try:
-            image = TF.pil_to_tensor(self.images.rgb(index))
+            picture = self.images.rgb(index)
         except OSError:
             return None
-        crop = TF.resize(image, [round(self.size * 8 / 7)], antialias=True)
-        crop = TF.center_crop(crop, [self.size, self.size]).permute(1, 2, 0)
-        return crop, (image.shape[1], image.shape[2])
+        return crop_pixels(picture, self.size), (picture.height, picture.width)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -132,12 +150,23 @@ def collate(crops: list[Crop | None]) -> tuple[Tensor, Tensor, list[int]]:
     return pixels, torch.tensor([size for _, size in found]).view(-1, 2), readable
 
 
-def encode(backbone: nn.Module, branch: Branch | None, images: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Images `[B,3,H,W]` to unit embeddings `[B,C]`, mean and rationale, and attention `[B,S]`.
+def load_crops(
+    parts: Sequence[ImageList], batches: Sequence[list[int]], *, image_size: int, workers: int, pin: bool
+) -> DataLoader[Any]:
+    """What `collate` gives of each batch, decoded by `workers` processes; the indices count through `parts`."""
+    dataset: ConcatDataset[Crop | None] = ConcatDataset([_TestImages(images, image_size) for images in parts])
+    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate, pin_memory=pin)
 
-    Without a branch the last two are None.
+
+def encode(
+    backbone: nn.Module, branch: Branch | None, images: Tensor, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Images `[B,3,H,W]` to unit embeddings `[B,C]`, mean and rationale, and attention `[B,S]`, all fp32.
+
+    The encoder runs in `dtype` (autocast). Without a branch the last two are None.
     """
-    features = backbone(images)
+    with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        features = backbone(images)
     mean = F.normalize(mean_pool(features), dim=1)
     if branch is None:
         return mean, None, None
@@ -196,3 +225,9 @@ def embed(
         [each[: len(kept)] for each in filled] if branch else (filled[0][: len(kept)], None, None)
     )
     return Embeddings(mean, rationale, attention, torch.cat(sizes), torch.tensor(kept), unreadable)
+
+
+if __name__ == "__main__":
+    from fastcr.embed_folder import main
+
+    main()

@@ -1,12 +1,16 @@
-"""Attention drawn over the picture it belongs to."""
+"""Attention drawn over the picture it belongs to, and sheets of such pictures."""
 
 from __future__ import annotations
 
-from PIL import Image, ImageOps
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 COLD, WARM, HOT = "#1b1044", "#e0483e", "#fdf3a0"
 STRENGTH = 0.75  # how far the most attended place is covered
+LEAST_SIDE, GAP, LINE, FONT_SIZE = 112, 8, 20, 14  # of a sheet, pixels
 
 
 def overlay(picture: Image.Image, attention: Tensor) -> Image.Image:
@@ -19,3 +23,43 @@ def overlay(picture: Image.Image, attention: Tensor) -> Image.Image:
     heat = heat.resize(picture.size, Image.Resampling.BICUBIC)
     colours = ImageOps.colorize(heat, black=COLD, mid=WARM, white=HOT)
     return Image.composite(colours, picture.convert("RGB"), heat.point(lambda value: round(value * STRENGTH)))
+
+
+class Tile(NamedTuple):
+    """Square pictures side by side, all of one size, with a caption below."""
+
+    caption: str
+    pictures: Sequence[Image.Image]
+
+
+def contact_sheet(rows: Sequence[tuple[str, Sequence[Tile]]]) -> Image.Image:
+    """Rows of tiles on white, each below its heading, if it has one. Captions are cut to the width of their tile."""
+    first = rows[0][1][0].pictures
+    side = max(first[0].width, LEAST_SIDE)
+    tile_width, row_height = side * len(first), side + LINE + GAP
+    width = GAP + max(len(tiles) for _, tiles in rows) * (tile_width + GAP)
+    height = GAP + sum(row_height + LINE * bool(heading) for heading, _ in rows)
+    sheet = Image.new("RGB", (width, height), "white")
+    draw, font, top = ImageDraw.Draw(sheet), ImageFont.load_default(FONT_SIZE), GAP
+    for heading, tiles in rows:
+        if heading:
+            draw.text((GAP, top), fitted(heading, font, width - 2 * GAP), "black", font)
+            top += LINE
+        for column, tile in enumerate(tiles):
+            left = GAP + column * (tile_width + GAP)
+            for i, picture in enumerate(tile.pictures):
+                sheet.paste(picture.resize((side, side), Image.Resampling.BICUBIC), (left + i * side, top))
+            draw.text((left, top + side + 2), fitted(tile.caption, font, tile_width), "black", font)
+        top += row_height
+    return sheet
+
+
+def fitted(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """`text` on one line of at most `width` pixels; what cannot be printed is escaped, what is too long is cut."""
+    text = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+    if font.getlength(text) <= width:
+        return text
+    text = text[:width]  # a letter is a pixel wide at least
+    while text and font.getlength(f"{text}…") > width:
+        text = text[:-1]
+    return f"{text}…"

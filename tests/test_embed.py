@@ -1,0 +1,408 @@
+"""Embeddings in files: the numbers evaluation computes, each row the image the table names; kills cost nothing."""
+
+import csv
+import io
+import json
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from fastcr import embed as embedding
+from fastcr import embed_folder, embedding_files
+from fastcr.backbone import build_backbone
+from fastcr.checkpoint import save_weights, write_whole
+from fastcr.config import ModelConfig, RationaleConfig, ReleasedConfig
+from fastcr.embed import build_branch, embed, encode, load_encoder, weights_facts, weights_of
+from fastcr.embedding_files import Partial
+from fastcr.folders import ImageList, read_splits
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CPU = ("--run.device", "cpu", "--data.workers", "0")
+
+
+def write_weights(file: Path, *, enabled: bool = True, released: bool = False, seed: int = 0) -> Path:
+    torch.manual_seed(seed)
+    model = ModelConfig(backbone="resnet18", last_stage="layer3")
+    rationale = RationaleConfig(enabled=enabled, detectors=4)
+    backbone, channels = build_backbone(model.backbone, model.last_stage)
+    variant = ReleasedConfig(enabled=released)
+    branch = build_branch(channels, rationale, variant)
+    save_weights(file, weights_of(backbone, branch), weights_facts(model, rationale, variant, 32))
+    return file
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_weights(tmp_path_factory.mktemp("weights") / "weights.safetensors")
+
+
+@pytest.fixture
+def batches_of_8(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedding, "BATCH_SIZE", 8)
+    monkeypatch.setattr(embedding_files, "COMMIT_SECONDS", 0.0)
+
+
+def run(*args: object) -> None:
+    embed_folder.main([*map(str, args), *CPU])
+
+
+def fails(capsys: pytest.CaptureFixture[str], *args: object) -> str:
+    """The one line a command ends with."""
+    with pytest.raises(SystemExit) as stop:
+        run(*args)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "images.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["row"] for row in rows] == [str(i) for i in range(len(rows))]
+    return rows
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {entry.name: entry.read_bytes() for entry in folder.iterdir()}
+
+
+def computed(weights: Path, images: ImageList) -> embedding.Embeddings:
+    backbone, branch, facts = load_encoder(weights, torch.device("cpu"))
+    console = Console(file=io.StringIO())
+    how = {"image_size": facts["image_size"], "device": torch.device("cpu"), "workers": 0}
+    return embed(backbone, branch, images, **how, console=console, title="")
+
+
+class Killed(BaseException):
+    """Stands for a kill."""
+
+
+@pytest.fixture
+def killed_after_5_batches(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """The sixth batch is written, but not yet counted, when the end comes; `undo` of what it gives lets it pass."""
+    add = Partial.add
+
+    def until(partial: Partial, *args: object) -> None:
+        if partial.state.batches == 5:
+            monkeypatch.setattr(partial, "commit", lambda: None)
+            add(partial, *args)
+            raise Killed
+        add(partial, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Partial, "add", until)
+        yield patch
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_rows_are_what_evaluation_computes_of_the_images_the_table_names(
+    released: bool, birds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = write_weights(tmp_path / "weights.safetensors", released=released)
+    run(weights, birds, "--out", tmp_path / "out", "--attention", "True")
+    assert "96 images embedded (" in capsys.readouterr().out
+    assert contents(tmp_path / "out").keys() == {"embeddings.safetensors", "images.csv"}
+    found, rows, first = load_file(tmp_path / "out" / "embeddings.safetensors"), table(tmp_path / "out"), 0
+    assert (found["attention"].shape, found["attention"].dtype) == ((96, 2, 2), torch.float16)
+    for split, images in (("train", read_splits(birds).train), ("test", read_splits(birds).test)):
+        assert images
+        assert images.labels
+        expected, part = computed(weights, images), slice(first, first + len(images))
+        assert torch.equal(found["mean"][part], expected.mean)
+        assert torch.equal(found["rationale"][part], expected.rationale)
+        assert torch.equal(found["attention"][part].flatten(1), expected.attention.half())
+        assert {row["split"] for row in rows[part]} == {split}
+        assert [row["path"] for row in rows[part]] == [f"{split}/{file}" for file in images.files]
+        assert [row["label"] for row in rows[part]] == [images.classes[label] for label in images.labels]
+        first += len(images)
+    assert first == len(rows)
+    for row in rows[::10]:
+        assert Image.open(birds / row["path"]).size == (int(row["width"]), int(row["height"]))
+    with safe_open(tmp_path / "out" / "embeddings.safetensors", "pt") as file:
+        facts = json.loads(file.metadata()["fastcr"])
+    assert (facts["backbone"], facts["image_size"]) == ("resnet18", 32)
+
+
+def test_numpy_files_hold_the_same_and_so_do_those_of_worker_processes(
+    weights: Path, birds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(weights, birds, "--attention", "True")
+    more = ["--out", str(tmp_path / "npy"), "--format", "npy", "--attention", "True", "--data.workers", "2"]
+    embed_folder.main([str(weights), str(birds), "--run.device", "cpu", *more])
+    expected = load_file(tmp_path / f"{birds.name}-embeddings" / "embeddings.safetensors")  # the default of --out
+    assert contents(tmp_path / "npy").keys() == {f"{name}.npy" for name in expected} | {"images.csv"}
+    for name, array in expected.items():
+        mapped = np.load(tmp_path / "npy" / f"{name}.npy", mmap_mode="r")
+        assert mapped.dtype == array.numpy().dtype
+        assert np.array_equal(mapped, array.numpy())
+
+
+def test_without_a_branch_there_is_the_mean_alone(
+    birds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = write_weights(tmp_path / "plain.safetensors", enabled=False)
+    run(plain, birds / "test", "--out", tmp_path / "out")
+    assert load_file(tmp_path / "out" / "embeddings.safetensors").keys() == {"mean"}
+    assert {row["split"] for row in table(tmp_path / "out")} == {""}
+    message = fails(capsys, plain, birds, "--out", tmp_path / "more", "--attention", "True")
+    assert "no rationale branch" in message
+    assert not (tmp_path / "more").exists()
+
+
+@pytest.mark.parametrize("format", ["safetensors", "npy"])
+@pytest.mark.usefixtures("batches_of_8")
+def test_killed_command_goes_on_and_gives_the_same_bytes(
+    format: str,
+    weights: Path,
+    birds: Path,
+    tmp_path: Path,
+    killed_after_5_batches: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    how = ["--attention", "True", "--format", format]
+    with pytest.raises(Killed):
+        run(weights, birds, "--out", tmp_path / "out", *how)
+    assert contents(tmp_path / "out" / "partial")["mean.rows"]  # that of the sixth batch too
+    assert not (tmp_path / "out" / "images.csv").exists()
+    killed_after_5_batches.undo()
+
+    def all_but_the_table(path: Path, write: Callable[[Path], object]) -> None:
+        if path.name == "images.csv":
+            raise Killed
+        write_whole(path, write)
+
+    # again, when all is embedded but the files are not all in place
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(embedding_files, "write_whole", all_but_the_table)
+        with pytest.raises(Killed):
+            run(weights, birds, "--out", tmp_path / "out", *how)
+    assert "going on after 40 of 96 images" in capsys.readouterr().out
+    run(weights, birds, "--out", tmp_path / "out", *how)
+    assert "going on after 96 of 96 images" in capsys.readouterr().out
+    run(weights, birds, "--out", tmp_path / "whole", *how)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_kill_by_the_system_costs_nothing_either(weights: Path, birds: Path, tmp_path: Path) -> None:
+    command = f"""
+import os, signal
+from fastcr import embed, embed_folder, embedding_files
+embed.BATCH_SIZE, embedding_files.COMMIT_SECONDS = 8, 0
+add = embedding_files.Partial.add
+def until(partial, *args):
+    add(partial, *args)
+    if partial.state.batches == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+embedding_files.Partial.add = until
+embed_folder.main({[str(weights), str(birds), "--out", str(tmp_path / "out"), *CPU]!r})
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (-signal.SIGKILL, "")  # no warning of a library either
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(embedding, "BATCH_SIZE", 8)
+        run(weights, birds, "--out", tmp_path / "out")
+        run(weights, birds, "--out", tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("other", ["weights", "images", "settings"])
+@pytest.mark.usefixtures("batches_of_8")
+def test_what_was_begun_with_something_else_is_refused(
+    other: str,
+    weights: Path,
+    birds: Path,
+    tmp_path: Path,
+    killed_after_5_batches: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    root, more = Path(shutil.copytree(birds, tmp_path / "birds")), []
+    with pytest.raises(Killed):
+        run(weights, root, "--out", tmp_path / "out")
+    killed_after_5_batches.undo()
+    if other == "weights":
+        weights = write_weights(tmp_path / "other.safetensors", seed=1)
+    elif other == "images":
+        next((root / "test").glob("*/*.jpg")).touch()
+    else:
+        more = ["--attention", "True"]
+    before = contents(tmp_path / "out" / "partial")
+    message = fails(capsys, weights, root, "--out", tmp_path / "out", *more)
+    assert f"{tmp_path}/out/partial was begun with other {other}" in message
+    assert "remove that folder" in message
+    assert "--out" in message
+    assert contents(tmp_path / "out" / "partial") == before
+    shutil.rmtree(tmp_path / "out" / "partial")
+    run(weights, root, "--out", tmp_path / "out", *more)
+    assert len(table(tmp_path / "out")) == 96
+
+
+@pytest.mark.usefixtures("batches_of_8")
+def test_broken_partial_folder_is_refused(
+    weights: Path,
+    birds: Path,
+    tmp_path: Path,
+    killed_after_5_batches: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(Killed):
+        run(weights, birds, "--out", tmp_path / "out")
+    os.truncate(tmp_path / "out" / "partial" / "rationale.rows", 1000)
+    message = fails(capsys, weights, birds, "--out", tmp_path / "out")
+    assert f"{tmp_path}/out/partial/rationale.rows is broken: remove that folder" in message
+    (tmp_path / "out" / "partial" / "state.json").write_text("[]")
+    assert "state.json is broken" in fails(capsys, weights, birds, "--out", tmp_path / "out")
+
+
+def test_another_process_at_it_is_noticed(
+    weights: Path, birds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "partial").mkdir()
+    command = f"import fcntl; f = open({str(tmp_path / 'partial' / 'lock')!r}, 'w'); fcntl.lockf(f, 2); input(print(1))"
+    with subprocess.Popen([sys.executable, "-c", command], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdin
+        assert other.stdout
+        other.stdout.read(1)
+        assert "another process" in fails(capsys, weights, birds, "--out", tmp_path)
+        other.stdin.close()
+    run(weights, birds, "--out", tmp_path)
+    assert len(table(tmp_path)) == 96
+
+
+def test_finished_files_are_not_overwritten(
+    weights: Path, birds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(weights, birds / "test", "--out", tmp_path)
+    before = contents(tmp_path)
+    for more in (["--format", "npy"], []):
+        message = fails(capsys, weights, birds / "test", "--out", tmp_path, *more)
+        assert "images.csv is there already: remove it, or name another --out" in message
+        assert contents(tmp_path) == before
+    (tmp_path / "images.csv").unlink()
+    assert "embeddings.safetensors is there already" in fails(capsys, weights, birds / "test", "--out", tmp_path)
+
+
+@pytest.mark.usefixtures("batches_of_8")
+def test_unreadable_images_are_named_counted_and_left_out(
+    weights: Path, birds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = Path(shutil.copytree(birds / "test", tmp_path / "birds"))
+    files = read_splits(root).train.files
+    broken = [0, 5, *range(16, 24)]  # the last eight are a whole batch
+    for index in broken:
+        (root / files[index]).write_bytes(b"no picture")
+    run(weights, root, "--out", tmp_path / "out")
+    out = capsys.readouterr().out
+    assert "22 images embedded, 10 unreadable left out" in out
+    assert all(repr(str(root / files[index])) in out for index in broken)
+    kept = [index for index in range(32) if index not in broken]
+    assert [row["path"] for row in table(tmp_path / "out")] == [files[index] for index in kept]
+    expected = computed(weights, read_splits(birds / "test").train)
+    found = load_file(tmp_path / "out" / "embeddings.safetensors")
+    torch.testing.assert_close(found["mean"], expected.mean[kept], atol=1e-5, rtol=0)
+    torch.testing.assert_close(found["rationale"], expected.rationale[kept], atol=1e-5, rtol=0)
+
+    for file in files:
+        (root / file).write_bytes(b"")
+    message = fails(capsys, weights, root, "--out", tmp_path / "none")
+    assert f"none of the 32 images under {root} can be read" in message
+    assert not (tmp_path / "none" / "partial").exists()
+
+
+def test_table_survives_any_name(weights: Path, flat: Path, tmp_path: Path) -> None:
+    picture = next(flat.iterdir()).read_bytes()
+    labels = ["plain", 'a, "b"', "two\nlines", "carriage\rreturn", "  ", "鳥", os.fsdecode(b"\xff\xfe"), "=1+1", "'"]
+    names = [f"{label}.jpg" for label in labels]
+    for label, name in zip(labels, reversed(names), strict=True):
+        (tmp_path / "root" / label).mkdir(parents=True)
+        (tmp_path / "root" / label / name).write_bytes(picture)
+    run(weights, tmp_path / "root", "--out", tmp_path / "out")
+    rows = table(tmp_path / "out")
+    assert {row["path"]: row["label"] for row in rows} == {
+        f"{label}/{name}": label for label, name in zip(labels, reversed(names), strict=True)
+    }
+    assert all((tmp_path / "root" / row["path"]).is_file() for row in rows)
+
+
+def test_text_files_that_list_images_are_roots_too(weights: Path, flat: Path, tmp_path: Path) -> None:
+    files = sorted(file.name for file in flat.iterdir())[:5]
+    (tmp_path / "list.txt").write_text("".join(f"{flat / file}\tlabel {file}\n" for file in files))
+    run(weights, tmp_path / "list.txt", "--out", tmp_path / "out")
+    found = [(row["path"], row["split"], row["label"]) for row in table(tmp_path / "out")]
+    assert found == [(str(flat / file), "", f"label {file}") for file in files]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere", "ROOT"], "no run folder or weights file nowhere"),
+        (["ROOT", "ROOT"], "is not a run folder"),
+        (["WEIGHTS", "nowhere"], "no folder nowhere"),
+        (["WEIGHTS"], "missing"),
+        (["WEIGHTS", "ROOT", "--format", "csv"], "format"),
+        (["WEIGHTS", "ROOT", "--data.workers", "-1"], "--data.workers must be at least 0"),
+        (["WEIGHTS", "ROOT", "--run.device", "tpu"], "--run.device must be"),
+        (["WEIGHTS", "ROOT", "--out", "WEIGHTS"], "weights.safetensors"),
+    ],
+)
+def test_mistakes_get_one_line(
+    arguments: list[str],
+    message: str,
+    weights: Path,
+    birds: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    stands_for = {"ROOT": str(birds), "WEIGHTS": str(weights)}
+    with pytest.raises(SystemExit) as stop:
+        embed_folder.main([stands_for.get(each, each) for each in arguments])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message.lower() in line.lower()
+
+
+def test_encoder_may_run_in_bf16(weights: Path) -> None:
+    backbone, branch, _ = load_encoder(weights, torch.device("cpu"))
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode(), embedding.evaluating(backbone, branch):
+        exact, rounded = encode(backbone, branch, images), encode(backbone, branch, images, torch.bfloat16)
+    for a, b in zip(exact, rounded, strict=True):
+        assert a is not None
+        assert b is not None
+        assert b.dtype == torch.float32
+        assert not torch.equal(a, b)
+        torch.testing.assert_close(a, b, atol=0.03, rtol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_gives_nearly_the_same(weights: Path, birds: Path, tmp_path: Path) -> None:
+    run(weights, birds, "--out", tmp_path / "cpu")
+    embed_folder.main([str(weights), str(birds), "--out", str(tmp_path / "cuda"), "--run.device", "cuda"])
+    cpu, cuda = (load_file(tmp_path / name / "embeddings.safetensors") for name in ("cpu", "cuda"))
+    for name in ("mean", "rationale"):
+        assert (cpu[name] * cuda[name]).sum(1).min() > 0.99
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_command_works_as_a_module(
+    weights: Path, flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["embed", str(weights), str(flat), "--out", str(tmp_path / "out"), *CPU])
+    runpy.run_module("fastcr.embed", run_name="__main__")
+    assert capsys.readouterr().out.splitlines()[-1] == f"embeddings: {tmp_path}/out"
