@@ -102,17 +102,17 @@ def results_table(results: dict[str, Any]) -> Table:
     rows = [
         *(("retrieval", key, shown) for key, shown in (("rank1", "rank-1"), ("rank5", "rank-5"), ("mAP", "mAP"))),
         ("knn", "top1", "kNN top-1"),
-        *(("linear", key, f"linear probe {shown}") for key, shown in (("top1", "top-1"), ("top5", "top-5"))),
-        *(("few_label", percent, f"linear probe, {percent} % of labels") for percent in few),
+        *(("linear", key, f"linear {shown}") for key, shown in (("top1", "top-1"), ("top5", "top-5"))),
+        *(("few_label", percent, f"linear, {percent} % of labels") for percent in few),
     ]
     for section, key, shown in rows:
         if section in results:
             table.add_row(shown, *(f"{part[section][name][key]:.2f}" for part, name in columns))
     if "localisation" in results:
         table.add_section()
-        maps = (("attention", "attention"), ("gaussian", "centred Gaussian"), ("uniform", "uniform map"))
+        maps = (("attention", "attention"), ("gaussian", "Gaussian"), ("uniform", "uniform"))
         for kind, shown in maps:
-            for key, what in (("inside", "inside the box"), ("pointing", "points into it"), ("parts", "at a part")):
+            for key, what in (("inside", "in the box"), ("pointing", "pointing"), ("parts", "at a part")):
                 if key not in results["localisation"][kind]:
                     continue
                 found = [part["localisation"][kind][key] if name == "rationale" else None for part, name in columns]

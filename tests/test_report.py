@@ -1,0 +1,450 @@
+"""Reports: what is on the page, and that nothing a name or a file holds can break it or give a path away."""
+
+import base64
+import contextlib
+import html
+import io
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image, ImageChops
+
+from fastcr import report, train
+from fastcr.config import load_config
+from fastcr.embed import Embeddings
+from fastcr.folders import ImageList, read_splits
+from fastcr.presets import read_command_line
+from fastcr.report_html import POINTS, Line, chart, escaped, is_report, tag, thinned, ticks
+from fastcr.report_page import MISSING, duration
+from fastcr.report_pictures import SIDE, Thumbnails, attended, neighbours, spread
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TINY = [
+    "--data.image_size", "32", "--data.loader", "torch", "--data.workers", "0", "--run.device", "cpu",
+    "--run.steps", "3", "--run.log_every", "1", "--model.weights", "none", "--model.backbone", "resnet18",
+    "--model.last_stage", "layer3", "--optim.batch_size", "8", "--moco.queue_size", "24",
+]  # fmt: skip
+CPU = ("--run.device", "cpu", "--data.workers", "0")
+CLASS, FILE, RUN = "<script>alert(1)", "\"><img src=x onerror=alert('2')>&amp;.jpg", "run <b>\"'&"
+VOID = {"meta", "img", "br", "wbr"}
+CHROMIUM = shutil.which("chromium") or ""
+
+
+class Page(HTMLParser):
+    """A page read strictly: every tag closed in its order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.text = text
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert len(dict(attrs)) == len(attrs)
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.words.append(data)
+
+    @property
+    def words_shown(self) -> str:
+        return "".join(self.words)
+
+    def of(self, name: str, class_: str = "") -> list[dict[str, str | None]]:
+        return [attrs for tag, attrs in self.tags if tag == name and class_ in (attrs.get("class") or "")]
+
+
+def trained(folder: Path, root: Path, *more: str) -> Path:
+    with contextlib.redirect_stdout(io.StringIO()):
+        train.main([*TINY, "--data.root", str(root), "--run.dir", str(folder), *more])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hostile(birds: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The birds with a class and files named to break a page."""
+    root = Path(shutil.copytree(birds, tmp_path_factory.mktemp("hostile") / "pictures & <i>"))
+    for split in ("train", "test"):
+        first = sorted((root / split).iterdir())[0]
+        for i, file in enumerate(sorted(first.iterdir())):
+            file.rename(file.with_name(f"{i}{FILE}"))
+        first.rename(first.with_name(CLASS))
+    return root
+
+
+@pytest.fixture(scope="module")
+def finished(hostile: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(tmp_path_factory.mktemp("runs") / RUN, hostile)
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    """That run, for a test to change."""
+    return Path(shutil.copytree(finished, tmp_path / "copied"))
+
+
+@pytest.fixture
+def images(birds: Path) -> ImageList:
+    test = read_splits(birds).test
+    assert test is not None
+    return test
+
+
+def made(tmp_path: Path, *args: object) -> Page:
+    out = tmp_path / "page.html"
+    report.main([*map(str, args), "--out", str(out), *CPU])
+    text = out.read_text()
+    for part in (str(tmp_path), "/tmp", os.path.expanduser("~") + "/", str(Path.cwd())):
+        assert part not in text
+    return Page(text)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *args: object) -> str:
+    with pytest.raises(SystemExit, match="2"):
+        report.main([*map(str, args), *CPU])
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def change(run: Path, section: str, **values: Any) -> None:
+    content = yaml.safe_load((run / "config.yaml").read_text())
+    content[section].update(values)
+    (run / "config.yaml").write_text(yaml.safe_dump(content))
+
+
+def pictures(page: Page) -> list[Image.Image]:
+    sources = [attrs["src"] or "" for attrs in page.of("img")]
+    assert all(source.startswith("data:image/jpeg;base64,") for source in sources)
+    return [Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) for source in sources]
+
+
+def test_page_of_a_run_shows_all_of_it_and_needs_nothing_else(finished: Path, tmp_path: Path) -> None:
+    page = made(tmp_path, finished, "--gallery", 4, "--queries", 3)
+    results = json.loads((finished / "results.json").read_text())
+    for part in (results, results["frozen_init"]):
+        for scores in part["retrieval"].values():
+            assert all(f"{score:.2f}" in page.words_shown for score in scores.values())
+    assert RUN in page.words_shown
+    assert "pictures & <i>/test: 32 images of 16 classes" in page.words_shown
+    assert "3 of 3 steps, 0.375 of 8 epochs, batch 8" in page.words_shown
+    for section in ("retrieval", "knn", "linear", "few_label", "localisation"):
+        command = report_missing(section, RUN)
+        assert (command in page.words_shown) == (section != "retrieval")
+    assert len(page.of("svg")) == 7
+    assert len(page.of("figure", "pair")) == 4
+    assert len(page.of("figure", "image")) == 3 * (1 + 5)
+    assert {picture.size for picture in pictures(page)} == {(SIDE, SIDE)}
+    assert len(page.of("img")) == 2 * 4 + 3 * 6
+    assert all(attrs["alt"] for attrs in page.of("img"))
+    assert page.of("html") == [{"lang": "en"}]
+    # nothing is fetched or run, whatever the names hold
+    (policy,) = [attrs["content"] for attrs in page.of("meta") if "http-equiv" in attrs]
+    assert (policy or "").startswith("default-src 'none'; img-src data:;")
+    assert not {name for name, _ in page.tags} & {"script", "link", "iframe", "base", "object", "b", "i"}
+    assert not [key for _, attrs in page.tags for key in attrs if key.startswith("on") or key in ("href", "srcset")]
+    assert "http" not in page.text.replace("http-equiv", "")
+    assert len(page.text) < 5_000_000
+
+
+def report_missing(section: str, name: str) -> str:
+    title, more = MISSING[section]
+    return f"{title}python -m fastcr.evaluate {shlex.quote(name)}{more}"
+
+
+def test_names_are_shown_as_they_are(finished: Path, tmp_path: Path) -> None:
+    page = made(tmp_path, finished, "--gallery", 32, "--queries", 0)
+    assert CLASS in page.words_shown
+    titles = [attrs.get("title") for _, attrs in page.tags]
+    assert f"0{FILE}" in titles
+    assert f"image: {CLASS}" in [attrs["alt"] for attrs in page.of("img")]
+
+
+def test_settings_are_escaped_and_lose_their_folders(copied: Path, tmp_path: Path) -> None:
+    change(copied, "model", weights="/home/somebody/secret/<u>w'\".pt")
+    change(copied, "data", cache_dir="/home/somebody/elsewhere/cache")
+    page = made(tmp_path, copied, "--gallery", 0, "--queries", 0)
+    assert "<u>w'\".pt" in page.words_shown
+    assert not [word for word in ("somebody", "secret", "elsewhere") if word in page.text]
+
+
+@pytest.mark.parametrize("text", ["a\x00b\x1b[1m", "caf\udce9", "\ufffe"])
+def test_what_no_page_may_hold_is_replaced(text: str) -> None:
+    assert re.search("[\x00-\x1f\ud800-\udfff\ufffe]", escaped(text)) is None
+    assert escaped(text).encode()
+    assert tag("p", text, title=text).count("\ufffd") == 2 * escaped(text).count("\ufffd") > 0
+
+
+def test_command_on_the_page_repeats_the_run(finished: Path, tmp_path: Path) -> None:
+    page = made(tmp_path, finished, "--gallery", 0, "--queries", 0)
+    (start,) = [i for i, word in enumerate(page.words) if word.startswith("python -m fastcr.train")]
+    repeated, resume = read_command_line(shlex.split(page.words[start])[3:])
+    own = load_config(finished / "config.yaml")
+    assert (resume, str(repeated.data.root)) == (None, "pictures & <i>")
+    assert replace(repeated, data=replace(repeated.data, root=own.data.root), run=own.run) == own
+    assert repeated.run == replace(own.run, dir=None)
+
+
+def test_several_runs_are_compared(copied: Path, finished: Path, tmp_path: Path) -> None:
+    results = json.loads((copied / "results.json").read_text())
+    results["retrieval"]["rationale"]["rank1"] = 99.5
+    (copied / "results.json").write_text(json.dumps(results))
+    change(copied, "optim", lr=0.0123)
+    page = made(tmp_path, finished, copied, "--gallery", 1, "--queries", 1)
+    best = re.findall(r'<td class="best">★ ([\d.]+)</td>', page.text)
+    assert best.count("99.50") == 1
+    assert len(best) >= 6
+    assert page.words_shown.count("frozen init of") == 1  # the same of both
+    assert f"frozen init of {RUN}, copied" in page.words_shown
+    differing = page.words_shown.partition("Settings that differ")[2].partition("Losses")[0]
+    assert "optim.lr0.030.0123" in differing
+    assert "data.root" not in differing
+    assert len(page.of("ul", "legend")) == 2
+    assert len(page.of("details")) == 2 + 2  # the runs, the settings of each
+    assert len(page.of("img")) == 2 * (2 + 6)
+
+
+def test_results_on_other_images_are_not_ranked(copied: Path, finished: Path, tmp_path: Path) -> None:
+    results = json.loads((copied / "results.json").read_text())
+    (copied / "results.json").write_text(json.dumps(results | {"images": 31}))
+    page = made(tmp_path, finished, copied, "--gallery", 0, "--queries", 0)
+    assert "★" not in page.text
+    assert "not measured on the same images" in page.words_shown
+    assert "31 images of 16 classes" in page.words_shown
+
+
+def test_runs_of_one_name_are_told_apart(copied: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(copied, tmp_path / "elsewhere" / copied.name))
+    page = made(tmp_path, copied, other, "--gallery", 0, "--queries", 0)
+    assert "copied (1)" in page.words_shown
+    assert "copied (2)" in page.words_shown
+
+
+def test_a_run_in_progress_has_a_page(copied: Path, tmp_path: Path) -> None:
+    for name in ("results.json", "weights.safetensors"):
+        (copied / name).unlink()
+    lines = (copied / "metrics.jsonl").read_text().splitlines()
+    (copied / "metrics.jsonl").write_text(f'{lines[0]}\n7\n{lines[1]}\n{{"step": 3, "lo')
+    page = made(tmp_path, copied)
+    assert "2 of 3 steps, 0.25 of 8 epochs (in progress, or stopped)" in page.words_shown
+    assert "has not saved weights yet" in page.words_shown
+    assert report_missing("retrieval", "copied") in page.words_shown
+    assert len(page.of("svg")) == 7
+    (copied / "metrics.jsonl").unlink()
+    page = made(tmp_path, copied)
+    assert "Nothing is logged yet" in page.words_shown
+    page = made(tmp_path, copied, Path(shutil.copytree(copied, tmp_path / "other")))
+    assert "No run has been measured" in page.words_shown
+
+
+def test_images_that_are_gone_are_left_out(copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change(copied, "data", root=str(tmp_path / "gone"))
+    page = made(tmp_path, copied)
+    assert "The images (gone) were not at hand" in page.words_shown
+    assert page.of("img") == []
+    assert f"no folder {tmp_path / 'gone'}" in capsys.readouterr().out
+
+
+def test_images_without_labels_are_neither_right_nor_wrong(finished: Path, flat: Path, tmp_path: Path) -> None:
+    page = made(tmp_path, finished, "--data.root", flat, "--gallery", 2, "--queries", 2)
+    assert len(page.of("figure", "image")) == 2 * 6
+    assert not [mark for mark in ("✓", "✗") if mark in page.words_shown]
+    assert "They have no labels" in page.words_shown
+    assert page.of("figure", "right") == page.of("figure", "wrong") == []
+
+
+def test_plain_moco_has_no_attention_to_show(hostile: Path, tmp_path: Path) -> None:
+    run = trained(tmp_path / "moco", hostile, "--rationale.enabled", "False")
+    page = made(tmp_path, run, "--gallery", 2, "--queries", 1)
+    assert len(page.of("img")) == 6
+    assert "by the mean embedding" in page.words_shown
+    assert "no attention to show" in page.words_shown
+    assert "fit loss" not in page.words_shown
+    assert "where the attention lies" not in page.words_shown
+
+
+def test_released_branch_has_a_page(hostile: Path, tmp_path: Path) -> None:
+    run = trained(tmp_path / "released", hostile, "--released.enabled", "True")
+    page = made(tmp_path, run, "--gallery", 2, "--queries", 1)
+    assert len(page.of("figure", "pair")) == 2
+    assert "released variant, 32 detectors" in page.words_shown
+
+
+def test_no_image_is_read_where_none_is_asked_for(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "embed", None)
+    assert made(tmp_path, finished, "--gallery", 0, "--queries", 0).of("img") == []
+
+
+def test_report_lands_in_the_run_and_replaces_reports_only(
+    copied: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = ["--gallery", "0", "--queries", "0"]
+    monkeypatch.chdir(tmp_path)
+    report.main([str(copied), *CPU, *bare])
+    before = (copied / "report.html").read_bytes()
+    assert is_report(before[:1000])
+    assert capsys.readouterr().out.strip() == f"report: {copied}/report.html"
+    (copied / "results.json").unlink()
+    report.main([str(copied), *CPU, *bare])
+    assert (copied / "report.html").read_bytes() != before
+    report.main([str(copied), str(finished), *CPU, *bare])
+    assert Path("report.html").is_file()
+
+    Path("mine.html").write_text("<!DOCTYPE html>\n<p>fastcr.report</p>")
+    assert "mine.html is not a report of fastcr" in refused(capsys, copied, "--out", "mine.html")
+    assert Path("mine.html").read_text().endswith("<p>fastcr.report</p>")
+    assert "is no file" in refused(capsys, copied, "--out", tmp_path)
+    assert "no folder away" in refused(capsys, copied, "--out", "away/page.html")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "name a run folder"),
+        (["RUN", "RUN/."], "a run is named twice"),
+        (["RUN", "--gallery", "-1"], "--gallery must be at least 0"),
+        (["RUN", "--queries", "-1"], "--queries must be at least 0"),
+        (["RUN", "--data.root", "nowhere"], "no folder nowhere"),
+        (["nowhere"], "nowhere is not a run folder"),
+        (["RUN", "--galery", "3"], "--galery"),
+    ],
+)
+def test_mistakes_are_one_line(
+    finished: Path, capsys: pytest.CaptureFixture[str], args: list[str], message: str
+) -> None:
+    assert message in refused(capsys, *(arg.replace("RUN", str(finished)) for arg in args))
+    assert not (finished / "report.html").exists()
+
+
+@pytest.mark.parametrize("content", ["{", "[1]"])
+def test_broken_results_are_named(copied: Path, capsys: pytest.CaptureFixture[str], content: str) -> None:
+    (copied / "results.json").write_text(content)
+    assert "results.json is broken" in refused(capsys, copied)
+
+
+def embedded(vectors: torch.Tensor, kept: list[int], attention: torch.Tensor | None = None) -> Embeddings:
+    none = torch.zeros(len(kept), 2, dtype=torch.int64)
+    return Embeddings(vectors, None if attention is None else vectors, attention, none, torch.tensor(kept), [])
+
+
+def test_neighbours_are_the_most_similar_and_marked_by_their_class(images: ImageList) -> None:
+    # angles of the images kept; those of images 0 and 1 are of one class, 2 and 3 of the next, 31 is alone here
+    kept, angles = [0, 1, 2, 3, 31], torch.tensor([0.0, 0.3, 0.1, 0.9, 0.85])
+    vectors = torch.stack([angles.cos(), angles.sin()], 1)
+    found = neighbours(embedded(vectors, kept), Thumbnails(images, 32), 5)
+    shown = [[(near.file, near.label, right) for near, right, _ in query.found] for query in found]
+    assert images.labels is not None
+    for query, position in zip(shown, range(5), strict=True):
+        others = sorted(set(range(5)) - {position}, key=lambda at: abs(angles[at] - angles[position]).item())
+        labels = [images.labels[kept[at]] for at in others]
+        assert query == [
+            (os.path.basename(images.files[kept[at]]), images.classes[label], label == images.labels[kept[position]])
+            for at, label in zip(others, labels, strict=True)
+        ]
+    assert [query.alone for query in found] == [False] * 4 + [True]
+    assert found[0].found[0][2] == pytest.approx(math.cos(0.1))
+
+
+def test_overlay_is_warm_where_the_image_is_attended(images: ImageList) -> None:
+    attention = torch.zeros(3, 16)
+    attention[:, 0] = 1  # the upper left of 4 x 4
+    ((shown, over),) = attended(embedded(torch.eye(3), [4, 9, 20], attention), Thumbnails(images, 32), 1)
+    assert shown.file == os.path.basename(images.files[9])
+    plain, covered = (Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))) for uri in (shown.source, over))
+    moved = np.asarray(ImageChops.difference(plain, covered).convert("L"))
+    assert moved[: SIDE // 4, : SIDE // 4].mean() > 5 * moved[SIDE // 2 :, SIDE // 2 :].mean()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(0.44, "0.4 s"), (59.9, "1 min 0 s"), (119.7, "2 min 0 s"), (7325, "2 h 2 min")]
+)
+def test_durations_are_for_people(seconds: float, shown: str) -> None:
+    assert duration(seconds) == shown
+
+
+def test_images_are_spread_evenly() -> None:
+    assert spread(3, 9) == [1, 4, 7]
+    assert spread(5, 2) == [0, 1]
+    assert spread(0, 9) == []
+
+
+def test_long_curves_are_thinned_to_their_means() -> None:
+    found = thinned([(float(x), float(x % 2)) for x in range(2000)] + [(2000.0, math.nan)])
+    assert len(found) <= POINTS
+    assert sum(y for _, y in found) / len(found) == pytest.approx(0.5, abs=0.01)
+    assert (found[0][0], found[-1][0]) == (3.0, pytest.approx(1996, abs=4))
+    assert thinned([(1.0, 2.0)]) == [(1.0, 2.0)]
+
+
+def test_chart_says_where_it_shows_means() -> None:
+    long = [(float(x), 1.0) for x in range(POINTS + 1)]
+    assert "means of up to 2 records" in chart("loss", [Line("", long)], "step")
+    assert "means" not in chart("loss", [Line("", long[1:])], "step")
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (5.13, 5.31), (-3e-7, 2e-7), (0, 260_000), (9.99, 1e4)])
+def test_ticks_are_round_and_inside(low: float, high: float) -> None:
+    found = ticks(low, high, 5)
+    assert 2 <= len(found) <= 7
+    slack = 1e-5 * (high - low)
+    assert all(low - slack <= value <= high + slack for value in found)
+    assert f"{found[-1] - found[-2]:.3e}"[:5] in ("1.000", "2.000", "5.000")
+
+
+@pytest.mark.parametrize("values", [[2.0], [0.0, 0.0], [1.5, 1.5, 1.5], [1e-9, -1e9], [math.inf, 1.0, math.nan]])
+def test_any_curve_is_drawn_inside_its_chart(values: list[float]) -> None:
+    page = Page(chart("loss <&>", [Line("", [(float(x), y) for x, y in enumerate(values)])], "step"))
+    drawn = page.of("path", "curve")[0]["d"] or ""
+    places = [tuple(map(float, pair.split(","))) for pair in drawn[1:].split("L")]
+    assert len(places) == sum(map(math.isfinite, values))
+    assert all(0 <= x <= 400 and 0 <= y <= 230 for x, y in places)
+    assert "nan" not in page.text
+    assert chart("none", [Line("", [(0.0, math.nan)])], "step") == ""
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no chromium is installed")
+def test_browser_shows_it_at_a_phones_width(copied: Path, finished: Path, tmp_path: Path) -> None:
+    """Nothing on the console, every image shown, and nothing wider than the window, which a page around it measures."""
+    report.main([str(finished), str(copied), "--out", str(tmp_path / "page.html"), *CPU, "--queries", "2"])
+    text = (tmp_path / "page.html").read_text().replace("<details>", "<details open>")
+    looked = tmp_path / "looked.html"
+    script = """addEventListener("load", () => { const frame = document.querySelector("iframe").contentDocument;
+        const images = [...frame.images]; document.title = [frame.documentElement.scrollWidth, images.length,
+        images.filter((image) => image.naturalWidth > 0).length].join(" "); });"""
+    inside = html.escape(text)
+    looked.write_text(
+        f"<!DOCTYPE html><script>{script}</script><iframe width=390 height=800 srcdoc='{inside}'></iframe>"
+    )
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
+               "--enable-logging=stderr", "--v=0", "--dump-dom"]  # fmt: skip
+    done = subprocess.run([*command, looked.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
+    found = re.search(r"<title>(\d+) (\d+) (\d+)</title>", done.stdout)
+    assert found is not None
+    width, images, shown = map(int, found.groups())
+    assert width <= 390
+    assert images == shown == 2 * (2 * 12 + 2 * 6)
