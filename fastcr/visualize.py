@@ -20,13 +20,14 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from fastcr.checkpoint import write_whole
-from fastcr.config import UsageError, one_line_errors, parse, tyro
+from fastcr.config import UsageError, load_config, one_line_errors, parse, tyro
 from fastcr.embed import BATCH_SIZE, Branch, crop_pixels, evaluating, find_weights, load_encoder
 from fastcr.embed_folder import DeviceConfig
 from fastcr.folders import SUFFIXES, ImageList, read_splits
 from fastcr.machine import pick_device
 from fastcr.overlays import Tile, contact_sheet, overlay
 from fastcr.released import ReleasedBranch
+from fastcr.synthetic import write_synthetic
 from fastcr.views import normalise
 
 DETECTOR_IMAGES, TOP = 240, 5  # images a detector's share is of, and that stand for it
@@ -168,8 +169,8 @@ class VisualizeConfig:
 
     source: tyro.conf.Positional[Path]
     """A run folder, or one of fastcr's weights files."""
-    images: tyro.conf.Positional[tuple[Path, ...]]
-    """Image files, or whatever --data.root of the training takes (its test images, if some are set aside)."""
+    images: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """Image files, or whatever --data.root of the training takes (its test images). Default: the run's own."""
     out: Path | None = None
     """Folder to write. Default: that of the weights."""
     limit: int = 24
@@ -184,7 +185,6 @@ class VisualizeConfig:
 def validate(config: VisualizeConfig) -> None:
     """Raise `UsageError` naming the first flag whose value cannot work."""
     checks = {
-        "there must be at least one IMAGE or FOLDER": len(config.images) >= 1,
         "--limit must be at least 1": config.limit >= 1,
         "--columns must be at least 1": config.columns >= 1,
     }
@@ -203,10 +203,13 @@ def main(args: Sequence[str] | None = None) -> None:
             description="Contact sheets of the attention and of the detectors.",
         )
         validate(config)
-        weights = find_weights(config.source)
+        weights, images = find_weights(config.source), config.images
+        if not images and not config.source.is_dir():
+            raise UsageError("a weights file needs an IMAGE or a FOLDER of them after it")
+        images = images or (load_config(config.source / "config.yaml").data.root or write_synthetic(),)
         visualize(
             weights,
-            config.images,
+            images,
             config.out or weights.parent,
             limit=config.limit,
             columns=config.columns,

@@ -1,6 +1,7 @@
 """Sheets: the pictures and maps that evaluation sees, in their places; any name, any number of images."""
 
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from PIL import Image, ImageChops, ImageFont
 from fastcr import visualize
 from fastcr.backbone import build_backbone
 from fastcr.checkpoint import save_weights
-from fastcr.config import ModelConfig, RationaleConfig, ReleasedConfig
+from fastcr.config import Config, DataConfig, ModelConfig, RationaleConfig, ReleasedConfig, save_config
 from fastcr.embed import _TestImages, build_branch, encode, evaluating, load_encoder, weights_facts, weights_of
 from fastcr.folders import read_splits
 from fastcr.overlays import FONT_SIZE, GAP, LINE, Tile, contact_sheet, fitted, overlay
@@ -127,6 +128,19 @@ def test_sheets_go_beside_the_weights_unless_told_otherwise(weights: Path, flat:
     assert (weights.parent / "attention.png").is_file()
 
 
+def test_a_run_shows_its_own_images(
+    weights: Path, birds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    shutil.copyfile(weights, folder / "weights.safetensors")
+    save_config(Config(data=DataConfig(root=birds)), folder / "config.yaml")
+    run(folder, "--limit", "3")
+    run(folder, birds, "--limit", "3", "--out", tmp_path)
+    assert (folder / "attention.png").read_bytes() == (tmp_path / "attention.png").read_bytes()
+    assert str(folder / "attention.png") in capsys.readouterr().out
+
+
 def test_unreadable_images_are_named_and_left_out(
     weights: Path, flat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -222,7 +236,7 @@ def test_detector_sheet_is_written_if_wanted(released: bool, birds: Path, tmp_pa
         (["nowhere", "ROOT"], "no run folder or weights file nowhere"),
         (["WEIGHTS", "nowhere"], "no folder nowhere"),
         (["WEIGHTS", "WEIGHTS"], "neither a folder of images"),
-        (["WEIGHTS"], "IMAGE or FOLDER"),
+        (["WEIGHTS"], "an IMAGE or a FOLDER"),
         (["WEIGHTS", "ROOT", "--limit", "0"], "--limit must be at least 1"),
         (["WEIGHTS", "ROOT", "--columns", "0"], "--columns must be at least 1"),
         (["WEIGHTS", "ROOT", "--out", "WEIGHTS"], "weights.safetensors"),
