@@ -90,12 +90,12 @@ class DataConfig:
 class ModelConfig:
     """The encoder."""
 
-    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet50"
-    """torchvision ResNet."""
+    backbone: str = "resnet50"
+    """resnet18, 34, 50, 101 or 152 (torchvision), or timm:NAME, any of timm's that gives a map of features."""
     last_stage: Literal["layer3", "layer4"] = "layer4"
-    """Last residual stage; what follows it is left out."""
+    """Last residual stage of a torchvision ResNet; what follows it is left out."""
     weights: str = "imagenet"
-    """imagenet (torchvision's IMAGENET1K_V1), none (random), or a .safetensors, .pt or .pth file."""
+    """imagenet (torchvision's IMAGENET1K_V1, timm's default), none (random), or a .safetensors, .pt or .pth file."""
     allow_missing_weights: bool = False
     """Accept a weights file that does not fill the whole encoder; the rest stays random and is listed."""
 
@@ -185,7 +185,13 @@ class Config:
 
 def validate(config: Config) -> Config:
     """Return `config`, or raise `UsageError` naming the first flag whose value cannot work."""
+    from fastcr.backbone import backbone_mistake  # which imports this module
+
+    mistake = backbone_mistake(
+        config.model.backbone, config.model.last_stage, stem_maxpool=config.released.stem_maxpool
+    )
     checks = {
+        str(mistake): mistake is None,
         "--data.image_size must be at least 32": config.data.image_size >= 32,
         "--data.cache_side must be at least --data.image_size": (config.data.cache_side or math.inf)
         >= config.data.image_size,
@@ -227,18 +233,12 @@ def parse(cls: type[C], args: Sequence[str], *, default: C | None = None, prog: 
     """
     if tyro is None:
         raise UsageError("the command line needs tyro: pip install tyro")
-    kwargs: dict[str, Any] = {} if default is None else {"default": default}
+    options: dict[str, Any] = {"use_underscores": True} | ({} if default is None else {"default": default})
     caught = io.StringIO()
     try:
         with contextlib.redirect_stderr(caught):
             return tyro.cli(
-                cls,
-                args=args,
-                prog=prog,
-                description=description,
-                config=(tyro.conf.FlagConversionOff,),
-                use_underscores=True,
-                **kwargs,
+                cls, args=args, prog=prog, description=description, config=(tyro.conf.FlagConversionOff,), **options
             )
     except SystemExit as stop:
         if not stop.code:

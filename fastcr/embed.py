@@ -19,16 +19,14 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from torchvision.transforms.v2 import functional as TF
 
-from fastcr.backbone import build_backbone
-from fastcr.checkpoint import load_weights
 from fastcr.config import ModelConfig, RationaleConfig, ReleasedConfig, UsageError
 from fastcr.folders import ImageList
 from fastcr.moco import mean_pool
-from fastcr.rationale import Rationale
-from fastcr.released import ReleasedBranch, from_released_checkpoint, released_facts
+from fastcr.rationale import RationaleHead
+from fastcr.released import ReleasedBranch
 from fastcr.views import MEAN, STD, normalise
 
-Branch = Rationale | ReleasedBranch
+Branch = RationaleHead | ReleasedBranch
 BATCH_SIZE = 128
 
 
@@ -73,7 +71,7 @@ def build_branch(
         return None
     if released.enabled:
         return ReleasedBranch(channels, rationale, released)
-    return Rationale(channels, rationale, impl)
+    return RationaleHead(channels, rationale, impl)
 
 
 def load_encoder(path: Path, device: torch.device) -> tuple[nn.Module, Branch | None, dict[str, Any]]:
@@ -81,26 +79,10 @@ def load_encoder(path: Path, device: torch.device) -> tuple[nn.Module, Branch | 
 
     `UsageError` if it is neither.
     """
-    state, facts = load_weights(path)
-    if "conv16.weight" in state:
-        facts = released_facts(state)
-        state = from_released_checkpoint(state)
-    if not facts:
-        keys = ", ".join(sorted(state)[:3])
-        raise UsageError(f"{path} was not written by fastcr.train (no fastcr metadata); its keys begin {keys}")
-    try:
-        backbone, channels = build_backbone(facts["backbone"], facts["last_stage"], stem_maxpool=facts["stem_maxpool"])
-        rationale = RationaleConfig(
-            enabled=facts["detectors"] > 0, detectors=facts["detectors"], temperature=facts["temperature"]
-        )
-        branch = build_branch(channels, rationale, ReleasedConfig(enabled=facts["attention"] == "batch-minmax"))
-        modules = nn.ModuleDict({"backbone": backbone, **({"branch": branch} if branch else {})})
-        modules.load_state_dict(state)
-        facts["image_size"] = int(facts["image_size"])
-    except (KeyError, RuntimeError, ValueError, TypeError) as error:
-        raise UsageError(f"{path} does not hold what its metadata says: {' '.join(str(error).split())[:200]}") from None
-    modules.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return backbone, branch, facts
+    from fastcr.encoder import load  # which builds on the functions here
+
+    encoder = load(path, device)
+    return encoder.backbone, encoder.branch, encoder.facts
 
 
 def find_weights(source: Path) -> Path:

@@ -66,7 +66,8 @@ def _csv_boxes(source: Path, images: ImageList) -> Tensor:
 def _cub_objects(folder: Path, images: ImageList) -> Objects:
     """Boxes and parts as the archive's tables give them: `bounding_boxes.txt`, `parts/part_locs.txt`, in pixels."""
     try:
-        files = dict(reversed(line.split()) for line in (folder / "images.txt").read_text().splitlines())
+        lines = (line.split() for line in (folder / "images.txt").read_text().splitlines())
+        files = {name: id_ for id_, name in lines}
         rows = np.loadtxt(folder / CUB_BOXES, ndmin=2)
         boxes = {int(row[0]): [row[1], row[2], row[1] + row[3], row[2] + row[4]] for row in rows}
         ids = [int(files.get(name, -1)) for name in images.files]

@@ -7,20 +7,64 @@ from torch import Tensor, nn
 
 from fastcr.config import RationaleConfig
 from fastcr.kernels.launch import Impl
-from fastcr.kernels.rationale_fit import RationaleFit, rationale_fit
+from fastcr.kernels.rationale_fit import CamSign, RationaleFit, Target, rationale_fit
 from fastcr.kernels.rationale_pool import RationalePool, rationale_pool
 
 
-class Rationale(nn.Module):
-    """Detectors `weight [K,C]`, `bias [K]` (1x1 convolutions): fitted to GradCAM in training, pooled with after."""
+class RationaleHead(nn.Module):
+    """Detectors `weight [K,C]`, `bias [K]` (1x1 convolutions): fitted to GradCAM in training, pooled with after.
 
-    def __init__(self, channels: int, config: RationaleConfig, impl: Impl = "auto") -> None:
+    In a training loop of any contrast loss:
+
+        head = RationaleHead(512)                                # channels of the encoder's last map
+        features = encoder(images)                               # [B,C,H,W]
+        pooled = mean_pool(features)                             # [B,C], what the projection head takes
+        contrast = contrast_loss(projection(pooled), ...)
+        loss = contrast.mean() + head.loss(features, pooled, contrast)
+        embedding, attention = head.pool(features)               # afterwards, for retrieval
+
+    The keywords are the fields of `RationaleConfig`, which may be given whole instead, as `config`; `impl` chooses
+    the kernels: "auto", "torch" or "triton".
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        config: RationaleConfig | None = None,
+        impl: Impl = "auto",
+        *,
+        detectors: int = RationaleConfig.detectors,
+        temperature: float = RationaleConfig.temperature,
+        target: Target = RationaleConfig.target,
+        cam_sign: CamSign = RationaleConfig.cam_sign,
+        stop_gradient: bool = RationaleConfig.stop_gradient,
+    ) -> None:
         super().__init__()
-        initial = nn.Linear(channels, config.detectors)  # initialised as a 1x1 convolution is
-        self.weight, self.bias = initial.weight, initial.bias
-        self.config, self.impl = config, impl
+        self.config = config or RationaleConfig(
+            detectors=detectors, temperature=temperature, target=target, cam_sign=cam_sign, stop_gradient=stop_gradient
+        )
+        initial = nn.Linear(channels, self.config.detectors)  # initialised as a 1x1 convolution is
+        self.weight, self.bias, self.impl = initial.weight, initial.bias, impl
 
-    def fit(self, features: Tensor, gradient: Tensor, pool_weight: float) -> RationaleFit:
+    def loss(self, features: Tensor, pooled: Tensor, contrast: Tensor) -> Tensor:
+        """Fit loss (a scalar, nats) of the attention to the GradCAM of the loss `contrast`; call it before `backward`.
+
+        Args:
+            features: `[B,C,H,W]`, the encoder's last map.
+            pooled: `[B,C]`, their mean over positions, from which `contrast` was computed.
+            contrast: the contrast loss, one an image `[B]` or their mean or sum: its size is lost on GradCAM. Where
+                images are each other's negatives, the GradCAM of an image is that of the whole batch's loss.
+
+        Raises:
+            ValueError: `contrast` was not computed from `pooled`, or shapes do not fit.
+        """
+        try:
+            (gradient,) = torch.autograd.grad(contrast.sum(), pooled, retain_graph=True)
+        except RuntimeError as error:
+            raise ValueError(f"contrast must be computed from pooled, with gradients enabled: {error}") from None
+        return self.fit(features, gradient).divergence.mean()
+
+    def fit(self, features: Tensor, gradient: Tensor, pool_weight: float = 0.0) -> RationaleFit:
         """KL to the GradCAM of `gradient [B,C]` over features `[B,C,H,W]`; see `kernels.rationale_fit`."""
         return rationale_fit(
             features,

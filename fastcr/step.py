@@ -13,7 +13,7 @@ from torch.profiler import record_function
 from fastcr.kernels.info_nce import info_nce
 from fastcr.kernels.launch import Impl
 from fastcr.moco import MoCo, mean_pool
-from fastcr.rationale import Rationale
+from fastcr.rationale import RationaleHead
 from fastcr.views import Batch
 
 Scale = Callable[[Tensor], Tensor]
@@ -43,7 +43,7 @@ def contrast_losses(
     batch: Batch,
     autocast: torch.autocast,
     *,
-    branch: Rationale | None,
+    branch: RationaleHead | None,
     temperature: float,
     impl: Impl = "auto",
     scale: Scale = lambda loss: loss,

@@ -39,7 +39,10 @@ def prepare(config: Config, device: torch.device, console: Console, *, initial_w
     torch.manual_seed(config.run.seed)
     torch.backends.cudnn.benchmark = True  # every batch has one shape
     backbone, channels = build_backbone(
-        config.model.backbone, config.model.last_stage, stem_maxpool=config.released.stem_maxpool
+        config.model.backbone,
+        config.model.last_stage,
+        stem_maxpool=config.released.stem_maxpool,
+        image_size=config.data.image_size,
     )
     missing = load_initial_weights(backbone, config.model) if initial_weights else []
     if missing:

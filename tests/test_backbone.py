@@ -1,6 +1,8 @@
-"""The encoder against torchvision's own ResNets, and every way its first weights come or fail to come."""
+"""The encoder against torchvision's and timm's own, and every way its first weights come or fail to come."""
 
+import copy
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from fastcr.backbone import build_backbone, load_initial_weights
+from fastcr import train
+from fastcr.backbone import backbone_mistake, build_backbone, load_initial_weights
 from fastcr.checkpoint import save_weights
 from fastcr.config import ModelConfig, UsageError
-from fastcr.embed import weights_of
+from fastcr.embed import load_encoder, weights_of
+from fastcr.presets import read_command_line
+from fastcr.views import MEAN, STD
 
 NAMES = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 IMAGENET = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
@@ -121,7 +126,65 @@ def as_ours(path: Path, state: dict[str, Tensor]) -> Path:
     return path.with_suffix(".safetensors")
 
 
-@pytest.mark.parametrize("write", [as_safetensors, as_half, as_wrapped, as_plain, as_old_torch, as_ours])
+def others(path: Path, tensors: dict[str, Tensor]) -> Path:
+    torch.save({"epoch": 9, "state_dict": tensors, "optimizer": {"state": {}}}, path.with_suffix(".pth"))
+    return path.with_suffix(".pth")
+
+
+def under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": value for name, value in state.items()}
+
+
+def headless(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in state.items() if not name.startswith("fc.")}
+
+
+def wrong(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.full_like(value, 7) for name, value in state.items()}
+
+
+def as_moco(path: Path, state: dict[str, Tensor]) -> Path:
+    """A checkpoint of the MoCo v2 repository: two encoders with two-layer heads, and a queue."""
+    head = {f"fc.{layer}.{kind}": torch.ones(3) for layer in (0, 2) for kind in ("weight", "bias")}
+    query, key = headless(state) | head, wrong(headless(state) | head)
+    queue = {"module.queue": torch.ones(4, 8), "module.queue_ptr": torch.zeros(1, dtype=torch.long)}
+    return others(path, queue | under("module.encoder_k.", key) | under("module.encoder_q.", query))
+
+
+def as_moco3(path: Path, state: dict[str, Tensor]) -> Path:
+    momentum = under("module.momentum_encoder.", wrong(state))
+    return others(path, momentum | under("module.base_encoder.", headless(state)))
+
+
+def as_solo_learn(path: Path, state: dict[str, Tensor]) -> Path:
+    momentum = under("momentum_backbone.", wrong(headless(state))) | {"classifier.weight": torch.ones(2)}
+    return others(path, momentum | under("backbone.", headless(state)))
+
+
+def as_lightly(path: Path, state: dict[str, Tensor]) -> Path:
+    """Encoders that are the `nn.Sequential` of a ResNet's children."""
+    places = {name: str(i) for i, (name, _) in enumerate(torchvision.models.resnet18().named_children())}
+    numbered = {name.replace(first := name.split(".")[0], places[first], 1): value for name, value in state.items()}
+    numbered = {name: value for name, value in numbered.items() if not name.startswith(places["fc"])}
+    momentum = under("backbone_momentum.", wrong(numbered)) | {"projection_head.layers.0.weight": torch.ones(2)}
+    return others(path, momentum | under("backbone.", numbered))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        as_safetensors,
+        as_half,
+        as_wrapped,
+        as_plain,
+        as_old_torch,
+        as_ours,
+        as_moco,
+        as_moco3,
+        as_solo_learn,
+        as_lightly,
+    ],
+)
 @pytest.mark.parametrize("last_stage", ["layer3", "layer4"])
 def test_every_kind_of_weights_file_fills_the_encoder(
     tmp_path: Path,
@@ -165,7 +228,7 @@ def foreign(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {f"encoder_q.{name}": value for name, value in state.items()}
+    return {f"trunk.{name}": value for name, value in state.items()}
 
 
 def narrower(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -182,7 +245,7 @@ def of_model(name: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
     ("change", "message"),
     [
         (foreign, r"is not a resnet18: it has 2 foreign keys, head\.weight, neck\.0\.bias"),
-        (renamed, r"has no weight of a resnet18; its keys begin encoder_q\.bn1\.bias, "),
+        (renamed, r"has no weight of a resnet18; its keys begin trunk\.bn1\.bias, "),
         (narrower, r"is not a resnet18: conv1\.weight is \[64, 3, 3, 3\], not \[64, 3, 7, 7\]"),
         (of_model("resnet50"), "is not a resnet18: "),
         (of_model("squeezenet1_1"), "has no weight of a resnet18"),
@@ -295,3 +358,173 @@ def test_a_download_that_is_not_the_file_is_named(hub: Path, monkeypatch: pytest
     monkeypatch.setattr(torch.hub, "download_url_to_file", other_bytes)
     with pytest.raises(UsageError, match=re.escape(IMAGENET_FILE)):
         load_initial_weights(unfilled(), model("imagenet"))
+
+
+VIT, CNN = "timm:vit_tiny_patch16_224", "timm:convnext_atto"
+SIDE = 64
+
+
+def timm_model(name: str) -> Any:
+    return pytest.importorskip("timm").create_model(name.removeprefix("timm:"))
+
+
+def of_timm(name: str, weights: Path | str, *, allow_missing: bool = False) -> ModelConfig:
+    return ModelConfig(name, weights=str(weights), allow_missing_weights=allow_missing)
+
+
+def by_timm(name: str) -> tuple[nn.Module, int]:
+    pytest.importorskip("timm")
+    return build_backbone(name)
+
+
+# a class token; four register tokens and a norm after pooling; channels first; channels last
+@pytest.mark.parametrize("name", [VIT, "timm:vit_pwee_patch16_reg1_gap_256", CNN, "timm:swin_tiny_patch4_window7_224"])
+def test_features_are_timms(name: str) -> None:
+    torch.manual_seed(0)
+    encoder, channels = by_timm(name)
+    model = encoder.timm
+    for parameter in model.parameters():  # fresh models add nothing to position and bias
+        nn.init.normal_(parameter, 0, 0.1)
+    pixels = torch.rand(1, 3, *((224, 224) if "swin" in name else (SIDE, 2 * SIDE)))
+    own, imagenet = (torch.tensor(pair).view(2, 3, 1, 1) for pair in
+                     ((model.pretrained_cfg["mean"], model.pretrained_cfg["std"]), (MEAN, STD)))  # fmt: skip
+    with torch.no_grad():
+        features = encoder.eval()((pixels - imagenet[0]) / imagenet[1])
+        (expected,) = model.forward_intermediates(
+            (pixels - own[0]) / own[1], indices=1, norm=True, output_fmt="NCHW", intermediates_only=True
+        )
+        if "gap" in name:
+            expected = model.fc_norm(expected.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    assert features.shape[:2] == (1, channels)
+    torch.testing.assert_close(features, expected, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", [VIT, CNN])
+def test_a_copy_of_a_timm_encoder_stands_alone(name: str) -> None:
+    """The key encoder is one: same features, moved by its own weights only, in bf16 and channels-last too."""
+    encoder, channels = by_timm(name)
+    copied = copy.deepcopy(encoder).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = torch.randn(2, 3, SIDE, SIDE)
+    before = encoder(images)
+    torch.testing.assert_close(copied(images), before, atol=1e-4, rtol=1e-4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        features = copied(images.bfloat16())
+    assert features.shape[1] == channels
+    features.float().square().sum().backward()
+    without = [key for key, parameter in copied.named_parameters() if parameter.grad is None]
+    assert not without  # nothing of the classifier is left over
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.zero_()
+    assert torch.equal(encoder(images), before)
+
+
+@pytest.mark.parametrize("name", [VIT, CNN])
+@pytest.mark.parametrize("prefix", ["", "module.base_encoder.", "backbone."])
+def test_weights_in_timms_names_fill_the_encoder(tmp_path: Path, name: str, prefix: str) -> None:
+    whole = timm_model(name).state_dict()  # with its classifier
+    file = others(tmp_path / "weights", under(prefix, whole))
+    encoder, _ = build_backbone(name)
+    assert load_initial_weights(encoder, of_timm(name, file)) == []
+    assert_filled(encoder.timm, whole)
+
+
+def test_timm_weights_files_are_checked_as_others_are(tmp_path: Path) -> None:
+    whole = timm_model(VIT).state_dict()
+    cases = {
+        r"is not a timm:vit_tiny_patch16_224: it has 1 foreign keys, neck\.bias": whole | {"neck.bias": torch.ones(1)},
+        r"is not a timm:vit_tiny_patch16_224: norm\.bias is \[5\], not \[192\]": whole | {"norm.bias": torch.ones(5)},
+        r"lacks 1 of the encoder's weights, pos_embed": {k: v for k, v in whole.items() if k != "pos_embed"},
+        r"has no weight of a timm:vit_tiny_patch16_224": {"conv1.weight": torch.ones(2)},
+    }
+    for message, state in cases.items():
+        file = as_safetensors(tmp_path / "other", state)
+        with pytest.raises(UsageError, match=f"^{re.escape(str(file))} {message}"):
+            load_initial_weights(build_backbone(VIT)[0], of_timm(VIT, file))
+
+
+def test_timms_own_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = timm_model(VIT).state_dict()
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *args, **options: dict(whole))
+    encoder, _ = build_backbone(VIT)
+    assert load_initial_weights(encoder, of_timm(VIT, "imagenet")) == []
+    assert_filled(encoder.timm, whole)
+
+    def unreachable(*args: object, **options: object) -> None:
+        raise OSError("no route\nto host")
+
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", unreachable)
+    with pytest.raises(
+        UsageError, match=r"weights of vit_tiny_patch16_224 \(no route to host\): .*--model\.weights FILE"
+    ):
+        load_initial_weights(encoder, of_timm(VIT, "imagenet"))
+    with pytest.raises(UsageError, match="timm has no weights for vit_tiny_patch32_224"):
+        load_initial_weights(encoder, of_timm("timm:vit_tiny_patch32_224", "imagenet"))
+
+
+@pytest.mark.parametrize(
+    ("name", "last_stage", "culprits"),
+    [
+        ("resnet19", "layer4", ("'resnet19'", "did you mean 'resnet18'?", "timm:NAME")),
+        ("convnext_atto", "layer4", ("'convnext_atto'", "resnet50", "timm:NAME")),
+        ("timm:convnext_atoo", "layer4", ("'convnext_atoo'", "'convnext_atto'")),
+        ("timm:convnext_atto.nobody", "layer4", ("'convnext_atto.nobody'", "'convnext_atto'")),
+        (CNN, "layer3", ("--model.last_stage layer3", CNN)),
+    ],
+)
+def test_mistaken_names_are_answered_on_one_line(name: str, last_stage: str, culprits: tuple[str, ...]) -> None:
+    pytest.importorskip("timm")
+    mistake = backbone_mistake(name, last_stage)
+    assert mistake
+    assert "\n" not in mistake
+    assert all(culprit in mistake for culprit in culprits), mistake
+    with pytest.raises(ValueError, match=re.escape(mistake)):
+        build_backbone(name, last_stage)
+    with pytest.raises(UsageError, match=re.escape(mistake)):
+        read_command_line(["cub200", "--model.backbone", name, "--model.last_stage", last_stage])
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "reason"),
+    [
+        (VIT, 100, r"divisible by patch size \(16\)"),
+        ("timm:mixer_s32_224", SIDE, r"doesn't match model"),
+        ("timm:pit_ti_224", 224, "are no map"),  # gives its class token only
+    ],
+)
+def test_images_a_timm_model_cannot_take_are_refused(name: str, side: int, reason: str) -> None:
+    pytest.importorskip("timm")
+    with pytest.raises(
+        UsageError, match=rf"^{name} cannot take --data\.image_size {side} \(its own is 224\): .*{reason}"
+    ):
+        build_backbone(name, image_size=side)
+
+
+def test_a_timm_model_without_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(UsageError, match=re.escape('timm:convnext_atto needs timm: pip install "fastcr[timm]"')):
+        read_command_line(["cub200", "--model.backbone", CNN])
+    assert backbone_mistake("resnet18") is None
+
+
+@pytest.mark.parametrize(("name", "precision"), [(VIT, "bf16"), (CNN, "fp32")])
+def test_a_timm_encoder_is_trained_saved_and_read_again(
+    name: str, precision: str, flat: Path, tmp_path: Path, one_thread: None
+) -> None:
+    pytest.importorskip("timm")
+    run = tmp_path / "run"
+    train.main(
+        ["--data.root", str(flat), "--run.dir", str(run), "--data.image_size", str(SIDE), "--data.loader", "torch",
+         "--data.workers", "0", "--run.device", "cpu", "--run.precision", precision, "--run.steps", "2",
+         "--model.backbone", name, "--model.last_stage", "layer4", "--optim.batch_size", "4", "--moco.queue_size", "8"]
+    )  # fmt: skip
+    images = torch.randn(1, 3, SIDE, SIDE)
+    (first, _, _), (last, branch, facts) = (
+        load_encoder(run / file, torch.device("cpu")) for file in ("init.safetensors", "weights.safetensors")
+    )
+    assert (facts["backbone"], facts["image_size"]) == (name, SIDE)
+    still = [key for (key, a), b in zip(first.named_parameters(), last.parameters(), strict=True) if torch.equal(a, b)]
+    assert not [key for key in still if key.endswith("weight")]
+    assert branch is not None
+    features = last.eval()(images)
+    assert branch.pool(features).attention.shape == (1, features.shape[2] * features.shape[3])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastcr.config import RationaleConfig
 from fastcr.moco import MoCo, mean_pool
-from fastcr.rationale import Rationale, attention_entropy
+from fastcr.rationale import RationaleHead, attention_entropy
 from fastcr.step import Losses, contrast_losses, cosine_lr, train_step
 from fastcr.views import Batch
 
@@ -104,7 +104,7 @@ def test_queries_and_keys_are_of_unit_length() -> None:
 
 
 def step(
-    moco: MoCo, batch: Batch, branch: Rationale | None, *, fit_weight: float = 1.0, lr: float = 0.1
+    moco: MoCo, batch: Batch, branch: RationaleHead | None, *, fit_weight: float = 1.0, lr: float = 0.1
 ) -> tuple[Tensor, Losses]:
     trained = [p for p in (*moco.parameters(), *(branch.parameters() if branch else ())) if p.requires_grad]
     return train_step(
@@ -124,7 +124,7 @@ def encoder_gradients(
     """Gradients of backbone and head after a step of a copy of `moco`; `stop_gradient` None: without a branch."""
     moco, branch = copy.deepcopy(moco), None
     if stop_gradient is not None:
-        branch = Rationale(6, RationaleConfig(detectors=3, stop_gradient=stop_gradient))
+        branch = RationaleHead(6, RationaleConfig(detectors=3, stop_gradient=stop_gradient))
     step(moco, batch, branch, fit_weight=fit_weight)
     named = parameters(moco.backbone, moco.head)
     return {name: parameter.grad for name, parameter in named.items() if parameter.grad is not None}
@@ -154,7 +154,7 @@ def test_the_fit_weight_changes_the_encoder_only_without_stop_gradient() -> None
 @pytest.mark.parametrize("stop_gradient", [False, True])
 def test_detectors_learn_from_the_fit_alone(stop_gradient: bool) -> None:
     moco, batch = tiny(), images()
-    branch = Rationale(6, RationaleConfig(detectors=3, stop_gradient=stop_gradient))
+    branch = RationaleHead(6, RationaleConfig(detectors=3, stop_gradient=stop_gradient))
     gradients = []
     for fit_weight in (0.0, 1.0, 2.0):
         step(copy.deepcopy(moco), batch, branch, fit_weight=fit_weight, lr=0.0)
@@ -168,7 +168,7 @@ def test_detectors_learn_from_the_fit_alone(stop_gradient: bool) -> None:
 @pytest.mark.parametrize("with_branch", [False, True])
 def test_a_step_trains_the_query_side_and_queues_the_keys(with_branch: bool) -> None:
     moco, batch = tiny(), images()
-    branch = Rationale(6, RationaleConfig(detectors=3)) if with_branch else None
+    branch = RationaleHead(6, RationaleConfig(detectors=3)) if with_branch else None
     before = copy.deepcopy(moco)
     loss, losses = step(moco, batch, branch, fit_weight=0.5)
 
@@ -194,7 +194,7 @@ def test_a_step_trains_the_query_side_and_queues_the_keys(with_branch: bool) -> 
 @pytest.mark.parametrize("with_branch", [False, True])
 def test_the_contrast_loss_is_cross_entropy_against_key_and_queue(with_branch: bool) -> None:
     moco, batch = tiny(), images()
-    branch = Rationale(6, RationaleConfig(detectors=3)) if with_branch else None
+    branch = RationaleHead(6, RationaleConfig(detectors=3)) if with_branch else None
     losses = contrast_losses(moco, batch, NO_AUTOCAST, branch=branch, temperature=0.2)
     query = F.normalize(moco.head(moco.backbone(batch.first).mean((2, 3))), dim=1)
     logits = torch.cat([(query * losses.key).sum(1, keepdim=True), query @ moco.queue.T], dim=1) / 0.2
@@ -203,7 +203,7 @@ def test_the_contrast_loss_is_cross_entropy_against_key_and_queue(with_branch: b
 
 def test_a_step_under_bf16_autocast_gives_fp32_losses_close_to_those_of_fp32() -> None:
     moco, batch = tiny(), images()
-    branch = Rationale(6, RationaleConfig(detectors=3))
+    branch = RationaleHead(6, RationaleConfig(detectors=3))
     results = []
     for autocast in (NO_AUTOCAST, torch.autocast("cpu", dtype=torch.bfloat16)):
         losses = contrast_losses(copy.deepcopy(moco), batch, autocast, branch=branch, temperature=0.2)
@@ -224,7 +224,7 @@ def test_cosine_runs_from_the_base_to_zero() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_effective_detectors_is_one_for_a_single_winner_and_all_for_equal_wins(dtype: torch.dtype) -> None:
-    branch = Rationale(4, RationaleConfig(detectors=4))
+    branch = RationaleHead(4, RationaleConfig(detectors=4))
     branch.weight.data.copy_(torch.eye(4))
     branch.bias.data.zero_()
     features = torch.eye(4, dtype=dtype).expand(3, 4, 4)[..., None]  # detector k wins position k

@@ -29,7 +29,7 @@ from fastcr.config import (
 )
 from fastcr.machine import keep_compiled
 from fastcr.moco import MoCo
-from fastcr.rationale import Rationale
+from fastcr.rationale import RationaleHead
 from fastcr.released import ReleasedBranch, released_losses
 from fastcr.step import Losses, contrast_losses, train_step
 from fastcr.training import Training, prepare
@@ -44,15 +44,15 @@ needs_cuda = pytest.mark.skipif(not CUDA, reason="needs CUDA")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def small(stop_gradient: bool) -> tuple[MoCo, Rationale]:
+def small(stop_gradient: bool) -> tuple[MoCo, RationaleHead]:
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3))
     moco = MoCo(backbone, 6, embedding_dim=4, queue_size=20)
-    return moco.eval(), Rationale(6, RationaleConfig(detectors=3, stop_gradient=stop_gradient))
+    return moco.eval(), RationaleHead(6, RationaleConfig(detectors=3, stop_gradient=stop_gradient))
 
 
 def one_step(
-    moco: MoCo, branch: Rationale | ReleasedBranch | None, batch: Batch, **options: Any
+    moco: MoCo, branch: RationaleHead | ReleasedBranch | None, batch: Batch, **options: Any
 ) -> tuple[dict[str, Tensor], Tensor, Losses]:
     """Weights, queue and statistics after a step of copies of the model; its loss and losses."""
     moco, branch = copy.deepcopy((moco, branch))

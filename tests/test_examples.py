@@ -1,0 +1,86 @@
+"""The branch in other people's training loops: its loss against the op, and the examples as a reader runs them."""
+
+import math
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastcr.config import RationaleConfig
+from fastcr.kernels.rationale_fit import rationale_fit
+from fastcr.rationale import RationaleHead
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def losses(example: str, steps: int, batch_size: int) -> list[tuple[float, float]]:
+    """Contrast and fit loss of each step that an example prints."""
+    args = [ROOT / "examples" / example, "--device", "cpu", "--steps", str(steps), "--batch-size", str(batch_size)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *args], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^embedding \[\d+, \d+\] attention \[\d+, 36\]$", done.stdout, re.MULTILINE), done.stdout
+    found = re.findall(r"^step \d+ contrast (\S+) fit (\S+)$", done.stdout, re.MULTILINE)
+    return [(float(contrast), float(fit)) for contrast, fit in found]
+
+
+def test_the_fit_loss_of_the_plain_loop_falls() -> None:
+    printed = losses("plain_torch.py", 20, 16)
+    assert len(printed) == 20
+    assert all(math.isfinite(value) for pair in printed for value in pair)
+    fits = [fit for _, fit in printed]
+    assert sum(fits[-5:]) < 0.7 * sum(fits[:5])  # without its gradient: 0.88, with it 0.49
+
+
+@pytest.mark.parametrize(("example", "needs"), [("with_lightly.py", "lightly"), ("with_timm.py", "timm")])
+def test_the_other_loops_run(example: str, needs: str) -> None:
+    if not find_spec(needs):
+        pytest.skip(f"{needs} is not installed")
+    printed = losses(example, 2, 4)
+    assert len(printed) == 2
+    assert all(math.isfinite(value) for pair in printed for value in pair)
+
+
+@pytest.mark.parametrize("scalar", [False, True])
+@pytest.mark.parametrize("stop_gradient", [False, True])
+def test_loss_is_the_mean_divergence_from_the_gradcam(scalar: bool, stop_gradient: bool) -> None:
+    torch.manual_seed(0)
+    weights = torch.randn(6)
+    features = torch.randn(4, 6, 3, 5, requires_grad=True)
+    head = RationaleHead(6, detectors=5, temperature=0.7, target="sum", cam_sign="loss", stop_gradient=stop_gradient)
+    pooled = features.mean((2, 3))
+    contrast = (pooled * weights).sum(1).square()
+    loss = head.loss(features, pooled, contrast.mean() if scalar else contrast)
+    gradient = 2 * (pooled * weights).sum(1, keepdim=True) * weights  # by hand
+    expected = rationale_fit(
+        features, gradient, head.weight, head.bias,
+        temperature=0.7, target="sum", cam_sign="loss", stop_gradient=stop_gradient,
+    ).divergence.mean()  # fmt: skip
+    torch.testing.assert_close(loss, expected)
+    (contrast.mean() + loss).backward()  # the caller's graph is still there
+    assert head.weight.grad is not None
+    assert features.grad is not None
+    by_pooling = (gradient / (15 * 4))[..., None, None].expand_as(features)
+    assert torch.allclose(features.grad, by_pooling, atol=1e-6) == stop_gradient
+
+
+def test_loss_names_pooled_features_that_contrast_does_not_come_from() -> None:
+    features = torch.randn(2, 6, 3, 3, requires_grad=True)
+    head = RationaleHead(6)
+    for pooled in (features.mean((2, 3)), features.mean((2, 3)).detach()):
+        with pytest.raises(ValueError, match="contrast must be computed from pooled"):
+            head.loss(features, pooled, features.mean((2, 3)).square().sum(1))
+
+
+def test_keywords_are_the_fields_of_the_configuration() -> None:
+    assert RationaleHead(6).config == RationaleConfig()
+    config = RationaleConfig(detectors=3, temperature=0.2, target="sum", cam_sign="loss", stop_gradient=False)
+    head = RationaleHead(6, detectors=3, temperature=0.2, target="sum", cam_sign="loss", stop_gradient=False)
+    assert head.config == RationaleHead(6, config).config == config
+    assert {name: list(value.shape) for name, value in head.state_dict().items()} == {"weight": [3, 6], "bias": [3]}

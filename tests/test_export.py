@@ -1,0 +1,358 @@
+"""Exports: each format loads where it is meant to and agrees with the encoder; what is refused; what the Hub gets."""
+
+import contextlib
+import io
+import json
+import shutil
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+from unittest.mock import create_autospec
+
+import pytest
+import torch
+import torchvision
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+
+import fastcr
+from fastcr import export, train
+from fastcr.backbone import build_backbone
+from fastcr.checkpoint import save_weights
+from fastcr.config import ModelConfig, RationaleConfig, ReleasedConfig
+from fastcr.embed import build_branch, weights_facts, weights_of
+from fastcr.encoder import Encoder
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TINY = [
+    "--data.image_size", "32", "--data.loader", "torch", "--data.workers", "0", "--run.device", "cpu",
+    "--run.steps", "3", "--model.weights", "none", "--model.backbone", "resnet18",
+    "--model.last_stage", "layer3", "--optim.batch_size", "8", "--moco.queue_size", "24",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(birds: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three steps; exports beside it would be seen by other tests: give --out, or use a copy."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    with contextlib.redirect_stdout(io.StringIO()):
+        train.main([*TINY, "--data.root", str(birds), "--run.dir", str(folder)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoder(run: Path) -> Encoder:
+    return fastcr.load(run)
+
+
+def write_weights(
+    file: Path, backbone: str = "resnet18", last_stage: Any = "layer3", *, branch: bool = True, released: bool = False
+) -> Path:
+    """A weights file of a random encoder."""
+    model, rationale = ModelConfig(backbone=backbone, last_stage=last_stage), RationaleConfig(enabled=branch)
+    built_backbone, channels = build_backbone(backbone, last_stage)
+    built = build_branch(channels, rationale, ReleasedConfig(enabled=released))
+    facts = weights_facts(model, rationale, ReleasedConfig(enabled=released), 32)
+    save_weights(file, weights_of(built_backbone, built), facts)
+    return file
+
+
+def images(count: int) -> Tensor:
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(count))
+
+
+def agrees(found: Any, encoder: Encoder, count: int, tolerance: float) -> None:
+    for got, expected in zip(found, encoder(images(count)), strict=True):
+        torch.testing.assert_close(torch.as_tensor(got), expected, atol=tolerance, rtol=0)
+
+
+def one_line(capsys: pytest.CaptureFixture[str], *args: object) -> str:
+    """The one line a failing export leaves."""
+    with pytest.raises(SystemExit, match="2"):
+        export.main([*map(str, args)])
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert line.startswith("fastcr.export: error: ")
+    return line
+
+
+def test_torchvision_takes_all_but_its_classifier_from_the_safetensors_file(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    weights = write_weights(tmp_path / "mine.safetensors", last_stage="layer4")
+    export.main([str(weights), "--format", "safetensors"])
+    file = tmp_path / "mine-export.safetensors"
+    assert capfd.readouterr() == (f"exported: {file}\n", "")
+    resnet = torchvision.models.resnet18()
+    missing, unexpected = resnet.load_state_dict(load_file(file), strict=False)
+    assert missing == ["fc.weight", "fc.bias"]
+    assert sorted(unexpected) == ["branch.bias", "branch.weight"]
+    resnet.fc = torch.nn.Identity()
+    encoder = fastcr.load(weights)
+    with torch.no_grad():
+        mean = torch.nn.functional.normalize(resnet.eval()(images(2)), dim=1)
+    torch.testing.assert_close(mean, encoder.mean_embedding(images(2)), atol=1e-5, rtol=0)
+    agrees(fastcr.load(file)(images(2)), encoder, 2, 0)
+
+
+@pytest.fixture(scope="module")
+def graph(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("torch") / "new folder" / "encoder.pt2"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # the user would see it
+        export.main([str(run), "--format", "torch", "--out", str(file)])
+    return file
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_the_torch_graph_agrees_at_any_batch(count: int, graph: Path, encoder: Encoder) -> None:
+    extra = {"fastcr.json": ""}
+    program = torch.export.load(graph, extra_files=extra)
+    found = program.module()(images(count))
+    assert type(found) is tuple  # no class of fastcr
+    agrees(found, encoder, count, 1e-5)
+    assert json.loads(extra["fastcr.json"])["mean"] == pytest.approx(encoder.mean)
+
+
+def test_the_graph_of_an_encoder_without_a_branch_takes_any_batch(tmp_path: Path) -> None:
+    encoder = fastcr.load(write_weights(tmp_path / "plain.safetensors", branch=False))
+    module = export.graph_of(encoder).module()
+    for count in (1, 5):
+        agrees(module(images(count)), encoder, count, 1e-5)
+
+
+def test_timm_takes_the_safetensors_file_of_one_of_its_models_and_its_graph_agrees(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    weights = write_weights(tmp_path / "mine.safetensors", "timm:test_vit", "layer4")
+    export.main([str(weights), "--format", "safetensors"])
+    state = load_file(tmp_path / "mine-export.safetensors")
+    model = timm.create_model("test_vit", num_classes=0)
+    assert set(model.load_state_dict(state, strict=False).unexpected_keys) == {"branch.weight", "branch.bias"}
+    encoder = fastcr.load(weights)
+    agrees(fastcr.load(tmp_path / "mine-export.safetensors")(images(2)), encoder, 2, 0)
+    agrees(export.graph_of(encoder).module()(images(5)), encoder, 5, 1e-5)
+
+
+@pytest.fixture(scope="module")
+def onnx_file(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    file = tmp_path_factory.mktemp("onnx") / "encoder.onnx"
+    export.main([str(run), "--format", "onnx", "--out", str(file)])
+    return file
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_onnxruntime_agrees_at_any_batch(count: int, onnx_file: Path, encoder: Encoder) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    session = onnxruntime.InferenceSession(onnx_file, providers=["CPUExecutionProvider"])
+    found = session.run(["embedding", "attention"], {"images": images(count).numpy()})
+    agrees(found, encoder, count, 1e-4)
+    assert json.loads(session.get_modelmeta().custom_metadata_map["fastcr"])["image_size"] == 32
+
+
+def test_the_onnx_file_is_one_file_of_plain_operators(onnx_file: Path) -> None:
+    import onnx
+
+    model = onnx.load(onnx_file)
+    onnx.checker.check_model(model, full_check=True)
+    assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", export.OPSET)]
+    assert {node.domain for node in model.graph.node} == {""}
+    assert [each.name for each in model.graph.input] == ["images"]
+    assert list(onnx_file.parent.iterdir()) == [onnx_file]
+
+
+@pytest.fixture(scope="module")
+def hub(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hub") / "mine"
+    export.main([str(run), "--format", "hub", "--out", str(folder)])
+    return folder
+
+
+def test_the_hub_folder_is_whole_and_loads(hub: Path, encoder: Encoder) -> None:
+    assert {file.name for file in hub.iterdir()} == {"README.md", "config.json", "model.safetensors"}
+    assert list(hub.parent.iterdir()) == [hub]  # nothing half-written beside it
+    agrees(fastcr.load(hub)(images(3)), encoder, 3, 0)
+    about = json.loads((hub / "config.json").read_text())
+    assert about["facts"] == json.loads(json.dumps(encoder.facts))
+    assert about["training"]["optim"]["batch_size"] == 8
+
+
+def test_the_model_card_says_how_it_was_made_and_what_was_measured(hub: Path, run: Path) -> None:
+    _, front, text = (hub / "README.md").read_text().split("---\n", 2)
+    facts = yaml.safe_load(front)
+    assert (facts["library_name"], facts["license"]) == ("fastcr", "apache-2.0")
+    assert facts["pipeline_tag"] == "image-feature-extraction"
+    assert "fastcr" in facts["tags"]
+    assert "Trained without labels on birds." in text
+    settings = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    assert settings["moco"]["queue_size"] == 24
+    results = json.loads((run / "results.json").read_text())
+    (line,) = [line for line in text.splitlines() if line.startswith("| mAP")]
+    parts = (results["frozen_init"], results)
+    expected = [part["retrieval"][name]["mAP"] for part in parts for name in ("mean", "rationale")]
+    assert line == "| mAP | " + " | ".join(f"{score:.2f}" for score in expected) + " |"
+    assert "frozen init, rationale" in text
+    assert "birds: 32 images of 16 classes" in text
+
+
+def test_the_code_of_the_model_card_runs(hub: Path, birds: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = (hub / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    code = code.replace("path/to/this/folder", str(hub))
+    code = code.replace("picture.jpg", str(next((birds / "test").glob("*/*.jpg"))))
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["embedding"].shape == (1, 256)
+    assert "# [1, 256] of unit length, [1, 2, 2]" in code
+
+
+def test_nothing_for_the_hub_names_a_path_of_this_machine(run: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(run, tmp_path / "copied"))
+    config = yaml.safe_load((copied / "config.yaml").read_text())
+    config["model"]["weights"], config["data"]["cache_dir"] = "/home/someone/trunk.pth", "/home/someone/cache"
+    (copied / "config.yaml").write_text(yaml.safe_dump(config))
+    results = json.loads((copied / "results.json").read_text())
+    results["best_epoch"] = {"folder": "/home/someone/birds"}
+    (copied / "results.json").write_text(json.dumps(results | {"folder": "/home/someone/pictures/train"}))
+    export.main([str(copied), "--format", "hub"])
+    for file in (copied / "weights-hub").iterdir():
+        content = file.read_bytes()
+        assert b"someone" not in content
+        assert str(run.parent).encode() not in content
+        assert str(tmp_path).encode() not in content
+    card = (copied / "weights-hub" / "README.md").read_text()
+    assert "weights: trunk.pth" in card
+    assert "pictures: 32 images" in card
+
+
+def test_a_bare_weights_file_has_no_settings_and_no_results(run: Path, tmp_path: Path) -> None:
+    export.main([str(run / "weights.safetensors"), "--format", "hub", "--out", str(tmp_path / "hub")])
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert "settings of its training were not kept" in card
+    assert "Nothing was measured" in card
+    assert json.loads((tmp_path / "hub" / "config.json").read_text())["training"] is None
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"images": 3}'])
+def test_broken_results_are_named(content: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copy(run / "weights.safetensors", tmp_path)
+    (tmp_path / "results.json").write_text(content)
+    line = one_line(capsys, tmp_path, "--format", "hub", "--out", tmp_path / "hub")
+    assert f"{tmp_path / 'results.json'} is broken" in line
+    assert not (tmp_path / "hub").exists()
+
+
+@pytest.fixture
+def api(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """huggingface_hub's client without a network, and somebody's token."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    stub = create_autospec(huggingface_hub.HfApi, instance=True)
+    stub.create_repo.return_value = "https://hub.example/me/birds"
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: stub)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_token")
+    return stub
+
+
+def test_push_uploads_the_folder(api: Any, run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "hub"
+    uploaded: list[str] = []
+    api.upload_folder.side_effect = lambda **given: uploaded.extend(
+        each.name for each in given["folder_path"].iterdir()
+    )
+    export.main([str(run), "--format", "hub", "--out", str(folder), "--push", "me/birds"])
+    assert capfd.readouterr() == (f"exported: {folder}\npushed: https://hub.example/me/birds\n", "")
+    api.create_repo.assert_called_once_with("me/birds", exist_ok=True)
+    assert api.upload_folder.call_args.kwargs["repo_id"] == "me/birds"
+    assert sorted(uploaded) == ["README.md", "config.json", "model.safetensors"]
+    assert 'fastcr.load(snapshot_download("me/birds"))' in (folder / "README.md").read_text()
+
+
+def test_a_push_that_fails_leaves_the_folder_and_one_line(
+    api: Any, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    api.create_repo.side_effect = ConnectionError("no route\nto the Hub")
+    line = one_line(capsys, run, "--format", "hub", "--out", tmp_path / "hub", "--push", "me/birds")
+    assert "not pushed to me/birds: no route to the Hub" in line
+    assert f"hf upload me/birds {tmp_path / 'hub'}" in line
+    assert fastcr.load(tmp_path / "hub").image_size == 32
+
+
+def test_a_push_needs_a_token_the_client_and_a_folder(
+    api: Any, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pushed = (run, "--out", tmp_path / "hub", "--push", "me/birds", "--format")
+    assert "--push goes with --format hub" in one_line(capsys, *pushed, "torch")
+    monkeypatch.setattr(sys.modules["huggingface_hub"], "get_token", lambda: None)
+    assert "needs your Hugging Face token" in one_line(capsys, *pushed, "hub")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert 'pip install "fastcr[hub]"' in one_line(capsys, *pushed, "hub")
+    assert not (tmp_path / "hub").exists()
+    assert not api.method_calls
+
+
+@pytest.mark.parametrize("form", ["safetensors", "torch", "onnx", "hub"])
+def test_nothing_is_overwritten(form: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = Path(shutil.copy(run / "weights.safetensors", tmp_path / "mine.safetensors"))
+    default = tmp_path / f"mine{export.ENDINGS[form]}"
+    for out in (default, tmp_path / f"other{export.ENDINGS[form]}"):
+        out.write_text("precious")
+        given = () if out == default else ("--out", out)
+        assert f"{out} is there already" in one_line(capsys, weights, "--format", form, *given)
+        assert out.read_text() == "precious"
+
+
+def test_a_missing_extra_is_named(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    line = one_line(capsys, run, "--format", "onnx", "--out", tmp_path / "x.onnx")
+    assert 'pip install "fastcr[onnx]"' in line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["RUN"], "--format"),
+        (["RUN", "--format", "onxx"], "invalid choice 'onxx'"),
+        (["RUN", "--format", "torch", "--out", "OUT/x.onnx"], "--out must end in .pt2 with --format torch"),
+        (["OUT/nothing", "--format", "torch"], "no run folder or weights file"),
+        (["OUT", "--format", "torch"], "no weights.safetensors in it"),
+        (["RUN", "--format", "hub", "--out", "/proc/x/hub"], "/proc/x"),
+    ],
+)
+def test_mistakes_get_one_line(
+    args: list[str], message: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = [each.replace("RUN", str(run)).replace("OUT", str(tmp_path)) for each in args]
+    assert message in one_line(capsys, *args)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("form", ["torch", "onnx"])
+def test_an_encoder_that_cannot_be_exported_gets_one_line(
+    form: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def forward(self: Encoder, images: Tensor) -> Any:
+        raise NotImplementedError("no such\nop")
+
+    monkeypatch.setattr(Encoder, "forward", forward)
+    line = one_line(capsys, run, "--format", form, "--out", tmp_path / f"x{export.ENDINGS[form]}")
+    assert "resnet18 cannot be made a graph: no such op" in line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("form", ["torch", "onnx"])
+def test_a_released_branch_gets_no_graph(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = write_weights(tmp_path / "released.safetensors", released=True)
+    assert "scaled over the whole batch" in one_line(capsys, weights, "--format", form)
+
+
+def test_the_card_of_a_released_branch_says_that_embeddings_depend_on_the_batch(tmp_path: Path) -> None:
+    weights = write_weights(tmp_path / "released.safetensors", released=True)
+    export.main([str(weights), "--format", "hub"])
+    folder = tmp_path / "released-hub"
+    assert "depends on the images beside it" in (folder / "README.md").read_text()
+    agrees(fastcr.load(folder)(images(3)), fastcr.load(weights), 3, 0)
