@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastcr.checkpoint import write_whole
 from fastcr.config import UsageError, load_config, one_line_errors, parse, tyro
-from fastcr.embed import Branch, Embeddings, embed, encode, evaluating, load_encoder
+from fastcr.embed import Branch, Embeddings, embed, encode, evaluating, find_weights, load_encoder
 from fastcr.folders import ImageList, Splits, read_splits
 from fastcr.linear_probe import fit_augmented
 from fastcr.localisation import Objects, read_objects
@@ -271,7 +271,7 @@ def main(args: Sequence[str] | None = None) -> None:
         source, root, frozen = config.source, config.data.root, None
         if source.is_dir():
             root = root or load_config(source / "config.yaml").data.root or write_synthetic()
-            weights, frozen = source / "weights.safetensors", source / "init.safetensors"
+            weights, frozen = find_weights(source), source / "init.safetensors"
         elif source.exists():
             weights = source
             if root is None:

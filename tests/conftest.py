@@ -13,6 +13,10 @@ from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core leaves no core for more threads; read when torch is imported
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 if not torch.cuda.is_available():

@@ -354,7 +354,7 @@ def test_mistaken_arguments_of_evaluate(
 def test_run_without_weights_cannot_be_evaluated(copied: Path, birds: Path, mistake: Callable[..., str]) -> None:
     (copied / "weights.safetensors").unlink()
     line = mistake(evaluate.main, copied, "--data.root", birds)
-    assert f"no weights file {copied}/weights.safetensors" in line
+    assert f"{copied} is not a run folder, or its run has saved nothing yet: no weights.safetensors in it" in line
 
 
 def odd_facts(**facts: object) -> Callable[[Path], None]:
@@ -379,7 +379,7 @@ def metadata(text: str) -> Callable[[Path], None]:
         (lambda file: safetensors.torch.save_file({"a": torch.ones(2)}, file), "no fastcr metadata"),
         (metadata("{"), ""),
         (metadata("[1]"), ""),
-        (metadata('{"backbone": "resnet18"}'), "last_stage"),
+        (metadata('{"backbone": "resnet18"}'), "does not hold what its metadata says"),
         (odd_facts(), "does not hold what its metadata says"),
         (odd_facts(backbone="vit"), "vit"),
         (odd_facts(last_stage="layer9"), "layer9"),

@@ -137,6 +137,7 @@ def test_benchmarks_finished_before_a_kill_are_kept(
     result, lines = tmp_path / "ops.json", tmp_path / "ops.jsonl"
     if report is not None:
         result.write_text(report)
+    benchmark.disabled = False  # as it is where the tests run in several processes
     benchmark.extra_info["work"] = "fit"
     benchmark.pedantic(lambda: None, rounds=3)
     monkeypatch.setenv("FASTCR_BENCH_LINES", str(lines))
