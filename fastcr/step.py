@@ -68,9 +68,10 @@ def contrast_losses(
         pooled = mean_pool(features.detach()).requires_grad_()
         contrast = info_nce(moco.query(pooled), key, moco.queue, temperature=temperature, impl=impl)
         (gradient,) = torch.autograd.grad(contrast.sum(), pooled, retain_graph=True)
+        contrast = contrast.mean()
     with record_function("fit"):  # the size of `gradient` is lost on GradCAM, which is normalised
-        fit = branch.fit(features, scale(gradient), pool_weight=1 / len(pooled))
-    return Losses(contrast.mean(), fit.divergence.mean(), fit.attention, features.detach(), key)
+        divergence, attention, _ = branch.fit(features, scale(gradient), pool_weight=1 / len(pooled))
+        return Losses(contrast, divergence.mean(), attention, features.detach(), key)
 
 
 def train_step(
