@@ -44,7 +44,7 @@ from fastcr.views import Batch
 
 
 class Ceilings(NamedTuple):
-    """What the device reached in this session: bytes a second of a copy, FLOP a second of a matrix product."""
+    """What the device reached in the same run: bytes a second of a copy, FLOP a second of a matrix product."""
 
     copy: float
     matmul: float

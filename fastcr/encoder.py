@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -24,6 +23,7 @@ from fastcr.backbone import TIMM, build_backbone
 from fastcr.checkpoint import load_weights
 from fastcr.config import RationaleConfig, ReleasedConfig, UsageError
 from fastcr.embed import Branch, build_branch, find_weights
+from fastcr.folders import to_rgb
 from fastcr.machine import pick_device
 from fastcr.moco import mean_pool
 from fastcr.released import from_released_checkpoint, released_facts
@@ -86,14 +86,7 @@ class Encoder(nn.Module):
         size = self.image_size
         cut = [v2.Resize(round(size * 8 / 7), antialias=True), v2.CenterCrop(size)]
         scale = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.mean, self.std)]
-        return v2.Compose([_rgb, v2.PILToTensor(), *cut, *scale])
-
-
-def _rgb(picture: Image.Image) -> Image.Image:
-    """As `folders.read_rgb`: 16-bit grey is scaled, where PIL's own conversion would clip it."""
-    if picture.mode.startswith("I"):
-        picture = Image.fromarray((np.asarray(picture, dtype=np.int64) >> 8).astype(np.uint8))
-    return picture.convert("RGB")
+        return v2.Compose([to_rgb, v2.PILToTensor(), *cut, *scale])
 
 
 def load(path_or_run: str | os.PathLike[str], device: str | torch.device = "cpu") -> Encoder:

@@ -159,12 +159,17 @@ def read_rgb(file: str | BinaryIO, name: str = "") -> Image.Image:
     try:
         with Image.open(file) as image:
             image.load()
-            if image.mode.startswith("I"):  # convert("RGB") would clip 16-bit values at 255
-                image = Image.fromarray((np.asarray(image, dtype=np.int64) >> 8).astype(np.uint8))
-            return image if image.mode == "RGB" else image.convert("RGB")  # a copy of a large picture costs memory
+            return to_rgb(image)
     except Exception as error:  # decoders raise whatever the broken bytes lead them to
         reason = "no format known here" if isinstance(error, UnidentifiedImageError) else error
         raise OSError(f"{(name or file)!r} is not a readable image: {reason}") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A picture of any mode as RGB, 8 bits; 16-bit grey is scaled, alpha is dropped."""
+    if image.mode.startswith("I"):  # convert("RGB") would clip 16-bit values at 255
+        image = Image.fromarray((np.asarray(image, dtype=np.int64) >> 8).astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")  # a copy of a large picture costs memory
 
 
 def read_rgb_or_next(images: ImageList, index: int) -> tuple[Image.Image, list[int]]:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from fastcr.backbone import CHILDREN
 from fastcr.config import RationaleConfig, ReleasedConfig, UsageError
 from fastcr.kernels.info_nce import info_nce
 from fastcr.kernels.rationale_pool import RationalePool
@@ -142,7 +143,6 @@ def from_released_checkpoint(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _torchvision_name(key: str) -> str:
-    """BYOL's encoder may be a Sequential of the ResNet's children: 0 conv1, 1 bn1, 4.. layer1.. (3: the max-pool's)."""
+    """BYOL's encoder may be a Sequential of the ResNet's children."""
     first, _, rest = key.partition(".")
-    names = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
-    return f"{names.get(first, first)}.{rest}"
+    return f"{CHILDREN.get(first, first)}.{rest}"
