@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -30,6 +30,7 @@ from torch import Tensor
 from fastcr.checkpoint import write_whole
 from fastcr.config import UsageError
 
+BAD_BATCH = "bad_batch.json"
 SHOWN = {  # metric: its name on the bar's second line, and format
     "images_per_second": ("images/s", "{:.0f}"),
     "data_wait": ("waiting for data", "{:.0%}"),
@@ -158,15 +159,21 @@ class Meter:
 class LossWatch:
     """Notices a loss or a weight that is no number, without waiting for the device at every step."""
 
-    def __init__(self, parameters: Sequence[Tensor], step: int) -> None:
+    def __init__(
+        self, parameters: Sequence[Tensor], step: int, folder: Path, files_of: Callable[[int], Sequence[str]]
+    ) -> None:
         self.parameters, self.step, self.losses = parameters, step, list[Tensor]()
+        self.folder, self.files_of = folder, files_of
 
     def add(self, loss: Tensor) -> None:
         """Take note of the next step's loss, a scalar."""
         self.losses.append(loss)
 
-    def check(self, resume: Path) -> None:
-        """Raise `UsageError`, naming the step and the last good checkpoint, if anything since the last check is bad."""
+    def check(self) -> None:
+        """Raise `UsageError`, naming the step and the last good checkpoint, if anything since the last check is bad.
+
+        The files of that step's images (`files_of`) are written to `bad_batch.json`, to look at or to train on again.
+        """
         bad = (~torch.stack(self.losses).isfinite()).nonzero() if self.losses else torch.empty(0)
         if len(bad):
             step = self.step + 1 + int(bad[0])
@@ -175,12 +182,18 @@ class LossWatch:
         else:
             self.step, self.losses = self.step + len(self.losses), []
             return
+        content = json.dumps({"step": step, "files": list(self.files_of(step))}, indent=2)
+        write_whole(self.folder / BAD_BATCH, lambda file: file.write_text(content))
+        resume = self.folder / "resume.pt"
         last_good = f"the last good checkpoint is {resume}" if resume.exists() else "nothing had been saved yet"
-        raise UsageError(f"the loss is not a finite number from step {step} on (try a lower --optim.lr); {last_good}")
+        raise UsageError(
+            f"the loss is not a finite number from step {step} on (try a lower --optim.lr); {last_good}; "
+            f"the step's images are listed in {self.folder / BAD_BATCH}"
+        )
 
 
 class StopSignal:
-    """Turns SIGTERM and SIGINT into a wish the loop looks at between steps; used as a context manager."""
+    """Turns SIGTERM, SIGUSR1 and SIGINT into a wish the loop looks at between steps; used as a context manager."""
 
     def __init__(self) -> None:
         self.received = 0
@@ -188,13 +201,14 @@ class StopSignal:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received:  # a second Ctrl-C does not wait for the step
             raise KeyboardInterrupt
-        self.received = number
+        self.received = number if number == signal.SIGINT else signal.SIGTERM  # schedulers send USR1 ahead of time
 
     def __enter__(self) -> StopSignal:
         """Listen, where signals can be (the main thread)."""
         self.before = {}
         if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+            numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+            self.before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(

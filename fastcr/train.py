@@ -30,6 +30,7 @@ from fastcr.runlog import LossWatch, Meter, RunLog, StopSignal, keep_records
 from fastcr.step import Losses, cosine_lr
 from fastcr.synthetic import write_synthetic
 from fastcr.training import Training, check_device, compiles, pick_dtype, prepare
+from fastcr.views import step_indices
 
 
 def train(config: Config, console: Console, resume: Path | None = None, *, started: float = 0.0) -> Path:
@@ -64,7 +65,7 @@ def train(config: Config, console: Console, resume: Path | None = None, *, start
     evaluation = TrainingEvaluation(folder, splits, device, pick_workers(config.data.workers), console)
 
     def save(step: int) -> None:
-        watch.check(folder / "resume.pt")
+        watch.check()
         state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
         state["scaler"] = scaler.state_dict()
         # resume.pt last: what it has passed is there
@@ -72,7 +73,8 @@ def train(config: Config, console: Console, resume: Path | None = None, *, start
         save_resume(folder / "resume.pt", state | {"random": random_states(), "images": fingerprint(splits.train)})
 
     log = RunLog(folder, console, start_step=start_step, last_step=last_step, steps_per_epoch=steps_per_epoch)
-    watch, warned, saved_at = LossWatch(optimizer.param_groups[0]["params"], start_step), False, time.monotonic()
+    trained, files_of = optimizer.param_groups[0]["params"], partial(files_of_step, config, splits.train)
+    watch, warned, saved_at = LossWatch(trained, start_step, folder, files_of), False, time.monotonic()
     with log, StopSignal() as stop:
         batches, meter, ready = views.batches(start_step), Meter(), time.monotonic()
         for step in range(start_step + 1, last_step + 1):
@@ -92,7 +94,7 @@ def train(config: Config, console: Console, resume: Path | None = None, *, start
 
             epoch, epoch_ends = step // steps_per_epoch, step % steps_per_epoch == 0
             if step % config.run.log_every == 0 or epoch_ends or step == last_step:
-                watch.check(folder / "resume.pt")
+                watch.check()
                 record = {"step": step, "epoch": step / steps_per_epoch, "loss": loss.item(), "lr": lr}
                 record |= metrics_of(losses, branch) | meter.read()
                 log.record(record)
@@ -148,6 +150,12 @@ def new_folder(config: Config) -> Path:
     except OSError as error:
         raise UsageError(f"cannot write into --run.dir {folder}: {error.strerror}") from None
     return folder
+
+
+def files_of_step(config: Config, images: ImageList, step: int) -> list[str]:
+    """The files of the images that `step` (from 1) trains on, in their order."""
+    _, indices = step_indices(len(images), config.optim.batch_size, config.run.seed, step - 1)
+    return [images.path(int(index)) for index in indices]
 
 
 def fingerprint(images: ImageList) -> int:

@@ -24,8 +24,10 @@ from fastcr import step, train, training
 from fastcr.backbone import build_backbone
 from fastcr.checkpoint import load_weights
 from fastcr.config import load_config
+from fastcr.folders import read_splits
 from fastcr.kernels import launch
 from fastcr.presets import PRESETS
+from fastcr.views import step_indices
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # 64 training images make 8 steps an epoch; a queue of 20 is no multiple of the batch
@@ -382,6 +384,26 @@ def test_resumed_run_evaluates_an_epoch_once(birds: Path, tmp_path: Path) -> Non
     assert [json.loads(line)["epoch"] for line in lines] == [1]
 
 
+@pytest.mark.parametrize(("sent", "status"), [("SIGTERM", 143), ("SIGUSR1", 143), ("SIGINT", 130)])
+def test_signals_save_and_end_the_run(
+    flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: str, status: int
+) -> None:
+    steps = iter(range(1, 100))
+    original = training.train_step
+
+    def stopped(*args: Any, **kwargs: Any) -> Any:
+        if next(steps) == 2:
+            signal.raise_signal(getattr(signal, sent))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(training, "train_step", stopped)
+    with pytest.raises(SystemExit) as stop:
+        run(flat, tmp_path / "run")
+    assert stop.value.code == status
+    assert state(tmp_path / "run")["step"] == 2
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL  # as it was before
+
+
 def test_completed_run_is_only_evaluated(evaluated: Finished, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(evaluated.folder, tmp_path / "run"))
     kept = ("metrics.jsonl", "weights.safetensors", "resume.pt", "init.safetensors", "results.json")
@@ -459,6 +481,14 @@ def test_loss_that_is_no_number_is_named_though_it_is_seldom_read(
     line = refused(lambda: run(flat, tmp_path / "run", "--run.log_every", "7"), capsys)
     assert "not a finite number from step 3 on" in line
     assert "nothing had been saved yet" in line
+    assert str(tmp_path / "run" / "bad_batch.json") in line
+    bad = json.loads((tmp_path / "run" / "bad_batch.json").read_text())
+    assert bad["step"] == 3
+    # the views of an epoch's steps are of different images; these are the third's
+    images = read_splits(flat).train
+    _, indices = step_indices(len(images), 8, 0, 2)
+    assert bad["files"] == [images.path(i) for i in indices]
+    assert all(Path(file).is_file() for file in bad["files"])
     assert "resume.pt" not in names(tmp_path / "run")
 
 
