@@ -1,11 +1,18 @@
-"""Files of a run, each replaced whole or not at all: `weights.safetensors` for others, `resume.pt` for the run."""
+"""Files of a run, each replaced whole or not at all: `weights.safetensors` for others, `resume.pt` for the run.
+
+Both carry checksums: `resume.pt`, a zip archive, the CRC-32 of each of its parts; the other one over all of it.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import pickle
-from collections.abc import Callable
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +43,10 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def save_weights(path: Path, state: dict[str, Tensor], facts: dict[str, Any]) -> None:
-    """Write `state` as safetensors with `facts` as JSON under the metadata key `fastcr`."""
+    """Write `state` as safetensors with `facts` as JSON under the metadata key `fastcr`, and a checksum of both."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     metadata = {"fastcr": json.dumps(facts)}
+    metadata["crc32"] = checksum(tensors, metadata["fastcr"])
     # safetensors' own save_file would make it readable to its owner only
     write_whole(path, lambda file: file.write_bytes(safetensors.torch.save(tensors, metadata)))
 
@@ -47,12 +55,19 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `save_weights` wrote; no facts for a file of another kind. `UsageError` if it is missing or broken."""
     state, facts = read_state_dict(path), {}
     if path.suffix == ".safetensors":
-        with safe_open(path, "pt") as file:
-            try:
-                facts = json.loads((file.metadata() or {}).get("fastcr", "{}"))
-            except ValueError:
-                facts = {}
+        with safe_open(path, "pt") as file, suppress(ValueError):
+            facts = json.loads((file.metadata() or {}).get("fastcr", "{}"))
     return state, facts if isinstance(facts, dict) else {}
+
+
+def checksum(tensors: Mapping[str, Tensor], facts: str) -> str:
+    """CRC-32 of tensors on the CPU, their names, kinds and shapes, and the text that describes them."""
+    crc = zlib.crc32(facts.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        crc = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), crc)
+        crc = zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy().data, crc)
+    return f"{crc:08x}"
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -64,10 +79,14 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UsageError(f"no weights file {path}")
     if path.suffix == ".safetensors":
+        content: Any
         try:
-            content: Any = safetensors.torch.load_file(path)
+            with safe_open(path, "pt") as file:
+                content, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise UsageError(f"{path} is not a whole safetensors file: {error}") from None
+        if metadata.get("crc32", "") not in ("", checksum(content, metadata.get("fastcr", ""))):
+            raise UsageError(f"{path} is broken: it is not what was written (its checksum does not match)")
     else:
         content = load_torch(path)
     for key in ("state_dict", "model"):
@@ -96,19 +115,97 @@ def load_torch(path: Path) -> Any:
         raise UsageError(f"{path} is broken, or is no checkpoint ({type(error).__name__})") from None
 
 
-def save_resume(path: Path, content: dict[str, Any]) -> None:
-    """Write what a run needs to go on bit for bit."""
+def earlier(path: Path, saves: int) -> Path:
+    """Where what `path` held so many saves ago is kept: `resume.1.pt` of `resume.pt`; 0 is `path` itself."""
+    return path.with_name(f"{path.stem}.{saves}{path.suffix}") if saves else path
+
+
+def save_resume(path: Path, content: dict[str, Any], keep: int = 1) -> None:
+    """Write what a run needs to go on bit for bit; of earlier saves, the last `keep - 1` are kept beside it."""
+    for saves in reversed(range(1, keep)):
+        newer, older = earlier(path, saves - 1), earlier(path, saves)
+        if newer == path and path.exists():  # a link, so that there is a whole `path` all the time
+            beside = path.with_name(f".{older.name}.tmp")
+            beside.unlink(missing_ok=True)
+            try:
+                beside.hardlink_to(path)
+                beside.replace(older)
+            except OSError:  # a file system without links
+                path.replace(older)
+        elif newer.exists():
+            newer.replace(older)
     write_whole(path, lambda file: torch.save(content, file))
 
 
-def load_resume(path: Path) -> dict[str, Any]:
-    """Read what `save_resume` wrote. `UsageError` if the file is missing, broken or something else."""
-    if not path.is_file():
+def has_resume(path: Path) -> bool:
+    """Whether a run has saved anything to go on from, whole or not."""
+    return path.exists() or any(path.parent.glob(f"{path.stem}.*{path.suffix}"))
+
+
+def load_resume(path: Path) -> tuple[dict[str, Any], Path]:
+    """The newest whole content that `save_resume` wrote there, and the file it is from.
+
+    `UsageError` if there is none: what is wrong with the newest.
+    """
+    numbered = [file for file in path.parent.glob(f"{path.stem}.*{path.suffix}") if file.suffixes[0][1:].isdigit()]
+    found = [path] * path.is_file() + sorted(numbered, key=lambda file: int(file.suffixes[0][1:]))
+    if not found:
         raise UsageError(f"{path.parent} has no {path.name}: the run stopped before its first save")
-    content = load_torch(path)
+    for file in found:
+        with suppress(UsageError):
+            return _read_resume(file), file
+    return _read_resume(found[0]), found[0]  # says what is wrong with it
+
+
+def _read_resume(path: Path) -> dict[str, Any]:
+    content = load_torch(path)  # which first refuses what is no checkpoint at all, with a reason
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()  # torch itself does not look at the checksums it writes
+    except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, NotImplementedError, ValueError) as error:
+        raise UsageError(f"{path} is broken: {error}") from None
+    if broken:
+        raise UsageError(f"{path} is broken: it is not what was written (the checksum of {broken} does not match)")
     if not isinstance(content, dict) or "step" not in content or "model" not in content:
         raise UsageError(f"{path} was not written by fastcr.train")
     return content
+
+
+def on_cpu(content: Any) -> Any:
+    """A copy of nested dicts and lists whose tensors are on the CPU, and stay as they are now."""
+    if isinstance(content, Tensor):
+        return content.detach().to("cpu", copy=True)
+    if isinstance(content, dict):
+        return {key: on_cpu(value) for key, value in content.items()}
+    return [on_cpu(value) for value in content] if isinstance(content, list | tuple) else content
+
+
+class Saver:
+    """Writes the checkpoints of a run folder beside its training: only the copy of the tensors takes time there."""
+
+    def __init__(self, folder: Path, facts: dict[str, Any], keep: int) -> None:
+        self.folder, self.facts, self.keep = folder, facts, keep
+        self.thread, self.pending = ThreadPoolExecutor(1), Future[None]()
+        self.pending.set_result(None)
+
+    def save(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Begin to write both files as things are now; an earlier save is waited for."""
+        self.wait()
+        self.pending = self.thread.submit(self._write, on_cpu(weights), on_cpu(state))
+
+    def _write(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
+        # resume.pt last: what it has passed is there
+        save_weights(self.folder / "weights.safetensors", weights, self.facts)
+        save_resume(self.folder / "resume.pt", state, self.keep)
+
+    def check(self) -> None:
+        """Raise the `UsageError` of a save that has failed since."""
+        if self.pending.done():
+            self.pending.result()
+
+    def wait(self) -> None:
+        """Return when everything is on the disk. `UsageError` if that failed."""
+        self.pending.result()
 
 
 def random_states() -> dict[str, Any]:

@@ -58,6 +58,8 @@ class RunConfig:
     """Epochs between two evaluations during training; 0: only at the end."""
     save_minutes: float = 5.0
     """Minutes between two saves of resume.pt; 0: after every step."""
+    keep: int = 2
+    """How many saves are kept: resume.pt, the one before as resume.1.pt, and so on."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,8 @@ class ModelConfig:
     """imagenet (torchvision's IMAGENET1K_V1, timm's default), none (random), or a .safetensors, .pt or .pth file."""
     allow_missing_weights: bool = False
     """Accept a weights file that does not fill the whole encoder; the rest stays random and is listed."""
+    batchnorm: Literal["local", "sync", "frozen"] = "local"
+    """Statistics of a process's own images, of all processes' (CUDA), or as loaded. Local shuffles images of keys."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ class OptimConfig:
     epochs: int = 100
     """Passes over the training images; the learning rate reaches 0 at their end."""
     batch_size: int = 128
-    """Images (pairs of views) a step."""
+    """Images (pairs of views) a step; of several processes each takes its share."""
     accumulate: int = 1
     """Parts a batch is split into to save memory: their gradients add up; BatchNorm sees a part at a time."""
     lr: float = 0.03
@@ -208,6 +212,7 @@ def validate(config: Config) -> Config:
         "--optim.weight_decay must be at least 0 and finite": 0 <= config.optim.weight_decay < math.inf,
         "--run.seed must lie in 0..2**63-1": 0 <= config.run.seed < 2**63,
         "--run.save_minutes must be at least 0": config.run.save_minutes >= 0,
+        "--run.keep must be at least 1": config.run.keep >= 1,
         "--run.steps must be at least 1": config.run.steps is None or config.run.steps >= 1,
         "--run.log_every must be at least 1": config.run.log_every >= 1,
         "--run.eval_every must be at least 0": config.run.eval_every >= 0,

@@ -20,6 +20,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from torchvision.transforms.v2 import functional as TF
 
 from fastcr.config import ModelConfig, RationaleConfig, ReleasedConfig, UsageError
+from fastcr.distributed import ALONE, Processes
 from fastcr.folders import ImageList
 from fastcr.moco import mean_pool
 from fastcr.rationale import RationaleHead
@@ -159,12 +160,14 @@ def encode(
 @contextmanager
 def evaluating(backbone: nn.Module, branch: Branch | None) -> Iterator[None]:
     """Encoder and branch in eval mode, put back as they were after."""
-    modules, training = nn.ModuleList([backbone] + ([branch] if branch else [])), backbone.training
+    modules = nn.ModuleList([backbone] + ([branch] if branch else []))
+    training = {module: module.training for module in modules.modules()}  # frozen parts are in eval mode always
     modules.eval()
     try:
         yield
     finally:
-        modules.train(training)
+        for module, mode in training.items():
+            module.training = mode
 
 
 @torch.inference_mode()
@@ -178,16 +181,25 @@ def embed(
     workers: int,
     console: Console,
     title: str,
+    processes: Processes = ALONE,
 ) -> Embeddings:
-    """Both embeddings and the attention of each image from one pass, encoder and branch in eval mode."""
-    loader = DataLoader(_TestImages(images, image_size), batch_size=BATCH_SIZE, num_workers=workers, collate_fn=collate)
+    """Both embeddings and the attention of each image from one pass, encoder and branch in eval mode.
+
+    Several processes share the batches, which are the same however many there are; the first one gets everything, the
+    others their own share.
+    """
+    numbers = range(processes.rank, -(-len(images) // BATCH_SIZE), processes.ranks)
+    batches = [list(range(number * BATCH_SIZE, min((number + 1) * BATCH_SIZE, len(images)))) for number in numbers]
+    loader = load_crops([images], batches, image_size=image_size, workers=workers, pin=device.type == "cuda")
     # filled in place: the embeddings of 100,000 images are too large to be held twice
     filled: list[Tensor] = []
-    sizes, kept = [], list[int]()
+    sizes, kept = [torch.empty(0, 2, dtype=torch.int64)], list[int]()
     with evaluating(backbone, branch):
         for number, (pixels, sizes_here, readable) in enumerate(
             track(loader, f"embedding, {title}", console=console, transient=True, disable=not console.is_terminal)
         ):
+            sizes.append(sizes_here)
+            kept += [batches[number][i] for i in readable]
             if not readable:
                 continue
             found = [
@@ -195,18 +207,30 @@ def embed(
                 for each in encode(backbone, branch, normalise(pixels.to(device), torch.float32))
                 if each is not None
             ]
-            filled = filled or [torch.empty(len(images), each.shape[1]) for each in found]
+            filled = filled or [torch.empty(sum(map(len, batches)), each.shape[1]) for each in found]
             for all_of_it, part in zip(filled, found, strict=True):
-                all_of_it[len(kept) : len(kept) + len(readable)] = part
-            sizes.append(sizes_here)
-            kept += [number * BATCH_SIZE + i for i in readable]
-    if not kept:
+                all_of_it[len(kept) - len(readable) : len(kept)] = part
+    if not processes.most(len(kept))[0]:
         raise UsageError(f"none of the {len(images)} images under {images.root} can be read")
-    unreadable = [images.path(i) for i in sorted(set(range(len(images))) - set(kept))]
-    mean, rationale, attention = (
-        [each[: len(kept)] for each in filled] if branch else (filled[0][: len(kept)], None, None)
-    )
-    return Embeddings(mean, rationale, attention, torch.cat(sizes), torch.tensor(kept), unreadable)
+    shares = processes.gather(kept) or [kept]
+    # where the rows of each share go, once they are in the order of the images
+    places = torch.tensor([i for share in shares for i in share]).argsort().argsort().split([*map(len, shares)])
+
+    def together(rows: Tensor) -> Tensor:
+        parts = processes.gather_rows(rows) or [rows]
+        if len(parts) == 1:
+            return rows
+        whole = rows.new_empty(sum(map(len, parts)), max(part.shape[1] for part in parts))
+        for part, where in zip(parts, places, strict=True):
+            if len(part):
+                whole[where] = part
+        return whole
+
+    columns = [together(each[: len(kept)]) for each in filled or [torch.empty(0, 0)] * (3 if branch else 1)]
+    rationale, attention = columns[1:] if branch else (None, None)
+    found_all = sorted(i for share in shares for i in share)
+    unreadable = [images.path(i) for i in sorted(set(range(len(images))) - set(found_all))]
+    return Embeddings(columns[0], rationale, attention, together(torch.cat(sizes)), torch.tensor(found_all), unreadable)
 
 
 if __name__ == "__main__":

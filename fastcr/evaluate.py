@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from fastcr.checkpoint import write_whole
 from fastcr.config import UsageError, load_config, one_line_errors, parse, tyro
+from fastcr.distributed import ALONE, Processes, processes_of_torchrun
 from fastcr.embed import Branch, Embeddings, embed, encode, evaluating, find_weights, load_encoder
 from fastcr.folders import ImageList, Splits, read_splits
 from fastcr.linear_probe import fit_augmented
@@ -35,6 +37,7 @@ from fastcr.scores import (
 from fastcr.synthetic import write_synthetic
 
 HISTORY = "evaluations.jsonl"  # of a run: one object an evaluation in between
+PATIENCE = timedelta(days=1)  # of the other processes, while the first one trains its probes
 
 
 def test_images(splits: Splits) -> ImageList | None:
@@ -53,6 +56,7 @@ class Measuring(NamedTuple):
     console: Console
     settings: EvaluateConfig | None = None  # None: retrieval only
     objects: Objects | None = None  # of `images`
+    processes: Processes = ALONE  # that share the work of the encoder; the rest is the first one's
 
     def encoder(self, backbone: nn.Module, branch: Branch | None, image_size: int, title: str) -> Measured:
         """Every score of an encoder."""
@@ -67,15 +71,30 @@ class Measuring(NamedTuple):
                 workers=self.workers,
                 console=self.console,
                 title=f"{title}, {what} images" if what else title,
+                processes=self.processes,
             )
 
-        found, classes, train = embedded(self.images, ""), len(self.images.classes), self.splits.train
+        train = self.splits.train
+        classified = self.settings is not None and self.splits.test is not None and train.labels is not None
+        found = embedded(self.images, "")
+        known = embedded(train, "training") if classified else None
+        return self.processes.once(lambda: self._scores(backbone, branch, image_size, found, known))
+
+    def _scores(
+        self,
+        backbone: nn.Module,
+        branch: Branch | None,
+        image_size: int,
+        found: Embeddings,
+        found_train: Embeddings | None,
+    ) -> Measured:
+        classes, train = len(self.images.classes), self.splits.train
         test = split_of(found, self.images, self.device)
         retrieved, skipped = retrieval_scores(test)
         scores: Scores = {"retrieval": retrieved}
-        if self.settings and self.splits.test and train.labels is not None:
+        if self.settings and found_train:
             knn, linear = self.settings.knn, self.settings.linear
-            known = split_of(embedded(train, "training"), train, self.device)
+            known = split_of(found_train, train, self.device)
             scores["knn"] = knn_scores(known, test, classes, k=knn.k, temperature=knn.temperature)
             if linear.enabled and linear.augment:
                 scores["linear"] = linear_scores(test, self._augmented(backbone, branch, image_size))
@@ -107,8 +126,10 @@ class Measuring(NamedTuple):
             )
 
     def weights(self, path: Path, title: str) -> Measured:
-        """Every score of a weights file."""
-        backbone, branch, facts = load_encoder(path, self.device)
+        """Every score of a weights file, which only the first process needs to have."""
+        backbone, branch, facts = self.processes.once(lambda: load_encoder(path, torch.device("cpu")))
+        for module in filter(None, (backbone, branch)):
+            module.to(self.device)
         return self.encoder(backbone, branch, facts["image_size"], title)
 
     def results(self, weights: Path, frozen: Scores | None) -> dict[str, Any]:
@@ -147,9 +168,17 @@ class Measured(NamedTuple):
 class TrainingEvaluation:
     """The evaluations of one training run: in between, and at its end. Does nothing without labels."""
 
-    def __init__(self, folder: Path, splits: Splits, device: torch.device, workers: int, console: Console) -> None:
-        self.folder, self.console, images = folder, console, test_images(splits)
-        self.measuring = Measuring(splits, images, device, workers, console) if images else None
+    def __init__(
+        self,
+        folder: Path,
+        splits: Splits,
+        device: torch.device,
+        workers: int,
+        console: Console,
+        processes: Processes = ALONE,
+    ) -> None:
+        self.folder, self.console, self.processes, images = folder, console, processes, test_images(splits)
+        self.measuring = Measuring(splits, images, device, workers, console, processes=processes) if images else None
         self.frozen: Scores | None = None
 
     def _frozen(self, measuring: Measuring) -> Scores:
@@ -164,6 +193,8 @@ class TrainingEvaluation:
         frozen = self._frozen(self.measuring)["retrieval"]
         with torch.compiler.set_stance("force_eager"):  # not worth compiling for eval mode and another batch size
             scores = self.measuring.encoder(backbone, branch, image_size, f"epoch {epoch}").scores["retrieval"]
+        if not self.processes.first:
+            return
         with (self.folder / HISTORY).open("a") as file:
             folder = str(self.measuring.images.root)
             file.write(json.dumps({"epoch": epoch, "folder": folder, "retrieval": scores}) + "\n")
@@ -179,7 +210,8 @@ class TrainingEvaluation:
             return
         results = self.measuring.results(self.folder / "weights.safetensors", self._frozen(self.measuring))
         self.console.print(results_table(results))
-        write_results(self.folder / "results.json", results)
+        if self.processes.first:
+            write_results(self.folder / "results.json", results)
 
 
 def write_results(path: Path, results: dict[str, Any]) -> None:
@@ -257,38 +289,45 @@ def validate(config: EvaluateConfig) -> None:
             raise UsageError(message)
 
 
+def read_arguments(args: Sequence[str]) -> tuple[EvaluateConfig, Path, Path | None, Path | None]:
+    """Settings, the weights to measure, the frozen initialisation if there is one, and the images' root."""
+    config = parse(
+        EvaluateConfig,
+        args,
+        prog="python -m fastcr.evaluate",
+        description="Retrieval, kNN, linear probes and localisation; writes results.json.",
+    )
+    validate(config)
+    source, root = config.source, config.data.root
+    if source.is_dir():
+        root = root or load_config(source / "config.yaml").data.root
+        frozen = source / "init.safetensors"
+        return config, find_weights(source), frozen if frozen.is_file() else None, root
+    if not source.exists():
+        raise UsageError(f"no run folder or weights file {source}")
+    if root is None:
+        raise UsageError("a weights file needs --data.root, the folder of images to measure on")
+    return config, source, None, root
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Command line of `python -m fastcr.evaluate`."""
-    console = Console(markup=False)
-    with one_line_errors("fastcr.evaluate"):
-        config = parse(
-            EvaluateConfig,
-            sys.argv[1:] if args is None else args,
-            prog="python -m fastcr.evaluate",
-            description="Retrieval, kNN, linear probes and localisation; writes results.json.",
-        )
-        validate(config)
-        source, root, frozen = config.source, config.data.root, None
-        if source.is_dir():
-            root = root or load_config(source / "config.yaml").data.root or write_synthetic()
-            weights, frozen = find_weights(source), source / "init.safetensors"
-        elif source.exists():
-            weights = source
-            if root is None:
-                raise UsageError("a weights file needs --data.root, the folder of images to measure on")
-        else:
-            raise UsageError(f"no run folder or weights file {source}")
-        splits = read_splits(root)
+    with one_line_errors("fastcr.evaluate"), processes_of_torchrun("fastcr.evaluate", PATIENCE) as processes:
+        console = Console(markup=False, quiet=not processes.first)
+        config, weights, frozen, root = processes.once(lambda: read_arguments(sys.argv[1:] if args is None else args))
+        splits = read_splits(root or write_synthetic())
         images = test_images(splits)
         if images is None:
             raise UsageError(f"{root} has no labels (class folders), so nothing can be measured")
         objects = read_objects(config.data.boxes, images)
-        device, workers = pick_device(config.run.device), pick_workers(config.data.workers)
-        measuring = Measuring(splits, images, device, workers, console, config, objects)
-        scores = measuring.weights(frozen, "frozen init").scores if frozen and frozen.is_file() else None
+        device = pick_device(config.run.device, processes.local_rank, processes.local_ranks)
+        workers = pick_workers(config.data.workers, processes.local_ranks)
+        measuring = Measuring(splits, images, device, workers, console, config, objects, processes)
+        scores = measuring.weights(frozen, "frozen init").scores if frozen else None
         results = measuring.results(weights, scores)
         console.print(results_table(results))
-        write_results(weights.parent / "results.json", results)
+        if processes.first:
+            write_results(weights.parent / "results.json", results)
         console.print(f"results: {weights.parent / 'results.json'}", soft_wrap=True, highlight=False)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,23 +15,30 @@ from rich.console import Console
 
 from fastcr.cached_views import CachedViews
 from fastcr.config import Config, UsageError
+from fastcr.distributed import ALONE, Processes
 from fastcr.folders import ImageList
 from fastcr.machine import free_memory, pick_workers
 from fastcr.pixel_cache import CachedImages, Place, fill, measure
 from fastcr.torch_views import TorchViews
-from fastcr.views import BadFiles, Prefetched, Views
+from fastcr.views import BadFiles, Prefetched, Shard, Views
 
 GIB = 2**30
 
 
 def make_views(
-    config: Config, images: ImageList, device: torch.device, dtype: torch.dtype, console: Console
+    config: Config,
+    images: ImageList,
+    device: torch.device,
+    dtype: torch.dtype,
+    console: Console,
+    processes: Processes = ALONE,
 ) -> tuple[Views, Config]:
     """The loader the settings ask for, its cache filled; and the settings with every `auto` of it settled.
 
-    A run goes on with the loader it began with. Raises `UsageError` for what is not installed or has no room.
+    Each of several processes loads its share of a batch. A run goes on with the loader it began with. Raises
+    `UsageError` for what is not installed or has no room.
     """
-    data, workers = config.data, pick_workers(config.data.workers)
+    data, workers = config.data, pick_workers(config.data.workers, processes.local_ranks)
     bad = BadFiles(images, data.on_corrupt)
     place: Place | Literal["off"] = "off"
     if data.loader == "dali" and data.cache not in ("auto", "off"):
@@ -40,7 +48,7 @@ def make_views(
     if data.loader != "dali" and data.cache != "off":
         side = data.cache_side or 2 * data.image_size
         sizes = measure(images, side, workers, console)
-        place = choose_place(config, int(sizes.prod(1).sum()) * 3, device, console)
+        place = choose_place(config, int(sizes.prod(1).sum()) * 3, device, console, processes.local_ranks)
     loader = choose_loader(config, place, device, console)
     console.print(
         f"loader: {loader}; cache: {place}; device: {device}; {len(images)} training images",
@@ -49,17 +57,19 @@ def make_views(
     )
     settings: dict[str, Any] = {
         "image_size": data.image_size,
-        "batch_size": config.optim.batch_size,
+        "batch_size": config.optim.batch_size // processes.ranks,
         "seed": config.run.seed,
         "device": device,
         "dtype": dtype,
+        "shard": Shard(processes.rank, processes.ranks),
     }
     if place != "off":
         folder = data.cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastcr"
         start = time.perf_counter()
-        cache = fill(
-            images, sizes, place, side=side, device=device, workers=workers, folder=folder, bad=bad, console=console
-        )
+        with processes.local_first() if place == "disk" else nullcontext():  # the others find what one has written
+            cache = fill(
+                images, sizes, place, side=side, device=device, workers=workers, folder=folder, bad=bad, console=console
+            )
         size, seconds = cache.pixels.numel() / GIB, time.perf_counter() - start
         console.print(f"decoded once: {size:.2f} GiB in {seconds:.1f} s", highlight=False)
         images = CachedImages(images.root, images.files, images.labels, images.classes, cache)
@@ -84,10 +94,15 @@ def make_views(
     return views, replace(config, data=replace(data, loader=loader, cache=place))
 
 
-def choose_place(config: Config, size: int, device: torch.device, console: Console) -> Place | Literal["off"]:
-    """Where `size` bytes of decoded images go, as `--data.cache` asks; auto leaves ample room for everything else."""
+def choose_place(
+    config: Config, size: int, device: torch.device, console: Console, local_ranks: int = 1
+) -> Place | Literal["off"]:
+    """Where `size` bytes of decoded images go, as `--data.cache` asks; auto leaves ample room for everything else.
+
+    Each of the `local_ranks` processes of a machine keeps its own.
+    """
     cuda = device.type == "cuda"
-    room = {"device": torch.cuda.mem_get_info(device)[0] if cuda else 0, "host": free_memory()}
+    room = {"device": torch.cuda.mem_get_info(device)[0] if cuda else 0, "host": free_memory() // local_ranks}
     asked, loader = config.data.cache, config.data.loader
     if asked == "auto":
         if cuda and loader != "torch" and size <= room["device"] / 4:

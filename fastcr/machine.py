@@ -13,10 +13,19 @@ import torch
 from fastcr.config import UsageError
 
 
-def pick_device(name: str) -> torch.device:
-    """The device `--run.device` names; auto: CUDA when there is one. `UsageError` if it is not there."""
+def pick_device(name: str, local_rank: int = 0, local_ranks: int = 1) -> torch.device:
+    """The device `--run.device` names; auto: CUDA when there is one. `UsageError` if it is not there.
+
+    Of several processes on a machine, each takes the CUDA device of its own number.
+    """
     if name == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if local_ranks > 1 and name == "cuda":
+        if local_ranks > torch.cuda.device_count():
+            raise UsageError(f"{local_ranks} processes on a machine with {torch.cuda.device_count()} CUDA devices")
+        name = f"cuda:{local_rank}"
+    elif local_ranks > 1 and name.startswith("cuda:"):
+        raise UsageError(f"--run.device {name}: {local_ranks} processes need a device each; take cuda")
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -30,9 +39,9 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def pick_workers(workers: int | None) -> int:
-    """`--data.workers`, or the cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if workers is None else workers
+def pick_workers(workers: int | None, local_ranks: int = 1) -> int:
+    """`--data.workers`, or this process's share of the cores that it may run on."""
+    return max(len(os.sched_getaffinity(0)) // local_ranks, 1) if workers is None else workers
 
 
 def free_memory() -> int:

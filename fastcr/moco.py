@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from fastcr.distributed import ALONE, Processes
+
 
 def projection_head(channels: int, embedding_dim: int) -> nn.Sequential:
     """Two-layer head of MoCo v2: `[B,channels]` to `[B,embedding_dim]`."""
@@ -32,6 +34,8 @@ class MoCo(nn.Module):
         self.key_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
         self.key_head = copy.deepcopy(self.head).requires_grad_(False)
         self.key_stream: torch.cuda.Stream | None = None  # where keys are made beside the queries, if anywhere
+        self.processes: Processes = ALONE  # that share the queue
+        self.shuffle = False  # the images of keys among them
         self.register_buffer("queue", F.normalize(torch.randn(queue_size, embedding_dim), dim=1))
         self.register_buffer("queue_position", torch.zeros((), dtype=torch.int64))
 
@@ -41,19 +45,28 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def key(self, images: Tensor, autocast: torch.autocast) -> Tensor:
-        """Images `[B,3,H,W]` to unit keys `[B,D]`; the encoder runs under `autocast`, the head in fp32.
+        """Images `[B,3,H,W]` to unit keys `[B*ranks,D]`; the encoder runs under `autocast`, the head in fp32.
 
-        With a `key_stream` they are there only after `wait_for_keys`.
+        They are those of all processes, in the order of the images: `own` picks this one's. With a `key_stream` they
+        are there only after `wait_for_keys`.
         """
         if self.key_stream:
             self.key_stream.wait_stream(torch.cuda.current_stream())
         with record_function("key forward"), torch.cuda.stream(self.key_stream):
+            if self.shuffle:
+                images = self.processes.shuffle(images)
             with autocast:
                 features = self.key_backbone(images)
             key = F.normalize(self.key_head(mean_pool(features)), dim=1)
+            if self.processes.ranks > 1:
+                key = self.processes.gather_keys(key, shuffled=self.shuffle)
         if self.key_stream:
             key.record_stream(torch.cuda.current_stream())
         return key
+
+    def own(self, keys: Tensor) -> Tensor:
+        """This process's rows `[B,D]` of what `key` gave."""
+        return keys.chunk(self.processes.ranks)[self.processes.rank]
 
     def wait_for_keys(self) -> None:
         """Let what the device does next wait for the keys."""

@@ -5,10 +5,12 @@ Each docstring states what to expect. Where a figure has not been measured with 
 
 from __future__ import annotations
 
+import argparse
 import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from fastcr.checkpoint import has_resume
 from fastcr.config import (
     Config,
     DataConfig,
@@ -107,18 +109,26 @@ PRESETS: dict[str, Callable[[], Config]] = {
 
 
 def read_command_line(args: Sequence[str]) -> tuple[Config, Path | None]:
-    """`[PRESET | --resume RUN] [--section.field value ...]` to settings and the run to go on with."""
+    """`[PRESET | --resume RUN] [--section.field value ...]` to settings and the run to go on with.
+
+    `PRESET --run.dir RUN --resume auto` goes on with RUN if it has saved anything, and begins it if not.
+    """
     args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--resume=") else [arg])]
     resume = None
     if "--resume" in args:
         at = args.index("--resume")
         if at + 1 == len(args) or args[at + 1].startswith("--"):
-            raise UsageError("--resume needs a run folder")
+            raise UsageError("--resume needs a run folder, or auto and --run.dir")
         resume = Path(args[at + 1])
-        if not resume.is_dir():
-            raise UsageError(f"no run folder {resume}")
-        default = load_config(resume / "config.yaml")
         del args[at : at + 2]
+        if str(resume) == "auto":
+            resume = run_to_go_on_with(args)
+            if resume and args and not args[0].startswith("-"):
+                del args[0]  # the preset: config.yaml has what came of it
+        elif not resume.is_dir():
+            raise UsageError(f"no run folder {resume}")
+    if resume:
+        default = load_config(resume / "config.yaml")
     else:
         name = args.pop(0) if args and not args[0].startswith("-") else "synthetic"
         if name not in PRESETS:
@@ -137,3 +147,16 @@ def read_command_line(args: Sequence[str]) -> tuple[Config, Path | None]:
     if resume and (config.run.seed, config.optim.batch_size) != (default.run.seed, default.optim.batch_size):
         raise UsageError("--run.seed and --optim.batch_size of a run cannot change: they order its images")
     return validate(config), resume
+
+
+def run_to_go_on_with(args: Sequence[str]) -> Path | None:
+    """The folder that `--run.dir` names among `args`, if a run has saved anything there. `UsageError` without it."""
+    reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    reader.add_argument("--run.dir", "--run-dir", dest="dir", type=Path)
+    try:
+        folder = reader.parse_known_args(args)[0].dir
+    except argparse.ArgumentError:
+        folder = None
+    if folder is None:
+        raise UsageError("--resume auto needs --run.dir, the folder to look for the run in")
+    return folder if has_resume(folder / "resume.pt") else None

@@ -99,7 +99,7 @@ def released_losses(
     moco.wait_for_keys()
     with record_function("contrast"):
         pooled = mean_pool(features)
-        contrast = info_nce(moco.query(pooled), key, moco.queue, temperature=temperature).mean()
+        contrast = info_nce(moco.query(pooled), moco.own(key), moco.queue, temperature=temperature).mean()
         (gradient,) = torch.autograd.grad(
             contrast, pooled, retain_graph=True, create_graph=not branch.released.detach_target
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import threading
 import time
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from rich.console import Console, Group
@@ -28,7 +29,8 @@ from rich.text import Text
 from torch import Tensor
 
 from fastcr.checkpoint import write_whole
-from fastcr.config import UsageError
+from fastcr.config import Config, UsageError
+from fastcr.distributed import ALONE, Processes
 
 BAD_BATCH = "bad_batch.json"
 SHOWN = {  # metric: its name on the bar's second line, and format
@@ -42,25 +44,34 @@ SHOWN = {  # metric: its name on the bar's second line, and format
 
 
 class RunLog:
-    """Shows a run's progress and appends its records; used as a context manager.
+    """Shows a run's progress and appends its records; used as a context manager. With `writes` False it does nothing.
 
     `metrics.jsonl` holds one JSON object a logged step. A resumed run first drops the records after `start_step`, which
     it will write again.
     """
 
     def __init__(
-        self, folder: Path, console: Console, *, start_step: int, last_step: int, steps_per_epoch: int
+        self,
+        folder: Path,
+        console: Console,
+        *,
+        start_step: int,
+        last_step: int,
+        steps_per_epoch: int,
+        writes: bool = True,
     ) -> None:
-        self.writer: Any = None
-        with warnings.catch_warnings(), suppress(ImportError):  # a run does without TensorBoard
-            warnings.simplefilter("ignore")  # its own, about its dependencies
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)
         self.console, self.steps_per_epoch = console, steps_per_epoch
-        path = folder / "metrics.jsonl"
-        keep_records(path, "step", start_step)
-        self.file = path.open("a")
+        self.writer: Any = None
+        self.file: TextIO | None = None
+        if writes:
+            with warnings.catch_warnings(), suppress(ImportError):  # a run does without TensorBoard
+                warnings.simplefilter("ignore")  # its own, about its dependencies
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.writer = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)
+            path = folder / "metrics.jsonl"
+            keep_records(path, "step", start_step)
+            self.file = path.open("a")
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -89,7 +100,8 @@ class RunLog:
         self.live.stop()
         if self.writer:
             self.writer.close()
-        self.file.close()
+        if self.file:
+            self.file.close()
 
     def advance(self, step: int, epochs: int) -> None:
         """Move the bar to `step` completed steps."""
@@ -98,8 +110,9 @@ class RunLog:
 
     def record(self, record: dict[str, Any]) -> None:
         """Append one step's metrics, and show them."""
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        if self.file:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
         for name, value in record.items():
             if self.writer and name not in ("step", "epoch"):
                 self.writer.add_scalar(name, value, record["step"])
@@ -116,18 +129,20 @@ def describe(record: dict[str, Any]) -> str:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSONL file, without a line cut off by a kill; none if there is no file."""
+    """The records of a JSONL file, without what a kill or a bad disk left half; none if there is no file."""
     records = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with suppress(ValueError):
-            records.append(json.loads(line))
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with suppress(ValueError, RecursionError):
+            if isinstance(record := json.loads(line), dict):
+                records.append(record)
     return records
 
 
 def keep_records(path: Path, key: str, last: float) -> None:
     """Drop from a JSONL file the records whose `key` is beyond `last`, and a line cut off by a kill."""
     if path.exists():
-        kept = [record for record in read_records(path) if record[key] <= last]
+        numbered = [record for record in read_records(path) if isinstance(record.get(key), int | float)]
+        kept = [record for record in numbered if record[key] <= last]
         write_whole(path, lambda file: file.write_text("".join(json.dumps(record) + "\n" for record in kept)))
 
 
@@ -157,39 +172,72 @@ class Meter:
 
 
 class LossWatch:
-    """Notices a loss or a weight that is no number, without waiting for the device at every step."""
+    """Notices a loss, gradient or weight that is no number, without waiting for the device at every step."""
 
     def __init__(
-        self, parameters: Sequence[Tensor], step: int, folder: Path, files_of: Callable[[int], Sequence[str]]
+        self,
+        parameters: Sequence[Tensor],
+        step: int,
+        folder: Path,
+        files_of: Callable[[int], Sequence[str]],
+        processes: Processes = ALONE,
     ) -> None:
-        self.parameters, self.step, self.losses = parameters, step, list[Tensor]()
-        self.folder, self.files_of = folder, files_of
+        self.parameters, self.step = parameters, step
+        self.losses, self.gradient_norms = list[Tensor](), list[Tensor]()
+        self.folder, self.files_of, self.processes = folder, files_of, processes
 
-    def add(self, loss: Tensor) -> None:
-        """Take note of the next step's loss, a scalar."""
+    def add(self, loss: Tensor, gradient_norm: Tensor | None) -> None:
+        """Take note of the next step's loss, a scalar, and of its gradient's norm (None: need not be a number)."""
         self.losses.append(loss)
+        self.gradient_norms.append(torch.zeros_like(loss) if gradient_norm is None else gradient_norm)
 
     def check(self) -> None:
         """Raise `UsageError`, naming the step and the last good checkpoint, if anything since the last check is bad.
 
         The files of that step's images (`files_of`) are written to `bad_batch.json`, to look at or to train on again.
         """
-        bad = (~torch.stack(self.losses).isfinite()).nonzero() if self.losses else torch.empty(0)
-        if len(bad):
-            step = self.step + 1 + int(bad[0])
-        elif not torch.stack([p.isfinite().all() for p in self.parameters]).all():
-            step = self.step + len(self.losses)
-        else:
-            self.step, self.losses = self.step + len(self.losses), []
+        if not self.losses:
             return
-        content = json.dumps({"step": step, "files": list(self.files_of(step))}, indent=2)
-        write_whole(self.folder / BAD_BATCH, lambda file: file.write_text(content))
+        what, losses = "loss", self.processes.total(torch.stack(self.losses))
+        bad = ~torch.stack([losses, torch.stack(self.gradient_norms).to(losses)]).isfinite()
+        if bad.any():
+            step = self.step + 1 + int(bad.any(0).nonzero()[0])
+            what = "loss" if bad[0, step - self.step - 1] else "gradient"
+        elif not torch.stack([p.isfinite().all() for p in self.parameters]).all():
+            step, what = self.step + len(self.losses), "weights"
+        else:
+            self.step += len(self.losses)
+            self.losses, self.gradient_norms = [], []
+            return
+        if self.processes.first:
+            content = json.dumps({"step": step, "files": list(self.files_of(step))}, indent=2)
+            write_whole(self.folder / BAD_BATCH, lambda file: file.write_text(content))
         resume = self.folder / "resume.pt"
         last_good = f"the last good checkpoint is {resume}" if resume.exists() else "nothing had been saved yet"
         raise UsageError(
-            f"the loss is not a finite number from step {step} on (try a lower --optim.lr); {last_good}; "
+            f"the {what} is not a finite number from step {step} on (try a lower --optim.lr); {last_good}; "
             f"the step's images are listed in {self.folder / BAD_BATCH}"
         )
+
+
+class HealthWatch:
+    """Warns, once each, of what makes further training pointless."""
+
+    def __init__(self, console: Console, config: Config) -> None:
+        self.console, self.detectors, self.said = console, config.rationale.detectors, set[str]()
+
+    def look(self, record: dict[str, float], positions: int) -> None:
+        """Print what is wrong with a step's metrics; attention maps have `positions` cells."""
+        entropy = record.get("attention_entropy", 0.5 * math.log(positions)) / max(math.log(positions), 1e-9)
+        warnings = {
+            "the embeddings have collapsed: all images get nearly the same": record["embedding_spread"] < 0.1,
+            "the attention has collapsed to a single place": positions > 1 and entropy < 0.1,
+            "the attention is the same everywhere: it pools as the mean does": positions > 1 and entropy > 0.9999,
+            f"fewer than 2 of {self.detectors} detectors are in use": record.get("effective_detectors", 2) < 2,
+        }
+        for warning in [text for text, holds in warnings.items() if holds and text not in self.said]:
+            self.said.add(warning)
+            self.console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
 
 
 class StopSignal:

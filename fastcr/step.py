@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Protocol
 
 import torch
@@ -27,7 +28,7 @@ class Losses(NamedTuple):
     fit: Tensor | None  # scalar, nats, unweighted; None without a branch
     attention: Tensor | None  # [B,S]
     features: Tensor  # [B,C,H,W]
-    key: Tensor  # [B,D]
+    key: Tensor  # [B*ranks,D]: those of all processes
 
 
 class LossFunction(Protocol):
@@ -60,13 +61,13 @@ def contrast_losses(
     if branch is None:
         with record_function("contrast"):
             query = moco.query(mean_pool(features))
-            contrast = info_nce(query, key, moco.queue, temperature=temperature, impl=impl).mean()
+            contrast = info_nce(query, moco.own(key), moco.queue, temperature=temperature, impl=impl).mean()
         return Losses(contrast, None, None, features.detach(), key)
 
     with record_function("contrast"):
         # the fit hands the pooling gradient to the features in its own pass, so pooling is cut off from them here
         pooled = mean_pool(features.detach()).requires_grad_()
-        contrast = info_nce(moco.query(pooled), key, moco.queue, temperature=temperature, impl=impl)
+        contrast = info_nce(moco.query(pooled), moco.own(key), moco.queue, temperature=temperature, impl=impl)
         (gradient,) = torch.autograd.grad(contrast.sum(), pooled, retain_graph=True)
         contrast = contrast.mean()
     with record_function("fit"):  # the size of `gradient` is lost on GradCAM, which is normalised
@@ -85,23 +86,26 @@ def train_step(
     autocast: torch.autocast,
     scaler: torch.amp.GradScaler = NO_SCALER,
     accumulate: int = 1,
+    no_sync: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> tuple[Tensor, Losses]:
     """Losses, backward, SGD, EMA of the key encoder, enqueue; returns the weighted loss. Never waits for the device.
 
     `accumulate` splits the batch into that many equal parts, whose gradients add up to those of the whole but for
-    BatchNorm, which sees a part at a time. `scaler` scales the loss for fp16.
+    BatchNorm, which sees a part at a time. `scaler` scales the loss for fp16. Of several processes each has its share
+    of the batch; all parts but the last run inside `no_sync()`.
     """
 
     def scale(loss: Tensor) -> Tensor:
         return scaler.scale(loss / accumulate if accumulate > 1 else loss)
 
     optimizer.zero_grad(set_to_none=True)
-    parts = []
+    parts: list[tuple[Tensor, Losses]] = []
     for part in map(Batch, batch.first.chunk(accumulate), batch.second.chunk(accumulate)):
-        losses = loss_function(moco, part, autocast, scale=scale)
-        loss = losses.contrast if losses.fit is None else losses.contrast + fit_weight * losses.fit
-        with record_function("backward"):
-            scale(loss).backward()
+        with nullcontext() if len(parts) == accumulate - 1 else no_sync():
+            losses = loss_function(moco, part, autocast, scale=scale)
+            loss = losses.contrast if losses.fit is None else losses.contrast + fit_weight * losses.fit
+            with record_function("backward"):
+                scale(loss).backward()
         parts.append((loss.detach(), losses))
     with record_function("optimiser"):
         scaler.step(optimizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from fastcr.backbone import build_backbone, load_initial_weights
 from fastcr.config import Config, UsageError
+from fastcr.distributed import ALONE, Processes, Synchronised
 from fastcr.embed import Branch, build_branch
 from fastcr.kernels.launch import use_triton
 from fastcr.machine import keep_compiled
@@ -34,7 +36,14 @@ class Training(NamedTuple):
     step: Callable[[Batch], tuple[Tensor, Losses]]
 
 
-def prepare(config: Config, device: torch.device, console: Console, *, initial_weights: bool = True) -> Training:
+def prepare(
+    config: Config,
+    device: torch.device,
+    console: Console,
+    *,
+    initial_weights: bool = True,
+    processes: Processes = ALONE,
+) -> Training:
     """Encoders, queue, branch, optimiser and the step on `device`; a run that goes on needs no initial weights."""
     torch.manual_seed(config.run.seed)
     torch.backends.cudnn.benchmark = True  # every batch has one shape
@@ -44,13 +53,19 @@ def prepare(config: Config, device: torch.device, console: Console, *, initial_w
         stem_maxpool=config.released.stem_maxpool,
         image_size=config.data.image_size,
     )
-    missing = load_initial_weights(backbone, config.model) if initial_weights else []
+    with processes.local_first():  # one of them downloads
+        missing = load_initial_weights(backbone, config.model) if initial_weights else []
     if missing:
         names = ", ".join(sorted(missing))
         console.print(f"{len(missing)} weights stay random: {names}", highlight=False, soft_wrap=True)
     moco = MoCo(backbone, channels, embedding_dim=config.moco.embedding_dim, queue_size=config.moco.queue_size)
     branch = build_branch(channels, config.rationale, config.released, config.run.kernels)
     model = nn.ModuleDict({"moco": moco, **({"branch": branch} if branch else {})})
+    if config.model.batchnorm == "sync":
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    elif config.model.batchnorm == "frozen":
+        for norm in batchnorms(moco):
+            norm.eval()
     model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
@@ -70,18 +85,31 @@ def prepare(config: Config, device: torch.device, console: Console, *, initial_w
         moco.key_backbone.compile()
     if config.run.overlap_keys:
         moco.key_stream = torch.cuda.Stream(device)
+    loss_function = pick_loss_function(config, branch)
+    no_sync: Callable[[], AbstractContextManager[None]] = nullcontext
+    if processes.ranks > 1:
+        moco.processes, moco.shuffle = processes, config.model.batchnorm == "local" and bool(batchnorms(moco))
+        loss_function = Synchronised(model, loss_function, config.optim.accumulate)
+        no_sync = loss_function.no_sync
+        torch.manual_seed(config.run.seed + processes.rank)  # what a model draws while it trains, such as dropout
     step: Callable[[Batch], tuple[Tensor, Losses]] = partial(
         train_step,
         moco,
-        pick_loss_function(config, branch),
+        loss_function,
         optimizer,
         fit_weight=config.rationale.fit_weight,
         key_momentum=config.moco.key_momentum,
         autocast=torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32),
         scaler=scaler,
         accumulate=config.optim.accumulate,
+        no_sync=no_sync,
     )
     return Training(moco, branch, model, optimizer, scaler, Replayed(step) if config.run.cuda_graph else step)
+
+
+def batchnorms(moco: MoCo) -> list[nn.Module]:
+    """The batch normalisations of both encoders."""
+    return [module for module in moco.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
 
 def compiles(config: Config, device: torch.device) -> bool:
@@ -96,8 +124,16 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     return DTYPES[precision]
 
 
-def check_device(config: Config, device: torch.device) -> None:
-    """`UsageError` for what the settings ask of a device that cannot do it."""
+def check_device(config: Config, device: torch.device, processes: Processes = ALONE) -> None:
+    """`UsageError` for what the settings ask of a device, or of several processes, that cannot do it."""
+    batch_size, parts = config.optim.batch_size, processes.ranks * config.optim.accumulate
+    if batch_size % parts or batch_size < 2 * parts:
+        shares = f"{processes.ranks} processes with --optim.accumulate {config.optim.accumulate}"
+        raise UsageError(f"--optim.batch_size {batch_size} does not divide among {shares} into parts of at least 2")
+    if config.run.cuda_graph and processes.ranks > 1:
+        raise UsageError("--run.cuda_graph works in one process only")
+    if config.model.batchnorm == "sync" and device.type != "cuda":
+        raise UsageError(f"--model.batchnorm sync needs CUDA, and this run is on {device}: take local or frozen")
     for flag in ("cuda_graph", "overlap_keys"):
         if getattr(config.run, flag) and device.type != "cuda":
             raise UsageError(f"--run.{flag} needs CUDA, and this run is on {device}")

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +18,10 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
+from fastcr import checkpoint
 from fastcr.checkpoint import (
+    Saver,
+    earlier,
     load_resume,
     load_weights,
     random_states,
@@ -161,10 +165,93 @@ def test_resume_state_comes_back_and_so_do_the_random_numbers(tmp_path: Path) ->
     expected = torch.rand(3)
     save_resume(tmp_path / "resume.pt", content)
     torch.manual_seed(99)
-    loaded = load_resume(tmp_path / "resume.pt")
+    loaded, file = load_resume(tmp_path / "resume.pt")
+    assert file == tmp_path / "resume.pt"
     assert (loaded["step"], loaded["model"]["a"].tolist()) == (5, content["model"]["a"].tolist())  # type: ignore[index]
     set_random_states(loaded["random"])
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_last_saves_are_kept(tmp_path: Path) -> None:
+    for step in range(1, 6):
+        save_resume(tmp_path / "resume.pt", {"step": step, "model": {}}, keep=3)
+    names = ["resume.1.pt", "resume.2.pt", "resume.pt"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == names
+    assert [torch.load(tmp_path / name, weights_only=True)["step"] for name in names] == [4, 3, 5]
+
+
+def test_the_last_saves_are_kept_without_links_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*args: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "hardlink_to", refused)
+    for step in (1, 2):
+        save_resume(tmp_path / "resume.pt", {"step": step, "model": {}}, keep=2)
+    assert [torch.load(tmp_path / n, weights_only=True)["step"] for n in ("resume.pt", "resume.1.pt")] == [2, 1]
+
+
+@pytest.mark.parametrize("at", [0.2, 0.5, 0.8])
+def test_a_damaged_save_is_noticed_and_the_one_before_is_taken(at: float, tmp_path: Path) -> None:
+    path = tmp_path / "resume.pt"
+    for step in (1, 2):
+        save_resume(path, {"step": step, "model": {"a": torch.randn(5000)}}, keep=2)
+    content = bytearray(path.read_bytes())
+    content[int(at * len(content))] ^= 1  # among the numbers: torch alone would load it
+    path.write_bytes(content)
+    assert torch.load(path, weights_only=True)["step"] == 2
+    state, file = load_resume(path)
+    assert (state["step"], file.name) == (1, "resume.1.pt")
+    file.unlink()
+    with pytest.raises(UsageError, match=r"resume\.pt is broken: it is not what was written"):
+        load_resume(path)
+
+
+def test_damaged_weights_are_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    tensors = {
+        "backbone.a": torch.randn(50, 20),
+        "b": torch.tensor(3),
+        "c": torch.zeros(0),
+        "h": torch.ones(3).bfloat16(),
+    }
+    save_weights(path, tensors, FACTS)
+    assert load_weights(path)[1] == FACTS
+    whole = path.read_bytes()
+    for old, new in ((b"[50,20]", b"[20,50]"), (whole[-8:], bytes(8)), (b"resnet18", b"resnet34")):
+        assert old in whole
+        path.write_bytes(whole.replace(old, new, 1))
+        with pytest.raises(UsageError, match="its checksum does not match"):
+            load_weights(path)
+
+
+def test_saving_goes_on_beside_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is saved is the state at the call, and the caller does not wait for the disk."""
+    saver, weights, may_write = Saver(tmp_path, {}, 1), {"a": torch.zeros(3)}, threading.Event()
+    original = checkpoint.save_resume
+
+    def slow(*args: Any) -> None:
+        may_write.wait(60)
+        original(*args)
+
+    monkeypatch.setattr(checkpoint, "save_resume", slow)
+    saver.save(weights, {"step": 1, "model": weights, "list": [weights["a"], 5]})
+    weights["a"].fill_(7)
+    saver.check()
+    assert not (tmp_path / "resume.pt").exists()
+    may_write.set()
+    saver.wait()
+    state, _ = load_resume(tmp_path / "resume.pt")
+    assert (state["model"]["a"].tolist(), state["list"][0].tolist(), state["list"][1]) == ([0, 0, 0], [0, 0, 0], 5)
+    assert load_weights(tmp_path / "weights.safetensors")[0]["a"].tolist() == [0, 0, 0]
+
+
+def test_a_save_that_failed_is_told_of_soon(tmp_path: Path) -> None:
+    saver = Saver(tmp_path / "gone", {}, 1)
+    saver.save({"a": torch.zeros(3)}, {"step": 1, "model": {}})
+    with pytest.raises(UsageError, match="cannot save"):
+        saver.wait()
+    with pytest.raises(UsageError, match="cannot save"):
+        saver.check()
 
 
 # The child imports once and forks a writer for each line it reads: a kill costs milliseconds, not an import of torch.
@@ -182,7 +269,7 @@ for first in map(int, sys.stdin):
         generation = first
         while True:
             state = {str(i): torch.full((50_000,), generation, dtype=torch.float32) for i in range(4)}
-            save_resume(folder / "resume.pt", {"step": generation, "model": state})
+            save_resume(folder / "resume.pt", {"step": generation, "model": state}, keep=3)
             save_weights(folder / "weights.safetensors", state, {"generation": generation})
             generation += 1
     print(writer, flush=True)
@@ -211,7 +298,11 @@ def test_kill_while_saving_always_leaves_whole_files(kills: int, tmp_path: Path)
             os.kill(writer, signal.SIGKILL)
             assert server.stdout.readline() == "gone\n"
 
-            resume = load_resume(tmp_path / "resume.pt")
+            resume, file = load_resume(tmp_path / "resume.pt")
+            assert file.name == "resume.pt"  # there is a whole one under this name at any time
+            for saves in (1, 2):
+                if (older := earlier(file, saves)).exists():
+                    assert load_resume(older)[0]["step"] in range(resume["step"] - saves, resume["step"] + 1)
             state, facts = load_weights(tmp_path / "weights.safetensors")
             for tensors, number in ((resume["model"], resume["step"]), (state, facts["generation"])):
                 assert {float(value) for tensor in tensors.values() for value in tensor[[0, -1]]} == {number}

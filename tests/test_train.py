@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from fastcr import step, train, training
+from fastcr import checkpoint, step, train, training
 from fastcr.backbone import build_backbone
 from fastcr.checkpoint import load_weights
 from fastcr.config import load_config
@@ -40,7 +40,7 @@ TINY = [
 STEPS_PER_EPOCH, STEPS = 8, 13
 METRICS = {
     *("step", "epoch", "loss", "contrast_loss", "fit_loss", "lr", "images_per_second", "data_wait"),
-    *("attention_entropy", "effective_detectors"),
+    *("attention_entropy", "effective_detectors", "embedding_spread"),
 }
 LOADERS = [
     "torch",
@@ -532,8 +532,8 @@ def test_run_stopped_between_its_last_two_saves_ends_well(flat: Path, tmp_path: 
     order: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         for name in ("save_weights", "save_resume"):
-            original = getattr(train, name)
-            patch.setattr(train, name, lambda path, *rest, do=original: (order.append(path.name), do(path, *rest)))
+            original = getattr(checkpoint, name)
+            patch.setattr(checkpoint, name, lambda path, *rest, do=original: (order.append(path.name), do(path, *rest)))
         run(flat, tmp_path / "run", "--run.steps", "1")
     assert order[-2:] == ["weights.safetensors", "resume.pt"]
 

@@ -1,0 +1,138 @@
+"""What takes minutes to show: kills at any moment, a disk that is really full, memory over thousands of steps."""
+
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastcr import train
+
+TINY = [
+    "--data.image_size", "32", "--data.loader", "torch", "--data.workers", "0", "--run.device", "cpu",
+    "--run.log_every", "1", "--model.backbone", "resnet18", "--model.last_stage", "layer3",
+    "--model.weights", "none", "--optim.epochs", "100", "--optim.batch_size", "8", "--moco.queue_size", "20",
+    "--moco.embedding_dim", "16", "--rationale.detectors", "4", "--run.save_minutes", "0",
+]  # fmt: skip
+
+
+def command(*flags: str) -> list[str]:
+    return [sys.executable, "-m", "fastcr.train", "synthetic", *flags]
+
+
+def start(*flags: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command(*flags),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def steps_logged(folder: Path) -> int:
+    metrics = folder / "metrics.jsonl"
+    return len(metrics.read_bytes().splitlines()) if metrics.exists() else 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [pytest.param(3, id="sample"), 30])
+def test_kills_at_random_moments_change_nothing(
+    kills: int, flat: Path, tmp_path: Path, one_thread: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SIGKILL while it starts, trains and saves, after each step: the weights come out as those of a run in peace."""
+    draw, steps = random.Random(0), 4 * kills
+    flags = [*TINY, "--data.root", str(flat), "--run.steps", str(steps)]
+    train.main(["synthetic", *flags, "--run.dir", str(tmp_path / "whole")])
+    folder, reached = tmp_path / "killed", []
+    for kill in range(kills):
+        process, before = start(*flags, "--run.dir", str(folder), "--resume", "auto"), steps_logged(folder)
+        if kill % 5 == 4:  # before it has begun
+            time.sleep(draw.uniform(0, 5))
+        else:
+            deadline = time.monotonic() + 120
+            while steps_logged(folder) <= before and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.001)
+            time.sleep(draw.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        _, errors = process.communicate()
+        assert process.returncode in (-signal.SIGKILL, 0), errors
+        resume = folder / "resume.pt"
+        reached.append(torch.load(resume, weights_only=True)["step"] if resume.exists() else 0)
+    assert reached == sorted(reached)  # nothing that was saved is lost again
+    assert len(set(reached)) > kills // 3
+    with capsys.disabled():
+        print(f"\nkilled {kills} times, after steps {reached} of {steps}")
+    train.main(["synthetic", *flags, "--run.dir", str(folder), "--resume", "auto"])
+    whole, killed = ((tmp_path / name / "weights.safetensors").read_bytes() for name in ("whole", "killed"))
+    assert killed == whole
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(1, steps + 1))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 75 MB, where the first save of a run fits (56 MB), and not a second beside it."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=75m", "fastcr", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a file system needs root")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_full_disk_keeps_the_last_good_checkpoint(
+    small_disk: Path, flat: Path, one_thread: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = small_disk / "run"
+    flags = [*TINY, "--data.root", str(flat), "--run.dir", str(folder), "--run.steps", "4"]
+    with pytest.raises(SystemExit) as stop:
+        train.main(["synthetic", *flags])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"fastcr.train: error: cannot save {folder / 'resume.pt'}: ")
+    assert line.endswith("what was there before is untouched")
+    assert torch.load(folder / "resume.pt", weights_only=True)["step"] == 1
+    assert not list(folder.glob(".*.tmp"))
+    subprocess.run(["mount", "-o", "remount,size=200m", str(small_disk)], check=True)
+    train.main(["--resume", str(folder)])
+    assert torch.load(folder / "resume.pt", weights_only=True)["step"] == 4
+
+
+def memory_of(process: int) -> int:
+    """Bytes of main memory of a process and those it started; what they share is counted once."""
+    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    rollup = Path(f"/proc/{process}/smaps_rollup").read_text().split("\n")
+    own = sum(int(line.split()[1]) for line in rollup if line.startswith("Pss:"))
+    return own * 1024 + sum(memory_of(int(child)) for child in children)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [pytest.param(150, id="sample"), 2000])
+def test_memory_stays_flat(steps: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The synthetic preset with a save a minute: from its first quarter to its end, within 2 %."""
+    more = ("--optim.epochs", str(steps // 25), "--run.save_minutes", "1", "--run.dir", str(tmp_path / "run"))
+    small = ("--data.image_size", "32", "--optim.batch_size", "64") if steps < 1000 else ()
+    process, sizes = start(*more, *small, "--run.log_every", "1"), dict[int, list[int]]()
+    while process.poll() is None:
+        if 0 < (step := steps_logged(tmp_path / "run")) < steps:
+            try:
+                sizes.setdefault(step * 20 // steps, []).append(memory_of(process.pid))
+            except (OSError, ValueError):  # a process ended between two looks
+                continue
+        time.sleep(0.2)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    twentieths = [statistics.median(sizes[part]) for part in sorted(sizes)]
+    with capsys.disabled():
+        print(f"\n{steps} steps, MiB: {' '.join(f'{size / 2**20:.0f}' for size in twentieths)}")
+    assert max(twentieths[5:]) / min(twentieths[5:]) < 1.02
