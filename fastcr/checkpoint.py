@@ -45,8 +45,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 def save_weights(path: Path, state: dict[str, Tensor], facts: dict[str, Any]) -> None:
     """Write `state` as safetensors with `facts` as JSON under the metadata key `fastcr`, and a checksum of both."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    metadata = {"fastcr": json.dumps(facts)}
-    metadata["crc32"] = checksum(tensors, metadata["fastcr"])
+    # inside, for safetensors writes several keys in any order
+    metadata = {"fastcr": json.dumps(facts | {"crc32": checksum(tensors, facts)})}
     # safetensors' own save_file would make it readable to its owner only
     write_whole(path, lambda file: file.write_bytes(safetensors.torch.save(tensors, metadata)))
 
@@ -55,14 +55,21 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `save_weights` wrote; no facts for a file of another kind. `UsageError` if it is missing or broken."""
     state, facts = read_state_dict(path), {}
     if path.suffix == ".safetensors":
-        with safe_open(path, "pt") as file, suppress(ValueError):
-            facts = json.loads((file.metadata() or {}).get("fastcr", "{}"))
-    return state, facts if isinstance(facts, dict) else {}
+        with safe_open(path, "pt") as file:
+            facts = _facts(file.metadata())
+    return state, {key: value for key, value in facts.items() if key != "crc32"}
 
 
-def checksum(tensors: Mapping[str, Tensor], facts: str) -> str:
-    """CRC-32 of tensors on the CPU, their names, kinds and shapes, and the text that describes them."""
-    crc = zlib.crc32(facts.encode())
+def _facts(metadata: dict[str, str] | None) -> dict[str, Any]:
+    facts: Any = None
+    with suppress(ValueError, RecursionError):
+        facts = json.loads((metadata or {}).get("fastcr", "{}"))
+    return facts if isinstance(facts, dict) else {}
+
+
+def checksum(tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> str:
+    """CRC-32 of tensors on the CPU, their names, kinds and shapes, and of the facts but for their own `crc32`."""
+    crc = zlib.crc32(json.dumps({key: value for key, value in facts.items() if key != "crc32"}).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         crc = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), crc)
@@ -82,10 +89,11 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         content: Any
         try:
             with safe_open(path, "pt") as file:
-                content, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+                content = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
+                facts = _facts(file.metadata())
         except (SafetensorError, OSError) as error:
             raise UsageError(f"{path} is not a whole safetensors file: {error}") from None
-        if metadata.get("crc32", "") not in ("", checksum(content, metadata.get("fastcr", ""))):
+        if "crc32" in facts and facts["crc32"] != checksum(content, facts):
             raise UsageError(f"{path} is broken: it is not what was written (its checksum does not match)")
     else:
         content = load_torch(path)

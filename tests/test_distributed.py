@@ -26,7 +26,7 @@ from fastcr.training import check_device
 DRIVER = Path(__file__).with_name("two_processes.py")
 TINY = [
     "--data.image_size", "32", "--data.loader", "torch", "--data.workers", "0", "--run.device", "cpu",
-    "--run.log_every", "1", "--model.backbone", "resnet18", "--model.last_stage", "layer3", "--optim.lr", "0.003",
+    "--run.log_every", "1", "--model.backbone", "resnet18", "--model.last_stage", "layer3", "--optim.lr", "0.001",
     "--optim.epochs", "4", "--optim.batch_size", "8", "--moco.queue_size", "20", "--moco.embedding_dim", "16",
     "--rationale.detectors", "4", "--model.batchnorm", "frozen",
 ]  # fmt: skip

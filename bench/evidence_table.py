@@ -1,0 +1,194 @@
+"""`python bench/evidence_table.py STUDY/evidence.json`: a study of bench/evidence.py as Markdown tables.
+
+Percent, the mean over seeds with [lowest, highest] behind it. `--md FILE` writes them there instead; `--png FILE` draws
+rank-1 of both poolings for every row, beside that of the frozen initial weights. Nothing but the JSON is read.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastcr.checkpoint import write_whole
+from fastcr.config import UsageError, one_line_errors, parse, tyro
+
+Run = dict[str, Any]
+FROZEN = "frozen"
+POOLINGS = {"mean": "#7a7a7a", "rationale": "#1b6ca8"}
+# heading: where a run has it, and its decimals
+RETRIEVAL = {
+    f"{shown}, {pooling}": (section, pooling, key, 1)
+    for shown, section, key in (
+        *(("rank-1", "retrieval", "rank1"), ("rank-5", "retrieval", "rank5")),
+        *(("mAP", "retrieval", "mAP"), ("kNN", "knn", "top1")),
+    )
+    for pooling in POOLINGS
+}
+ATTENTION = {
+    "in the box": ("localisation", "attention", "inside", 1),
+    "Gaussian": ("localisation", "gaussian", "inside", 1),
+    "uniform": ("localisation", "uniform", "inside", 1),
+    "GradCAM target": ("gradcam", "target", "inside", 1),
+    "GradCAM of the score": ("gradcam", "score", "inside", 1),
+    "of the loss": ("gradcam", "loss", "inside", 1),
+    "peak in the box": ("localisation", "attention", "pointing", 1),
+    "Gaussian's peak": ("localisation", "gaussian", "pointing", 1),
+}
+TRAINING = {
+    "contrast loss": ("last", "contrast_loss", 3),
+    "fit loss": ("last", "fit_loss", 4),
+    "attention entropy, nats": ("last", "attention_entropy", 3),
+    "effective detectors": ("last", "effective_detectors", 1),
+    "seconds": ("seconds", 0),
+}
+LEGENDS = {
+    "Retrieval and weighted kNN": "",
+    "Share of the attention in the object's box": "Gaussian: centred, of each map's own entropy; it does not look. "
+    "GradCAM: of the trained encoder's contrast loss on the test images, each half divided by its sum; the target is "
+    "what the branch is fitted to.",
+    "End of the training": "Of the last batch that was logged; for the frozen weights, of the first.",
+}
+
+
+def value_of(run: Run, place: Sequence[Any]) -> float | None:
+    """What a run has at a place, e.g. `("retrieval", "mean", "rank1")`; None if it has not."""
+    found: Any = run
+    for key in place:
+        found = found.get(key) if isinstance(found, dict) else None
+    return found
+
+
+def spread(values: Sequence[float], decimals: int) -> str:
+    """`12.3 [11.9, 12.8]`: mean and range; without a range if there is one value, empty if there is none."""
+    if not values:
+        return ""
+    mean = f"{sum(values) / len(values):.{decimals}f}"
+    return mean if len(values) == 1 else f"{mean} [{min(values):.{decimals}f}, {max(values):.{decimals}f}]"
+
+
+def by_row(study: Run) -> dict[str, list[Run]]:
+    """The finished runs of each row, in the order in which the rows were first run."""
+    finished = [run for run in study["runs"].values() if run["status"] == "finished"]
+    return {
+        row: [run for run in finished if run["row"] == row] for row in dict.fromkeys(run["row"] for run in finished)
+    }
+
+
+def values_of(runs: Iterable[Run], place: Sequence[Any]) -> list[float]:
+    """What the runs that have it have at a place."""
+    return [value for run in runs if (value := value_of(run, place)) is not None]
+
+
+def table(study: Run, columns: Mapping[str, tuple[Any, ...]]) -> list[str]:
+    """Markdown lines, a row of the study a line, without columns that are empty."""
+    rows = by_row(study)
+    cells = {
+        heading: [spread(values_of(runs, place), decimals) for runs in rows.values()]
+        for heading, (*place, decimals) in columns.items()
+    }
+    cells = {heading: column for heading, column in cells.items() if any(column)}
+    lines = [f"| row | seeds | {' | '.join(cells)} |", f"|---|---:|{'---:|' * len(cells)}"]
+    for i, (row, runs) in enumerate(rows.items()):
+        seeds = str(len(runs))
+        lines.append(f"| `{row}` | {seeds} | {' | '.join(column[i] for column in cells.values())} |")
+    return lines
+
+
+def heading(study: Run) -> str:
+    """The data, what the runs were made with, and the flags they share."""
+    runs = [run for run in study["runs"].values() if run["status"] == "finished"]
+    facts = [{"images": run["images"], **run["facts"]} for run in runs]
+    every = {key: ", ".join(dict.fromkeys(str(each[key]) for each in facts)) for key in next(iter(facts), {})}
+    first = f"**{study['data']}**" + "".join(f", {key} {value}" for key, value in every.items())
+    return f"{first}. Every run: `{' '.join(study['common'])}`" if study["common"] else first
+
+
+def tables(study: Run) -> str:
+    """All of a study: what was run on what, three tables, what each row is, which runs failed."""
+    parts, runs = [[heading(study)]], study["runs"]
+    kinds: tuple[Mapping[str, tuple[Any, ...]], ...] = (RETRIEVAL, ATTENTION, TRAINING)
+    for (title, legend), columns in zip(LEGENDS.items(), kinds, strict=True):
+        parts.append([f"**{title}**", "", *table(study, columns), *(["", legend] if legend else [])])
+    rows = {run["row"]: f"- `{run['row']}`: {run['meaning']} (`{' '.join(run['flags'])}`)" for run in runs.values()}
+    failed = [f"- {name}: {run['status']}: {run['error']}" for name, run in runs.items() if run["status"] != "finished"]
+    parts += [[*rows.values()], failed]
+    return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
+
+
+def draw(study: Run, picture: Path) -> None:
+    """Rank-1 of both poolings, a dot a row with its range; the frozen weights' as lines. `UsageError` without runs."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UsageError("--png needs matplotlib: pip install 'fastcr[report]'") from None
+    rows = by_row(study)
+    frozen = rows.pop(FROZEN, [])
+    if not rows:
+        raise UsageError("--png: the study has no trained run yet")
+    figure = Figure(figsize=(8, 1.4 + 0.32 * len(rows)), dpi=200, layout="constrained", facecolor="white")
+    axes = figure.subplots()
+    for i, (pooling, colour) in enumerate(POOLINGS.items()):
+        place = ("retrieval", pooling, "rank1")
+        for y, runs in enumerate(rows.values()):
+            if values := values_of(runs, place):
+                mean, height = sum(values) / len(values), y + 0.24 * i - 0.12
+                axes.plot([min(values), max(values)], [height] * 2, color=colour, linewidth=2, alpha=0.5)
+                axes.plot(mean, height, "o", color=colour, markersize=5, label=f"{pooling} pooling")
+        if values := values_of(frozen, place):
+            mean = sum(values) / len(values)
+            axes.axvline(mean, color=colour, linewidth=1, linestyle="--", label=f"frozen, {pooling} pooling")
+    axes.set_yticks(range(len(rows)), rows)
+    axes.invert_yaxis()
+    axes.set_xlabel("rank-1, percent: mean over seeds, lowest to highest", fontsize=9)
+    axes.set_title(study["data"], fontsize=10, loc="left")
+    axes.tick_params(labelsize=9)
+    axes.grid(axis="y", linewidth=0.4)
+    axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = axes.get_legend_handles_labels()
+    once = dict(zip(labels, handles, strict=True))
+    axes.legend(once.values(), once, fontsize=9, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    write_whole(picture, lambda file: figure.savefig(file, format=picture.suffix[1:] or "png"))
+
+
+def read(path: Path) -> Run:
+    """An evidence.json; `UsageError` for what is none."""
+    try:
+        study: Run = json.loads(path.read_text())
+        _ = [study[key] for key in ("data", "common")], [run["status"] for run in study["runs"].values()]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UsageError(f"{path} is not the evidence.json of a study") from None
+    return study
+
+
+@dataclass(frozen=True)
+class TableConfig:
+    """Which study to show, and how."""
+
+    study: tyro.conf.Positional[Path]
+    """The evidence.json of a study."""
+    png: Path | None = None
+    """Also draw rank-1 of every row into this picture; needs matplotlib."""
+    md: Path | None = None
+    """Write the tables into this file instead of printing them."""
+
+
+def main(args: Sequence[str]) -> None:
+    """Show the study that `args` name."""
+    with one_line_errors("evidence_table"):
+        config = parse(TableConfig, args, prog="python bench/evidence_table.py", description=__doc__)
+        study = read(config.study)
+        text = tables(study)
+        if config.md:
+            write_whole(config.md, lambda file: file.write_text(text))
+        else:
+            print(text, end="")
+        if config.png:
+            draw(study, config.png)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
