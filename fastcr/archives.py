@@ -16,6 +16,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +36,19 @@ def read_archive(root: Path) -> Splits | None:
     """
     for marks, homes, read in ARCHIVES:
         for base in (root, *(root / home for home in homes)):
-            if any((base / mark).exists() for mark in marks):
+            # exists() would take a pipe, and its reader wait for ever
+            if any((base / mark).is_file() or (base / mark).is_dir() for mark in marks):
                 return read(base)
     return None
 
 
 def _split(root: Path, rows: Rows, classes: tuple[str, ...], table: Path) -> ImageList:
-    """The images that `table` names, below `root`. `UsageError` if some are not there, or their classes unknown."""
+    """The images that `table` names, below `root`. `UsageError` if some lie elsewhere or nowhere, or in no class."""
     rows, number = sorted(rows), {name: i for i, name in enumerate(classes)}
     if not rows:
         raise UsageError(f"{table} names no images for one of the splits")
+    if outside := [file for file, _ in rows if os.path.isabs(file) or ".." in Path(file).parts]:
+        raise UsageError(f"{table} names an image outside {root}: {outside[0]!r}")
     if missing := [file for file, _ in rows if not os.path.isfile(root / file)]:
         raise UsageError(
             f"{len(missing)} of the {len(rows)} images that {table} names are not in {root}, e.g. {missing[0]!r}"
@@ -77,14 +82,21 @@ def _cub(root: Path) -> Splits:
     return Splits(split("1"), split("0"))
 
 
+def _variable(file: Path, name: str) -> Any:
+    from scipy.io import loadmat
+
+    return loadmat(file, variable_names=[name], squeeze_me=True)[name]
+
+
 def _matlab(file: Path, name: str, *fields: str) -> Any:
     """Variable `name` of a MATLAB file: an array, of records that have `fields` if any are named."""
     try:
-        from scipy.io import loadmat
+        import scipy.io  # noqa: F401  # before the process that reads is forked
     except ImportError:
         raise UsageError('the tables of Stanford Cars need scipy: pip install "fastcr[archives]"') from None
     try:
-        values = np.atleast_1d(loadmat(file, variable_names=[name], squeeze_me=True)[name])
+        with ProcessPoolExecutor(1, get_context("fork")) as apart:  # broken bytes can crash scipy, and its process
+            values = np.atleast_1d(apart.submit(_variable, file, name).result())
     except Exception:  # scipy raises whatever the broken bytes lead it to
         raise UsageError(f"{file} is missing or is not the archive's MATLAB file with {name!r}") from None
     if lacking := [field for field in fields if field not in (values.dtype.names or ())]:
@@ -142,10 +154,10 @@ def _inat(root: Path) -> Splits:
         try:
             content = json.loads(file.read_bytes())
             names = {row["id"]: str(row["name"]) for row in sorted(content["categories"], key=lambda row: row["id"])}
-            files = {row["id"]: row["file_name"] for row in content["images"]}
+            files = {row["id"]: str(row["file_name"]) for row in content["images"]}
             rows = [(files[row["image_id"]], names[row["category_id"]]) for row in content["annotations"]]
             return rows, list(names.values())
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             raise UsageError(
                 f"{file} is missing or does not hold images, annotations and categories of iNaturalist"
             ) from None

@@ -230,7 +230,7 @@ def _download(name: str) -> dict[str, Tensor]:
         return _download_timm(name)
     weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
     try:
-        return weights.get_state_dict(progress=True, check_hash=True)
+        return weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
     except Exception as error:  # a proxy's page or a cut transfer fails anywhere in torch's reader
         file = weights.url.rsplit("/", 1)[1]
         folder = Path(torch.hub.get_dir()) / "checkpoints"

@@ -32,6 +32,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """
     beside = path.with_name(f".{path.name}.tmp")
     try:
+        beside.unlink(missing_ok=True)  # nobody's link is followed
         write(beside)
         with open(beside, "rb+") as file:
             os.fsync(file.fileno())
@@ -138,6 +139,7 @@ def save_resume(path: Path, content: dict[str, Any], keep: int = 1) -> None:
             try:
                 beside.hardlink_to(path)
                 beside.replace(older)
+                beside.unlink(missing_ok=True)  # still there if both were names of one file already
             except OSError:  # a file system without links
                 path.replace(older)
         elif newer.exists():
@@ -175,7 +177,8 @@ def _read_resume(path: Path) -> dict[str, Any]:
     if broken:
         raise UsageError(f"{path} is broken: it is not what was written (the checksum of {broken} does not match)")
     if not isinstance(content, dict) or "step" not in content or "model" not in content:
-        raise UsageError(f"{path} was not written by fastcr.train")
+        keys = f" (its keys begin {', '.join(map(str, list(content)[:3]))})" if isinstance(content, dict) else ""
+        raise UsageError(f"{path} was not written by fastcr.train{keys}")
     return content
 
 

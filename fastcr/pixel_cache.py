@@ -177,6 +177,10 @@ def _on_disk(
                 os.replace(listed, index_file)
         except OSError as error:
             raise UsageError(f"cannot save {pixel_file}: {error}") from None
-    with np.load(index_file) as index:
-        pixels = np.memmap(pixel_file, dtype=np.uint8, mode="c")  # torch wants it writable; nothing is written
-        return PixelCache(torch.from_numpy(pixels), index["starts"], index["sizes"], index["broken"])
+    try:
+        with np.load(index_file) as index:  # never as pickled objects
+            starts, kept, broken = index["starts"], index["sizes"], index["broken"]
+    except Exception:  # numpy raises whatever the broken bytes lead it to
+        raise UsageError(f"{index_file} is broken: remove it to decode the images again") from None
+    pixels = np.memmap(pixel_file, dtype=np.uint8, mode="c")  # torch wants it writable; nothing is written
+    return PixelCache(torch.from_numpy(pixels), starts, kept, broken)

@@ -71,12 +71,16 @@ class TarImages(ImageList):
 
 def find_shards(root: Path) -> tuple[list[Path], list[Path]]:
     """Training and test shards of `root`; both empty where it holds none, or images to which a bare tar is an aside."""
-    train, test = (sorted(root.glob(f"{split}-*.tar")) for split in ("train", "test"))
+    train, test = (_tars(root, f"{split}-*.tar") for split in ("train", "test"))
     if test and not train:
         raise UsageError(f"{root} has shards test-*.tar but none named train-*.tar")
     if train or any(entry.is_dir() or Path(entry.name).suffix.lower() in SUFFIXES for entry in os.scandir(root)):
         return train, test
-    return sorted(root.glob("*.tar")), []
+    return _tars(root, "*.tar"), []
+
+
+def _tars(root: Path, pattern: str) -> list[Path]:
+    return sorted(file for file in root.glob(pattern) if not file.is_fifo())  # one would be waited for, for ever
 
 
 def read_shards(root: Path) -> Splits | None:
@@ -146,7 +150,7 @@ def _label(descriptor: int, shard: Path, sample: Sample) -> Label | None:
     text = os.pread(descriptor, member.size, member.offset)
     try:
         label = int(text) if member.extension == "cls" else json.loads(text).get("label")
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         raise UsageError(
             f"{shard}: {member.name!r} holds no {'number' if member.extension == 'cls' else 'object'}"
         ) from None
@@ -162,9 +166,10 @@ def list_samples(shard: Path) -> list[Sample]:
         with tarfile.open(shard, "r:") as tar:
             for entry in tar:
                 key, dot, extension = entry.name.rpartition("/")[2].partition(".")
-                if entry.isreg() and key and dot:  # what has no extension or is hidden belongs to no sample
+                # no links, nor files with holes, whose size says nothing; what has no extension or is hidden is no part
+                if entry.isreg() and not entry.issparse() and key and dot:
                     members.append(Member(extension, entry.offset_data, entry.size, entry.name))
-    except (OSError, tarfile.TarError) as error:
+    except Exception as error:  # tarfile raises whatever the broken bytes lead it to
         raise UsageError(f"{shard} is not a whole, uncompressed tar: {error}") from None
     return [list(sample) for _, sample in groupby(members, lambda member: member.name[: -len(member.extension) - 1])]
 
@@ -187,7 +192,10 @@ def read_index(shard: Path) -> list[Sample] | None:
              for extension, offset, size, name in zip(*(line[i::4] for i in range(4)), strict=True)]
             for line in lines
         ]  # fmt: skip
-        last = max((member for sample in samples for member in sample), key=lambda member: member.offset)
+        members, length = [member for sample in samples for member in sample], shard.stat().st_size
+        if any(not 0 <= member.offset <= member.offset + member.size <= length for member in members):
+            return None
+        last = max(members, key=lambda member: member.offset)
         with open(shard, "rb") as file:
             header = os.pread(file.fileno(), tarfile.BLOCKSIZE, last.offset - tarfile.BLOCKSIZE)
         return samples if tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").size == last.size else None

@@ -185,7 +185,7 @@ def trace(config: TraceConfig, console: Console) -> None:
         raise UsageError(f"--nvtx needs CUDA, and this run is on {device}")
     if config.data.root is None and config.preset != "synthetic":
         raise UsageError(f"preset {config.preset} needs --data.root, the folder of its images")
-    check_device(config, device)
+    check_device(config, device, console)
     if config.nvtx:
         mark(prepare_step(config, device, dtype, console), config.steps, device)
         return

@@ -62,7 +62,7 @@ def train(
         torch.cuda.set_device(device)
     if config.data.root is None and config.preset != "synthetic":
         raise UsageError(f"preset {config.preset} needs --data.root, the folder of its images")
-    check_device(config, device, processes)
+    check_device(config, device, console, processes)
     if resume is None and config.run.dir:
         processes.once(partial(check_unused, config.run.dir))
     splits = read_splits(config.data.root or write_synthetic())

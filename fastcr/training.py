@@ -15,7 +15,7 @@ from fastcr.backbone import build_backbone, load_initial_weights
 from fastcr.config import Config, UsageError
 from fastcr.distributed import ALONE, Processes, Synchronised
 from fastcr.embed import Branch, build_branch
-from fastcr.kernels.launch import use_triton
+from fastcr.kernels import launch
 from fastcr.machine import keep_compiled
 from fastcr.moco import MoCo
 from fastcr.released import ReleasedBranch, released_losses
@@ -124,7 +124,7 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     return DTYPES[precision]
 
 
-def check_device(config: Config, device: torch.device, processes: Processes = ALONE) -> None:
+def check_device(config: Config, device: torch.device, console: Console, processes: Processes = ALONE) -> None:
     """`UsageError` for what the settings ask of a device, or of several processes, that cannot do it."""
     batch_size, parts = config.optim.batch_size, processes.ranks * config.optim.accumulate
     if batch_size % parts or batch_size < 2 * parts:
@@ -138,9 +138,11 @@ def check_device(config: Config, device: torch.device, processes: Processes = AL
         if getattr(config.run, flag) and device.type != "cuda":
             raise UsageError(f"--run.{flag} needs CUDA, and this run is on {device}")
     try:
-        use_triton(config.run.kernels, {"features": torch.empty(0, device=device)})
+        launch.use_triton(config.run.kernels, {"features": torch.empty(0, device=device)})
     except ValueError as error:
         raise UsageError(f"--run.kernels {config.run.kernels}: {error}") from None
+    if device.type == "cuda" and config.run.kernels == "auto" and launch.triton is None:
+        console.print("Triton is not installed: plain torch takes the kernels' place")
 
 
 def pick_loss_function(config: Config, branch: Branch | None) -> LossFunction:

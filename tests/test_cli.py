@@ -2,12 +2,10 @@
 
 import dataclasses
 import io
-import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import safetensors.torch
@@ -25,16 +23,6 @@ TINY = [
     "--optim.batch_size", "8", "--moco.queue_size", "16", "--run.steps", "1",
 ]  # fmt: skip
 Main = Callable[[Sequence[str]], None]
-
-
-class Code:
-    """Pickles to a call of `os.mkdir`: what a malicious checkpoint looks like."""
-
-    def __init__(self, trap: Path) -> None:
-        self.trap = trap
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.trap),)
 
 
 @pytest.fixture(scope="module")
@@ -97,15 +85,6 @@ def test_mistaken_arguments_of_train(args: str, culprits: tuple[str, ...], mista
     assert all(culprit in line for culprit in culprits), line
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-@pytest.mark.parametrize("main", [train.main, evaluate.main])
-def test_cuda_without_a_device(
-    main: Main, flat: Path, birds: Path, finished: Path, mistake: Callable[..., str]
-) -> None:
-    args = (*TINY, "--data.root", flat) if main is train.main else (finished, "--data.root", birds)
-    assert "--run.device cuda: this machine has 0 CUDA devices" in mistake(main, *args, "--run.device", "cuda")
-
-
 @pytest.mark.parametrize("encoding", ["utf-8", "UTF-8", "latin-1"])
 def test_a_mistake_is_one_line_whatever_stdout_is(
     encoding: str, monkeypatch: pytest.MonkeyPatch, mistake: Callable[..., str]
@@ -157,12 +136,6 @@ def unlabelled_file(root: Path) -> None:
     (root / "notes.txt").write_text("no picture")
 
 
-def odd_classes(root: Path) -> None:
-    for name in ("train/crow", "train/robin", "test/crow", "test/wren"):
-        (root / name).mkdir(parents=True)
-        (root / name / "0.jpg").write_bytes(b"")
-
-
 def only_test(root: Path) -> None:
     (root / "test" / "crow").mkdir(parents=True)
 
@@ -170,13 +143,10 @@ def only_test(root: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "culprits"),
     [
-        (lambda root: root.rmdir(), ("no folder",)),
-        (lambda root: None, ("no images", ".jpg")),
         (unlabelled_file, ("no images", ".jpg")),
-        (odd_classes, ("different classes", "2 are in one only", "'robin'")),
         (only_test, ("none named train",)),
     ],
-    ids=["missing", "empty", "no pictures", "odd classes", "only test"],
+    ids=["no pictures", "only test"],
 )
 @pytest.mark.parametrize("main", [train.main, evaluate.main])
 def test_unusable_folders_of_images(
@@ -195,13 +165,6 @@ def test_unusable_folders_of_images(
     assert str(root) in line
     assert all(culprit in line for culprit in culprits)
     assert not (tmp_path / "run").exists()
-
-
-def test_fewer_images_than_a_batch(flat: Path, tmp_path: Path, mistake: Callable[..., str]) -> None:
-    args = (*TINY, "--data.root", flat, "--run.dir", tmp_path / "run", "--optim.batch_size", 65)
-    line = mistake(train.main, *args)
-    assert f"{flat} has 64 training images" in line
-    assert "--optim.batch_size" in line
 
 
 def test_existing_run_is_not_overwritten(flat: Path, finished: Path, mistake: Callable[..., str]) -> None:
@@ -233,9 +196,8 @@ def test_resume_of_what_is_no_run(flat: Path, tmp_path: Path, finished: Path, mi
         (lambda file: file.write_bytes(file.read_bytes()[:5000]), "resume.pt"),
         (lambda file: torch.save([1], file), "resume.pt was not written by fastcr.train"),
         (lambda file: torch.save({"step": 1, "model": 5, "optimizer": 1, "random": 1}, file), "resume.pt"),
-        (lambda file: torch.save({"step": 1, "model": Code(file.with_name("trap"))}, file), "pickled code"),
     ],
-    ids=["missing", "empty", "text", "truncated", "foreign", "wrong types", "code"],
+    ids=["missing", "empty", "text", "truncated", "foreign", "wrong types"],
 )
 def test_broken_resume(
     damage: Callable[[Path], object], culprit: str, copied: Path, mistake: Callable[..., str]
@@ -244,7 +206,6 @@ def test_broken_resume(
     line = mistake(train.main, "--resume", copied)
     assert str(copied) in line
     assert culprit in line
-    assert not (copied / "trap").exists()
 
 
 @pytest.mark.parametrize(
@@ -258,22 +219,16 @@ def test_broken_config(text: str, copied: Path, mistake: Callable[..., str]) -> 
         assert "nope" in line
 
 
-def foreign(file: Path) -> None:
-    torch.save({"encoder.weight": torch.ones(2)}, file)
-
-
 @pytest.mark.parametrize(
     ("make", "culprits"),
     [
         (lambda file: None, ("no weights file",)),
         (lambda file: file.write_bytes(b"text"), ("checkpoint",)),
-        (lambda file: torch.save({"a": Code(file.with_name("trap"))}, file), ("refused", "pickled code")),
         (lambda file: torch.save([1, 2], file), ("no dict of tensors",)),
-        (foreign, ("no weight of a resnet18", "encoder.weight")),
         (lambda file: torch.save({"conv1.weight": torch.ones(2)}, file), ("conv1.weight is [2]",)),
         (lambda file: torch.save({"conv1.weight": torch.ones(64, 3, 7, 7)}, file), ("lacks", "allow_missing_weights")),
     ],
-    ids=["missing", "text", "code", "list", "foreign", "shape", "incomplete"],
+    ids=["missing", "text", "list", "shape", "incomplete"],
 )
 def test_unusable_initial_weights(
     make: Callable[[Path], object], culprits: tuple[str, ...], flat: Path, tmp_path: Path, mistake: Callable[..., str]
@@ -283,15 +238,7 @@ def test_unusable_initial_weights(
     args = (*TINY, "--data.root", flat, "--run.dir", tmp_path / "run", "--model.weights", file)
     line = mistake(train.main, *args)
     assert all(culprit in line for culprit in (str(file), *culprits)), line
-    assert not (tmp_path / "trap").exists()
     assert not (tmp_path / "run").exists()
-
-
-def test_unreadable_image_under_fail_is_named(flat: Path, tmp_path: Path, mistake: Callable[..., str]) -> None:
-    root = Path(shutil.copytree(flat, tmp_path / "root"))
-    (root / "003.jpg").write_bytes(b"\xff\xd8 cut off")
-    args = (*TINY, "--optim.batch_size", 64, "--data.root", root, "--run.dir", tmp_path / "run")
-    assert "003.jpg" in mistake(train.main, *args, "--data.on_corrupt", "fail")
 
 
 @pytest.fixture
@@ -299,12 +246,6 @@ def without_dali(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     monkeypatch.delitem(sys.modules, "fastcr.dali_views", raising=False)
     monkeypatch.delattr("nvidia.dali", raising=False)
-
-
-def test_dali_asked_for_and_absent(without_dali: None, flat: Path, tmp_path: Path, mistake: Callable[..., str]) -> None:
-    args = (*TINY, "--data.root", flat, "--run.dir", tmp_path / "run")
-    assert 'pip install "fastcr[dali]"' in mistake(train.main, *args, "--data.loader", "dali")
-    train.main([str(arg) for arg in args])  # the same folder serves once the mistake is put right
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -316,15 +257,6 @@ def test_auto_loader_on_the_cpu_needs_no_dali(
     assert "loader: torch; cache: host; device: cpu; 64 training images" in captured.out
     assert "DALI" not in captured.out
     assert captured.err == ""
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_triton_kernels_on_the_cpu(
-    flat: Path, tmp_path: Path, mistake: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("fastcr.kernels.launch.INTERPRET", False)
-    args = (*TINY, "--data.root", flat, "--run.dir", tmp_path / "run", "--run.kernels", "triton")
-    assert "--run.kernels triton" in mistake(train.main, *args)
 
 
 @pytest.mark.parametrize("name", ["a[b]c", "x[/y]z"])

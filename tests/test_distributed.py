@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from fastcr import embed, train
 from fastcr.backbone import build_backbone
@@ -318,4 +319,4 @@ def test_devices_of_several_processes() -> None:
 )
 def test_what_several_processes_cannot_do(config: Config, words: str) -> None:
     with pytest.raises(UsageError, match=words):
-        check_device(config, torch.device("cpu"), Processes(0, 2, 0, 2))
+        check_device(config, torch.device("cpu"), Console(quiet=True), Processes(0, 2, 0, 2))

@@ -18,15 +18,17 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors import safe_open
 
 from fastcr import checkpoint, step, train, training
 from fastcr.backbone import build_backbone
 from fastcr.checkpoint import load_weights
-from fastcr.config import load_config
+from fastcr.config import Config, load_config
 from fastcr.folders import read_splits
 from fastcr.kernels import launch
 from fastcr.presets import PRESETS
+from fastcr.runlog import HealthWatch
 from fastcr.views import step_indices
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -493,6 +495,88 @@ def test_loss_that_is_no_number_is_named_though_it_is_seldom_read(
     assert "resume.pt" not in names(tmp_path / "run")
 
 
+def test_gradient_that_is_no_number_is_named_with_its_own_step(
+    flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The loss of that step is a number, and the next one's is not: without the gradient the next would be blamed."""
+    steps = iter(range(1, 100))
+
+    def third_is_nan(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, step.Losses]:
+        results = step.train_step(*args, **kwargs)
+        if next(steps) == 3:
+            for parameter in args[0].backbone.parameters():
+                parameter.grad.fill_(torch.inf)
+                parameter.data.fill_(torch.nan)
+        return results
+
+    monkeypatch.setattr(training, "train_step", third_is_nan)
+    line = refused(lambda: run(flat, tmp_path / "run", "--run.log_every", "7"), capsys)
+    assert "the gradient is not a finite number from step 3 on" in line
+    assert json.loads((tmp_path / "run" / "bad_batch.json").read_text())["step"] == 3
+
+
+def test_resume_auto_begins_and_goes_on(
+    flat: Path, tmp_path: Path, uninterrupted: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One command for all times: a new folder, one without a save, one with one, one whose newest save is damaged."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("of a run that was killed before its first save")
+    command = ["synthetic", *flags(flat, folder, "--resume", "auto", "--run.save_minutes", "0", "--run.keep", "3")]
+    train.main([*command, "--run.steps", "5"])
+    train.main([*command, "--run.steps", "7"])
+    assert {"resume.pt", "resume.1.pt", "resume.2.pt"} <= names(folder)
+    newest = bytearray((folder / "resume.pt").read_bytes())
+    newest[len(newest) // 2] ^= 4
+    (folder / "resume.pt").write_bytes(newest)
+    capsys.readouterr()
+    train.main([*command, "--run.steps", str(STEPS)])
+    assert f"{folder}/resume.pt is missing or broken: going on from resume.1.pt, step 6" in capsys.readouterr().out
+    assert losses(records(folder)) == losses(records(uninterrupted("torch")))
+    for save in folder.glob("resume*.pt"):
+        save.write_bytes(b"")
+    line = refused(lambda: train.main(command), capsys)  # what is damaged is not begun again, and not overwritten
+    assert "resume.pt" in line
+    for wrong in (["--resume", "auto"], ["--resume", "auto", "--run.dir"]):
+        assert "--run.dir" in refused(lambda wrong=wrong: train.main(["synthetic", *wrong]), capsys)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "words"),
+    [
+        ({"embedding_spread": 0.05}, "the embeddings have collapsed"),
+        ({"attention_entropy": 0.1}, "the attention has collapsed to a single place"),
+        ({"attention_entropy": math.log(49)}, "the attention is the same everywhere"),
+        ({"effective_detectors": 1.2}, "fewer than 2 of 32 detectors are in use"),
+        ({}, ""),
+    ],
+)
+def test_collapse_is_warned_of_once(metrics: dict[str, float], words: str) -> None:
+    output = io.StringIO()
+    health = HealthWatch(Console(file=output, width=200), Config())
+    record = {"embedding_spread": 0.9, "attention_entropy": 3.0, "effective_detectors": 9.0} | metrics
+    for _ in range(3):
+        health.look(record, 49)
+    lines = output.getvalue().splitlines()
+    assert len(lines) == bool(words)
+    assert not words or lines[0].startswith(f"warning: {words}")
+    health.look({"embedding_spread": 0.9}, 1)  # plain MoCo, or a map of a single cell
+    assert len(output.getvalue().splitlines()) == len(lines)
+
+
+def test_frozen_statistics_stay_as_they_were(birds: Path, tmp_path: Path) -> None:
+    """Through training and the evaluations between its epochs, which put the encoder in eval mode and back."""
+    more = ("--run.eval_every", "1", "--run.steps", "10", "--model.batchnorm")
+    run(birds, tmp_path / "frozen", *more, "frozen")
+    run(birds, tmp_path / "local", *more, "local")
+    name = "backbone.layer1.0.bn1.running_mean"
+    before, frozen = (load_weights(tmp_path / "frozen" / f"{which}.safetensors")[0] for which in ("init", "weights"))
+    assert torch.equal(before[name], frozen[name])
+    assert not torch.equal(before[name], load_weights(tmp_path / "local" / "weights.safetensors")[0][name])
+    weight = "backbone.layer1.0.bn1.weight"
+    assert not torch.equal(before[weight], frozen[weight])
+
+
 @pytest.mark.parametrize("broken", ["torch.save", "safetensors.torch.save", "os.replace", "os.fsync"])
 def test_full_disk_leaves_the_last_good_files_and_nothing_else(
     broken: str, flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -602,6 +686,8 @@ def test_a_batch_in_parts_resumes_bit_for_bit(flat: Path, tmp_path: Path) -> Non
     [
         (["--run.cuda_graph", "True", "--run.device", "cpu"], "--run.cuda_graph needs CUDA, and this run is on cpu"),
         (["--run.overlap_keys", "True", "--run.device", "cpu"], "--run.overlap_keys needs CUDA"),
+        (["--model.batchnorm", "sync"], "--model.batchnorm sync needs CUDA, and this run is on cpu"),
+        (["--run.keep", "0"], "--run.keep must be at least 1"),
         (["--optim.accumulate", "3"], "--optim.accumulate must divide --optim.batch_size"),
         (["--optim.accumulate", "0"], "--optim.accumulate must divide --optim.batch_size"),
         (["--optim.accumulate", "8"], "--optim.accumulate must divide --optim.batch_size into parts of at least 2"),
