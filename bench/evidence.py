@@ -33,7 +33,8 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from fastcr.checkpoint import write_whole
-from fastcr.config import UsageError, load_config, one_line_errors, parse
+from fastcr.cli import load_config, one_line_errors, parse
+from fastcr.config import UsageError
 from fastcr.presets import read_command_line
 
 ROOT = Path(__file__).resolve().parents[1]

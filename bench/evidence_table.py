@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from fastcr.checkpoint import write_whole
-from fastcr.config import UsageError, one_line_errors, parse, tyro
+from fastcr.cli import one_line_errors, parse
+from fastcr.config import UsageError, tyro
 
 Run = dict[str, Any]
 FROZEN = "frozen"

@@ -23,14 +23,16 @@ from rich.progress import track
 from torch import Tensor
 
 from fastcr.checkpoint import load_torch, write_whole
-from fastcr.config import Config, UsageError, load_config, one_line_errors, parse, tyro
+from fastcr.cli import load_config, one_line_errors, parse
+from fastcr.config import Config, UsageError, tyro
 from fastcr.embed import BATCH_SIZE, load_crops
-from fastcr.evaluate import EvaluateData, EvaluateRun, test_images
+from fastcr.evaluate import EvaluateData, EvaluateRun
 from fastcr.folders import ImageList, read_splits
 from fastcr.kernels.info_nce import info_nce
 from fastcr.kernels.rationale_fit import gradcam_target
 from fastcr.localisation import Objects, localisation, objects_in_crop, read_objects
 from fastcr.machine import pick_device, pick_workers
+from fastcr.measuring import test_images
 from fastcr.moco import MoCo, mean_pool
 from fastcr.synthetic import write_synthetic
 from fastcr.training import prepare

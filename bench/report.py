@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastcr.config import UsageError, one_line_errors, parse, tyro
+from fastcr.cli import one_line_errors, parse
+from fastcr.config import UsageError, tyro
 
 Entry = dict[str, Any]
 HOW = {"graph": "CUDA graph", "events": "events, not capturable", "wall": "wall clock"}

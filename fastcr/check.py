@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from fastcr.config import UsageError, one_line_errors, parse, tyro
+from fastcr.cli import one_line_errors, parse
+from fastcr.config import UsageError, tyro
 from fastcr.folders import ImageList, read_splits
 from fastcr.machine import pick_workers
 from fastcr.shards import find_shards, list_samples, read_index, with_progress, write_index

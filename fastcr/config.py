@@ -1,29 +1,19 @@
-"""The settings of a run: frozen dataclasses, their command line, their YAML file.
+"""The settings of a run, as frozen dataclasses.
 
 Every flag is `--section.field value`; the text under a field is its `--help`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import io
 import math
-import re
-import sys
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
-
-import yaml
+from typing import Literal
 
 try:
     import tyro
 except ImportError:  # only the command line needs it
     tyro = None  # type: ignore[assignment]
-
-C = TypeVar("C")
 
 
 class UsageError(Exception):
@@ -197,14 +187,16 @@ def validate(config: Config) -> Config:
     checks = {
         str(mistake): mistake is None,
         "--data.image_size must be at least 32": config.data.image_size >= 32,
-        "--data.cache_side must be at least --data.image_size": (config.data.cache_side or math.inf)
-        >= config.data.image_size,
+        "--data.cache_side must be at least --data.image_size": config.data.cache_side is None
+        or config.data.cache_side >= config.data.image_size,
         "--data.hw_decoder_load must lie in [0, 1]": 0 <= config.data.hw_decoder_load <= 1,
         "--data.workers must be at least 0": config.data.workers is None or config.data.workers >= 0,
         "--optim.epochs must be at least 1": config.optim.epochs >= 1,
         "--optim.batch_size must be at least 2 (batch normalisation)": config.optim.batch_size >= 2,
-        "--optim.accumulate must divide --optim.batch_size into parts of at least 2": config.optim.accumulate
-        in [parts for parts in range(1, config.optim.batch_size // 2 + 1) if config.optim.batch_size % parts == 0],
+        "--optim.accumulate must divide --optim.batch_size into parts of at least 2": 1
+        <= config.optim.accumulate
+        <= config.optim.batch_size // 2
+        and config.optim.batch_size % config.optim.accumulate == 0,
         "--optim.accumulate: the released attention depends on the whole batch": not config.released.enabled
         or config.optim.accumulate == 1,
         "--optim.lr must be above 0 and finite": 0 < config.optim.lr < math.inf,
@@ -217,11 +209,11 @@ def validate(config: Config) -> Config:
         "--run.log_every must be at least 1": config.run.log_every >= 1,
         "--run.eval_every must be at least 0": config.run.eval_every >= 0,
         "--moco.queue_size must be at least 1": config.moco.queue_size >= 1,
-        "--moco.temperature must be above 0": config.moco.temperature > 0,
+        "--moco.temperature must be above 0 and finite": 0 < config.moco.temperature < math.inf,
         "--moco.key_momentum must lie in [0, 1]": 0 <= config.moco.key_momentum <= 1,
         "--moco.embedding_dim must be at least 1": config.moco.embedding_dim >= 1,
         "--rationale.detectors must lie in 1..128": 1 <= config.rationale.detectors <= 128,
-        "--rationale.temperature must be above 0": config.rationale.temperature > 0,
+        "--rationale.temperature must be above 0 and finite": 0 < config.rationale.temperature < math.inf,
         "--rationale.fit_weight must be at least 0 and finite": 0 <= config.rationale.fit_weight < math.inf,
         "--released.enabled needs --rationale.enabled True": (config.rationale.enabled or not config.released.enabled),
     }
@@ -229,76 +221,3 @@ def validate(config: Config) -> Config:
         if not holds:
             raise UsageError(message)
     return config
-
-
-def parse(cls: type[C], args: Sequence[str], *, default: C | None = None, prog: str, description: str | None) -> C:
-    """`tyro.cli` with each mistake on one line.
-
-    Raises `UsageError` for a flag or value it cannot use, or without tyro; prints and exits 0 for `--help`.
-    """
-    if tyro is None:
-        raise UsageError("the command line needs tyro: pip install tyro")
-    options: dict[str, Any] = {"use_underscores": True} | ({} if default is None else {"default": default})
-    caught = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(caught):
-            return tyro.cli(
-                cls, args=args, prog=prog, description=description, config=(tyro.conf.FlagConversionOff,), **options
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise UsageError(_one_line(caught.getvalue())) from None
-
-
-def _one_line(box: str) -> str:
-    """The first paragraph of one of tyro's error boxes, and the flag it suggests."""
-    lines = [line.strip("│╭╮╰╯ ") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()]
-    if len(lines) > 1 and set(lines[1]) == {"-"}:  # where the terminal is not UTF-8 the title is a line of its own
-        del lines[1]
-    del lines[:1]
-    rules = [i for i, line in enumerate(lines) if line.startswith(("──", "---"))] or [len(lines)]
-    message = " ".join(lines[: rules[0]]).strip().rstrip(".")
-    after = " ".join(lines[rules[0] :])
-    if "erhaps you meant" in after and (guess := re.search(r"--[\w.]+", after)):
-        message += f" (did you mean {guess.group()}?)"
-    return message or box.strip()
-
-
-@contextlib.contextmanager
-def one_line_errors(command: str) -> Iterator[None]:
-    """Turn `UsageError` into `<command>: error: <message>` on stderr and exit status 2."""
-    try:
-        yield
-    except (UsageError, OSError) as error:  # OSError: a full disk, a folder taken away
-        print(f"{command}: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-
-
-def save_config(config: Config, path: Path) -> None:
-    """Write `config` as YAML."""
-    text = yaml.safe_dump(dataclasses.asdict(config, dict_factory=_plain), sort_keys=False)
-    path.write_text(text)
-
-
-def _plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    return {key: str(value) if isinstance(value, Path) else value for key, value in items}
-
-
-def load_config(path: Path) -> Config:
-    """Read what `save_config` wrote; `UsageError` if it is missing or holds a setting or value nobody knows."""
-    try:
-        sections = yaml.safe_load(path.read_text())
-        preset = sections.pop("preset", Config.preset)
-        flags = [f"--{section}.{key}={value}" for section, keys in sections.items() for key, value in keys.items()]
-    except FileNotFoundError:
-        raise UsageError(f"{path.parent} is not a run folder: it has no {path.name}") from None
-    except (yaml.YAMLError, AttributeError, TypeError, OSError, UnicodeDecodeError):
-        raise UsageError(f"{path} is broken: it does not hold sections of settings") from None
-    try:
-        # through the command line's own checks: a file edited by hand gets the same messages
-        return dataclasses.replace(parse(Config, flags, prog="config.yaml", description=None), preset=preset)
-    except UsageError as error:
-        raise UsageError(f"{path}: {error}") from None

@@ -22,6 +22,7 @@ from torchvision.transforms.v2 import functional as TF
 from fastcr.config import ModelConfig, RationaleConfig, ReleasedConfig, UsageError
 from fastcr.distributed import ALONE, Processes
 from fastcr.folders import ImageList
+from fastcr.machine import leave_signals
 from fastcr.moco import mean_pool
 from fastcr.rationale import RationaleHead
 from fastcr.released import ReleasedBranch
@@ -138,7 +139,14 @@ def load_crops(
 ) -> DataLoader[Any]:
     """What `collate` gives of each batch, decoded by `workers` processes; the indices count through `parts`."""
     dataset: ConcatDataset[Crop | None] = ConcatDataset([_TestImages(images, image_size) for images in parts])
-    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate, pin_memory=pin)
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=pin,
+        worker_init_fn=leave_signals,
+    )
 
 
 def encode(

@@ -22,7 +22,8 @@ from rich.progress import Progress
 from torch import Tensor
 
 from fastcr import embed as embedding
-from fastcr.config import UsageError, one_line_errors, parse, tyro
+from fastcr.cli import one_line_errors, parse
+from fastcr.config import UsageError, tyro
 from fastcr.embed import encode, evaluating, find_weights, load_crops, load_encoder
 from fastcr.embedding_files import Format, Partial, check_unused, put_in_place
 from fastcr.folders import ImageList, Splits, read_splits

@@ -16,6 +16,7 @@ import os
 import shutil
 import struct
 import time
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,9 +66,9 @@ class Partial:
         if (folder / "state.json").exists():
             anew = "remove that folder to begin anew, or name another --out"
             try:
-                self.state = State(**json.loads((folder / "state.json").read_text()))
+                self.state = State(**_unsealed((folder / "state.json").read_text()))
                 files = [(self.path(name), length) for name, length in self.state.lengths.items()]
-            except (ValueError, TypeError, AttributeError):
+            except (ValueError, TypeError, LookupError, RecursionError):
                 raise UsageError(f"{folder / 'state.json'} is broken: {anew}") from None
             if short := [file for file, length in files if not file.is_file() or file.stat().st_size < length]:
                 raise UsageError(f"{short[0]} is broken: {anew}")
@@ -109,7 +110,7 @@ class Partial:
             file.flush()
             os.fsync(file.fileno())
             self.state.lengths[name] = file.tell()
-        text = json.dumps(dataclasses.asdict(self.state))
+        text = _sealed(dataclasses.asdict(self.state))
         write_whole(self.folder / "state.json", lambda file: file.write_text(text))
         self._committed = time.monotonic()
 
@@ -117,6 +118,19 @@ class Partial:
         """Remove the folder."""
         self._handles.close()
         shutil.rmtree(self.folder)
+
+
+def _sealed(state: dict[str, Any]) -> str:
+    """Text of `state.json`: the files are cut to what it says, so it carries a checksum."""
+    return json.dumps({"state": state, "crc32": zlib.crc32(json.dumps(state).encode())})
+
+
+def _unsealed(text: str) -> dict[str, Any]:
+    """What `_sealed` was given. `ValueError` if that is not what it says."""
+    content = json.loads(text)
+    if content["crc32"] != zlib.crc32(json.dumps(content["state"]).encode()):
+        raise ValueError("checksum")
+    return dict(content["state"])
 
 
 def _csv(rows: Iterable[Sequence[Any]]) -> bytes:

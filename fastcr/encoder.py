@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -94,23 +95,38 @@ def load(path_or_run: str | os.PathLike[str], device: str | torch.device = "cpu"
 
     No code in the file is run. `UsageError` if it is missing, broken or foreign, or `device` is not there.
     """
-    where, file = pick_device(str(device)), weights_file(Path(path_or_run))
-    state, facts, ignored = _named(*load_weights(file))
-    if not facts:
-        keys = ", ".join(sorted(state)[:3])
-        raise UsageError(f"{file} was not written by fastcr.train (no fastcr metadata); its keys begin {keys}")
+    where, file, ignored = pick_device(str(device)), weights_file(Path(path_or_run)), tuple[str, ...]()
     try:
+        state, facts, ignored = _named(*load_weights(file))
+        if not facts:
+            keys = ", ".join(sorted(state)[:3])
+            raise UsageError(f"{file} was not written by fastcr.train (no fastcr metadata); its keys begin {keys}")
+        _check(facts)
         detectors, released = facts["detectors"], facts["attention"] == "batch-minmax"
         rationale = RationaleConfig(enabled=detectors > 0, detectors=detectors, temperature=facts["temperature"])
         backbone, channels = build_backbone(facts["backbone"], facts["last_stage"], stem_maxpool=facts["stem_maxpool"])
         branch = build_branch(channels, rationale, ReleasedConfig(enabled=released))
         encoder = Encoder(backbone, branch, facts, ignored)
         encoder.load_state_dict(state)
-    except (KeyError, RuntimeError, ValueError, TypeError) as error:
+    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         promised = "a released checkpoint does" if ignored else "its metadata says"
         raise UsageError(f"{file} does not hold what {promised}: {' '.join(str(error).split())[:200]}") from None
     encoder.to(device=where, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return encoder.requires_grad_(False).eval()
+
+
+def _check(facts: dict[str, Any]) -> None:
+    """`ValueError` or `TypeError` for facts that an encoder could not be built or used with."""
+    mean, std = (facts.get(name, (1, 1, 1)) for name in ("mean", "std"))
+    checks = {
+        "detectors": 0 <= facts["detectors"] <= 128,
+        "temperature": 0 < facts["temperature"] < math.inf,
+        "image_size": 1 <= int(facts["image_size"]) <= 16384,
+        "mean": len(mean) == 3 and all(math.isfinite(each) for each in mean),
+        "std": len(std) == 3 and all(0 < each < math.inf for each in std),
+    }
+    if wrong := [name for name, holds in checks.items() if not holds]:
+        raise ValueError(f"{wrong[0]} cannot be {facts[wrong[0]]}")
 
 
 def weights_file(path: Path) -> Path:

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 from fastcr import __version__
 from fastcr.checkpoint import save_weights, write_whole
-from fastcr.config import Config, UsageError, load_config, one_line_errors, parse, tyro
+from fastcr.cli import load_config, one_line_errors, parse
+from fastcr.config import Config, UsageError, tyro
 from fastcr.encoder import Encoder, load, weights_file
 from fastcr.scores import results_table
 

@@ -104,6 +104,9 @@ def read_splits(root: Path) -> Splits:
 def _class_folders(root: Path) -> ImageList:
     """Class folders below `root`, else the images that lie in `root` itself, unlabelled."""
     classes = tuple(sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != "."))
+    here = Path(os.path.realpath(root))
+    if around := [name for name in classes if here.is_relative_to(os.path.realpath(here / name))]:
+        raise UsageError(f"{root / around[0]} is a link to a folder that holds {root} itself")
     files, labels = [], []
     for label, name in enumerate(classes):
         found = [os.path.relpath(os.path.join(folder, file), root)

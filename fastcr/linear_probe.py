@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from fastcr.folders import ImageList
+from fastcr.machine import leave_signals
 from fastcr.views import normalise
 
 LEARNING_RATE, EPOCHS, MILESTONES, BATCH = 30.0, 100, (60, 80), 256
@@ -56,7 +57,7 @@ def fit_augmented(
     crops = v2.Compose([v2.PILToTensor(), v2.RandomResizedCrop(image_size, antialias=True), v2.RandomHorizontalFlip()])
     loader = DataLoader(
         _Labelled(images, crops), BATCH, shuffle=True, num_workers=workers, collate_fn=_readable,
-        persistent_workers=workers > 0, generator=torch.Generator().manual_seed(0),
+        persistent_workers=workers > 0, generator=torch.Generator().manual_seed(0), worker_init_fn=leave_signals,
     )  # fmt: skip
     fitted: dict[str, tuple[nn.Linear, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]] = {}
     shown = track(range(epochs), "linear probe", console=console, transient=True, disable=not console.is_terminal)

@@ -15,6 +15,7 @@ from fastcr.config import UsageError
 from fastcr.folders import ImageList
 
 CUB_BOXES, CUB_PARTS = "bounding_boxes.txt", "parts/part_locs.txt"
+MOST_PARTS = 1000  # CUB has 15; a broken table may name the billionth
 COLUMNS = ["path", "left", "top", "right", "bottom"]
 
 
@@ -75,12 +76,14 @@ def _cub_objects(folder: Path, images: ImageList) -> Objects:
         parts = None
         if (folder / CUB_PARTS).is_file():
             rows = np.loadtxt(folder / CUB_PARTS, ndmin=2)
+            if not np.isin(rows[:, 1], np.arange(1, MOST_PARTS + 1)).all():
+                raise ValueError(f"parts are numbered from 1 to at most {MOST_PARTS}")
             parts = torch.full((len(ids), int(rows[:, 1].max()), 2), math.nan, dtype=torch.float64)
             row_of = {id_: row for row, id_ in enumerate(ids)}
             for id_, part, x, y, seen in rows:
                 if seen and int(id_) in row_of:
                     parts[row_of[int(id_)], int(part) - 1] = torch.tensor([x, y], dtype=torch.float64)
-    except (OSError, ValueError, IndexError) as error:
+    except (OSError, ValueError, IndexError, OverflowError) as error:
         raise UsageError(f"{folder} does not hold CUB's tables of boxes and parts: {error}") from None
     return Objects(_known(found, folder, images), parts, True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 import time
 from contextlib import suppress
@@ -42,6 +43,15 @@ def pick_device(name: str, local_rank: int = 0, local_ranks: int = 1) -> torch.d
 def pick_workers(workers: int | None, local_ranks: int = 1) -> int:
     """`--data.workers`, or this process's share of the cores that it may run on."""
     return max(len(os.sched_getaffinity(0)) // local_ranks, 1) if workers is None else workers
+
+
+def leave_signals(worker: int) -> None:
+    """For a loader process: what is sent to all of a job (Ctrl-C, a scheduler's SIGTERM) is the main process's to heed.
+
+    It still needs batches until it has saved; the loader's processes end when it does.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def free_memory() -> int:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fastcr.checkpoint import has_resume
+from fastcr.cli import load_config, parse
 from fastcr.config import (
     Config,
     DataConfig,
@@ -20,8 +21,6 @@ from fastcr.config import (
     RationaleConfig,
     ReleasedConfig,
     UsageError,
-    load_config,
-    parse,
     validate,
 )
 

@@ -17,7 +17,8 @@ from rich.console import Console
 
 import fastcr
 from fastcr.checkpoint import write_whole
-from fastcr.config import Config, UsageError, load_config, one_line_errors, parse, tyro
+from fastcr.cli import load_config, one_line_errors, parse
+from fastcr.config import Config, UsageError, tyro
 from fastcr.embed import embed, load_encoder
 from fastcr.folders import read_splits
 from fastcr.machine import pick_device, pick_workers
@@ -28,6 +29,7 @@ from fastcr.report_page import (
     Run,
     by_name,
     data_name,
+    is_number,
     measure,
     measured_on,
     points,
@@ -145,11 +147,13 @@ def read_run(folder: Path, name: str, config: ReportConfig, console: Console) ->
     if path.exists():
         try:
             results = json.loads(path.read_text())
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RecursionError) as error:
             raise UsageError(f"{path} is broken: {error}") from None
         if not isinstance(results, dict):
             raise UsageError(f"{path} is broken: it holds no results")
-    records = [record for record in read_records(folder / "metrics.jsonl") if isinstance(record, dict)]
+    found = [record for record in read_records(folder / "metrics.jsonl") if isinstance(record, dict)]
+    records = [{key: value for key, value in record.items() if is_number(value)} for record in found]
+    records = [record for record in records if "step" in record]
     return Run(name, own, records, results, pictures_of(folder, name, own, config, console))
 
 

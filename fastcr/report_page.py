@@ -50,9 +50,14 @@ class Run(NamedTuple):
 
     name: str
     config: Config
-    records: list[dict[str, Any]]
+    records: list[dict[str, float]]  # a step each
     results: dict[str, Any]  # empty before the evaluation
     pictures: Pictures
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value from a run's files can be counted and drawn: no NaN, and of a size that means something."""
+    return isinstance(value, (int, float)) and (value == 0 or 1e-15 < abs(value) < 1e15)
 
 
 def scores_of(part: Any) -> dict[Key, float]:
@@ -63,7 +68,7 @@ def scores_of(part: Any) -> dict[Key, float]:
         names = part.get(section)
         for name, scores in names.items() if isinstance(names, dict) else ():
             for key, value in scores.items() if isinstance(scores, dict) else ():
-                if isinstance(value, (int, float)):
+                if is_number(value):
                     found[section, name, key] = value
     return found
 
@@ -92,7 +97,7 @@ def data_name(config: Config) -> str:
 
 def seconds_of(run: Run) -> float:
     """Time the logged steps took; evaluations and saving are not in it."""
-    steps = pairwise([0, *(record.get("step", 0) for record in run.records)])
+    steps = pairwise([0, *(record["step"] for record in run.records)])
     speeds = [record.get("images_per_second") or math.inf for record in run.records]
     each = zip(steps, speeds, strict=True)
     return sum((step - before) * run.config.optim.batch_size / speed for (before, step), speed in each)
@@ -204,7 +209,7 @@ def _score(part: dict[Key, float], frozen: dict[Key, float], row: tuple[str, str
 def points(run: Run, metric: str, across: str, scale: float = 1) -> list[tuple[float, float]]:
     """A metric over steps or epochs."""
     pairs = [(record.get(across), record.get(metric)) for record in run.records]
-    return [(x, y * scale) for x, y in pairs if isinstance(x, (int, float)) and isinstance(y, (int, float))]
+    return [(x, y * scale) for x, y in pairs if x is not None and y is not None]
 
 
 def curves_section(run: Run) -> list[Html]:

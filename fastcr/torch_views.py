@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as F
 
 from fastcr.folders import ImageList, read_rgb_or_next
+from fastcr.machine import leave_signals
 from fastcr.views import ALONE, BadFiles, Batch, Shard, ViewParameters, draw_parameters, normalise, step_indices
 
 Sample = tuple[Tensor, list[int]]
@@ -104,6 +105,7 @@ class TorchViews:
             num_workers=self.workers,
             collate_fn=_collate,
             pin_memory=self.device.type == "cuda",
+            worker_init_fn=leave_signals,
         )
         for pixels, bad in loader:
             for index in bad:

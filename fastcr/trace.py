@@ -27,7 +27,8 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from fastcr.budget import Ceilings, step_work
-from fastcr.config import Config, UsageError, one_line_errors, parse, tyro, validate
+from fastcr.cli import one_line_errors, parse
+from fastcr.config import Config, UsageError, tyro, validate
 from fastcr.folders import read_splits
 from fastcr.kernels.launch import triton
 from fastcr.loaders import make_views

@@ -25,18 +25,14 @@ from fastcr.checkpoint import (
     set_random_states,
     write_whole,
 )
-from fastcr.config import (
-    Config,
-    UsageError,
-    one_line_errors,
-    save_config,
-)
+from fastcr.cli import one_line_errors, save_config
+from fastcr.config import Config, UsageError
 from fastcr.distributed import ALONE, Processes, processes_of_torchrun
 from fastcr.embed import Branch, weights_facts, weights_of
-from fastcr.evaluate import HISTORY, TrainingEvaluation
 from fastcr.folders import ImageList, read_splits
 from fastcr.loaders import make_views
 from fastcr.machine import pick_device, pick_workers, process_age
+from fastcr.measuring import HISTORY, TrainingEvaluation
 from fastcr.presets import read_command_line
 from fastcr.rationale import attention_entropy
 from fastcr.runlog import HealthWatch, LossWatch, Meter, RunLog, StopSignal, keep_records

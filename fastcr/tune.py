@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from fastcr.config import UsageError, one_line_errors, parse
+from fastcr.cli import one_line_errors, parse
+from fastcr.config import UsageError
 from fastcr.kernels import settings
 from fastcr.kernels.settings import Settings
 from fastcr.timing import rotation, time_on_gpu

@@ -20,7 +20,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from fastcr.checkpoint import write_whole
-from fastcr.config import UsageError, load_config, one_line_errors, parse, tyro
+from fastcr.cli import load_config, one_line_errors, parse
+from fastcr.config import UsageError, tyro
 from fastcr.embed import BATCH_SIZE, Branch, crop_pixels, evaluating, find_weights, load_encoder
 from fastcr.embed_folder import DeviceConfig
 from fastcr.folders import SUFFIXES, ImageList, read_splits

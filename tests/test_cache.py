@@ -18,7 +18,8 @@ from torch import Tensor
 
 from fastcr import loaders, pixel_cache
 from fastcr.cached_views import CachedViews
-from fastcr.config import Config, UsageError, parse
+from fastcr.cli import parse
+from fastcr.config import Config, UsageError
 from fastcr.folders import ImageList, read_splits
 from fastcr.loaders import choose_loader, choose_place, make_views
 from fastcr.machine import free_memory

@@ -13,7 +13,8 @@ import torch
 
 from fastcr import evaluate, train
 from fastcr.checkpoint import save_weights
-from fastcr.config import Config, UsageError, load_config, save_config, validate
+from fastcr.cli import load_config, save_config
+from fastcr.config import Config, UsageError, validate
 from fastcr.presets import PRESETS
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -18,7 +18,7 @@ from rich.console import Console
 from torchvision.transforms import v2
 
 from fastcr import embed as embedding
-from fastcr import evaluate, train
+from fastcr import evaluate, measuring, train
 from fastcr.embed import Embeddings, embed, load_encoder
 from fastcr.folders import ImageList, read_rgb, read_splits
 from fastcr.linear_probe import fit_augmented
@@ -111,7 +111,7 @@ def test_a_probe_may_be_trained_on_augmented_images(copied: Path, monkeypatch: p
         fitted.append(fit_augmented(*args, **kwargs))
         return fitted[-1]
 
-    monkeypatch.setattr(evaluate, "fit_augmented", noted)
+    monkeypatch.setattr(measuring, "fit_augmented", noted)
     plain = ["--linear.epochs", "2", "--linear.few", "100"]
     evaluate.main([str(copied), *CPU, *plain])
     assert not fitted

@@ -16,7 +16,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from fastcr.config import Config, OptimConfig, save_config
+from fastcr.cli import save_config
+from fastcr.config import Config, OptimConfig
 
 
 def load(name: str) -> Any:

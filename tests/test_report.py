@@ -23,7 +23,7 @@ import yaml
 from PIL import Image, ImageChops
 
 from fastcr import report, train
-from fastcr.config import load_config
+from fastcr.cli import load_config
 from fastcr.embed import Embeddings
 from fastcr.folders import ImageList, read_splits
 from fastcr.presets import read_command_line

@@ -24,7 +24,8 @@ from safetensors import safe_open
 from fastcr import checkpoint, step, train, training
 from fastcr.backbone import build_backbone
 from fastcr.checkpoint import load_weights
-from fastcr.config import Config, load_config
+from fastcr.cli import load_config
+from fastcr.config import Config
 from fastcr.folders import read_splits
 from fastcr.kernels import launch
 from fastcr.presets import PRESETS
@@ -405,6 +406,31 @@ def test_signals_save_and_end_the_run(
     assert stop.value.code == status
     assert state(tmp_path / "run")["step"] == 2
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL  # as it was before
+
+
+def test_signal_to_the_whole_job_spares_the_loaders_processes(flat: Path, tmp_path: Path) -> None:
+    """As a terminal sends Ctrl-C, and torchrun and Slurm send SIGTERM: the last step still gets its batch."""
+    folder = tmp_path / "run"
+    more = ("--data.workers", "2", "--data.cache", "off", "--optim.epochs", "1000")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastcr.train", "synthetic", *flags(flat, folder, *more)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 120
+    while not (folder / "metrics.jsonl").exists() or not records(folder):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (143, "")
+    assert f"stopped at step {state(folder)['step']}" in output
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)  # nothing of it is left
 
 
 def test_completed_run_is_only_evaluated(evaluated: Finished, tmp_path: Path) -> None:

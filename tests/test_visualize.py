@@ -13,7 +13,8 @@ from PIL import Image, ImageChops, ImageFont
 from fastcr import visualize
 from fastcr.backbone import build_backbone
 from fastcr.checkpoint import save_weights
-from fastcr.config import Config, DataConfig, ModelConfig, RationaleConfig, ReleasedConfig, save_config
+from fastcr.cli import save_config
+from fastcr.config import Config, DataConfig, ModelConfig, RationaleConfig, ReleasedConfig
 from fastcr.embed import _TestImages, build_branch, encode, evaluating, load_encoder, weights_facts, weights_of
 from fastcr.folders import read_splits
 from fastcr.overlays import FONT_SIZE, GAP, LINE, Tile, contact_sheet, fitted, overlay
