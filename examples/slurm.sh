@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train on two machines with eight GPUs each; stopped by the time limit or lost with a machine, the run goes on by itself.
+# Train on two machines with eight GPUs each; stopped by the time limit, the run is queued again and goes on.
 #   sbatch examples/slurm.sh cub200 --data.root /data/CUB_200_2011 --optim.batch_size 512
 #SBATCH --job-name=fastcr
 #SBATCH --nodes=2
