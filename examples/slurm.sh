@@ -14,11 +14,12 @@
 # --signal: two minutes before the limit torchrun gets SIGTERM and hands it on; the run saves and says "stopped at step"
 set -uo pipefail
 
-run="${RUN:-$PWD/runs/slurm-$SLURM_JOB_ID}" # on storage that all machines share, or at least the first one keeps
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110 # seconds from SIGTERM to SIGKILL; torch 2.11 may not know it and waits 30
+run="${RUN:-$PWD/runs/slurm-$SLURM_JOB_ID}" # on storage that all machines share: any of them may get the first process
 mkdir -p "$(dirname "$run")"
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
-srun torchrun \
+srun --cpus-per-task "$SLURM_CPUS_PER_TASK" torchrun \
     --nnodes "$SLURM_NNODES" --nproc-per-node "$SLURM_GPUS_ON_NODE" \
     --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" --rdzv-endpoint "$first:29500" \
     --max-restarts 3 \

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -109,14 +110,23 @@ class Processes:
             dist.all_reduce(tensor)
         return tensor
 
+    @torch.no_grad()
+    def share_statistics(self, *modules: nn.Module | None) -> None:
+        """Give all processes the mean of their buffers, BatchNorm's statistics: they measure and save one encoder."""
+        for module in filter(None, modules if self.ranks > 1 else ()):
+            for buffer in filter(torch.is_floating_point, module.buffers()):
+                buffer.copy_(self.total(buffer) / self.ranks)
+
     @contextlib.contextmanager
     def local_first(self) -> Iterator[None]:
         """Let the first process of each machine go ahead: what it leaves in a cache, the others find there."""
         if self.ranks > 1 and self.local_rank:
             dist.barrier()
-        yield
-        if self.ranks > 1 and not self.local_rank:
-            dist.barrier()
+        try:
+            yield
+        finally:  # a mistake is the others' too
+            if self.ranks > 1 and not self.local_rank:
+                dist.barrier()
 
     def shuffle(self, images: Tensor) -> Tensor:
         """Exchange images `[B,3,H,W]`, channels-last: every process gets an equal share of everyone's.
@@ -138,6 +148,7 @@ class Processes:
 
 
 ALONE = Processes()
+JOIN = timedelta(minutes=10)  # for processes to find each other
 
 
 def _shares(rank: int, ranks: int, batch: int) -> tuple[list[int], list[int]]:
@@ -196,19 +207,20 @@ def processes_of_torchrun(command: str, timeout: timedelta | None = None) -> Ite
     """The processes torchrun started, connected for as long as this lasts; `ALONE` without torchrun.
 
     Mistakes that all of them find are printed by one, as `<command>: error: ...`, with exit status 2; where one is lost
-    the others say so and end with status 1. `timeout`: how long they wait for a live one (torch's default: 10 minutes
-    on GPUs, 30 on CPUs); the end of a process is noticed at once.
+    the others say so and end with status 1. `timeout`: how long they wait for a live one (torch's default, 30
+    minutes). The end of one is noticed by the others at their next exchange on the CPU, of which each step has one.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "MASTER_ADDR" not in os.environ:
         yield ALONE
         return
     store, rank, ranks = next(dist.rendezvous("env://"))
+    store = _fresh(store, rank, ranks)
     processes = Processes(
         rank, ranks, int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", ranks)), store
     )
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(
-        backend, store=dist.PrefixStore("fastcr", store), rank=rank, world_size=ranks, timeout=timeout
+        backend, store=dist.PrefixStore("group", store), rank=rank, world_size=ranks, timeout=timeout
     )
     try:
         yield processes
@@ -217,13 +229,41 @@ def processes_of_torchrun(command: str, timeout: timedelta | None = None) -> Ite
             raise
         raise SystemExit(2) from None
     except RuntimeError as error:
-        # gloo has no class of its own for this
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error) and "onnection" not in str(error):
+        reason = " ".join(str(error).split())
+        if not isinstance(error, dist.DistError) and "gloo" not in reason:  # gloo has no class of its own
             raise
+        lost = "onnection closed" in reason or "onnection reset" in reason or "onnection refused" in reason
+        what = "another process of this job ended" if lost else f"the processes lost each other ({reason[:300]})"
         if not _said(store, "lost"):
-            print(f"{command}: error: another process of this job ended, so all of them end", file=sys.stderr)
+            print(f"{command}: error: {what}, so all of them end", file=sys.stderr)
         raise SystemExit(1) from None
     dist.destroy_process_group()
+
+
+def _fresh(store: dist.Store, rank: int, ranks: int) -> dist.Store:
+    """A part of `store` that these processes have to themselves.
+
+    torchrun's outlives a restart, with the addresses of the processes before. So each process asks under a name of its
+    own, and the first one tells those that are there what to call this start.
+    """
+    mine = f"{os.getpid()}-{time.time_ns()}"
+    store.set(f"fastcr/asks/{rank}", mine)
+    if rank:
+        answered = dist.PrefixStore(store.get(f"fastcr/answer/{mine}").decode(), store)
+        answered.set(f"here/{rank}", "")
+        return answered
+    name, deadline = f"fastcr/{mine}", time.monotonic() + JOIN.total_seconds()
+    missing = set(range(1, ranks))
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"fastcr/asks/{other}"]):  # the latest who asked; one from before is answered in vain
+                asked = store.get(f"fastcr/asks/{other}").decode()
+                store.set(f"fastcr/answer/{asked}", name)
+        missing = {other for other in missing if not store.check([f"{name}/here/{other}"])}
+        if missing and time.monotonic() > deadline:
+            raise UsageError(f"processes {', '.join(map(str, sorted(missing)))} of {ranks} did not come")
+        time.sleep(0.02)
+    return dist.PrefixStore(name, store)
 
 
 def _said(store: dist.Store, message: str) -> bool:

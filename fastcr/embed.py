@@ -131,7 +131,7 @@ def collate(crops: list[Crop | None]) -> tuple[Tensor, Tensor, list[int]]:
     readable = [i for i, crop in enumerate(crops) if crop is not None]
     found = [crop for crop in crops if crop is not None]
     pixels = torch.stack([crop for crop, _ in found]) if found else torch.empty(0)
-    return pixels, torch.tensor([size for _, size in found]).view(-1, 2), readable
+    return pixels, torch.tensor([size for _, size in found], dtype=torch.int64).view(-1, 2), readable
 
 
 def load_crops(

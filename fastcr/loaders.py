@@ -48,7 +48,7 @@ def make_views(
     if data.loader != "dali" and data.cache != "off":
         side = data.cache_side or 2 * data.image_size
         sizes = measure(images, side, workers, console)
-        place = choose_place(config, int(sizes.prod(1).sum()) * 3, device, console, processes.local_ranks)
+        place = choose_place(config, int(sizes.prod(1).sum()) * 3, device, console, processes)
     loader = choose_loader(config, place, device, console)
     console.print(
         f"loader: {loader}; cache: {place}; device: {device}; {len(images)} training images",
@@ -95,14 +95,15 @@ def make_views(
 
 
 def choose_place(
-    config: Config, size: int, device: torch.device, console: Console, local_ranks: int = 1
+    config: Config, size: int, device: torch.device, console: Console, processes: Processes = ALONE
 ) -> Place | Literal["off"]:
     """Where `size` bytes of decoded images go, as `--data.cache` asks; auto leaves ample room for everything else.
 
-    Each of the `local_ranks` processes of a machine keeps its own.
+    Each of the processes of a machine keeps its own.
     """
     cuda = device.type == "cuda"
-    room = {"device": torch.cuda.mem_get_info(device)[0] if cuda else 0, "host": free_memory() // local_ranks}
+    room = {"device": torch.cuda.mem_get_info(device)[0] if cuda else 0, "host": free_memory() // processes.local_ranks}
+    room = {where: -processes.most(-size)[0] for where, size in room.items()}  # all choose alike, before any fills
     asked, loader = config.data.cache, config.data.loader
     if asked == "auto":
         if cuda and loader != "torch" and size <= room["device"] / 4:

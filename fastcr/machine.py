@@ -35,6 +35,7 @@ def pick_device(name: str, local_rank: int = 0, local_ranks: int = 1) -> torch.d
         device = torch.device("cuda", device.index or 0)
         if device.index >= torch.cuda.device_count():
             raise UsageError(f"--run.device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+        torch.cuda.set_device(device)  # where kernels are launched
     elif device.type != "cpu":
         raise UsageError(f"--run.device must be auto, cpu, cuda or cuda:N, got {name!r}")
     return device

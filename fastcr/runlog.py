@@ -247,9 +247,10 @@ class StopSignal:
         self.received = 0
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received:  # a second Ctrl-C does not wait for the step
+        if self.received == number == signal.SIGINT:  # a second Ctrl-C does not wait for the step
             raise KeyboardInterrupt
-        self.received = number if number == signal.SIGINT else signal.SIGTERM  # schedulers send USR1 ahead of time
+        if not self.received:  # SIGTERM may come from a scheduler and from torchrun as well
+            self.received = number if number == signal.SIGINT else signal.SIGTERM  # USR1 is sent ahead of time
 
     def __enter__(self) -> StopSignal:
         """Listen, where signals can be (the main thread)."""

@@ -54,8 +54,6 @@ def train(
     """
     began = time.monotonic() - started
     device = pick_device(config.run.device, processes.local_rank, processes.local_ranks)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     if config.data.root is None and config.preset != "synthetic":
         raise UsageError(f"preset {config.preset} needs --data.root, the folder of its images")
     check_device(config, device, console, processes)
@@ -113,6 +111,9 @@ def train(
             lr = cosine_lr(config.optim.lr, step - 1, total_steps)
             optimizer.param_groups[0]["lr"].fill_(lr)
             loss, losses = step_on(batch)
+            due: int = time.monotonic() - saved_at >= 60 * config.run.save_minutes
+            # all processes alike; before anything waits for the device, where a lost one would not be noticed
+            stopped, due = processes.most(stop.received, due and processes.first)
             watch.add(loss, gradient_norm(trained, scaler))
             if step == start_step + 1:
                 loss.item()  # waits for the device
@@ -131,19 +132,18 @@ def train(
                 if epoch_ends:
                     log.epoch_done(record, epoch, config.optim.epochs)
                     health.look(record, losses.features[0, 0].numel())
-            if epoch_ends and step < last_step and config.run.eval_every and epoch % config.run.eval_every == 0:
-                evaluation.during(moco.backbone, branch, config.data.image_size, epoch)
-                meter.reset()
             saver.check()
-            due: int = time.monotonic() - saved_at >= 60 * config.run.save_minutes
-            # all of them, at the same step
-            stopped, due = processes.most(stop.received, due and processes.first)
-            if stopped or step == last_step or due:
+            evaluates = epoch_ends and step < last_step and config.run.eval_every and epoch % config.run.eval_every == 0
+            if stopped or step == last_step or due or evaluates:
+                processes.share_statistics(moco.backbone, branch)
                 save(step)
                 saved_at = time.monotonic()
             if stopped:
                 break
-    saver.wait()
+            if evaluates:
+                evaluation.during(moco.backbone, branch, config.data.image_size, epoch)
+                meter.reset()
+        processes.once(saver.wait)  # before signals end the process again, and before the others go
     if stopped:
         go_on = f"stopped at step {step}; to go on: python -m fastcr.train --resume {folder}"
         console.print(go_on, soft_wrap=True, highlight=False)

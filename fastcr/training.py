@@ -130,6 +130,8 @@ def check_device(config: Config, device: torch.device, console: Console, process
     if batch_size % parts or batch_size < 2 * parts:
         shares = f"{processes.ranks} processes with --optim.accumulate {config.optim.accumulate}"
         raise UsageError(f"--optim.batch_size {batch_size} does not divide among {shares} into parts of at least 2")
+    if config.released.enabled and processes.ranks > 1:
+        raise UsageError("--released.enabled works in one process only: its attention depends on the whole batch")
     if config.run.cuda_graph and processes.ranks > 1:
         raise UsageError("--run.cuda_graph works in one process only")
     if config.model.batchnorm == "sync" and device.type != "cuda":

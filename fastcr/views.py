@@ -186,6 +186,8 @@ class Prefetched:
                 return next(batches), stream.record_event() if stream else None
 
         with ThreadPoolExecutor(1) as thread:
+            if stream:
+                thread.submit(torch.cuda.set_device, self.device).result()  # a thread begins on the first device
             future = thread.submit(make)
             while True:
                 batch, made = future.result()

@@ -109,10 +109,13 @@ def test_full_disk_keeps_the_last_good_checkpoint(
 
 
 def memory_of(process: int) -> int:
-    """Bytes of main memory of a process and those it started; what they share is counted once."""
+    """Bytes of main memory of a process and those it started; what they share is counted once.
+
+    Without what is read of files: libraries' pages count for less while other programs use them too.
+    """
     children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
     rollup = Path(f"/proc/{process}/smaps_rollup").read_text().split("\n")
-    own = sum(int(line.split()[1]) for line in rollup if line.startswith("Pss:"))
+    own = sum(int(line.split()[1]) for line in rollup if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
     return own * 1024 + sum(memory_of(int(child)) for child in children)
 
 
