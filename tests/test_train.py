@@ -138,7 +138,7 @@ def uninterrupted(flat: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
 def test_run_folder_holds_all_its_files(evaluated: Finished) -> None:
     folder = evaluated.folder
     assert names(folder) == {
-        *("config.yaml", "metrics.jsonl", "weights.safetensors", "init.safetensors", "resume.pt"),
+        *("config.yaml", "metrics.jsonl", "weights.safetensors", "init.safetensors", "resume.pt", "resume.1.pt"),
         *("results.json", "evaluations.jsonl"),
     }
     config = load_config(folder / "config.yaml")
