@@ -120,22 +120,22 @@ def memory_of(process: int) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("steps", [pytest.param(150, id="sample"), 2000])
-def test_memory_stays_flat(steps: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The synthetic preset with a save a minute: from its first quarter to its end, within 2 %."""
+@pytest.mark.parametrize(("steps", "growth"), [pytest.param(100, 0.05, id="sample"), (2000, 0.02)])
+def test_memory_stays_flat(steps: int, growth: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The synthetic preset with a save a minute, from its second quarter to its last; medians, for saves come and go."""
     more = ("--optim.epochs", str(steps // 25), "--run.save_minutes", "1", "--run.dir", str(tmp_path / "run"))
     small = ("--data.image_size", "32", "--optim.batch_size", "64") if steps < 1000 else ()
     process, sizes = start(*more, *small, "--run.log_every", "1"), dict[int, list[int]]()
     while process.poll() is None:
         if 0 < (step := steps_logged(tmp_path / "run")) < steps:
             try:
-                sizes.setdefault(step * 20 // steps, []).append(memory_of(process.pid))
+                sizes.setdefault(step * 4 // steps, []).append(memory_of(process.pid))
             except (OSError, ValueError):  # a process ended between two looks
                 continue
         time.sleep(0.2)
     _, errors = process.communicate()
     assert process.returncode == 0, errors
-    twentieths = [statistics.median(sizes[part]) for part in sorted(sizes)]
+    quarters = [statistics.median(sizes[part]) for part in sorted(sizes)]
     with capsys.disabled():
-        print(f"\n{steps} steps, MiB: {' '.join(f'{size / 2**20:.0f}' for size in twentieths)}")
-    assert max(twentieths[5:]) / min(twentieths[5:]) < 1.02
+        print(f"\n{steps} steps, MiB: {' '.join(f'{size / 2**20:.0f}' for size in quarters)}")
+    assert abs(quarters[3] / quarters[1] - 1) < growth
