@@ -122,7 +122,7 @@ def memory_of(process: int) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize(("steps", "growth"), [pytest.param(100, 0.05, id="sample"), (2000, 0.02)])
 def test_memory_stays_flat(steps: int, growth: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The synthetic preset with a save a minute, from its second quarter to its last; medians, for saves come and go."""
+    """The synthetic preset with a save a minute, from its second quarter to its last; saves come and go."""
     more = ("--optim.epochs", str(steps // 25), "--run.save_minutes", "1", "--run.dir", str(tmp_path / "run"))
     small = ("--data.image_size", "32", "--optim.batch_size", "64") if steps < 1000 else ()
     process, sizes = start(*more, *small, "--run.log_every", "1"), dict[int, list[int]]()
