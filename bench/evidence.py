@@ -41,14 +41,22 @@ ROOT = Path(__file__).resolve().parents[1]
 EVIDENCE = "evidence.json"
 FROZEN = "frozen"  # the row whose scores are those of step 0
 CHOICES = [(t, s, stop) for t in ("max-softmax", "sum") for s in ("score", "loss") for stop in (True, False)]
+STOPPED = {True: "fit gradient stopped at the features", False: "fit gradient flows into the features"}
 # name: (meaning, flags of fastcr.train); a first flag without dashes is the preset, else it is `folder`
 ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     FROZEN: ("the initial weights, random detectors", ("--run.steps", "1")),
     "moco": ("MoCo v2 without the branch", ("--rationale.enabled", "False")),
     "released": ("the variant of the authors' released code", ("cub200-released",)),
     **{
+        f"uniform-{'stopped' if stop else 'flowing'}": (
+            f"exactly uniform target, {STOPPED[stop]}",
+            ("--rationale.target", "uniform", "--rationale.stop_gradient", str(stop)),
+        )
+        for stop in STOPPED
+    },
+    **{
         f"{target}-{sign}-{'stopped' if stop else 'flowing'}": (
-            f"target {target}, GradCAM of the {sign}, fit gradient {'stopped' if stop else 'flows'} at the features",
+            f"target {target}, GradCAM of the {sign}, {STOPPED[stop]}",
             ("--rationale.target", target, "--rationale.cam_sign", sign, "--rationale.stop_gradient", str(stop)),
         )
         for target, sign, stop in CHOICES

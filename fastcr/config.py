@@ -106,6 +106,8 @@ class OptimConfig:
     """Parts a batch is split into to save memory: their gradients add up; BatchNorm sees a part at a time."""
     lr: float = 0.03
     """Learning rate at the start."""
+    backbone_lr: float | None = None
+    """That of the encoder's backbone, to protect good initial weights; 0 keeps them as they are. Default: lr."""
     momentum: float = 0.9
     """SGD momentum."""
     weight_decay: float = 1e-4
@@ -136,21 +138,27 @@ class RationaleConfig:
     """Weight of the fit loss (mean KL over the batch)."""
     detectors: int = 32
     """1x1 projections whose maximum is the attention logit, 1 to 128."""
-    target: Literal["max-softmax", "sum"] = "max-softmax"
-    """GradCAM to distribution: softmax of GradCAM / its maximum, or GradCAM / its sum."""
+    target: Literal["max-softmax", "sum", "uniform"] = "max-softmax"
+    """GradCAM to distribution: softmax of GradCAM / its maximum, GradCAM / its sum, or, as a control, none of it."""
     cam_sign: Literal["score", "loss"] = "score"
     """Keep places that lower the contrast loss (score) or raise it (loss)."""
     temperature: float = 0.4
     """Temperature of the softmax over positions."""
     stop_gradient: bool = True
     """Keep the fit loss from changing the encoder."""
+    batchnorm: bool = False
+    """Batch normalisation of each detector's response, before the maximum."""
+    lr: float | None = None
+    """Learning rate of the branch at the start. Default: --optim.lr."""
+    pooled_contrast: float = 0.0
+    """Weight of a second contrast loss: of the query pooled with the attention (a constant there), same keys."""
 
 
 @dataclass(frozen=True)
 class ReleasedConfig:
     """The variant of the authors' released code (fastcr/released.py).
 
-    It replaces the rationale branch: of that section, only detectors and fit_weight count.
+    It replaces the rationale branch: of that section, only detectors, fit_weight and lr count.
     """
 
     enabled: bool = False
@@ -200,6 +208,8 @@ def validate(config: Config) -> Config:
         "--optim.accumulate: the released attention depends on the whole batch": not config.released.enabled
         or config.optim.accumulate == 1,
         "--optim.lr must be above 0 and finite": 0 < config.optim.lr < math.inf,
+        "--optim.backbone_lr must be at least 0 and finite": config.optim.backbone_lr is None
+        or 0 <= config.optim.backbone_lr < math.inf,
         "--optim.momentum must lie in [0, 1)": 0 <= config.optim.momentum < 1,
         "--optim.weight_decay must be at least 0 and finite": 0 <= config.optim.weight_decay < math.inf,
         "--run.seed must lie in 0..2**63-1": 0 <= config.run.seed < 2**63,
@@ -215,6 +225,8 @@ def validate(config: Config) -> Config:
         "--rationale.detectors must lie in 1..128": 1 <= config.rationale.detectors <= 128,
         "--rationale.temperature must be above 0 and finite": 0 < config.rationale.temperature < math.inf,
         "--rationale.fit_weight must be at least 0 and finite": 0 <= config.rationale.fit_weight < math.inf,
+        "--rationale.lr must be above 0 and finite": config.rationale.lr is None or 0 < config.rationale.lr < math.inf,
+        "--rationale.pooled_contrast must be at least 0 and finite": 0 <= config.rationale.pooled_contrast < math.inf,
         "--released.enabled needs --rationale.enabled True": (config.rationale.enabled or not config.released.enabled),
     }
     for message, holds in checks.items():

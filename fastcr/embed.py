@@ -60,9 +60,10 @@ def weights_facts(
     }
 
 
-def weights_of(backbone: nn.Module, branch: nn.Module | None) -> dict[str, Tensor]:
-    """State dict of a weights file: `backbone.*` and `branch.*`."""
-    return nn.ModuleDict({"backbone": backbone, **({"branch": branch} if branch else {})}).state_dict()
+def weights_of(backbone: nn.Module, branch: Branch | None) -> dict[str, Tensor]:
+    """State dict of a weights file: `backbone.*` and `branch.*`, its batch normalisation multiplied in."""
+    own = branch.folded_state() if isinstance(branch, RationaleHead) else branch.state_dict() if branch else {}
+    return backbone.state_dict(prefix="backbone.") | {f"branch.{name}": value for name, value in own.items()}
 
 
 def build_branch(

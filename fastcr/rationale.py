@@ -38,13 +38,16 @@ class RationaleHead(nn.Module):
         target: Target = RationaleConfig.target,
         cam_sign: CamSign = RationaleConfig.cam_sign,
         stop_gradient: bool = RationaleConfig.stop_gradient,
+        batchnorm: bool = RationaleConfig.batchnorm,
     ) -> None:
         super().__init__()
         self.config = config or RationaleConfig(
-            detectors=detectors, temperature=temperature, target=target, cam_sign=cam_sign, stop_gradient=stop_gradient
-        )
+            detectors=detectors, temperature=temperature, target=target, cam_sign=cam_sign, stop_gradient=stop_gradient,
+            batchnorm=batchnorm,
+        )  # fmt: skip
         initial = nn.Linear(channels, self.config.detectors)  # initialised as a 1x1 convolution is
         self.weight, self.bias, self.impl = initial.weight, initial.bias, impl
+        self.norm = nn.BatchNorm1d(self.config.detectors) if self.config.batchnorm else None
 
     def loss(self, features: Tensor, pooled: Tensor, contrast: Tensor) -> Tensor:
         """Fit loss (a scalar, nats) of the attention to the GradCAM of the loss `contrast`; call it before `backward`.
@@ -66,11 +69,12 @@ class RationaleHead(nn.Module):
 
     def fit(self, features: Tensor, gradient: Tensor, pool_weight: float = 0.0) -> RationaleFit:
         """KL to the GradCAM of `gradient [B,C]` over features `[B,C,H,W]`; see `kernels.rationale_fit`."""
+        weight, bias = self.folded(features)
         return rationale_fit(
             features,
             gradient,
-            self.weight,
-            self.bias,
+            weight,
+            bias,
             temperature=self.config.temperature,
             target=self.config.target,
             cam_sign=self.config.cam_sign,
@@ -81,13 +85,41 @@ class RationaleHead(nn.Module):
 
     def pool(self, features: Tensor) -> RationalePool:
         """Features `[B,C,H,W]` to `(pooled [B,C], attention [B,S])`."""
-        return rationale_pool(features, self.weight, self.bias, temperature=self.config.temperature, impl=self.impl)
+        return rationale_pool(features, *self.folded(), temperature=self.config.temperature, impl=self.impl)
+
+    def folded(self, features: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Weight `[K,C]` and bias `[K]` with the batch normalisation, if any, multiplied in: the ops know of none.
+
+        In training the statistics are those of `features`, if given, and move the running ones.
+        """
+        if self.norm is None:
+            return self.weight, self.bias
+        mean, variance = self.norm.get_buffer("running_mean"), self.norm.get_buffer("running_var")
+        if self.training and features is not None:
+            maps = (features.detach() if self.config.stop_gradient else features).flatten(2)
+            with torch.autocast(features.device.type, enabled=False):
+                responses = self._responses(maps)
+            with torch.no_grad():
+                self.norm(responses)
+            variance, mean = torch.var_mean(responses, (0, 2), correction=0)
+        scale = self.norm.weight * torch.rsqrt(variance + self.norm.eps)
+        return self.weight * scale[:, None], (self.bias - mean) * scale + self.norm.bias
+
+    def folded_state(self) -> dict[str, Tensor]:
+        """State dict of the same head without batch normalisation: what `fastcr.train` gives its users."""
+        weight, bias = self.folded()
+        return {"weight": weight.detach(), "bias": bias.detach()}
+
+    def _responses(self, maps: Tensor) -> Tensor:
+        """What each detector says of each place of maps `[B,C,S]`: `[B,K,S]`."""
+        return torch.einsum("kc,bcs->bks", self.weight, maps.to(self.weight.dtype)) + self.bias[:, None]
 
     @torch.no_grad()
     def effective_detectors(self, features: Tensor) -> Tensor:
         """exp(entropy of which detector wins a position), 1 (always the same) to K; a scalar."""
-        logits = torch.einsum("kc,bcs->bks", self.weight, features.flatten(2).to(self.weight.dtype))
-        winners = (logits + self.bias[:, None]).argmax(1).flatten()
+        weight, bias = self.folded()
+        logits = torch.einsum("kc,bcs->bks", weight, features.flatten(2).to(weight.dtype))
+        winners = (logits + bias[:, None]).argmax(1).flatten()
         share = torch.zeros_like(self.bias).index_add_(0, winners, torch.ones_like(winners, dtype=self.bias.dtype))
         share = share / winners.numel()
         return torch.exp(-torch.xlogy(share, share).sum())

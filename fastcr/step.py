@@ -29,6 +29,7 @@ class Losses(NamedTuple):
     attention: Tensor | None  # [B,S]
     features: Tensor  # [B,C,H,W]
     key: Tensor  # [B*ranks,D]: those of all processes
+    pooled: Tensor | None = None  # scalar, nats, unweighted: contrast loss of the attention-pooled query, if wanted
 
 
 class LossFunction(Protocol):
@@ -46,13 +47,15 @@ def contrast_losses(
     *,
     branch: RationaleHead | None,
     temperature: float,
+    pooled_contrast: bool = False,
     impl: Impl = "auto",
     scale: Scale = lambda loss: loss,
 ) -> Losses:
     """Contrast loss of a batch and the branch's fit to its GradCAM; without a branch, plain MoCo v2.
 
-    `scale` is what the caller does to the loss before backward (loss scaling, accumulation): part of the gradient does
-    not pass through the loss.
+    `pooled_contrast` asks for a second contrast loss, of the features pooled with the attention, which is a constant
+    there. `scale` is what the caller does to the loss before backward (loss scaling, accumulation): part of the
+    gradient does not pass through the loss.
     """
     key = moco.key(batch.second, autocast)
     with record_function("query forward"), autocast:
@@ -72,7 +75,13 @@ def contrast_losses(
         contrast = contrast.mean()
     with record_function("fit"):  # the size of `gradient` is lost on GradCAM, which is normalised
         divergence, attention, _ = branch.fit(features, scale(gradient), pool_weight=1 / len(pooled))
-        return Losses(contrast, divergence.mean(), attention, features.detach(), key)
+    pooled_loss = None
+    if pooled_contrast:
+        with record_function("pooled contrast"):
+            attended = torch.einsum("bcs,bs->bc", features.flatten(2).float(), attention)
+            query = moco.query(attended)
+            pooled_loss = info_nce(query, moco.own(key), moco.queue, temperature=temperature, impl=impl).mean()
+    return Losses(contrast, divergence.mean(), attention, features.detach(), key, pooled_loss)
 
 
 def train_step(
@@ -85,6 +94,7 @@ def train_step(
     key_momentum: float,
     autocast: torch.autocast,
     scaler: torch.amp.GradScaler = NO_SCALER,
+    pooled_weight: float = 0.0,
     accumulate: int = 1,
     no_sync: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> tuple[Tensor, Losses]:
@@ -104,6 +114,8 @@ def train_step(
         with nullcontext() if len(parts) == accumulate - 1 else no_sync():
             losses = loss_function(moco, part, autocast, scale=scale)
             loss = losses.contrast if losses.fit is None else losses.contrast + fit_weight * losses.fit
+            if losses.pooled is not None:
+                loss = loss + pooled_weight * losses.pooled
             with record_function("backward"):
                 scale(loss).backward()
         parts.append((loss.detach(), losses))
@@ -119,11 +131,12 @@ def train_step(
 def _merged(parts: Sequence[tuple[Tensor, Losses]]) -> tuple[Tensor, Losses]:
     """Loss and losses of a batch from those of its parts; the features are those of the last."""
     total = torch.stack([loss for loss, _ in parts]).mean()
-    contrast, fit, attention, features, key = zip(*(losses for _, losses in parts), strict=True)
+    contrast, fit, attention, features, key, pooled = zip(*(losses for _, losses in parts), strict=True)
     mean = torch.stack(contrast).mean()
     if fit[0] is None:
         return total, Losses(mean, None, None, features[-1], torch.cat(key))
-    return total, Losses(mean, torch.stack(fit).mean(), torch.cat(attention), features[-1], torch.cat(key))
+    attended = torch.stack(pooled).mean() if pooled[0] is not None else None
+    return total, Losses(mean, torch.stack(fit).mean(), torch.cat(attention), features[-1], torch.cat(key), attended)
 
 
 class Replayed:

@@ -38,7 +38,7 @@ from fastcr.rationale import attention_entropy
 from fastcr.runlog import HealthWatch, LossWatch, Meter, RunLog, StopSignal, keep_records
 from fastcr.step import Losses, cosine_lr
 from fastcr.synthetic import write_synthetic
-from fastcr.training import Training, check_device, compiles, pick_dtype, prepare
+from fastcr.training import Training, check_device, compiles, pick_dtype, prepare, trained
 from fastcr.views import step_indices
 
 
@@ -68,7 +68,7 @@ def train(
         raise UsageError(f"{splits.train.root} holds other training images on one machine than on another")
 
     training = prepare(config, device, console, initial_weights=resume is None, processes=processes)
-    moco, branch, model, optimizer, scaler, step_on = training
+    moco, branch, model, optimizer, rates, scaler, step_on = training
     dtype = pick_dtype(config.run.precision, device)
     views, config = make_views(config, splits.train, device, dtype, console, processes)
     facts = weights_facts(config.model, config.rationale, config.released, config.data.image_size)
@@ -100,8 +100,8 @@ def train(
         steps_per_epoch=steps_per_epoch,
         writes=processes.first,
     )
-    trained, files_of = optimizer.param_groups[0]["params"], partial(files_of_step, config, splits.train)
-    watch, health = LossWatch(trained, start_step, folder, files_of, processes), HealthWatch(console, config)
+    parameters, files_of = trained(optimizer), partial(files_of_step, config, splits.train)
+    watch, health = LossWatch(parameters, start_step, folder, files_of, processes), HealthWatch(console, config)
     saved_at, stopped = time.monotonic(), 0
     with log, StopSignal() as stop:
         batches, meter, ready = views.batches(start_step), Meter(), time.monotonic()
@@ -109,12 +109,13 @@ def train(
             with meter.waiting():
                 batch = next(batches)
             lr = cosine_lr(config.optim.lr, step - 1, total_steps)
-            optimizer.param_groups[0]["lr"].fill_(lr)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"].fill_(cosine_lr(rate, step - 1, total_steps))
             loss, losses = step_on(batch)
             due: int = time.monotonic() - saved_at >= 60 * config.run.save_minutes
             # all processes alike; before anything waits for the device, where a lost one would not be noticed
             stopped, due = processes.most(stop.received, due and processes.first)
-            watch.add(loss, gradient_norm(trained, scaler))
+            watch.add(loss, gradient_norm(parameters, scaler))
             if step == start_step + 1:
                 loss.item()  # waits for the device
                 since, compiled = time.monotonic() - began, " and its compilation" * compiles(config, device)
@@ -239,6 +240,8 @@ def metrics_of(losses: Losses, branch: Branch | None) -> dict[str, float]:
     metrics = {"contrast_loss": losses.contrast.item(), "embedding_spread": spread.item()}
     if branch is not None and losses.fit is not None and losses.attention is not None:
         metrics["fit_loss"] = losses.fit.item()
+        if losses.pooled is not None:
+            metrics["pooled_contrast_loss"] = losses.pooled.item()
         metrics["attention_entropy"] = attention_entropy(losses.attention).item()
         metrics["effective_detectors"] = branch.effective_detectors(losses.features).item()
     return metrics

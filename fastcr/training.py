@@ -32,6 +32,7 @@ class Training(NamedTuple):
     branch: Branch | None
     model: nn.ModuleDict  # both of them
     optimizer: torch.optim.Optimizer
+    rates: list[float]  # learning rate at the start of each of its groups: backbone, head, branch
     scaler: torch.amp.GradScaler
     step: Callable[[Batch], tuple[Tensor, Losses]]
 
@@ -67,14 +68,16 @@ def prepare(
         for norm in batchnorms(moco):
             norm.eval()
     model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    # a group a part, in the order of the model; the rates are tensors, so that a CUDA graph sees them change
+    own = {moco.backbone: config.optim.backbone_lr, moco.head: None, branch: config.rationale.lr}
+    parts = {part: config.optim.lr if rate is None else rate for part, rate in own.items() if part is not None}
     optimizer = torch.optim.SGD(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
-        lr=torch.tensor(config.optim.lr, device=device),  # a tensor, so that a CUDA graph sees it change
+        [{"params": part.parameters(), "lr": torch.tensor(rate, device=device)} for part, rate in parts.items()],
         momentum=config.optim.momentum,
         weight_decay=config.optim.weight_decay,
         fused=True,
     )
-    for parameter in optimizer.param_groups[0]["params"]:
+    for parameter in trained(optimizer):
         # torch would leave them uninitialised where the scaler passes over the first step; from 0 it is the same sum
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     dtype = pick_dtype(config.run.precision, device)
@@ -98,13 +101,20 @@ def prepare(
         loss_function,
         optimizer,
         fit_weight=config.rationale.fit_weight,
+        pooled_weight=config.rationale.pooled_contrast,
         key_momentum=config.moco.key_momentum,
         autocast=torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32),
         scaler=scaler,
         accumulate=config.optim.accumulate,
         no_sync=no_sync,
     )
-    return Training(moco, branch, model, optimizer, scaler, Replayed(step) if config.run.cuda_graph else step)
+    step = Replayed(step) if config.run.cuda_graph else step
+    return Training(moco, branch, model, optimizer, list(parts.values()), scaler, step)
+
+
+def trained(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """The parameters that it trains."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def batchnorms(moco: MoCo) -> list[nn.Module]:
@@ -149,7 +159,9 @@ def check_device(config: Config, device: torch.device, console: Console, process
 
 def pick_loss_function(config: Config, branch: Branch | None) -> LossFunction:
     """The method's losses, or the released code's."""
-    temperature = config.moco.temperature
+    temperature, pooled = config.moco.temperature, config.rationale.pooled_contrast > 0
     if isinstance(branch, ReleasedBranch):
         return partial(released_losses, branch=branch, temperature=temperature)
-    return partial(contrast_losses, branch=branch, temperature=temperature, impl=config.run.kernels)
+    return partial(
+        contrast_losses, branch=branch, temperature=temperature, pooled_contrast=pooled, impl=config.run.kernels
+    )

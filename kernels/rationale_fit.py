@@ -5,6 +5,7 @@
     cam_b(s) = relu(sign * sum_c A_bc(s) g_bc)          GradCAM; sign +1 "loss", -1 "score"
     P_b      = cam_b / sum_s cam_b                      target "sum"
              | softmax_s(cam_b / max_s cam_b / tau)     target "max-softmax"; uniform where cam_b is 0 everywhere
+             | 1 / S                                    target "uniform": what is fitted to says nothing, a control
     KL_b     = sum_s P_b(s) (log P_b(s) - log Q_b(s))   0 log 0 = 0; P is a constant
 
 A [B,C,S] features at S = H*W positions, g [B,C] gradient of each image's own contrast loss by its mean-pooled
@@ -42,7 +43,7 @@ try:
 except ImportError:
     triton = None
 
-Target = Literal["max-softmax", "sum"]
+Target = Literal["max-softmax", "sum", "uniform"]
 CamSign = Literal["score", "loss"]
 
 
@@ -59,7 +60,8 @@ class RationaleFit(NamedTuple):
 
 def gradcam_target(cam: Tensor, target: Target, temperature: float) -> Tensor:
     """Distribution P `[B,S]` from a GradCAM `[B,S]` >= 0; uniform where an image's GradCAM is 0 everywhere."""
-    if target == "max-softmax":
+    if target != "sum":
+        cam = cam if target == "max-softmax" else 0 * cam
         peak = cam.amax(1, keepdim=True)
         return torch.softmax(cam / torch.where(peak == 0, 1, peak) / temperature, dim=1)
     total = cam.sum(1, keepdim=True)
@@ -174,7 +176,7 @@ def _fused(
         _fit_kernel[(batch,)](
             rows, gradient.float().contiguous(), detectors, rows if bias is None else bias.contiguous(),
             divergence, attention, probability, winners, positions, channels, len(detectors), 1 / temperature,
-            1.0 if cam_sign == "loss" else -1.0,
+            0.0 if target == "uniform" else 1.0 if cam_sign == "loss" else -1.0,  # GradCAM 0 gives the uniform target
             BLOCK_ALL=all_positions(rows), HAS_BIAS=bias is not None, SUM=target == "sum",
             **tile_settings("rationale_fit", rows, len(detectors)), **dot_settings(rows, len(detectors)),
         )  # fmt: skip
@@ -255,7 +257,7 @@ def rationale_fit(
         detectors: w `[K,C]`, `1 <= K <= 128`.
         bias: c `[K]`, or None for no bias.
         temperature: tau of the attention and of the target "max-softmax", above 0.
-        target: how GradCAM becomes a distribution.
+        target: how GradCAM becomes a distribution; "uniform" leaves it out.
         cam_sign: "loss" keeps places that raise the contrast loss, "score" places that lower it.
         pool_weight: backward also adds `pool_weight * g_b / S` to the feature gradient, whatever the gradient of the
             divergence. A caller who mean-pools detached features sets it to 1/B, and the whole gradient of the
@@ -277,8 +279,8 @@ def rationale_fit(
         )
     if gradient.device != features.device:
         raise ValueError(f"gradient must be on {features.device} like features, got {gradient.device}")
-    if target not in ("max-softmax", "sum"):
-        raise ValueError(f"target must be 'max-softmax' or 'sum', got {target!r}")
+    if target not in ("max-softmax", "sum", "uniform"):
+        raise ValueError(f"target must be 'max-softmax', 'sum' or 'uniform', got {target!r}")
     if cam_sign not in ("score", "loss"):
         raise ValueError(f"cam_sign must be 'score' or 'loss', got {cam_sign!r}")
     if use_triton(impl, named(features=features, gradient=gradient, detectors=detectors, bias=bias)):

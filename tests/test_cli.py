@@ -105,6 +105,7 @@ def test_a_mistake_is_one_line_whatever_stdout_is(
         ("--optim.epochs", "0"),
         ("--optim.batch_size", "1"),
         ("--optim.lr", "0 -0.1 nan inf"),
+        ("--optim.backbone_lr", "-0.1 nan inf"),
         ("--optim.momentum", "-1 nan"),
         ("--optim.weight_decay", "-1 nan"),
         ("--run.seed", f"-1 {2**70}"),
@@ -119,6 +120,8 @@ def test_a_mistake_is_one_line_whatever_stdout_is(
         ("--rationale.detectors", "0 129"),
         ("--rationale.temperature", "0 nan"),
         ("--rationale.fit_weight", "-1 nan inf"),
+        ("--rationale.lr", "0 -1 nan inf"),
+        ("--rationale.pooled_contrast", "-1 nan inf"),
     ],
 )
 def test_values_out_of_range(flag: str, values: str, flat: Path, tmp_path: Path, mistake: Callable[..., str]) -> None:

@@ -62,6 +62,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"target": "sum", "pool_weight": 0.5},
     {"cam_sign": "loss", "pool_weight": 0.5, "stop_gradient": True},
     {"stop_gradient": True},
+    {"target": "uniform", "pool_weight": 0.5},
 ]
 
 

@@ -21,7 +21,7 @@ F64 = torch.float64
 # largest error over the largest entry; values come out in fp32 from 16-bit inputs, gradients in the input's dtype
 TOLERANCE = {F64: 1e-12, torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 DTYPES = list(TOLERANCE)
-TARGETS: list[Target] = ["max-softmax", "sum"]
+TARGETS: list[Target] = ["max-softmax", "sum", "uniform"]
 SIGNS: list[CamSign] = ["score", "loss"]
 TAU = 0.4
 
@@ -81,7 +81,7 @@ def naive_attention(image: Array, detectors: Array, bias: Array) -> tuple[Array,
 
 def naive_target(image: Array, gradient: Array, target: Target, sign: CamSign) -> Array:
     cam = np.maximum((1 if sign == "loss" else -1) * (gradient @ image), 0)
-    if cam.max() == 0:
+    if cam.max() == 0 or target == "uniform":
         return np.full(len(cam), 1 / len(cam))
     if target == "sum":
         return cam / cam.sum()

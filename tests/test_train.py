@@ -733,5 +733,5 @@ def test_ways_of_doing_a_step_that_cannot_work_are_refused(
 def test_resume_takes_todays_settings_of_the_optimiser(flat: Path, tmp_path: Path) -> None:
     run(flat, tmp_path / "run", "--run.steps", "1")
     resume(tmp_path / "run", "--run.steps", "2", "--optim.weight_decay", "0.5")
-    (group,) = torch.load(tmp_path / "run" / "resume.pt", weights_only=True)["optimizer"]["param_groups"]
-    assert group["weight_decay"] == 0.5
+    groups = torch.load(tmp_path / "run" / "resume.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.5] * 3  # backbone, head, branch

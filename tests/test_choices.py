@@ -1,0 +1,232 @@
+"""Choices of the method: learning rates of its parts, batch normalisation of the branch, contrast of what it pools."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import Tensor, nn
+
+import fastcr
+from fastcr import train
+from fastcr.config import Config, DataConfig, MocoConfig, ModelConfig, OptimConfig, RationaleConfig
+from fastcr.embed import weights_of
+from fastcr.moco import mean_pool
+from fastcr.rationale import RationaleHead
+from fastcr.step import contrast_losses, train_step
+from fastcr.training import Training, prepare
+from fastcr.views import Batch
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CPU, AUTOCAST = torch.device("cpu"), torch.autocast("cpu", enabled=False)
+TINY = Config(
+    data=DataConfig(image_size=32),
+    model=ModelConfig(backbone="resnet18", last_stage="layer3", weights="none"),
+    optim=OptimConfig(batch_size=8, lr=0.1),
+    moco=MocoConfig(queue_size=20, embedding_dim=8),
+    rationale=RationaleConfig(detectors=3),
+)
+RUN = [
+    "--data.image_size", "32", "--data.loader", "torch", "--data.workers", "0", "--run.device", "cpu",
+    "--model.backbone", "resnet18", "--model.last_stage", "layer3", "--model.weights", "none", "--moco.queue_size", "20",
+    "--moco.embedding_dim", "8", "--optim.batch_size", "8", "--rationale.detectors", "3", "--run.log_every", "1",
+]  # fmt: skip
+
+
+def batch_of(images: int = 8, seed: int = 0) -> Batch:
+    return Batch(*torch.randn(2, images, 3, 32, 32, generator=torch.Generator().manual_seed(seed)))
+
+
+def prepared(**sections: Any) -> Training:
+    return prepare(replace(TINY, **sections), CPU, Console(quiet=True))
+
+
+def moved(training: Training, steps: int = 1) -> dict[str, float]:
+    """How far the weights of each part go in some steps."""
+    parts = {"backbone": training.moco.backbone, "head": training.moco.head, "branch": training.branch}
+    before = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items() if part}
+    for seed in range(steps):
+        training.step(batch_of(seed=seed))
+    return {
+        name: max((dict(part.named_parameters())[key] - before[name][key]).abs().max().item()
+                  for key, _ in part.named_parameters())
+        for name, part in parts.items() if part
+    }  # fmt: skip
+
+
+def test_each_part_takes_its_own_learning_rate() -> None:
+    plain = moved(prepared())
+    tenfold = moved(prepared(rationale=replace(TINY.rationale, lr=1.0)))
+    kept = moved(prepared(optim=replace(TINY.optim, backbone_lr=0.0)))
+    assert min(plain.values()) > 0
+    assert tenfold == pytest.approx({**plain, "branch": 10 * plain["branch"]}, rel=1e-3)
+    assert kept == pytest.approx({**plain, "backbone": 0.0}, rel=1e-3)
+
+
+def test_a_frozen_encoder_stays_as_it_was_loaded() -> None:
+    training = prepared(
+        optim=replace(TINY.optim, backbone_lr=0.0), model=replace(TINY.model, batchnorm="frozen"),
+        rationale=replace(TINY.rationale, stop_gradient=False),
+    )  # fmt: skip
+    before = copy.deepcopy(training.moco.backbone.state_dict())
+    moved(training, steps=3)
+    torch.testing.assert_close(training.moco.backbone.state_dict(), before, rtol=0, atol=0)
+
+
+def test_all_rates_fall_along_the_cosine_and_may_change_at_a_resume(flat: Path, tmp_path: Path) -> None:
+    folder, own = tmp_path / "run", ["--optim.lr", "0.1", "--optim.backbone_lr", "0.01", "--rationale.lr", "0.5"]
+    train.main(["folder", *RUN, *own, "--optim.epochs", "2", "--data.root", str(flat), "--run.dir", str(folder),
+                "--run.steps", "9"])  # fmt: skip
+
+    def rates() -> list[float]:
+        groups = torch.load(folder / "resume.pt", weights_only=True)["optimizer"]["param_groups"]
+        return [group["lr"].item() for group in groups]
+
+    factor = (1 + math.cos(math.pi * 8 / 16)) / 2
+    assert rates() == pytest.approx([0.01 * factor, 0.1 * factor, 0.5 * factor])
+    train.main(["--resume", str(folder), "--run.steps", "10", "--rationale.lr", "0.2", "--optim.backbone_lr", "0"])
+    factor = (1 + math.cos(math.pi * 9 / 16)) / 2
+    assert rates() == pytest.approx([0, 0.1 * factor, 0.2 * factor])
+
+
+def test_a_run_saved_with_one_rate_for_all_goes_on(flat: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    train.main(["folder", *RUN, "--data.root", str(flat), "--run.dir", str(folder), "--run.steps", "2"])
+    state = torch.load(folder / "resume.pt", weights_only=True)
+    groups = state["optimizer"]["param_groups"]
+    numbers = [number for group in groups for number in group["params"]]
+    parameters = [value for name, value in prepared().model.named_parameters() if ".key_" not in name]
+    buffers = [state["optimizer"]["state"][number]["momentum_buffer"] for number in range(len(parameters))]
+    assert numbers == list(range(len(parameters)))  # one after the other, as in a single group
+    assert [buffer.shape for buffer in buffers] == [parameter.shape for parameter in parameters]
+    state["optimizer"]["param_groups"] = [groups[0] | {"params": numbers}]
+    torch.save(state, folder / "resume.pt")
+    train.main(["--resume", str(folder), "--run.steps", "3"])
+    assert torch.load(folder / "resume.pt", weights_only=True)["step"] == 3
+
+
+@pytest.fixture
+def normed() -> RationaleHead:
+    torch.manual_seed(0)
+    head = RationaleHead(6, detectors=4, temperature=0.7, batchnorm=True, stop_gradient=False)
+    assert head.norm is not None
+    nn.init.normal_(head.norm.weight, 1, 0.3)
+    nn.init.normal_(head.norm.bias)
+    return head
+
+
+def attention_of(head: RationaleHead, norm: nn.BatchNorm1d, features: Tensor) -> Tensor:
+    """The equation in torch's own layers: convolution, batch normalisation, maximum, softmax."""
+    responses = norm(F.conv2d(features, head.weight[:, :, None, None], head.bias).flatten(2))
+    return torch.softmax(responses.amax(1) / head.config.temperature, dim=1)
+
+
+def test_batchnorm_of_the_branch_is_that_of_torch(normed: RationaleHead) -> None:
+    features = (3 * torch.randn(5, 6, 3, 4) + 1).requires_grad_()
+    other = copy.deepcopy(normed)
+    assert other.norm is not None
+    gradient = torch.randn(5, 6)
+    fit = normed.fit(features, gradient)
+    expected = attention_of(other, other.norm, features)
+    torch.testing.assert_close(fit.attention, expected)
+    divergence = (torch.xlogy(fit.target, fit.target) - fit.target * expected.log()).sum(1)
+    torch.testing.assert_close(fit.divergence, divergence)
+    ours = torch.autograd.grad(fit.divergence.mean(), (features, *normed.parameters()))
+    theirs = torch.autograd.grad(divergence.mean(), (features, *other.parameters()))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(dict(normed.named_buffers()), dict(other.named_buffers()))
+
+    for head in (normed, other):
+        head.eval()
+    torch.testing.assert_close(normed.pool(features).attention, attention_of(other, other.norm, features))
+    torch.testing.assert_close(normed.fit(features, gradient).attention, normed.pool(features).attention)
+
+
+def test_batchnorm_of_the_branch_lets_no_gradient_past_stop_gradient() -> None:
+    head = RationaleHead(6, detectors=4, batchnorm=True)
+    features = torch.randn(5, 6, 3, 4, requires_grad=True)
+    head.fit(features, torch.randn(5, 6), pool_weight=0.0).divergence.mean().backward()
+    assert features.grad is None or not features.grad.any()
+    assert all(parameter.grad is not None for parameter in head.parameters())
+
+
+def test_weights_for_others_hold_the_normalisation_multiplied_in(normed: RationaleHead) -> None:
+    for _ in range(3):
+        normed.fit(torch.randn(5, 6, 3, 4) + 1, torch.randn(5, 6))
+    normed.eval()
+    state = weights_of(nn.Conv2d(3, 6, 1), normed)
+    assert sorted(state) == ["backbone.bias", "backbone.weight", "branch.bias", "branch.weight"]
+    plain = RationaleHead(6, detectors=4, temperature=0.7)
+    plain.load_state_dict({key.removeprefix("branch."): value for key, value in state.items() if "branch" in key})
+    features = torch.randn(5, 6, 3, 4)
+    torch.testing.assert_close(plain.pool(features), normed.pool(features))
+    torch.testing.assert_close(plain.effective_detectors(features), normed.effective_detectors(features))
+
+
+def test_a_run_with_every_choice_is_resumed_and_loaded(birds: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    choices = ["--rationale.batchnorm", "True", "--rationale.pooled_contrast", "0.5", "--rationale.target", "uniform"]
+    train.main(["folder", *RUN, *choices, "--data.root", str(birds), "--run.dir", str(folder), "--run.steps", "3"])
+    train.main(["--resume", str(folder), "--run.steps", "5"])
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        parts = record["contrast_loss"] + record["fit_loss"] + 0.5 * record["pooled_contrast_loss"]
+        assert record["loss"] == pytest.approx(parts, rel=1e-5)
+    encoder = fastcr.load(folder)
+    assert {name for name, _ in encoder.branch.named_parameters()} == {"weight", "bias"}
+    training = prepared(rationale=RationaleConfig(detectors=3, batchnorm=True))
+    training.model.load_state_dict(torch.load(folder / "resume.pt", weights_only=True)["model"])
+    training.model.eval()
+    images = torch.randn(2, 3, 32, 32)
+    live = training.branch.pool(training.moco.backbone(images)).attention
+    torch.testing.assert_close(encoder(images).attention.flatten(1), live)
+
+
+def test_pooled_contrast_is_the_contrast_loss_of_what_the_attention_pools() -> None:
+    torch.manual_seed(0)
+    training = prepared()
+    moco, branch, batch = training.moco, training.branch, batch_of()
+    assert isinstance(branch, RationaleHead)
+    moco.eval()
+    losses = contrast_losses(moco, batch, AUTOCAST, branch=branch, temperature=0.2, pooled_contrast=True)
+    features = moco.backbone(batch.first)
+    attention = branch.pool(features).attention.detach()
+    query = moco.query((features.flatten(2) * attention[:, None]).sum(2))
+    key = F.normalize(moco.key_head(mean_pool(moco.key_backbone(batch.second))), dim=1)
+    logits = torch.cat([(query * key).sum(1, keepdim=True), query @ moco.queue.T], dim=1) / 0.2
+    expected = F.cross_entropy(logits, torch.zeros(len(query), dtype=torch.long))
+    assert losses.pooled is not None
+    torch.testing.assert_close(losses.pooled, expected)
+    encoder = [*moco.backbone.parameters(), *moco.head.parameters()]
+    ours = torch.autograd.grad(losses.pooled, encoder, retain_graph=True)
+    torch.testing.assert_close(ours, torch.autograd.grad(expected, encoder), atol=1e-6, rtol=1e-3)
+    by_branch = torch.autograd.grad(losses.pooled, list(branch.parameters()), allow_unused=True)
+    assert by_branch == (None, None)  # the attention stays what GradCAM makes of it
+
+
+def test_pooled_contrast_in_parts_adds_up_to_the_whole() -> None:
+    weights = []
+    for parts in (1, 2):
+        torch.manual_seed(0)
+        training = prepared()
+        training.moco.eval()
+        optimizer = torch.optim.SGD([p for p in training.model.parameters() if p.requires_grad], lr=0.1)
+        loss_function = partial(contrast_losses, branch=training.branch, temperature=0.2, pooled_contrast=True)
+        loss, losses = train_step(
+            training.moco, loss_function, optimizer, batch_of(), fit_weight=1.0, key_momentum=0.9, autocast=AUTOCAST,
+            accumulate=parts, pooled_weight=2.0,
+        )  # fmt: skip
+        assert losses.fit is not None
+        assert losses.pooled is not None
+        torch.testing.assert_close(loss, (losses.contrast + losses.fit + 2 * losses.pooled).detach())
+        weights.append(training.model.state_dict())
+    torch.testing.assert_close(weights[1], weights[0], atol=1e-5, rtol=1e-4)
