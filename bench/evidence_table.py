@@ -92,6 +92,8 @@ def table(study: Run, columns: Mapping[str, tuple[Any, ...]]) -> list[str]:
         for heading, (*place, decimals) in columns.items()
     }
     cells = {heading: column for heading, column in cells.items() if any(column)}
+    if not cells:
+        return []
     lines = [f"| row | seeds | {' | '.join(cells)} |", f"|---|---:|{'---:|' * len(cells)}"]
     for i, (row, runs) in enumerate(rows.items()):
         seeds = str(len(runs))
@@ -113,8 +115,12 @@ def tables(study: Run) -> str:
     parts, runs = [[heading(study)]], study["runs"]
     kinds: tuple[Mapping[str, tuple[Any, ...]], ...] = (RETRIEVAL, ATTENTION, TRAINING)
     for (title, legend), columns in zip(LEGENDS.items(), kinds, strict=True):
-        parts.append([f"**{title}**", "", *table(study, columns), *(["", legend] if legend else [])])
-    rows = {run["row"]: f"- `{run['row']}`: {run['meaning']} (`{' '.join(run['flags'])}`)" for run in runs.values()}
+        if lines := table(study, columns):
+            parts.append([f"**{title}**", "", *lines, *(["", legend] if legend else [])])
+    rows = {
+        run["row"]: f"- `{run['row']}`: {run['meaning']}" + (f" (`{' '.join(run['flags'])}`)" if run["flags"] else "")
+        for run in runs.values()
+    }
     failed = [f"- {name}: {run['status']}: {run['error']}" for name, run in runs.items() if run["status"] != "finished"]
     parts += [[*rows.values()], failed]
     return "\n\n".join("\n".join(part) for part in parts if part) + "\n"

@@ -37,8 +37,8 @@ TINY = Config(
 )
 RUN = [
     "--data.image_size", "32", "--data.loader", "torch", "--data.workers", "0", "--run.device", "cpu",
-    "--model.backbone", "resnet18", "--model.last_stage", "layer3", "--model.weights", "none", "--moco.queue_size", "20",
-    "--moco.embedding_dim", "8", "--optim.batch_size", "8", "--rationale.detectors", "3", "--run.log_every", "1",
+    "--model.backbone", "resnet18", "--model.last_stage", "layer3", "--model.weights", "none", "--moco.queue_size",
+    "20", "--moco.embedding_dim", "8", "--optim.batch_size", "8", "--rationale.detectors", "3", "--run.log_every", "1",
 ]  # fmt: skip
 
 
