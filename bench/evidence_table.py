@@ -1,7 +1,8 @@
 """`python bench/evidence_table.py STUDY/evidence.json`: a study of bench/evidence.py as Markdown tables.
 
 Percent, the mean over seeds with [lowest, highest] behind it. `--md FILE` writes them there instead; `--png FILE` draws
-rank-1 of both poolings for every row, beside that of the frozen initial weights. Nothing but the JSON is read.
+rank-1 of both poolings for every row, beside that of the frozen initial weights, and `--box_png FILE` the share of the
+attention in the object's box, beside that of a Gaussian of its entropy. Nothing but the JSON is read.
 """
 
 from __future__ import annotations
@@ -20,6 +21,16 @@ from fastcr.config import UsageError, tyro
 Run = dict[str, Any]
 FROZEN = "frozen"
 POOLINGS = {"mean": "#7a7a7a", "rationale": "#1b6ca8"}
+# what a picture shows of each row: where a run has it, and its colour
+Series = dict[str, tuple[tuple[str, ...], str]]
+RANK1: Series = {
+    f"{pooling} pooling": (("retrieval", pooling, "rank1"), colour) for pooling, colour in POOLINGS.items()
+}
+INSIDE: Series = {
+    "attention": (("localisation", "attention", "inside"), POOLINGS["rationale"]),
+    "Gaussian of its entropy": (("localisation", "gaussian", "inside"), POOLINGS["mean"]),
+    "GradCAM target": (("gradcam", "target", "inside"), "#c8641b"),
+}
 # heading: where a run has it, and its decimals
 RETRIEVAL = {
     f"{shown}, {pooling}": (section, pooling, key, 1)
@@ -126,31 +137,30 @@ def tables(study: Run) -> str:
     return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
 
 
-def draw(study: Run, picture: Path) -> None:
-    """Rank-1 of both poolings, a dot a row with its range; the frozen weights' as lines. `UsageError` without runs."""
+def draw(study: Run, picture: Path, series: Series, title: str) -> None:
+    """A dot a row and series, with its range over seeds; the frozen weights' as lines. `UsageError` without runs."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UsageError("--png needs matplotlib: pip install 'fastcr[report]'") from None
+        raise UsageError("a picture needs matplotlib: pip install 'fastcr[report]'") from None
     rows = by_row(study)
     frozen = rows.pop(FROZEN, [])
     if not rows:
-        raise UsageError("--png: the study has no trained run yet")
-    figure = Figure(figsize=(8, 1.4 + 0.32 * len(rows)), dpi=200, layout="constrained", facecolor="white")
+        raise UsageError("a picture needs a trained run, and the study has none yet")
+    figure = Figure(figsize=(8, 1.4 + 0.32 * len(rows)), dpi=150, layout="constrained", facecolor="white")
     axes = figure.subplots()
-    for i, (pooling, colour) in enumerate(POOLINGS.items()):
-        place = ("retrieval", pooling, "rank1")
+    for i, (name, (place, colour)) in enumerate(series.items()):
         for y, runs in enumerate(rows.values()):
             if values := values_of(runs, place):
-                mean, height = sum(values) / len(values), y + 0.24 * i - 0.12
+                mean, height = sum(values) / len(values), y + 0.48 * (i / (len(series) - 1) - 0.5)
                 axes.plot([min(values), max(values)], [height] * 2, color=colour, linewidth=2, alpha=0.5)
-                axes.plot(mean, height, "o", color=colour, markersize=5, label=f"{pooling} pooling")
+                axes.plot(mean, height, "o", color=colour, markersize=5, label=name)
         if values := values_of(frozen, place):
             mean = sum(values) / len(values)
-            axes.axvline(mean, color=colour, linewidth=1, linestyle="--", label=f"frozen, {pooling} pooling")
+            axes.axvline(mean, color=colour, linewidth=1, linestyle="--", label=f"frozen, {name}")
     axes.set_yticks(range(len(rows)), rows)
     axes.invert_yaxis()
-    axes.set_xlabel("rank-1, percent: mean over seeds, lowest to highest", fontsize=9)
+    axes.set_xlabel(f"{title}, percent: mean over seeds, lowest to highest", fontsize=9)
     axes.set_title(study["data"], fontsize=10, loc="left")
     axes.tick_params(labelsize=9)
     axes.grid(axis="y", linewidth=0.4)
@@ -179,6 +189,8 @@ class TableConfig:
     """The evidence.json of a study."""
     png: Path | None = None
     """Also draw rank-1 of every row into this picture; needs matplotlib."""
+    box_png: Path | None = None
+    """Also draw the share of the attention in the box into this picture; needs matplotlib."""
     md: Path | None = None
     """Write the tables into this file instead of printing them."""
 
@@ -194,7 +206,9 @@ def main(args: Sequence[str]) -> None:
         else:
             print(text, end="")
         if config.png:
-            draw(study, config.png)
+            draw(study, config.png, RANK1, "rank-1")
+        if config.box_png:
+            draw(study, config.box_png, INSIDE, "share in the object's box")
 
 
 if __name__ == "__main__":

@@ -235,9 +235,11 @@ def test_the_table_has_means_and_ranges(tmp_path: Path, capsys: pytest.CaptureFi
 def test_table_and_picture_go_to_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     study, table, picture = hand_written(tmp_path / "evidence.json"), tmp_path / "table.md", tmp_path / "study.png"
-    evidence_table.main([str(study), "--md", str(table), "--png", str(picture)])
+    boxes = tmp_path / "boxes.png"
+    evidence_table.main([str(study), "--md", str(table), "--png", str(picture), "--box_png", str(boxes)])
     assert "12.1 [10.0, 14.1]" in table.read_text()
     assert picture.read_bytes().startswith(b"\x89PNG")
+    assert boxes.read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out == ""
     study.write_text("{}")
     with pytest.raises(SystemExit):
