@@ -12,6 +12,7 @@ its folder is removed.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -40,32 +41,53 @@ from fastcr.presets import read_command_line
 ROOT = Path(__file__).resolve().parents[1]
 EVIDENCE = "evidence.json"
 FROZEN = "frozen"  # the row whose scores are those of step 0
-CHOICES = [(t, s, stop) for t in ("max-softmax", "sum") for s in ("score", "loss") for stop in (True, False)]
-STOPPED = {True: "fit gradient stopped at the features", False: "fit gradient flows into the features"}
+STOPPED = {"stopped": "fit gradient stopped at the features", "flowing": "fit gradient flows into the features"}
+FLOWS = {"stopped": "--rationale.stop_gradient True", "flowing": "--rationale.stop_gradient False"}
+CHOICES = list(itertools.product(("max-softmax", "sum"), ("score", "loss"), STOPPED))
+BASE = "--rationale.target max-softmax --rationale.cam_sign loss"
+KEPT = "--optim.backbone_lr 0 --model.batchnorm frozen"
 # name: (meaning, flags of fastcr.train); a first flag without dashes is the preset, else it is `folder`
-ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
-    FROZEN: ("the initial weights, random detectors", ("--run.steps", "1")),
-    "moco": ("MoCo v2 without the branch", ("--rationale.enabled", "False")),
-    "released": ("the variant of the authors' released code", ("cub200-released",)),
+LINES = {
+    FROZEN: ("the initial weights, random detectors", "--run.steps 1"),
+    "moco": ("MoCo v2 without the branch", "--rationale.enabled False"),
+    "released": ("the variant of the authors' released code", "cub200-released"),
     **{
-        f"uniform-{'stopped' if stop else 'flowing'}": (
-            f"exactly uniform target, {STOPPED[stop]}",
-            ("--rationale.target", "uniform", "--rationale.stop_gradient", str(stop)),
-        )
-        for stop in STOPPED
+        f"uniform-{way}": (f"exactly uniform target, {meaning}", f"--rationale.target uniform {FLOWS[way]}")
+        for way, meaning in STOPPED.items()
     },
     **{
-        f"{target}-{sign}-{'stopped' if stop else 'flowing'}": (
-            f"target {target}, GradCAM of the {sign}, {STOPPED[stop]}",
-            ("--rationale.target", target, "--rationale.cam_sign", sign, "--rationale.stop_gradient", str(stop)),
+        f"{target}-{sign}-{way}": (
+            f"target {target}, GradCAM of the {sign}, {STOPPED[way]}",
+            f"--rationale.target {target} --rationale.cam_sign {sign} {FLOWS[way]}",
         )
-        for target, sign, stop in CHOICES
+        for target, sign, way in CHOICES
     },
-    **{f"k{k}": (f"{k} detectors", ("--rationale.detectors", str(k))) for k in (8, 16, 32, 64, 128)},
-    **{f"tau{tau}": (f"temperature {tau}", ("--rationale.temperature", tau)) for tau in ("0.1", "0.2", "0.4", "1.0")},
-    **{f"lambda{w}": (f"weight {w} of the fit", ("--rationale.fit_weight", w)) for w in ("0.01", "0.1", "1", "10")},
-    **{f"queue{n}": (f"a queue of {n} keys", ("--moco.queue_size", str(n))) for n in (256, 1024, 4096)},
+    # from here on: max-softmax-loss-stopped with something else
+    "batchnorm": ("batch normalisation in the branch", f"{BASE} --rationale.batchnorm True"),
+    "batchnorm-flowing": ("the same, flowing", f"{BASE} --rationale.batchnorm True {FLOWS['flowing']}"),
+    "branch-lr0.1": ("learning rate 0.1 of the branch", f"{BASE} --rationale.lr 0.1"),
+    "backbone-lr0.001": ("learning rate 0.001 of the backbone", f"{BASE} --optim.backbone_lr 0.001"),
+    "kept": ("the backbone stays as it was: head and branch alone learn", f"{BASE} {KEPT}"),
+    "kept-score": ("the same, fitted to the score", f"--rationale.cam_sign score {KEPT}"),
+    "kept-few": (
+        "the same, few detectors that learn faster, sum target of the loss",
+        f"--rationale.target sum --rationale.cam_sign loss {KEPT} --rationale.detectors 4 --rationale.temperature 0.2"
+        " --rationale.lr 0.05",
+    ),
+    "key-momentum0.99": ("keys that follow faster", f"{BASE} --moco.key_momentum 0.99"),
+    "pooled0.1": ("contrast also of the attention-pooled query", f"{BASE} --rationale.pooled_contrast 0.1"),
+    **{
+        f"flowing-lambda{weight}": (
+            f"weight {weight} of the fit, flowing",
+            f"{BASE} {FLOWS['flowing']} --rationale.fit_weight {weight}",
+        )
+        for weight in ("0.01", "0.1", "10")
+    },
+    **{f"k{k}": (f"{k} detectors", f"{BASE} --rationale.detectors {k}") for k in (1, 4, 8, 16, 64, 128)},
+    **{f"tau{tau}": (f"temperature {tau}", f"{BASE} --rationale.temperature {tau}") for tau in ("0.1", "0.2", "1.0")},
+    **{f"queue{n}": (f"a queue of {n} keys", f"{BASE} --moco.queue_size {n}") for n in (256, 4096, 65536)},
 }
+ROWS = {name: (meaning, tuple(flags.split())) for name, (meaning, flags) in LINES.items()}
 Run = dict[str, Any]
 
 
