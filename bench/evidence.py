@@ -46,6 +46,11 @@ FLOWS = {"stopped": "--rationale.stop_gradient True", "flowing": "--rationale.st
 CHOICES = list(itertools.product(("max-softmax", "sum"), ("score", "loss"), STOPPED))
 BASE = "--rationale.target max-softmax --rationale.cam_sign loss"
 KEPT = "--optim.backbone_lr 0 --model.batchnorm frozen"
+FEW_MEANS = "few detectors, a faster head, keys that follow faster"
+FEW = (
+    "--rationale.target sum --rationale.cam_sign loss --rationale.detectors 4 --rationale.temperature 0.2"
+    " --rationale.lr 0.05 --optim.lr 0.1 --moco.key_momentum 0.99"
+)
 # name: (meaning, flags of fastcr.train); a first flag without dashes is the preset, else it is `folder`
 LINES = {
     FROZEN: ("the initial weights, random detectors", "--run.steps 1"),
@@ -67,12 +72,22 @@ LINES = {
     "batchnorm-flowing": ("the same, flowing", f"{BASE} --rationale.batchnorm True {FLOWS['flowing']}"),
     "branch-lr0.1": ("learning rate 0.1 of the branch", f"{BASE} --rationale.lr 0.1"),
     "backbone-lr0.001": ("learning rate 0.001 of the backbone", f"{BASE} --optim.backbone_lr 0.001"),
+    "logit": ("GradCAM of the own key's logit", f"{BASE} --rationale.cam_of logit"),
     "kept": ("the backbone stays as it was: head and branch alone learn", f"{BASE} {KEPT}"),
-    "kept-score": ("the same, fitted to the score", f"--rationale.cam_sign score {KEPT}"),
-    "kept-few": (
-        "the same, few detectors that learn faster, sum target of the loss",
-        f"--rationale.target sum --rationale.cam_sign loss {KEPT} --rationale.detectors 4 --rationale.temperature 0.2"
-        " --rationale.lr 0.05",
+    "kept-few": (f"the same, {FEW_MEANS}", f"{KEPT} {FEW}"),
+    "kept-few-logit": ("the same, GradCAM of the own key's logit", f"{KEPT} {FEW} --rationale.cam_of logit"),
+    "kept-few-logit-score": (
+        "the same, the places that raise it",
+        f"{KEPT} {FEW} --rationale.cam_of logit --rationale.cam_sign score",
+    ),
+    "few": (f"{FEW_MEANS}; the backbone learns", f"{FEW} --optim.backbone_lr 0.001"),
+    "few-logit": (
+        "the same, GradCAM of the own key's logit",
+        f"{FEW} --optim.backbone_lr 0.001 --rationale.cam_of logit",
+    ),
+    "few-logit-pooled": (
+        "the same, contrast also of the attention-pooled query",
+        f"{FEW} --optim.backbone_lr 0.001 --rationale.cam_of logit --rationale.pooled_contrast 0.5",
     ),
     "key-momentum0.99": ("keys that follow faster", f"{BASE} --moco.key_momentum 0.99"),
     "pooled0.1": ("contrast also of the attention-pooled query", f"{BASE} --rationale.pooled_contrast 0.1"),

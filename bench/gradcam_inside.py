@@ -34,19 +34,23 @@ from fastcr.localisation import Objects, localisation, objects_in_crop, read_obj
 from fastcr.machine import pick_device, pick_workers
 from fastcr.measuring import test_images
 from fastcr.moco import MoCo, mean_pool
+from fastcr.step import CamOf
 from fastcr.synthetic import write_synthetic
 from fastcr.training import prepare
 from fastcr.views import normalise
 
 
-def slopes(moco: MoCo, images: Tensor, temperature: float) -> Tensor:
+def slopes(moco: MoCo, images: Tensor, temperature: float, cam_of: CamOf = "loss") -> Tensor:
     """`Σ_c A_c(s) g_c` `[B,S]` of images `[B,3,H,W]` against their mirror images; `g` as in training."""
     key = moco.key(images.flip(3), torch.autocast(images.device.type, enabled=False))
     with torch.no_grad():
         features = moco.backbone(images)
     pooled = mean_pool(features).requires_grad_()
-    contrast = info_nce(moco.query(pooled), key, moco.queue, temperature=temperature)
-    (gradient,) = torch.autograd.grad(contrast.sum(), pooled)
+    if cam_of == "loss":
+        explained = info_nce(moco.query(pooled), key, moco.queue, temperature=temperature)
+    else:
+        explained = -(moco.head(pooled) * key).sum(1)
+    (gradient,) = torch.autograd.grad(explained.sum(), pooled)
     return torch.einsum("bcs,bc->bs", features.flatten(2), gradient)
 
 
@@ -77,7 +81,8 @@ def gradcam_inside(
     shown = track(loader, "GradCAM", len(batches), console=console, transient=True, disable=not console.is_terminal)
     for batch, (pixels, sizes_here, readable) in zip(batches, shown, strict=True):
         if readable:
-            found.append(slopes(training.moco, normalise(pixels.to(device), torch.float32), config.moco.temperature))
+            crops = normalise(pixels.to(device), torch.float32)
+            found.append(slopes(training.moco, crops, config.moco.temperature, config.rationale.cam_of))
             sizes.append(sizes_here)
             kept += [batch[i] for i in readable]
     boxes = objects_in_crop(Objects(objects.boxes[kept], None, objects.in_pixels), torch.cat(sizes), size)

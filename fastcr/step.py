@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import record_function
 
@@ -18,6 +19,7 @@ from fastcr.rationale import RationaleHead
 from fastcr.views import Batch
 
 Scale = Callable[[Tensor], Tensor]
+CamOf = Literal["loss", "logit"]
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)  # hands everything on as it is
 
 
@@ -47,15 +49,17 @@ def contrast_losses(
     *,
     branch: RationaleHead | None,
     temperature: float,
+    cam_of: CamOf = "loss",
     pooled_contrast: bool = False,
     impl: Impl = "auto",
     scale: Scale = lambda loss: loss,
 ) -> Losses:
     """Contrast loss of a batch and the branch's fit to its GradCAM; without a branch, plain MoCo v2.
 
-    `pooled_contrast` asks for a second contrast loss, of the features pooled with the attention, which is a constant
-    there. `scale` is what the caller does to the loss before backward (loss scaling, accumulation): part of the
-    gradient does not pass through the loss.
+    `cam_of` says what GradCAM is of: the contrast loss, or the negative product of the unnormalised query with its own
+    key. `pooled_contrast` asks for a second contrast loss, of the features pooled with the attention, which is a
+    constant there. `scale` is what the caller does to the loss before backward (loss scaling, accumulation): part of
+    the gradient does not pass through the loss.
     """
     key = moco.key(batch.second, autocast)
     with record_function("query forward"), autocast:
@@ -68,13 +72,20 @@ def contrast_losses(
         return Losses(contrast, None, None, features.detach(), key)
 
     with record_function("contrast"):
-        # the fit hands the pooling gradient to the features in its own pass, so pooling is cut off from them here
-        pooled = mean_pool(features.detach()).requires_grad_()
-        contrast = info_nce(moco.query(pooled), moco.own(key), moco.queue, temperature=temperature, impl=impl)
-        (gradient,) = torch.autograd.grad(contrast.sum(), pooled, retain_graph=True)
+        # the gradient of the loss serves both GradCAM and the features: the fit hands it to them in its own pass, so
+        # pooling is cut off from them here
+        shared = cam_of == "loss"
+        pooled = mean_pool(features.detach()).requires_grad_() if shared else mean_pool(features)
+        embedding = moco.head(pooled)
+        contrast = info_nce(
+            F.normalize(embedding, dim=1), moco.own(key), moco.queue, temperature=temperature, impl=impl
+        )
+        explained = contrast if shared else -(embedding * moco.own(key)).sum(1)
+        (gradient,) = torch.autograd.grad(explained.sum(), pooled, retain_graph=True)
         contrast = contrast.mean()
     with record_function("fit"):  # the size of `gradient` is lost on GradCAM, which is normalised
-        divergence, attention, _ = branch.fit(features, scale(gradient), pool_weight=1 / len(pooled))
+        pool_weight = 1 / len(pooled) if shared else 0.0
+        divergence, attention, _ = branch.fit(features, scale(gradient), pool_weight=pool_weight)
     pooled_loss = None
     if pooled_contrast:
         with record_function("pooled contrast"):

@@ -163,5 +163,10 @@ def pick_loss_function(config: Config, branch: Branch | None) -> LossFunction:
     if isinstance(branch, ReleasedBranch):
         return partial(released_losses, branch=branch, temperature=temperature)
     return partial(
-        contrast_losses, branch=branch, temperature=temperature, pooled_contrast=pooled, impl=config.run.kernels
+        contrast_losses,
+        branch=branch,
+        temperature=temperature,
+        cam_of=config.rationale.cam_of,
+        pooled_contrast=pooled,
+        impl=config.run.kernels,
     )

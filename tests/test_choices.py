@@ -213,6 +213,32 @@ def test_pooled_contrast_is_the_contrast_loss_of_what_the_attention_pools() -> N
     assert by_branch == (None, None)  # the attention stays what GradCAM makes of it
 
 
+@pytest.mark.parametrize("stop_gradient", [True, False])
+def test_gradcam_of_the_logit_is_the_product_before_normalisation(stop_gradient: bool) -> None:
+    torch.manual_seed(0)
+    training = prepared(rationale=replace(TINY.rationale, cam_of="logit", stop_gradient=stop_gradient))
+    moco, branch, batch = training.moco.eval(), training.branch, batch_of()
+    assert isinstance(branch, RationaleHead)
+    losses = contrast_losses(moco, batch, AUTOCAST, branch=branch, temperature=0.2, cam_of="logit")
+    plain = contrast_losses(moco, batch, AUTOCAST, branch=None, temperature=0.2)
+    torch.testing.assert_close(losses.contrast, plain.contrast)
+
+    features = moco.backbone(batch.first)
+    pooled = mean_pool(features)
+    key = F.normalize(moco.key_head(mean_pool(moco.key_backbone(batch.second))), dim=1)
+    (gradient,) = torch.autograd.grad(-(moco.head(pooled) * key).sum(), pooled, retain_graph=True)
+    expected = branch.fit(features, gradient).divergence.mean()
+    of_the_loss = contrast_losses(moco, batch, AUTOCAST, branch=branch, temperature=0.2)
+    assert losses.fit is not None
+    assert of_the_loss.fit is not None
+    torch.testing.assert_close(losses.fit, expected)
+    assert not torch.isclose(losses.fit, of_the_loss.fit)
+    encoder = [*moco.backbone.parameters(), *moco.head.parameters()]
+    ours = torch.autograd.grad(losses.contrast + losses.fit, encoder)
+    wanted = torch.autograd.grad(plain.contrast + expected, encoder)
+    torch.testing.assert_close(ours, wanted, atol=1e-6, rtol=1e-3)
+
+
 def test_pooled_contrast_in_parts_adds_up_to_the_whole() -> None:
     weights = []
     for parts in (1, 2):

@@ -247,8 +247,9 @@ def test_table_and_picture_go_to_files(tmp_path: Path, capsys: pytest.CaptureFix
     assert "is not the evidence.json of a study" in capsys.readouterr().err
 
 
-def test_slopes_are_the_gradient_of_the_contrast_loss_along_the_features() -> None:
-    """Scaling the features of one position by 1 + e changes the loss by e * slope / S."""
+@pytest.mark.parametrize("cam_of", ["loss", "logit"])
+def test_slopes_are_the_gradient_along_the_features(cam_of: Any) -> None:
+    """Scaling the features of one position by 1 + e changes what GradCAM is of by e * slope / S."""
     import torch
     from torch import nn
 
@@ -258,7 +259,7 @@ def test_slopes_are_the_gradient_of_the_contrast_loss_along_the_features() -> No
     torch.manual_seed(0)
     moco = MoCo(nn.Conv2d(3, 8, 4, stride=4), 8, embedding_dim=4, queue_size=16).eval()
     images = torch.randn(2, 3, 12, 12)
-    slope = gradcam_inside.slopes(moco, images, temperature=0.2)
+    slope = gradcam_inside.slopes(moco, images, temperature=0.2, cam_of=cam_of)
     with torch.no_grad():
         key = moco.key(images.flip(3), torch.autocast("cpu", enabled=False))
         features = moco.backbone(images)
@@ -266,6 +267,8 @@ def test_slopes_are_the_gradient_of_the_contrast_loss_along_the_features() -> No
         def loss(scale: float) -> torch.Tensor:
             changed = features.clone()
             changed[:, :, 1, 2] *= scale
+            if cam_of == "logit":
+                return -(moco.head(mean_pool(changed)) * key).sum(1)
             return info_nce(moco.query(mean_pool(changed)), key, moco.queue, temperature=0.2)
 
         change = (loss(1.01) - loss(0.99)) / 0.02
