@@ -69,24 +69,31 @@ LINES = {
     },
     # from here on: max-softmax-loss-stopped with something else
     "batchnorm": ("batch normalisation in the branch", f"{BASE} --rationale.batchnorm True"),
-    "batchnorm-flowing": ("the same, flowing", f"{BASE} --rationale.batchnorm True {FLOWS['flowing']}"),
+    "batchnorm-flowing": (
+        "batch normalisation in the branch, flowing",
+        f"{BASE} --rationale.batchnorm True {FLOWS['flowing']}",
+    ),
     "branch-lr0.1": ("learning rate 0.1 of the branch", f"{BASE} --rationale.lr 0.1"),
     "backbone-lr0.001": ("learning rate 0.001 of the backbone", f"{BASE} --optim.backbone_lr 0.001"),
     "logit": ("GradCAM of the own key's logit", f"{BASE} --rationale.cam_of logit"),
     "kept": ("the backbone stays as it was: head and branch alone learn", f"{BASE} {KEPT}"),
-    "kept-few": (f"the same, {FEW_MEANS}", f"{KEPT} {FEW}"),
-    "kept-few-logit": ("the same, GradCAM of the own key's logit", f"{KEPT} {FEW} --rationale.cam_of logit"),
+    "kept-few": (f"the backbone stays as it was; {FEW_MEANS}", f"{KEPT} {FEW}"),
+    "kept-few-logit": ("kept-few, GradCAM of the own key's logit", f"{KEPT} {FEW} --rationale.cam_of logit"),
     "kept-few-logit-score": (
-        "the same, the places that raise it",
+        "kept-few-logit, the places that raise the logit",
         f"{KEPT} {FEW} --rationale.cam_of logit --rationale.cam_sign score",
+    ),
+    "kept-many-logit": (
+        "kept-few-logit with 32 detectors at temperature 0.4, the defaults",
+        f"{KEPT} {FEW} --rationale.cam_of logit --rationale.detectors 32 --rationale.temperature 0.4",
     ),
     "few": (f"{FEW_MEANS}; the backbone learns", f"{FEW} --optim.backbone_lr 0.001"),
     "few-logit": (
-        "the same, GradCAM of the own key's logit",
+        "few, GradCAM of the own key's logit",
         f"{FEW} --optim.backbone_lr 0.001 --rationale.cam_of logit",
     ),
     "few-logit-pooled": (
-        "the same, contrast also of the attention-pooled query",
+        "few-logit, contrast also of the attention-pooled query",
         f"{FEW} --optim.backbone_lr 0.001 --rationale.cam_of logit --rationale.pooled_contrast 0.5",
     ),
     "key-momentum0.99": ("keys that follow faster", f"{BASE} --moco.key_momentum 0.99"),
@@ -224,7 +231,7 @@ def read_run(folder: Path, *, frozen: bool) -> Run:
     part = results["frozen_init"] if frozen else results
     found = {key: part[key] for key in ("retrieval", "knn", "localisation") if key in part}
     last = read((folder / "metrics.jsonl").read_text().splitlines()[-1])
-    keys = ("step", "contrast_loss", "fit_loss", "attention_entropy", "effective_detectors")
+    keys = ("step", "contrast_loss", "pooled_contrast_loss", "fit_loss", "attention_entropy", "effective_detectors")
     found |= {"images": results["images"], "last": {key: last[key] for key in keys if key in last}}
     return found if frozen else found | {"gradcam": read((folder / "gradcam.json").read_text())}
 
@@ -270,6 +277,7 @@ def open_study(config: StudyConfig, common: Sequence[str]) -> Run:
     for name, run in study["runs"].items():
         if run["status"] == "finished" and run["row"] in config.rows and run["flags"] != list(ROWS[run["row"]][1]):
             raise UsageError(f"{path}: {name} was made with other flags than its row has now: {' '.join(run['flags'])}")
+        run["meaning"] = ROWS.get(run["row"], [run["meaning"]])[0]
     return study
 
 

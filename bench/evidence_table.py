@@ -53,6 +53,7 @@ ATTENTION = {
 TRAINING = {
     "contrast loss": ("last", "contrast_loss", 3),
     "fit loss": ("last", "fit_loss", 4),
+    "contrast loss, pooled": ("last", "pooled_contrast_loss", 3),
     "attention entropy, nats": ("last", "attention_entropy", 3),
     "effective detectors": ("last", "effective_detectors", 1),
     "seconds": ("seconds", 0),
@@ -60,8 +61,8 @@ TRAINING = {
 LEGENDS = {
     "Retrieval and weighted kNN": "",
     "Share of the attention in the object's box": "Gaussian: centred, of each map's own entropy; it does not look. "
-    "GradCAM: of the trained encoder's contrast loss on the test images, each half divided by its sum; the target is "
-    "what the branch is fitted to.",
+    "GradCAM: of the trained encoder's contrast loss on the test images (of the own key's logit in rows with "
+    "`--rationale.cam_of logit`), each half divided by its sum; the target is what the branch is fitted to.",
     "End of the training": "Of the last batch that was logged; for the frozen weights, of the first.",
 }
 

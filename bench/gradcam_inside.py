@@ -1,6 +1,7 @@
 """`python bench/gradcam_inside.py RUN --data.boxes FILE`: does the GradCAM that a run was fitted to lie on the object?
 
-The trained encoder's contrast loss on the test images, as close to training as images without augmentation allow: the
+GradCAM of the trained encoder's contrast loss, or of the own key's logit where that is what the run was fitted to
+(`--rationale.cam_of logit`), on the test images, as close to training as images without augmentation allow: the
 query is the picture's centre crop, its key the mirror image of that, the queue the one training ended with, the
 encoders in eval mode. RUN/gradcam.json gets the share of each map in the box and how often its peak is in it, percent,
 beside a centred Gaussian of its own entropy, for three maps: `score` and `loss`, the two halves of the GradCAM divided
@@ -75,6 +76,8 @@ def gradcam_inside(
     training.model.load_state_dict(load_torch(folder / "resume.pt")["model"])
     training.model.eval()
     numbers, size = list(range(len(images))), config.data.image_size
+    fitted = config.rationale.enabled and not config.released.enabled  # what else there is was trained with the loss
+    cam_of = config.rationale.cam_of if fitted else "loss"
     batches = [numbers[start : start + BATCH_SIZE] for start in numbers[::BATCH_SIZE]]
     found, sizes, kept = list[Tensor](), list[Tensor](), list[int]()
     loader = load_crops([images], batches, image_size=size, workers=workers, pin=False)
@@ -82,7 +85,7 @@ def gradcam_inside(
     for batch, (pixels, sizes_here, readable) in zip(batches, shown, strict=True):
         if readable:
             crops = normalise(pixels.to(device), torch.float32)
-            found.append(slopes(training.moco, crops, config.moco.temperature, config.rationale.cam_of))
+            found.append(slopes(training.moco, crops, config.moco.temperature, cam_of))
             sizes.append(sizes_here)
             kept += [batch[i] for i in readable]
     boxes = objects_in_crop(Objects(objects.boxes[kept], None, objects.in_pixels), torch.cat(sizes), size)

@@ -107,7 +107,7 @@ class OptimConfig:
     lr: float = 0.03
     """Learning rate at the start."""
     backbone_lr: float | None = None
-    """That of the encoder's backbone, to protect good initial weights; 0 keeps them as they are. Default: lr."""
+    """That of the backbone, to protect good weights; 0, with --model.batchnorm frozen, keeps them. Default: lr."""
     momentum: float = 0.9
     """SGD momentum."""
     weight_decay: float = 1e-4
@@ -143,13 +143,13 @@ class RationaleConfig:
     cam_of: Literal["loss", "logit"] = "loss"
     """GradCAM of the contrast loss, or of the own key's logit: its product with the query before that is normalised."""
     cam_sign: Literal["score", "loss"] = "score"
-    """Keep places that lower the contrast loss (score) or raise it (loss)."""
+    """Keep places that lower the contrast loss, or raise the logit (score), or those that do the opposite (loss)."""
     temperature: float = 0.4
     """Temperature of the softmax over positions."""
     stop_gradient: bool = True
     """Keep the fit loss from changing the encoder."""
     batchnorm: bool = False
-    """Batch normalisation of each detector's response, before the maximum."""
+    """Batch normalisation of each detector's response, before the maximum; over a process's own images, always."""
     lr: float | None = None
     """Learning rate of the branch at the start. Default: --optim.lr."""
     pooled_contrast: float = 0.0

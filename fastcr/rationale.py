@@ -23,8 +23,9 @@ class RationaleHead(nn.Module):
         loss = contrast.mean() + head.loss(features, pooled, contrast)
         embedding, attention = head.pool(features)               # afterwards, for retrieval
 
-    The keywords are the fields of `RationaleConfig`, which may be given whole instead, as `config`; `impl` chooses
-    the kernels: "auto", "torch" or "triton".
+    The keywords are fields of `RationaleConfig`, which may be given whole instead, as `config` (the others are for
+    `fastcr.train`); `impl` chooses the kernels: "auto", "torch" or "triton". For GradCAM of the own key's logit, give
+    `loss` the negative product of the key with the query before that is normalised.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class RationaleHead(nn.Module):
 
     def fit(self, features: Tensor, gradient: Tensor, pool_weight: float = 0.0) -> RationaleFit:
         """KL to the GradCAM of `gradient [B,C]` over features `[B,C,H,W]`; see `kernels.rationale_fit`."""
-        weight, bias = self.folded(features)
+        weight, bias = self.folded(features, moving=True)
         return rationale_fit(
             features,
             gradient,
@@ -87,10 +88,10 @@ class RationaleHead(nn.Module):
         """Features `[B,C,H,W]` to `(pooled [B,C], attention [B,S])`."""
         return rationale_pool(features, *self.folded(), temperature=self.config.temperature, impl=self.impl)
 
-    def folded(self, features: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def folded(self, features: Tensor | None = None, *, moving: bool = False) -> tuple[Tensor, Tensor]:
         """Weight `[K,C]` and bias `[K]` with the batch normalisation, if any, multiplied in: the ops know of none.
 
-        In training the statistics are those of `features`, if given, and move the running ones.
+        In training the statistics are those of `features`, if given, and move the running ones if `moving`.
         """
         if self.norm is None:
             return self.weight, self.bias
@@ -99,8 +100,9 @@ class RationaleHead(nn.Module):
             maps = (features.detach() if self.config.stop_gradient else features).flatten(2)
             with torch.autocast(features.device.type, enabled=False):
                 responses = self._responses(maps)
-            with torch.no_grad():
-                self.norm(responses)
+            if moving:
+                with torch.no_grad():
+                    self.norm(responses)
             variance, mean = torch.var_mean(responses, (0, 2), correction=0)
         scale = self.norm.weight * torch.rsqrt(variance + self.norm.eps)
         return self.weight * scale[:, None], (self.bias - mean) * scale + self.norm.bias
@@ -117,7 +119,7 @@ class RationaleHead(nn.Module):
     @torch.no_grad()
     def effective_detectors(self, features: Tensor) -> Tensor:
         """exp(entropy of which detector wins a position), 1 (always the same) to K; a scalar."""
-        weight, bias = self.folded()
+        weight, bias = self.folded(features)
         logits = torch.einsum("kc,bcs->bks", weight, features.flatten(2).to(weight.dtype))
         winners = (logits + bias[:, None]).argmax(1).flatten()
         share = torch.zeros_like(self.bias).index_add_(0, winners, torch.ones_like(winners, dtype=self.bias.dtype))

@@ -37,6 +37,7 @@ MISSING = {
 CURVES = {  # of metrics.jsonl: title, scale, whether the axis begins at 0
     "contrast_loss": ("contrast loss", 1, False),
     "fit_loss": ("fit loss (unweighted)", 1, False),
+    "pooled_contrast_loss": ("contrast loss of the attention-pooled query (unweighted)", 1, False),
     "lr": ("learning rate", 1, True),
     "images_per_second": ("images/s", 1, True),
     "data_wait": ("waiting for data, % of the step", 100, True),

@@ -38,6 +38,7 @@ SHOWN = {  # metric: its name on the bar's second line, and format
     "data_wait": ("waiting for data", "{:.0%}"),
     "contrast_loss": ("contrast", "{:.3f}"),
     "fit_loss": ("fit", "{:.4f}"),
+    "pooled_contrast_loss": ("pooled", "{:.3f}"),
     "attention_entropy": ("entropy", "{:.2f}"),
     "effective_detectors": ("detectors", "{:.1f}"),
 }

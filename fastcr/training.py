@@ -63,7 +63,7 @@ def prepare(
     branch = build_branch(channels, config.rationale, config.released, config.run.kernels)
     model = nn.ModuleDict({"moco": moco, **({"branch": branch} if branch else {})})
     if config.model.batchnorm == "sync":
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        nn.SyncBatchNorm.convert_sync_batchnorm(moco)  # not the branch's, which the ops know nothing of
     elif config.model.batchnorm == "frozen":
         for norm in batchnorms(moco):
             norm.eval()

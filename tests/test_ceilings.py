@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,12 @@ import torch.nn.functional as F
 
 from bench import ceilings, evidence_table
 from fastcr import train
+from fastcr.backbone import build_backbone
+from fastcr.checkpoint import save_weights
+from fastcr.config import ModelConfig, RationaleConfig, ReleasedConfig
+from fastcr.embed import weights_facts, weights_of
 from fastcr.localisation import Objects
+from fastcr.rationale import RationaleHead
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -45,6 +51,13 @@ def test_maps_of_a_run_are_measured_as_its_own_is(
     assert "End of the training" not in shown  # nothing was trained
 
 
+def tiny_weights() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    model = ModelConfig(backbone="resnet18", last_stage="layer3")
+    backbone, channels = build_backbone("resnet18", "layer3")
+    facts = weights_facts(model, RationaleConfig(detectors=3), ReleasedConfig(), 32)
+    return weights_of(backbone, RationaleHead(channels, detectors=3)), facts
+
+
 def test_fitted_detectors_find_what_a_channel_tells() -> None:
     torch.manual_seed(0)
     features = torch.randn(40, 6, 9)
@@ -59,11 +72,14 @@ def test_fitted_detectors_find_what_a_channel_tells() -> None:
     assert torch.equal(attention, ceilings.fitted(train, test, detectors=2, temperature=0.1))
 
 
-@pytest.mark.parametrize("wanted", ["--data.boxes", "test split"])
-def test_what_is_missing_is_said(flat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], wanted: str) -> None:
+@pytest.mark.parametrize("wanted", ["--data.boxes", "test split", "--data.root"])
+def test_what_is_missing_is_said(
+    birds: Path, flat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], wanted: str
+) -> None:
     (tmp_path / "config.yaml").write_text("preset: folder\n")
-    boxes = ["--data.boxes", str(tmp_path / "config.yaml")] if wanted == "test split" else []
+    save_weights(tmp_path / "init.safetensors", *tiny_weights())
+    root = {"--data.boxes": ["--data.root", str(birds)], "test split": ["--data.root", str(flat)]}.get(wanted, [])
     with pytest.raises(SystemExit) as stop:
-        ceilings.main([str(tmp_path), "--data.root", str(flat), "--out", str(tmp_path / "out"), *boxes])
+        ceilings.main([str(tmp_path), "--out", str(tmp_path / "out"), "--data.workers", "0", *root])
     assert stop.value.code == 2
     assert wanted in capsys.readouterr().err

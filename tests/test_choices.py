@@ -19,10 +19,11 @@ from torch import Tensor, nn
 import fastcr
 from fastcr import train
 from fastcr.config import Config, DataConfig, MocoConfig, ModelConfig, OptimConfig, RationaleConfig
+from fastcr.distributed import ALONE
 from fastcr.embed import weights_of
 from fastcr.moco import mean_pool
 from fastcr.rationale import RationaleHead
-from fastcr.step import contrast_losses, train_step
+from fastcr.step import NO_SCALER, contrast_losses, train_step
 from fastcr.training import Training, prepare
 from fastcr.views import Batch
 
@@ -98,20 +99,23 @@ def test_all_rates_fall_along_the_cosine_and_may_change_at_a_resume(flat: Path, 
     assert rates() == pytest.approx([0, 0.1 * factor, 0.2 * factor])
 
 
-def test_a_run_saved_with_one_rate_for_all_goes_on(flat: Path, tmp_path: Path) -> None:
+def test_momentum_saved_in_one_group_finds_its_weights_again(flat: Path, tmp_path: Path) -> None:
+    """As an optimiser left it that had one rate, and so one group, for all."""
     folder = tmp_path / "run"
-    train.main(["folder", *RUN, "--data.root", str(flat), "--run.dir", str(folder), "--run.steps", "2"])
+    train.main(["folder", *RUN, "--data.root", str(flat), "--run.dir", str(folder), "--run.steps", "1"])
     state = torch.load(folder / "resume.pt", weights_only=True)
-    groups = state["optimizer"]["param_groups"]
-    numbers = [number for group in groups for number in group["params"]]
-    parameters = [value for name, value in prepared().model.named_parameters() if ".key_" not in name]
-    buffers = [state["optimizer"]["state"][number]["momentum_buffer"] for number in range(len(parameters))]
-    assert numbers == list(range(len(parameters)))  # one after the other, as in a single group
-    assert [buffer.shape for buffer in buffers] == [parameter.shape for parameter in parameters]
-    state["optimizer"]["param_groups"] = [groups[0] | {"params": numbers}]
-    torch.save(state, folder / "resume.pt")
-    train.main(["--resume", str(folder), "--run.steps", "3"])
-    assert torch.load(folder / "resume.pt", weights_only=True)["step"] == 3
+    saved = prepared()
+    parameters = [parameter for parameter in saved.model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+    for number, parameter in enumerate(parameters):
+        optimizer.state[parameter]["momentum_buffer"] = torch.full_like(parameter, number)
+    torch.save(state | {"optimizer": optimizer.state_dict()}, folder / "resume.pt")
+
+    training = prepared(rationale=replace(TINY.rationale, lr=1.0))
+    train.restore(folder / "resume.pt", training, state["images"], ALONE, Console(quiet=True))
+    now = [parameter for parameter in training.model.parameters() if parameter.requires_grad]
+    found = [training.optimizer.state[parameter]["momentum_buffer"] for parameter in now]
+    assert [buffer.unique().tolist() for buffer in found] == [[number] for number in range(len(now))]
 
 
 @pytest.fixture
@@ -157,6 +161,19 @@ def test_batchnorm_of_the_branch_lets_no_gradient_past_stop_gradient() -> None:
     head.fit(features, torch.randn(5, 6), pool_weight=0.0).divergence.mean().backward()
     assert features.grad is None or not features.grad.any()
     assert all(parameter.grad is not None for parameter in head.parameters())
+
+
+def test_effective_detectors_are_those_of_the_batch_in_training(normed: RationaleHead) -> None:
+    features = torch.randn(50, 6, 3, 4) - 5
+    before = copy.deepcopy(dict(normed.named_buffers()))
+    found = normed.effective_detectors(features)
+    torch.testing.assert_close(dict(normed.named_buffers()), before)
+    assert normed.norm is not None
+    responses = F.conv2d(features, normed.weight[:, :, None, None], normed.bias).flatten(2)
+    norm = normed.norm
+    responses = F.batch_norm(responses, None, None, norm.weight, norm.bias, training=True)
+    share = torch.bincount(responses.argmax(1).flatten(), minlength=4) / (50 * 12)
+    torch.testing.assert_close(found, torch.exp(-torch.xlogy(share, share).sum()))
 
 
 def test_weights_for_others_hold_the_normalisation_multiplied_in(normed: RationaleHead) -> None:
@@ -239,20 +256,25 @@ def test_gradcam_of_the_logit_is_the_product_before_normalisation(stop_gradient:
     torch.testing.assert_close(ours, wanted, atol=1e-6, rtol=1e-3)
 
 
-def test_pooled_contrast_in_parts_adds_up_to_the_whole() -> None:
+@pytest.mark.parametrize("cam_of", ["loss", "logit"])
+@pytest.mark.parametrize("stop_gradient", [True, False])
+def test_parts_and_loss_scaling_change_nothing_but_rounding(stop_gradient: bool, cam_of: Any) -> None:
     weights = []
-    for parts in (1, 2):
+    for parts, scaler in ((1, NO_SCALER), (2, NO_SCALER), (2, torch.amp.GradScaler("cpu", init_scale=2.0**10))):
         torch.manual_seed(0)
-        training = prepared()
+        training = prepared(rationale=replace(TINY.rationale, stop_gradient=stop_gradient))
         training.moco.eval()
         optimizer = torch.optim.SGD([p for p in training.model.parameters() if p.requires_grad], lr=0.1)
-        loss_function = partial(contrast_losses, branch=training.branch, temperature=0.2, pooled_contrast=True)
+        loss_function = partial(
+            contrast_losses, branch=training.branch, temperature=0.2, cam_of=cam_of, pooled_contrast=True
+        )
         loss, losses = train_step(
             training.moco, loss_function, optimizer, batch_of(), fit_weight=1.0, key_momentum=0.9, autocast=AUTOCAST,
-            accumulate=parts, pooled_weight=2.0,
+            accumulate=parts, pooled_weight=2.0, scaler=scaler,
         )  # fmt: skip
         assert losses.fit is not None
         assert losses.pooled is not None
         torch.testing.assert_close(loss, (losses.contrast + losses.fit + 2 * losses.pooled).detach())
         weights.append(training.model.state_dict())
-    torch.testing.assert_close(weights[1], weights[0], atol=1e-5, rtol=1e-4)
+    for other in weights[1:]:
+        torch.testing.assert_close(other, weights[0], atol=1e-5, rtol=1e-4)
