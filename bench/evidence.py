@@ -44,13 +44,15 @@ FROZEN = "frozen"  # the row whose scores are those of step 0
 STOPPED = {"stopped": "fit gradient stopped at the features", "flowing": "fit gradient flows into the features"}
 FLOWS = {"stopped": "--rationale.stop_gradient True", "flowing": "--rationale.stop_gradient False"}
 CHOICES = list(itertools.product(("max-softmax", "sum"), ("score", "loss"), STOPPED))
-BASE = "--rationale.target max-softmax --rationale.cam_sign loss"
+OF_LOSS, OF_LOGIT = "--rationale.cam_of loss", "--rationale.cam_of logit"
+BASE = f"--rationale.target max-softmax --rationale.cam_sign loss {OF_LOSS}"
 KEPT = "--optim.backbone_lr 0 --model.batchnorm frozen"
 FEW_MEANS = "few detectors, a faster head, keys that follow faster"
 FEW = (
     "--rationale.target sum --rationale.cam_sign loss --rationale.detectors 4 --rationale.temperature 0.2"
     " --rationale.lr 0.05 --optim.lr 0.1 --moco.key_momentum 0.99"
 )
+SWEEP = f"{KEPT} {FEW} {OF_LOGIT}"
 # name: (meaning, flags of fastcr.train); a first flag without dashes is the preset, else it is `folder`
 LINES = {
     FROZEN: ("the initial weights, random detectors", "--run.steps 1"),
@@ -63,11 +65,11 @@ LINES = {
     **{
         f"{target}-{sign}-{way}": (
             f"target {target}, GradCAM of the {sign}, {STOPPED[way]}",
-            f"--rationale.target {target} --rationale.cam_sign {sign} {FLOWS[way]}",
+            f"--rationale.target {target} --rationale.cam_sign {sign} {FLOWS[way]} {OF_LOSS}",
         )
         for target, sign, way in CHOICES
     },
-    # from here on: max-softmax-loss-stopped with something else
+    # max-softmax-loss-stopped with something else
     "batchnorm": ("batch normalisation in the branch", f"{BASE} --rationale.batchnorm True"),
     "batchnorm-flowing": (
         "batch normalisation in the branch, flowing",
@@ -75,26 +77,26 @@ LINES = {
     ),
     "branch-lr0.1": ("learning rate 0.1 of the branch", f"{BASE} --rationale.lr 0.1"),
     "backbone-lr0.001": ("learning rate 0.001 of the backbone", f"{BASE} --optim.backbone_lr 0.001"),
-    "logit": ("GradCAM of the own key's logit", f"{BASE} --rationale.cam_of logit"),
+    "logit": ("GradCAM of the own key's logit", f"--rationale.target max-softmax --rationale.cam_sign loss {OF_LOGIT}"),
     "kept": ("the backbone stays as it was: head and branch alone learn", f"{BASE} {KEPT}"),
-    "kept-few": (f"the backbone stays as it was; {FEW_MEANS}", f"{KEPT} {FEW}"),
-    "kept-few-logit": ("kept-few, GradCAM of the own key's logit", f"{KEPT} {FEW} --rationale.cam_of logit"),
+    "kept-few": (f"the backbone stays as it was; {FEW_MEANS}", f"{KEPT} {FEW} {OF_LOSS}"),
+    "kept-few-logit": ("kept-few, GradCAM of the own key's logit", SWEEP),
     "kept-few-logit-score": (
         "kept-few-logit, the places that raise the logit",
-        f"{KEPT} {FEW} --rationale.cam_of logit --rationale.cam_sign score",
+        f"{SWEEP} --rationale.cam_sign score",
     ),
     "kept-many-logit": (
         "kept-few-logit with 32 detectors at temperature 0.4, the defaults",
-        f"{KEPT} {FEW} --rationale.cam_of logit --rationale.detectors 32 --rationale.temperature 0.4",
+        f"{SWEEP} --rationale.detectors 32 --rationale.temperature 0.4",
     ),
-    "few": (f"{FEW_MEANS}; the backbone learns", f"{FEW} --optim.backbone_lr 0.001"),
+    "few": (f"{FEW_MEANS}; the backbone learns", f"{FEW} --optim.backbone_lr 0.001 {OF_LOSS}"),
     "few-logit": (
         "few, GradCAM of the own key's logit",
-        f"{FEW} --optim.backbone_lr 0.001 --rationale.cam_of logit",
+        f"{FEW} --optim.backbone_lr 0.001 {OF_LOGIT}",
     ),
     "few-logit-pooled": (
         "few-logit, contrast also of the attention-pooled query",
-        f"{FEW} --optim.backbone_lr 0.001 --rationale.cam_of logit --rationale.pooled_contrast 0.5",
+        f"{FEW} --optim.backbone_lr 0.001 {OF_LOGIT} --rationale.pooled_contrast 0.5",
     ),
     "key-momentum0.99": ("keys that follow faster", f"{BASE} --moco.key_momentum 0.99"),
     "pooled0.1": ("contrast also of the attention-pooled query", f"{BASE} --rationale.pooled_contrast 0.1"),
@@ -105,9 +107,10 @@ LINES = {
         )
         for weight in ("0.01", "0.1", "10")
     },
-    **{f"k{k}": (f"{k} detectors", f"{BASE} --rationale.detectors {k}") for k in (1, 4, 8, 16, 64, 128)},
-    **{f"tau{tau}": (f"temperature {tau}", f"{BASE} --rationale.temperature {tau}") for tau in ("0.1", "0.2", "1.0")},
-    **{f"queue{n}": (f"a queue of {n} keys", f"{BASE} --moco.queue_size {n}") for n in (256, 4096, 65536)},
+    # kept-few-logit with something else
+    **{f"k{k}": (f"{k} detectors", f"{SWEEP} --rationale.detectors {k}") for k in (1, 8, 16, 32, 64, 128)},
+    **{f"tau{tau}": (f"temperature {tau}", f"{SWEEP} --rationale.temperature {tau}") for tau in ("0.1", "0.4", "1.0")},
+    **{f"queue{n}": (f"a queue of {n} keys", f"{SWEEP} --moco.queue_size {n}") for n in (256, 4096, 65536)},
 }
 ROWS = {name: (meaning, tuple(flags.split())) for name, (meaning, flags) in LINES.items()}
 Run = dict[str, Any]

@@ -99,6 +99,8 @@ def released_losses(
     moco.wait_for_keys()
     with record_function("contrast"):
         pooled = mean_pool(features)
+        if not pooled.requires_grad:  # the backbone is kept
+            pooled.requires_grad_()
         contrast = info_nce(moco.query(pooled), moco.own(key), moco.queue, temperature=temperature).mean()
         (gradient,) = torch.autograd.grad(
             contrast, pooled, retain_graph=True, create_graph=not branch.released.detach_target

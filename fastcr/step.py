@@ -75,7 +75,9 @@ def contrast_losses(
         # the gradient of the loss serves both GradCAM and the features: the fit hands it to them in its own pass, so
         # pooling is cut off from them here
         shared = cam_of == "loss"
-        pooled = mean_pool(features.detach()).requires_grad_() if shared else mean_pool(features)
+        pooled = mean_pool(features.detach() if shared else features)
+        if not pooled.requires_grad:
+            pooled.requires_grad_()
         embedding = moco.head(pooled)
         contrast = info_nce(
             F.normalize(embedding, dim=1), moco.own(key), moco.queue, temperature=temperature, impl=impl

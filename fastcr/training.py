@@ -59,6 +59,7 @@ def prepare(
     if missing:
         names = ", ".join(sorted(missing))
         console.print(f"{len(missing)} weights stay random: {names}", highlight=False, soft_wrap=True)
+    backbone.requires_grad_(config.optim.backbone_lr != 0)  # else nothing needs to be carried back through it
     moco = MoCo(backbone, channels, embedding_dim=config.moco.embedding_dim, queue_size=config.moco.queue_size)
     branch = build_branch(channels, config.rationale, config.released, config.run.kernels)
     model = nn.ModuleDict({"moco": moco, **({"branch": branch} if branch else {})})

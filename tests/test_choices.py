@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import fastcr
 from fastcr import train
-from fastcr.config import Config, DataConfig, MocoConfig, ModelConfig, OptimConfig, RationaleConfig
+from fastcr.config import Config, DataConfig, MocoConfig, ModelConfig, OptimConfig, RationaleConfig, ReleasedConfig
 from fastcr.distributed import ALONE
 from fastcr.embed import weights_of
 from fastcr.moco import mean_pool
@@ -73,14 +73,25 @@ def test_each_part_takes_its_own_learning_rate() -> None:
     assert kept == pytest.approx({**plain, "backbone": 0.0}, rel=1e-3)
 
 
-def test_a_frozen_encoder_stays_as_it_was_loaded() -> None:
-    training = prepared(
-        optim=replace(TINY.optim, backbone_lr=0.0), model=replace(TINY.model, batchnorm="frozen"),
-        rationale=replace(TINY.rationale, stop_gradient=False),
-    )  # fmt: skip
-    before = copy.deepcopy(training.moco.backbone.state_dict())
-    moved(training, steps=3)
-    torch.testing.assert_close(training.moco.backbone.state_dict(), before, rtol=0, atol=0)
+@pytest.mark.parametrize("variant", ["loss", "logit", "pooled", "released", "plain"])
+def test_a_kept_encoder_stays_as_it_was_loaded_and_the_rest_learns_alike(variant: str) -> None:
+    kept = replace(TINY, model=replace(TINY.model, batchnorm="frozen"), optim=replace(TINY.optim, backbone_lr=0.0))
+    choices = {"loss": {"stop_gradient": False}, "logit": {"cam_of": "logit"}, "pooled": {"pooled_contrast": 0.5},
+               "plain": {"enabled": False}}  # fmt: skip
+    kept = replace(kept, rationale=replace(TINY.rationale, **choices.get(variant, {})))
+    kept = replace(kept, released=ReleasedConfig(enabled=variant == "released"))
+    weights = []
+    for rate in (0.0, 1e-30):  # the second carries gradients back through the backbone, in vain
+        config = replace(kept, optim=replace(kept.optim, backbone_lr=rate, weight_decay=0.0))
+        training = prepare(config, CPU, Console(quiet=True))
+        before = copy.deepcopy(training.moco.backbone.state_dict())
+        moved(training, steps=3)
+        torch.testing.assert_close(
+            training.moco.backbone.state_dict(), before, rtol=0, atol=1e3 * rate
+        )  # biases begin at 0
+        assert all((parameter.grad is None) == (rate == 0) for parameter in training.moco.backbone.parameters())
+        weights.append(training.model.state_dict())
+    torch.testing.assert_close(weights[0], weights[1])
 
 
 def test_all_rates_fall_along_the_cosine_and_may_change_at_a_resume(flat: Path, tmp_path: Path) -> None:
