@@ -20,12 +20,11 @@ class RationaleHead(nn.Module):
         features = encoder(images)                               # [B,C,H,W]
         pooled = mean_pool(features)                             # [B,C], what the projection head takes
         contrast = contrast_loss(projection(pooled), ...)
-        loss = contrast.mean() + head.loss(features, pooled, contrast)
+        loss = contrast.mean() + head.loss(features, pooled, contrast)   # or: -logit, see `loss`
         embedding, attention = head.pool(features)               # afterwards, for retrieval
 
     The keywords are fields of `RationaleConfig`, which may be given whole instead, as `config` (the others are for
-    `fastcr.train`); `impl` chooses the kernels: "auto", "torch" or "triton". For GradCAM of the own key's logit, give
-    `loss` the negative product of the key with the query before that is normalised.
+    `fastcr.train`); `impl` chooses the kernels: "auto", "torch" or "triton".
     """
 
     def __init__(
@@ -56,8 +55,10 @@ class RationaleHead(nn.Module):
         Args:
             features: `[B,C,H,W]`, the encoder's last map.
             pooled: `[B,C]`, their mean over positions, from which `contrast` was computed.
-            contrast: the contrast loss, one an image `[B]` or their mean or sum: its size is lost on GradCAM. Where
-                images are each other's negatives, the GradCAM of an image is that of the whole batch's loss.
+            contrast: what GradCAM is of, one an image `[B]` or their mean or sum: its size is lost on GradCAM. The
+                contrast loss, as in the paper; or, as `fastcr.train` does by default (docs/evidence.md), the negative
+                product of the query, before it is normalised, with its own key. Where images are each other's
+                negatives, the GradCAM of an image's loss is that of the whole batch's.
 
         Raises:
             ValueError: `contrast` was not computed from `pooled`, or shapes do not fit.

@@ -109,7 +109,8 @@ def settings_of(**run: Any) -> Config:
         model=ModelConfig(backbone="resnet18", last_stage="layer2", weights="none"),
         optim=OptimConfig(batch_size=16, lr=0.003),
         moco=MocoConfig(queue_size=128),
-        rationale=RationaleConfig(stop_gradient=False),
+        # GradCAM by its sum jumps where there is next to none: rounding would not stay rounding
+        rationale=RationaleConfig(stop_gradient=False, target="max-softmax", cam_of="loss", cam_sign="score"),
     )
 
 
