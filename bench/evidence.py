@@ -284,6 +284,15 @@ def open_study(config: StudyConfig, common: Sequence[str]) -> Run:
     return study
 
 
+def in_order(study: Run) -> str:
+    """JSON of a study, its runs in the order of the rows."""
+    rows = list(ROWS)
+    place = {name: (rows.index(run["row"]) if run["row"] in ROWS else len(rows), run["seed"])
+             for name, run in study["runs"].items()}  # fmt: skip
+    runs = {name: study["runs"][name] for name in sorted(place, key=place.__getitem__)}
+    return json.dumps(study | {"runs": runs}, indent=1) + "\n"
+
+
 def plan(config: StudyConfig, common: tuple[str, ...], runs: dict[str, Run]) -> list[Job]:
     """The runs that are still to be made: all rows of the first seed, then all of the next."""
     root, out = config.data.root.resolve(), config.out.resolve()
@@ -312,7 +321,7 @@ def study(config: StudyConfig, common: tuple[str, ...], console: Console) -> Non
     jobs = plan(config, common, found["runs"])
     for job in jobs:
         read_command_line(training(job))  # mistakes in the flags are found before anything runs
-    write = partial(write_whole, path, lambda file: file.write_text(json.dumps(found, indent=1) + "\n"))
+    write = partial(write_whole, path, lambda file: file.write_text(in_order(found)))
     write()
     console.print(f"{len(jobs)} runs to make, {len(config.seeds) * len(config.rows) - len(jobs)} are there")
     processes, columns = Processes(), (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())

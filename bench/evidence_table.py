@@ -45,6 +45,7 @@ ATTENTION = {
     "Gaussian": ("localisation", "gaussian", "inside", 1),
     "uniform": ("localisation", "uniform", "inside", 1),
     "GradCAM target": ("gradcam", "target", "inside", 1),
+    "its Gaussian": ("gradcam", "target", "gaussian inside", 1),
     "GradCAM of the score": ("gradcam", "score", "inside", 1),
     "of the loss": ("gradcam", "loss", "inside", 1),
     "peak in the box": ("localisation", "attention", "pointing", 1),
@@ -146,8 +147,9 @@ def draw(study: Run, picture: Path, series: Series, title: str) -> None:
         raise UsageError("a picture needs matplotlib: pip install 'fastcr[report]'") from None
     rows = by_row(study)
     frozen = rows.pop(FROZEN, [])
+    rows = {row: runs for row, runs in rows.items() if any(values_of(runs, place) for place, _ in series.values())}
     if not rows:
-        raise UsageError("a picture needs a trained run, and the study has none yet")
+        raise UsageError("a picture needs a trained run, and the study has none yet that was measured so")
     figure = Figure(figsize=(8, 1.4 + 0.32 * len(rows)), dpi=150, layout="constrained", facecolor="white")
     axes = figure.subplots()
     for i, (name, (place, colour)) in enumerate(series.items()):

@@ -210,6 +210,7 @@ def made(row: str, seed: int, rank1: float, rationale: float | None = None) -> d
         "row": row, "seed": seed, "meaning": f"what {row} is", "flags": ["--optim.lr", "1"], "status": "finished",
         "seconds": 60.0, "images": 99, "facts": {"torch": "2.15", "commit": "abc", "device": "some"},
         "retrieval": retrieval, "last": {"contrast_loss": 7.0},
+        "localisation": {"attention": {"inside": 60.0}, "gaussian": {"inside": 70.0}},
     }  # fmt: skip
 
 
@@ -230,6 +231,50 @@ def test_the_table_has_means_and_ranges(tmp_path: Path, capsys: pytest.CaptureFi
     assert "kNN, mean" not in text  # nobody measured it
     assert "- moco-seed3: training failed: no number" in text
     assert "Every run: `--optim.epochs 2`" in text
+
+
+def test_runs_are_kept_in_the_order_of_the_rows() -> None:
+    runs = [made("unknown", 0, 1.0), made("few", 1, 1.0), made("few", 0, 1.0), made("moco", 2, 1.0)]
+    study = {"runs": {f"{run['row']}-seed{run['seed']}": run for run in runs}}
+    names = list(json.loads(evidence.in_order(study))["runs"])
+    assert names == ["moco-seed2", "few-seed0", "few-seed1", "unknown-seed0"]
+
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "evidence.md"
+RESULTS = Path(__file__).parents[1] / "bench" / "results"
+
+
+def test_the_tables_of_the_document_are_those_of_the_runs() -> None:
+    columns = {**evidence_table.RETRIEVAL, **evidence_table.ATTENTION, **evidence_table.TRAINING}
+    rows: dict[str, Any] = {}
+    for name in ("evidence_cub50.json", "ceilings_cub50.json"):
+        rows |= evidence_table.by_row(evidence_table.read(RESULTS / name))
+    headings, checked = list[str](), set[str]()
+    for line in DOCUMENT.read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("| row "):
+            headings = cells[2:]
+        elif line.startswith("| `"):
+            runs = rows[cells[0].strip("`")]
+            assert cells[1] == str(len(runs))
+            for heading, cell in zip(headings, cells[2:], strict=True):
+                *place, decimals = columns[heading]
+                assert cell == evidence_table.spread(evidence_table.values_of(runs, place), decimals), (line, heading)
+            checked.add(cells[0])
+    assert len(checked) > 20
+
+
+def test_every_row_of_the_study_is_one_that_can_be_run_again() -> None:
+    study = evidence_table.read(RESULTS / "evidence_cub50.json")
+    for name, run in study["runs"].items():
+        assert run["status"] == "finished", name
+        assert run["flags"] == list(evidence.ROWS[run["row"]][1]), name
+
+
+def test_all_tables_beside_the_document_are_made_of_the_runs(tmp_path: Path) -> None:
+    for name in ("evidence", "ceilings"):
+        evidence_table.main([str(RESULTS / f"{name}_cub50.json"), "--md", str(tmp_path / name)])
+        assert (DOCUMENT.parent / f"{name}-tables.md").read_text() == (tmp_path / name).read_text()
 
 
 def test_table_and_picture_go_to_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
