@@ -138,11 +138,11 @@ class RationaleConfig:
     """Weight of the fit loss (mean KL over the batch)."""
     detectors: int = 32
     """1x1 projections whose maximum is the attention logit, 1 to 128."""
-    target: Literal["max-softmax", "sum", "uniform"] = "sum"
+    target: Literal["max-softmax", "sum", "uniform"] = "max-softmax"
     """GradCAM to distribution: softmax of GradCAM / its maximum, GradCAM / its sum, or, as a control, none of it."""
-    cam_of: Literal["loss", "logit"] = "logit"
+    cam_of: Literal["loss", "logit"] = "loss"
     """GradCAM of the contrast loss, or of the own key's logit: its product with the query before that is normalised."""
-    cam_sign: Literal["score", "loss"] = "loss"
+    cam_sign: Literal["score", "loss"] = "score"
     """Keep places that lower the contrast loss, or raise the logit (score), or those that do the opposite (loss)."""
     temperature: float = 0.4
     """Temperature of the softmax over positions."""

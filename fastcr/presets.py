@@ -44,9 +44,10 @@ def cub200() -> Config:
     """CUB-200-2011 (5,994 training images), ResNet-50 from ImageNet, the paper's recipe: 100 epochs, 224 px.
 
     The paper reports retrieval rank-1 49.69 (MoCo v2: 17.07). Not yet measured with this code at this size.
-    What the branch is fitted to by default (GradCAM of the own key's logit, the half that lowers it, by its sum, the
-    fit stopped at the features) is what retrieved best in a small study on CPU cores, docs/evidence.md: a ResNet-18, 50
-    classes, ten epochs. There, training the backbone made retrieval worse at every rate: see --optim.backbone_lr.
+    In a small study on CPU cores (docs/evidence.md: a ResNet-18, 50 classes, ten epochs) no choice of sign, target or
+    gradient flow stood out; GradCAM of the own key's logit retrieved better from a backbone that was kept
+    (--rationale.cam_of logit --rationale.cam_sign loss --rationale.target sum --optim.backbone_lr 0), and training the
+    backbone made mean pooling worse.
     """
     return Config(preset="cub200")
 
@@ -95,7 +96,7 @@ def inat2019() -> Config:
 
 
 def folder() -> Config:
-    """Your own images, labelled or not (`--data.root DIR`): the recipe of `cub200`, chosen by docs/evidence.md."""
+    """Your own images, labelled or not (`--data.root DIR`): the recipe of `cub200`; see docs/evidence.md."""
     return Config(preset="folder")
 
 

@@ -20,7 +20,7 @@ class RationaleHead(nn.Module):
         features = encoder(images)                               # [B,C,H,W]
         pooled = mean_pool(features)                             # [B,C], what the projection head takes
         contrast = contrast_loss(projection(pooled), ...)
-        loss = contrast.mean() + head.loss(features, pooled, contrast)   # or: -logit, see `loss`
+        loss = contrast.mean() + head.loss(features, pooled, contrast)
         embedding, attention = head.pool(features)               # afterwards, for retrieval
 
     The keywords are fields of `RationaleConfig`, which may be given whole instead, as `config` (the others are for
@@ -56,7 +56,7 @@ class RationaleHead(nn.Module):
             features: `[B,C,H,W]`, the encoder's last map.
             pooled: `[B,C]`, their mean over positions, from which `contrast` was computed.
             contrast: what GradCAM is of, one an image `[B]` or their mean or sum: its size is lost on GradCAM. The
-                contrast loss, as in the paper; or, as `fastcr.train` does by default (docs/evidence.md), the negative
+                contrast loss, as in the paper; or, as with `--rationale.cam_of logit` (docs/evidence.md), the negative
                 product of the query, before it is normalised, with its own key. Where images are each other's
                 negatives, the GradCAM of an image's loss is that of the whole batch's.
 

@@ -35,7 +35,7 @@ def test_the_fit_loss_of_the_plain_loop_falls() -> None:
     assert len(printed) == 20
     assert all(math.isfinite(value) for pair in printed for value in pair)
     fits = [fit for _, fit in printed]
-    assert sum(fits[-5:]) < 0.7 * sum(fits[:5])  # without its gradient: 1.22, with it 0.44
+    assert sum(fits[-5:]) < 0.7 * sum(fits[:5])  # without its gradient: 0.88, with it 0.49
 
 
 @pytest.mark.parametrize(("example", "needs"), [("with_lightly.py", "lightly"), ("with_timm.py", "timm")])
