@@ -20,6 +20,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -40,6 +41,7 @@ from fastcr.presets import read_command_line
 
 ROOT = Path(__file__).resolve().parents[1]
 EVIDENCE = "evidence.json"
+READING = threading.Lock()  # tyro keeps what it parses in globals, and two runs may end at once
 FROZEN = "frozen"  # the row whose scores are those of step 0
 STOPPED = {"stopped": "fit gradient stopped at the features", "flowing": "fit gradient flows into the features"}
 FLOWS = {"stopped": "--rationale.stop_gradient True", "flowing": "--rationale.stop_gradient False"}
@@ -196,7 +198,8 @@ def training(job: Job) -> list[str]:
 
 def measuring(job: Job) -> list[str]:
     """Arguments that `fastcr.evaluate` and gradcam_inside.py share, for a run that has been trained."""
-    config = load_config(job.folder / "config.yaml")
+    with READING:
+        config = load_config(job.folder / "config.yaml")
     workers = [] if config.data.workers is None else ["--data.workers", str(config.data.workers)]
     boxes = [] if job.boxes is None else ["--data.boxes", str(job.boxes)]
     return [str(job.folder), "--run.device", config.run.device, *workers, *boxes]

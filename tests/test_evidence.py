@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -318,3 +319,11 @@ def test_slopes_are_the_gradient_along_the_features(cam_of: Any) -> None:
 
         change = (loss(1.01) - loss(0.99)) / 0.02
     assert slope[:, 5] == pytest.approx(change.numpy() * 9, rel=0.01)
+
+
+def test_runs_that_end_at_once_read_their_settings_in_turn(finished: Path) -> None:
+    """The parser of settings keeps what it parses in globals: two threads broke a study."""
+    job = evidence.Job("moco", 0, finished, None, (), finished / "moco-seed0", 1)
+    expected = evidence.measuring(job)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(evidence.measuring, [job] * 24)) == [expected] * 24
