@@ -55,6 +55,10 @@ FEW = (
     " --rationale.lr 0.05 --optim.lr 0.1 --moco.key_momentum 0.99"
 )
 SWEEP = f"{KEPT} {FEW} {OF_LOGIT}"
+HELD = "--optim.backbone_warmup 5"
+COMMON = (
+    "--rationale.cam_weights common --rationale.target max-softmax --rationale.detectors 32 --rationale.temperature 0.4"
+)
 # name: (meaning, flags of fastcr.train); a first flag without dashes is the preset, else it is `folder`
 LINES = {
     FROZEN: ("the initial weights, random detectors", "--run.steps 1"),
@@ -91,10 +95,30 @@ LINES = {
         "kept-few-logit with 32 detectors at temperature 0.4, the defaults",
         f"{SWEEP} --rationale.detectors 32 --rationale.temperature 0.4",
     ),
+    **{
+        f"kept-common-{name}": (
+            f"kept-many-logit with channel weights common to the batch, target max-softmax, GradCAM of {what}",
+            f"{KEPT} {FEW} {COMMON} {flags}",
+        )
+        for name, what, flags in (
+            ("logit", "the own key's logit", OF_LOGIT),
+            ("loss", "the loss", OF_LOSS),
+            ("score", "the score", f"{OF_LOSS} --rationale.cam_sign score"),
+        )
+    },
     "few": (f"{FEW_MEANS}; the backbone learns", f"{FEW} --optim.backbone_lr 0.001 {OF_LOSS}"),
     "few-logit": (
         "few, GradCAM of the own key's logit",
         f"{FEW} --optim.backbone_lr 0.001 {OF_LOGIT}",
+    ),
+    "few-logit-held": (
+        "few-logit, the backbone held for five epochs",
+        f"{FEW} --optim.backbone_lr 0.001 {OF_LOGIT} {HELD}",
+    ),
+    "common-logit": ("kept-common-logit, the backbone learns", f"{FEW} --optim.backbone_lr 0.001 {COMMON} {OF_LOGIT}"),
+    "common-logit-held": (
+        "common-logit, the backbone held for five epochs",
+        f"{FEW} --optim.backbone_lr 0.001 {COMMON} {OF_LOGIT} {HELD}",
     ),
     "few-logit-pooled": (
         "few-logit, contrast also of the attention-pooled query",
@@ -113,6 +137,7 @@ LINES = {
     **{f"k{k}": (f"{k} detectors", f"{SWEEP} --rationale.detectors {k}") for k in (1, 8, 16, 32, 64, 128)},
     **{f"tau{tau}": (f"temperature {tau}", f"{SWEEP} --rationale.temperature {tau}") for tau in ("0.1", "0.4", "1.0")},
     **{f"queue{n}": (f"a queue of {n} keys", f"{SWEEP} --moco.queue_size {n}") for n in (256, 4096, 65536)},
+    "queue0": ("no queue: the negatives are the batch's other keys", f"{SWEEP} --moco.queue_size 0"),
 }
 ROWS = {name: (meaning, tuple(flags.split())) for name, (meaning, flags) in LINES.items()}
 Run = dict[str, Any]

@@ -29,29 +29,36 @@ from fastcr.config import Config, UsageError, tyro
 from fastcr.embed import BATCH_SIZE, load_crops
 from fastcr.evaluate import EvaluateData, EvaluateRun
 from fastcr.folders import ImageList, read_splits
-from fastcr.kernels.info_nce import info_nce
-from fastcr.kernels.rationale_fit import gradcam_target
+from fastcr.kernels.rationale_fit import CamSign, gradcam_target
 from fastcr.localisation import Objects, localisation, objects_in_crop, read_objects
 from fastcr.machine import pick_device, pick_workers
 from fastcr.measuring import test_images
 from fastcr.moco import MoCo, mean_pool
+from fastcr.rationale import common_cam_weights
 from fastcr.step import CamOf
 from fastcr.synthetic import write_synthetic
 from fastcr.training import prepare
 from fastcr.views import normalise
 
 
-def slopes(moco: MoCo, images: Tensor, temperature: float, cam_of: CamOf = "loss") -> Tensor:
-    """`Σ_c A_c(s) g_c` `[B,S]` of images `[B,3,H,W]` against their mirror images; `g` as in training."""
+def slopes(
+    moco: MoCo, images: Tensor, temperature: float, cam_of: CamOf = "loss", common: CamSign | None = None
+) -> Tensor:
+    """`Σ_c A_c(s) g_c` `[B,S]` of images `[B,3,H,W]` against their mirror images; `g` as in training.
+
+    `common`: the half of whose GradCAMs the channel weights are made that all images share, if they do.
+    """
     key = moco.key(images.flip(3), torch.autocast(images.device.type, enabled=False))
     with torch.no_grad():
         features = moco.backbone(images)
     pooled = mean_pool(features).requires_grad_()
     if cam_of == "loss":
-        explained = info_nce(moco.query(pooled), key, moco.queue, temperature=temperature)
+        explained = moco.contrast(moco.query(pooled), key, temperature)
     else:
         explained = -(moco.head(pooled) * key).sum(1)
     (gradient,) = torch.autograd.grad(explained.sum(), pooled)
+    if common:
+        gradient = common_cam_weights(features, gradient, common)
     return torch.einsum("bcs,bc->bs", features.flatten(2), gradient)
 
 
@@ -78,6 +85,7 @@ def gradcam_inside(
     numbers, size = list(range(len(images))), config.data.image_size
     fitted = config.rationale.enabled and not config.released.enabled  # what else there is was trained with the loss
     cam_of = config.rationale.cam_of if fitted else "loss"
+    common = config.rationale.cam_sign if fitted and config.rationale.cam_weights == "common" else None
     batches = [numbers[start : start + BATCH_SIZE] for start in numbers[::BATCH_SIZE]]
     found, sizes, kept = list[Tensor](), list[Tensor](), list[int]()
     loader = load_crops([images], batches, image_size=size, workers=workers, pin=False)
@@ -85,7 +93,7 @@ def gradcam_inside(
     for batch, (pixels, sizes_here, readable) in zip(batches, shown, strict=True):
         if readable:
             crops = normalise(pixels.to(device), torch.float32)
-            found.append(slopes(training.moco, crops, config.moco.temperature, cam_of))
+            found.append(slopes(training.moco, crops, config.moco.temperature, cam_of, common))
             sizes.append(sizes_here)
             kept += [batch[i] for i in readable]
     boxes = objects_in_crop(Objects(objects.boxes[kept], None, objects.in_pixels), torch.cat(sizes), size)

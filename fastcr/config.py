@@ -108,6 +108,8 @@ class OptimConfig:
     """Learning rate at the start."""
     backbone_lr: float | None = None
     """That of the backbone, to protect good weights; 0, with --model.batchnorm frozen, keeps them. Default: lr."""
+    backbone_warmup: float = 0.0
+    """Epochs at the start in which the backbone is held, while head and branch learn."""
     momentum: float = 0.9
     """SGD momentum."""
     weight_decay: float = 1e-4
@@ -119,7 +121,7 @@ class MocoConfig:
     """Momentum contrast (MoCo v2)."""
 
     queue_size: int = 4096
-    """Keys kept as negatives; more than there are images only adds stale keys of the same images."""
+    """Keys kept as negatives; more than there are images only adds stale keys of the same images. 0: the batch's."""
     temperature: float = 0.2
     """InfoNCE temperature."""
     key_momentum: float = 0.999
@@ -144,6 +146,8 @@ class RationaleConfig:
     """GradCAM of the contrast loss, or of the own key's logit: its product with the query before that is normalised."""
     cam_sign: Literal["score", "loss"] = "score"
     """Keep places that lower the contrast loss, or raise the logit (score), or those that do the opposite (loss)."""
+    cam_weights: Literal["own", "common"] = "own"
+    """GradCAM's channel weights: each picture's gradient, or one set for the batch, made of all its GradCAMs."""
     temperature: float = 0.4
     """Temperature of the softmax over positions."""
     stop_gradient: bool = True
@@ -212,6 +216,7 @@ def validate(config: Config) -> Config:
         "--optim.lr must be above 0 and finite": 0 < config.optim.lr < math.inf,
         "--optim.backbone_lr must be at least 0 and finite": config.optim.backbone_lr is None
         or 0 <= config.optim.backbone_lr < math.inf,
+        "--optim.backbone_warmup must be at least 0 and finite": 0 <= config.optim.backbone_warmup < math.inf,
         "--optim.momentum must lie in [0, 1)": 0 <= config.optim.momentum < 1,
         "--optim.weight_decay must be at least 0 and finite": 0 <= config.optim.weight_decay < math.inf,
         "--run.seed must lie in 0..2**63-1": 0 <= config.run.seed < 2**63,
@@ -220,7 +225,7 @@ def validate(config: Config) -> Config:
         "--run.steps must be at least 1": config.run.steps is None or config.run.steps >= 1,
         "--run.log_every must be at least 1": config.run.log_every >= 1,
         "--run.eval_every must be at least 0": config.run.eval_every >= 0,
-        "--moco.queue_size must be at least 1": config.moco.queue_size >= 1,
+        "--moco.queue_size must be at least 0": config.moco.queue_size >= 0,
         "--moco.temperature must be above 0 and finite": 0 < config.moco.temperature < math.inf,
         "--moco.key_momentum must lie in [0, 1]": 0 <= config.moco.key_momentum <= 1,
         "--moco.embedding_dim must be at least 1": config.moco.embedding_dim >= 1,

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from fastcr.distributed import ALONE, Processes
+from fastcr.kernels.info_nce import info_nce
+from fastcr.kernels.launch import Impl
 
 
 def projection_head(channels: int, embedding_dim: int) -> nn.Sequential:
@@ -23,7 +25,7 @@ def mean_pool(features: Tensor) -> Tensor:
 
 
 class MoCo(nn.Module):
-    """Query encoder (`backbone`, `head`), EMA key encoder and the queue of keys `[N,D]`."""
+    """Query encoder (`backbone`, `head`), EMA key encoder and the queue of keys `[N,D]`, N 0 for none."""
 
     queue: Tensor
     queue_position: Tensor
@@ -68,6 +70,16 @@ class MoCo(nn.Module):
         """This process's rows `[B,D]` of what `key` gave."""
         return keys.chunk(self.processes.ranks)[self.processes.rank]
 
+    def contrast(self, query: Tensor, keys: Tensor, temperature: float, impl: Impl = "auto") -> Tensor:
+        """InfoNCE `[B]`, nats, of unit queries `[B,D]` with their own of what `key` gave.
+
+        The negatives are the queue's keys; without a queue the other ones of `keys`.
+        """
+        if len(self.queue):
+            return info_nce(query, self.own(keys), self.queue, temperature=temperature, impl=impl)
+        own = torch.arange(len(query), device=query.device) + len(query) * self.processes.rank
+        return F.cross_entropy(query @ keys.T / temperature, own, reduction="none")
+
     def wait_for_keys(self) -> None:
         """Let what the device does next wait for the keys."""
         if self.key_stream:
@@ -84,7 +96,8 @@ class MoCo(nn.Module):
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
         """Replace the oldest keys; any batch size, written on the device without waiting for it."""
-        size = self.queue.shape[0]
+        if not (size := len(self.queue)):
+            return
         skipped = max(len(keys) - size, 0)  # a batch beyond the queue leaves only its last keys
         with record_function("queue"):
             slots = torch.arange(skipped, len(keys), device=keys.device) + self.queue_position

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastcr.config import RationaleConfig
+from fastcr.distributed import ALONE, Processes
 from fastcr.kernels.launch import Impl
-from fastcr.kernels.rationale_fit import CamSign, RationaleFit, Target, rationale_fit
+from fastcr.kernels.rationale_fit import CamSign, RationaleFit, Target, gradcam_target, rationale_fit
 from fastcr.kernels.rationale_pool import RationalePool, rationale_pool
 
 
@@ -37,17 +41,19 @@ class RationaleHead(nn.Module):
         temperature: float = RationaleConfig.temperature,
         target: Target = RationaleConfig.target,
         cam_sign: CamSign = RationaleConfig.cam_sign,
+        cam_weights: Literal["own", "common"] = RationaleConfig.cam_weights,
         stop_gradient: bool = RationaleConfig.stop_gradient,
         batchnorm: bool = RationaleConfig.batchnorm,
     ) -> None:
         super().__init__()
         self.config = config or RationaleConfig(
-            detectors=detectors, temperature=temperature, target=target, cam_sign=cam_sign, stop_gradient=stop_gradient,
-            batchnorm=batchnorm,
+            detectors=detectors, temperature=temperature, target=target, cam_sign=cam_sign, cam_weights=cam_weights,
+            stop_gradient=stop_gradient, batchnorm=batchnorm,
         )  # fmt: skip
         initial = nn.Linear(channels, self.config.detectors)  # initialised as a 1x1 convolution is
         self.weight, self.bias, self.impl = initial.weight, initial.bias, impl
         self.norm = nn.BatchNorm1d(self.config.detectors) if self.config.batchnorm else None
+        self.processes: Processes = ALONE  # that share the batch
 
     def loss(self, features: Tensor, pooled: Tensor, contrast: Tensor) -> Tensor:
         """Fit loss (a scalar, nats) of the attention to the GradCAM of the loss `contrast`; call it before `backward`.
@@ -70,7 +76,12 @@ class RationaleHead(nn.Module):
         return self.fit(features, gradient).divergence.mean()
 
     def fit(self, features: Tensor, gradient: Tensor, pool_weight: float = 0.0) -> RationaleFit:
-        """KL to the GradCAM of `gradient [B,C]` over features `[B,C,H,W]`; see `kernels.rationale_fit`."""
+        """KL to the GradCAM of `gradient [B,C]` over features `[B,C,H,W]`; see `kernels.rationale_fit`.
+
+        `pool_weight` is for `gradient` as it is: with common channel weights it must be 0.
+        """
+        if self.config.cam_weights == "common":
+            gradient = common_cam_weights(features, gradient, self.config.cam_sign, self.processes)
         weight, bias = self.folded(features, moving=True)
         return rationale_fit(
             features,
@@ -126,6 +137,27 @@ class RationaleHead(nn.Module):
         share = torch.zeros_like(self.bias).index_add_(0, winners, torch.ones_like(winners, dtype=self.bias.dtype))
         share = share / winners.numel()
         return torch.exp(-torch.xlogy(share, share).sum())
+
+
+@torch.no_grad()
+def common_cam_weights(features: Tensor, gradient: Tensor, cam_sign: CamSign, processes: Processes = ALONE) -> Tensor:
+    """GradCAM's channel weights that a batch's pictures have in common, as the `gradient [B,C]` of `rationale_fit`.
+
+    They are what the places of the pictures' own GradCAMs have more than those pictures on the average, the same for
+    all pictures of all `processes`:
+
+        v_c = sum_b sum_s (P_b(s) - 1/S) A_bc(s)            P_b: GradCAM of picture b divided by its sum
+
+    A picture without a GradCAM adds nothing. Features `[B,C,H,W]`, their `gradient [B,C]` after mean pooling.
+    """
+    maps = features.flatten(2)
+    with torch.autocast(maps.device.type, enabled=False):
+        # scaled to 1 first, so that 16 bits hold it: its size is lost on GradCAM
+        slope = torch.einsum("bcs,bc->bs", maps, F.normalize(gradient, dim=1).to(maps.dtype)).to(gradient.dtype)
+        own = gradcam_target(torch.relu(slope if cam_sign == "loss" else -slope), "sum", 1.0) - 1 / maps.shape[2]
+        common = torch.einsum("bcs,bs->bc", maps, own.to(maps.dtype)).to(gradient.dtype).sum(0)
+    common = processes.total(common)
+    return (common if cam_sign == "loss" else -common).expand_as(gradient)
 
 
 def attention_entropy(attention: Tensor) -> Tensor:

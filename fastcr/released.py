@@ -21,7 +21,6 @@ from torch.profiler import record_function
 
 from fastcr.backbone import CHILDREN
 from fastcr.config import RationaleConfig, ReleasedConfig, UsageError
-from fastcr.kernels.info_nce import info_nce
 from fastcr.kernels.rationale_pool import RationalePool
 from fastcr.moco import MoCo, mean_pool
 from fastcr.step import Losses, Scale
@@ -101,7 +100,7 @@ def released_losses(
         pooled = mean_pool(features)
         if not pooled.requires_grad:  # the backbone is kept
             pooled.requires_grad_()
-        contrast = info_nce(moco.query(pooled), moco.own(key), moco.queue, temperature=temperature).mean()
+        contrast = moco.contrast(moco.query(pooled), key, temperature).mean()
         (gradient,) = torch.autograd.grad(
             contrast, pooled, retain_graph=True, create_graph=not branch.released.detach_target
         )

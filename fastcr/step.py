@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import record_function
 
-from fastcr.kernels.info_nce import info_nce
 from fastcr.kernels.launch import Impl
 from fastcr.moco import MoCo, mean_pool
 from fastcr.rationale import RationaleHead
@@ -67,22 +66,19 @@ def contrast_losses(
     moco.wait_for_keys()
     if branch is None:
         with record_function("contrast"):
-            query = moco.query(mean_pool(features))
-            contrast = info_nce(query, moco.own(key), moco.queue, temperature=temperature, impl=impl).mean()
+            contrast = moco.contrast(moco.query(mean_pool(features)), key, temperature, impl).mean()
         return Losses(contrast, None, None, features.detach(), key)
 
     with record_function("contrast"):
-        # the gradient of the loss serves both GradCAM and the features: the fit hands it to them in its own pass, so
-        # pooling is cut off from them here
-        shared = cam_of == "loss"
+        # a picture's gradient of the loss serves both GradCAM and the features: the fit hands it to them in its own
+        # pass, so pooling is cut off from them here
+        shared = cam_of == "loss" and branch.config.cam_weights == "own"
         pooled = mean_pool(features.detach() if shared else features)
         if not pooled.requires_grad:
             pooled.requires_grad_()
         embedding = moco.head(pooled)
-        contrast = info_nce(
-            F.normalize(embedding, dim=1), moco.own(key), moco.queue, temperature=temperature, impl=impl
-        )
-        explained = contrast if shared else -(embedding * moco.own(key)).sum(1)
+        contrast = moco.contrast(F.normalize(embedding, dim=1), key, temperature, impl)
+        explained = contrast if cam_of == "loss" else -(embedding * moco.own(key)).sum(1)
         (gradient,) = torch.autograd.grad(explained.sum(), pooled, retain_graph=True)
         contrast = contrast.mean()
     with record_function("fit"):  # the size of `gradient` is lost on GradCAM, which is normalised
@@ -92,8 +88,7 @@ def contrast_losses(
     if pooled_contrast:
         with record_function("pooled contrast"):
             attended = torch.einsum("bcs,bs->bc", features.flatten(2).float(), attention)
-            query = moco.query(attended)
-            pooled_loss = info_nce(query, moco.own(key), moco.queue, temperature=temperature, impl=impl).mean()
+            pooled_loss = moco.contrast(moco.query(attended), key, temperature, impl).mean()
     return Losses(contrast, divergence.mean(), attention, features.detach(), key, pooled_loss)
 
 

@@ -109,8 +109,9 @@ def train(
             with meter.waiting():
                 batch = next(batches)
             lr = cosine_lr(config.optim.lr, step - 1, total_steps)
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"].fill_(cosine_lr(rate, step - 1, total_steps))
+            for part, (group, rate) in enumerate(zip(optimizer.param_groups, rates, strict=True)):
+                held = part == 0 and step <= config.optim.backbone_warmup * steps_per_epoch
+                group["lr"].fill_(0.0 if held else cosine_lr(rate, step - 1, total_steps))
             loss, losses = step_on(batch)
             due: int = time.monotonic() - saved_at >= 60 * config.run.save_minutes
             # all processes alike; before anything waits for the device, where a lost one would not be noticed

@@ -18,6 +18,7 @@ from fastcr.embed import Branch, build_branch
 from fastcr.kernels import launch
 from fastcr.machine import keep_compiled
 from fastcr.moco import MoCo
+from fastcr.rationale import RationaleHead
 from fastcr.released import ReleasedBranch, released_losses
 from fastcr.step import Losses, LossFunction, Replayed, contrast_losses, train_step
 from fastcr.views import Batch
@@ -93,6 +94,8 @@ def prepare(
     no_sync: Callable[[], AbstractContextManager[None]] = nullcontext
     if processes.ranks > 1:
         moco.processes, moco.shuffle = processes, config.model.batchnorm == "local" and bool(batchnorms(moco))
+        if isinstance(branch, RationaleHead):
+            branch.processes = processes
         loss_function = Synchronised(model, loss_function, config.optim.accumulate)
         no_sync = loss_function.no_sync
         torch.manual_seed(config.run.seed + processes.rank)  # what a model draws while it trains, such as dropout

@@ -22,7 +22,7 @@ from fastcr.config import Config, DataConfig, MocoConfig, ModelConfig, OptimConf
 from fastcr.distributed import ALONE
 from fastcr.embed import weights_of
 from fastcr.moco import mean_pool
-from fastcr.rationale import RationaleHead
+from fastcr.rationale import RationaleHead, common_cam_weights
 from fastcr.step import NO_SCALER, contrast_losses, train_step
 from fastcr.training import Training, prepare
 from fastcr.views import Batch
@@ -289,3 +289,109 @@ def test_parts_and_loss_scaling_change_nothing_but_rounding(stop_gradient: bool,
         weights.append(training.model.state_dict())
     for other in weights[1:]:
         torch.testing.assert_close(other, weights[0], atol=1e-5, rtol=1e-4)
+
+
+def common_weights(features: Tensor, gradient: Tensor, cam_sign: str) -> Tensor:
+    """The equation picture by picture, in plain loops over fp64."""
+    found = torch.zeros(features.shape[1], dtype=torch.float64)
+    for maps, slope in zip(features.double().flatten(2), gradient.double(), strict=True):
+        cam = ((1 if cam_sign == "loss" else -1) * (slope @ maps)).clamp_min(0)
+        if cam.any():
+            found += maps @ (cam / cam.sum()) - maps.mean(1)
+    return found
+
+
+@pytest.mark.parametrize("cam_sign", ["score", "loss"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_common_cam_weights_are_what_all_gradcams_pick(cam_sign: Any, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    features, gradient = torch.rand(6, 10, 3, 4).to(dtype), 1e-9 * torch.randn(6, 10)
+    gradient[0] = 1e-9 if cam_sign == "score" else -1e-9  # no place of this picture: it has no GradCAM
+    found = common_cam_weights(features, gradient, cam_sign)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, found[:1].expand(6, 10), rtol=0, atol=0)
+    expected = common_weights(features, gradient, cam_sign) * (1 if cam_sign == "loss" else -1)
+    scale, eps = expected.abs().max().item(), torch.finfo(dtype).eps
+    torch.testing.assert_close(found[0].double(), expected, rtol=0, atol=8 * eps * scale)
+    # the fit keeps the places they speak for, of either half
+    maps = features.double().flatten(2)
+    slope = torch.einsum("bcs,c->bs", maps, found[0].double()) * (1 if cam_sign == "loss" else -1)
+    own = RationaleHead(10, detectors=2, cam_sign=cam_sign, cam_weights="common", target="sum").fit(features, gradient)
+    torch.testing.assert_close(
+        own.target.double(), slope.clamp_min(0) / slope.clamp_min(0).sum(1, keepdim=True), rtol=0, atol=20 * eps
+    )
+
+
+def test_without_any_gradcam_the_common_weights_are_nothing_and_the_target_flat() -> None:
+    head = RationaleHead(5, detectors=2, cam_weights="common")
+    fit = head.fit(torch.rand(3, 5, 2, 2), torch.ones(3, 5))
+    torch.testing.assert_close(fit.target, torch.full((3, 4), 0.25))
+    assert fit.divergence.isfinite().all()
+
+
+@pytest.mark.parametrize("cam_of", ["loss", "logit"])
+def test_common_weights_leave_the_contrast_and_its_gradient_alone(cam_of: Any) -> None:
+    torch.manual_seed(0)
+    training = prepared(rationale=replace(TINY.rationale, cam_weights="common"))
+    moco, branch, batch = training.moco.eval(), training.branch, batch_of()
+    assert isinstance(branch, RationaleHead)
+    losses = contrast_losses(moco, batch, AUTOCAST, branch=branch, temperature=0.2, cam_of=cam_of)
+    plain = contrast_losses(moco, batch, AUTOCAST, branch=None, temperature=0.2)
+    own = contrast_losses(moco, batch, AUTOCAST, branch=prepared().branch, temperature=0.2, cam_of=cam_of)
+    torch.testing.assert_close(losses.contrast, plain.contrast)
+    assert losses.fit is not None
+    assert own.fit is not None
+    assert not torch.isclose(losses.fit, own.fit)
+    encoder = [*moco.backbone.parameters(), *moco.head.parameters()]
+    ours = torch.autograd.grad(losses.contrast + losses.fit, encoder)  # the fit is stopped at the features
+    torch.testing.assert_close(ours, torch.autograd.grad(plain.contrast, encoder), atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("variant", ["plain", "loss", "logit", "released"])
+def test_without_a_queue_the_negatives_are_the_other_keys_of_the_batch(variant: str) -> None:
+    choices = {"plain": {"enabled": False}, "logit": {"cam_of": "logit"}}.get(variant, {})
+    training = prepared(
+        moco=replace(TINY.moco, queue_size=0),
+        rationale=replace(TINY.rationale, **choices),
+        released=ReleasedConfig(enabled=variant == "released"),
+    )
+    moco, batch = training.moco, batch_of()
+    before = copy.deepcopy(moco)
+    _, losses = training.step(batch)
+    query = before.query(mean_pool(before.backbone(batch.first)))
+    key = F.normalize(before.key_head(mean_pool(before.key_backbone(batch.second))), dim=1)
+    expected = F.cross_entropy(query @ key.T / 0.2, torch.arange(len(query)))
+    torch.testing.assert_close(losses.contrast, expected)
+    assert moco.queue.shape == (0, 8)
+    assert moco.queue_position == 0
+    training.step(batch)  # and goes on
+    images = torch.rand(12, 8)
+    assert moco.contrast(F.normalize(images[4:8], dim=1), F.normalize(images[4:8], dim=1), 1e-3).max() < 1e-3
+
+
+def test_the_backbone_is_held_for_the_epochs_of_its_warm_up(flat: Path, tmp_path: Path) -> None:
+    """The others learn meanwhile; then it takes its place on the same cosine; a run may be stopped in between."""
+    folder, run = tmp_path / "run", ["folder", *RUN, "--optim.epochs", "2", "--data.root", str(flat)]
+    held = ["--optim.backbone_warmup", "0.5", "--model.batchnorm", "frozen", "--run.save_minutes", "0"]
+
+    def weights() -> dict[str, Tensor]:
+        found: dict[str, Tensor] = torch.load(folder / "resume.pt", weights_only=True)["model"]
+        return found
+
+    def rates() -> list[float]:
+        groups = torch.load(folder / "resume.pt", weights_only=True)["optimizer"]["param_groups"]
+        return [group["lr"].item() for group in groups]
+
+    train.main([*run, *held, "--run.dir", str(folder), "--run.steps", "1"])
+    first = weights()
+    train.main(["--resume", str(folder), "--run.steps", "4"])  # of 8 steps an epoch
+    for name, weight in weights().items():
+        if name.startswith("moco.backbone"):
+            torch.testing.assert_close(weight, first[name], rtol=0, atol=0)
+    assert not torch.equal(weights()["moco.head.0.weight"], first["moco.head.0.weight"])
+    assert not torch.equal(weights()["branch.weight"], first["branch.weight"])
+    assert rates()[0] == 0
+    train.main(["--resume", str(folder), "--run.steps", "5"])
+    factor = (1 + math.cos(math.pi * 4 / 16)) / 2
+    assert rates() == pytest.approx([OptimConfig.lr * factor] * 3)
+    assert not torch.equal(weights()["moco.backbone.conv1.weight"], first["moco.backbone.conv1.weight"])
