@@ -140,6 +140,11 @@ def test_a_batch_in_parts_and_processes_is_still_one_batch(one_and_two: tuple[An
     torch.testing.assert_close(two, one, atol=1e-5, rtol=0)
 
 
+def test_negatives_and_cam_weights_of_the_batch_are_those_of_all_processes(one_and_two: tuple[Any, Any]) -> None:
+    one, two = (table(found["of the batch"], "loss", "contrast", "fit") for found in one_and_two)
+    torch.testing.assert_close(two, one, atol=1e-5, rtol=0)
+
+
 def test_local_statistics_are_those_of_a_share_of_the_batch(one_and_two: tuple[Any, Any]) -> None:
     one, two = (table(found["local"], "loss") for found in one_and_two)
     assert (one - two).abs().max() > 1e-4

@@ -30,8 +30,8 @@ def settings(root: Path, weights: Path, **more: Any) -> Config:
         data=DataConfig(root=root, loader="torch", image_size=32, workers=0, cache="off"),
         model=replace(ModelConfig("resnet18", "layer3", str(weights)), batchnorm=more.pop("batchnorm", "frozen")),
         optim=OptimConfig(epochs=8, batch_size=16, lr=more.pop("lr", 0.001), accumulate=more.pop("accumulate", 1)),
-        moco=MocoConfig(queue_size=100, embedding_dim=16),
-        rationale=RationaleConfig(detectors=4, stop_gradient=False),
+        moco=MocoConfig(queue_size=more.pop("queue_size", 100), embedding_dim=16),
+        rationale=RationaleConfig(detectors=4, stop_gradient=False, **more),
     )
 
 
@@ -61,6 +61,9 @@ def main() -> None:
         results["weights"] = [weights.double().sum().item() for weights in processes.gather(parameters.detach())]
 
         results["in parts"], _ = losses_of(settings(root, weights, accumulate=2), processes, 5)
+        results["of the batch"], _ = losses_of(
+            settings(root, weights, queue_size=0, cam_weights="common"), processes, 5
+        )
         results["local"], local = losses_of(settings(root, weights, batchnorm="local"), processes, 3)
         if processes.ranks > 1:
             torch.manual_seed(3)
