@@ -113,7 +113,7 @@ def test_a_mistake_is_one_line_whatever_stdout_is(
         ("--run.log_every", "0"),
         ("--run.eval_every", "-1"),
         ("--run.save_minutes", "-1 nan"),
-        ("--moco.queue_size", "0"),
+        ("--moco.queue_size", "-1"),
         ("--moco.temperature", "0 nan"),
         ("--moco.key_momentum", "-0.1 1.1 nan"),
         ("--moco.embedding_dim", "0"),
