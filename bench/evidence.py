@@ -59,6 +59,7 @@ HELD = "--optim.backbone_warmup 5"
 COMMON = (
     "--rationale.cam_weights common --rationale.target max-softmax --rationale.detectors 32 --rationale.temperature 0.4"
 )
+SHARP = "--rationale.temperature 0.2"
 # name: (meaning, flags of fastcr.train); a first flag without dashes is the preset, else it is `folder`
 LINES = {
     FROZEN: ("the initial weights, random detectors", "--run.steps 1"),
@@ -106,6 +107,18 @@ LINES = {
             ("score", "the score", f"{OF_LOSS} --rationale.cam_sign score"),
         )
     },
+    "kept-common-logit-score": (
+        "kept-common-logit, the places that raise the logit",
+        f"{KEPT} {FEW} {COMMON} {OF_LOGIT} --rationale.cam_sign score",
+    ),
+    "kept-common-logit-sum": (
+        "kept-common-logit, target sum",
+        f"{KEPT} {FEW} {COMMON} {OF_LOGIT} --rationale.target sum",
+    ),
+    "kept-common-logit-sharp": (
+        "kept-common-logit at temperature 0.2",
+        f"{KEPT} {FEW} {COMMON} {OF_LOGIT} {SHARP}",
+    ),
     "few": (f"{FEW_MEANS}; the backbone learns", f"{FEW} --optim.backbone_lr 0.001 {OF_LOSS}"),
     "few-logit": (
         "few, GradCAM of the own key's logit",
@@ -116,6 +129,10 @@ LINES = {
         f"{FEW} --optim.backbone_lr 0.001 {OF_LOGIT} {HELD}",
     ),
     "common-logit": ("kept-common-logit, the backbone learns", f"{FEW} --optim.backbone_lr 0.001 {COMMON} {OF_LOGIT}"),
+    "common-logit-sharp": (
+        "kept-common-logit-sharp, the backbone learns",
+        f"{FEW} --optim.backbone_lr 0.001 {COMMON} {OF_LOGIT} {SHARP}",
+    ),
     "common-logit-held": (
         "common-logit, the backbone held for five epochs",
         f"{FEW} --optim.backbone_lr 0.001 {COMMON} {OF_LOGIT} {HELD}",
@@ -153,6 +170,8 @@ class StudyData:
     """CSV of the objects' boxes, as for fastcr.evaluate."""
     classes: int | None = None
     """Only the first so many class folders of train/ and test/. Default: all."""
+    skip: int = 0
+    """With --data.classes: pass over so many before the first, as for a check on classes nothing was chosen on."""
 
 
 @dataclass(frozen=True)
@@ -281,11 +300,11 @@ def facts() -> dict[str, Any]:
     return {"torch": torch.__version__, "commit": commit or None, "device": device}
 
 
-def first_classes(root: Path, count: int, out: Path) -> Path:
-    """A folder in `out` with links to the first class folders of `root`'s splits. `UsageError` if it has none."""
-    folder = out / f"{root.name}-{count}"
+def some_classes(root: Path, skip: int, count: int, out: Path) -> Path:
+    """A folder in `out` with links to `count` class folders of each of `root`'s splits. `UsageError` if it has none."""
+    folder = out / (f"{root.name}-{skip}-{count}" if skip else f"{root.name}-{count}")
     for split in ("train", "test"):
-        classes = sorted(each for each in (root / split).glob("[!.]*") if each.is_dir())[:count]
+        classes = sorted(each for each in (root / split).glob("[!.]*") if each.is_dir())[skip : skip + count]
         if not classes:
             raise UsageError(f"--data.classes needs class folders, and there are none in {root / split}")
         (folder / split).mkdir(parents=True, exist_ok=True)
@@ -298,7 +317,10 @@ def first_classes(root: Path, count: int, out: Path) -> Path:
 def open_study(config: StudyConfig, common: Sequence[str]) -> Run:
     """The study's evidence.json, or a new one; `UsageError` if it was begun with other images or flags."""
     path, data = config.out / EVIDENCE, config.data
-    named = data.root.resolve().name + (f", first {data.classes} classes" if data.classes else "")
+    named = data.root.resolve().name
+    if data.classes:
+        first, last = data.skip + 1, data.skip + data.classes
+        named += f", classes {first} to {last}" if data.skip else f", first {data.classes} classes"
     flags = [Path(each).name if os.sep in each else each for each in common]  # the rest of a path is of this machine
     begun = {"data": named, "boxes": data.boxes and data.boxes.name, "common": flags}
     study: Run = json.loads(path.read_text()) if path.exists() else {**begun, "runs": {}}
@@ -324,7 +346,7 @@ def in_order(study: Run) -> str:
 def plan(config: StudyConfig, common: tuple[str, ...], runs: dict[str, Run]) -> list[Job]:
     """The runs that are still to be made: all rows of the first seed, then all of the next."""
     root, out = config.data.root.resolve(), config.out.resolve()
-    data = first_classes(root, config.data.classes, out) if config.data.classes else root
+    data = some_classes(root, config.data.skip, config.data.classes, out) if config.data.classes else root
     boxes, threads = config.data.boxes and config.data.boxes.resolve(), max((os.cpu_count() or 1) // config.jobs, 1)
     jobs = [Job(row, seed, data, boxes, common, out / f"{row}-seed{seed}", threads)
             for seed in config.seeds for row in config.rows]  # fmt: skip
@@ -342,6 +364,8 @@ def study(config: StudyConfig, common: tuple[str, ...], console: Console) -> Non
         raise UsageError(f"no row {unknown[0]!r}: there are {', '.join(ROWS)}")
     if config.jobs < 1 or (config.data.classes or 1) < 1:
         raise UsageError("--jobs and --data.classes must be at least 1")
+    if config.data.skip < 0 or (config.data.skip and not config.data.classes):
+        raise UsageError("--data.skip must be at least 0, and needs --data.classes")
     if config.data.boxes and not config.data.boxes.is_file():
         raise UsageError(f"no file {config.data.boxes}")
     config.out.mkdir(parents=True, exist_ok=True)

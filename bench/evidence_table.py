@@ -39,16 +39,19 @@ RETRIEVAL = {
         *(("mAP", "retrieval", "mAP"), ("kNN", "knn", "top1")),
     )
     for pooling in POOLINGS
-}
+} | {"rank-1, average map": ("gradcam", "average map", "rank1", 1)}
 ATTENTION = {
     "in the box": ("localisation", "attention", "inside", 1),
+    "average map": ("localisation", "average", "inside", 1),
     "Gaussian": ("localisation", "gaussian", "inside", 1),
     "uniform": ("localisation", "uniform", "inside", 1),
     "GradCAM target": ("gradcam", "target", "inside", 1),
+    "its average": ("gradcam", "target", "average inside", 1),
     "its Gaussian": ("gradcam", "target", "gaussian inside", 1),
     "GradCAM of the score": ("gradcam", "score", "inside", 1),
     "of the loss": ("gradcam", "loss", "inside", 1),
     "peak in the box": ("localisation", "attention", "pointing", 1),
+    "average map's peak": ("localisation", "average", "pointing", 1),
     "Gaussian's peak": ("localisation", "gaussian", "pointing", 1),
 }
 TRAINING = {
@@ -60,9 +63,10 @@ TRAINING = {
     "seconds": ("seconds", 0),
 }
 LEGENDS = {
-    "Retrieval and weighted kNN": "",
-    "Share of the attention in the object's box": "Gaussian: centred, of each map's own entropy; it does not look. "
-    "GradCAM: of the trained encoder's contrast loss on the test images (of the own key's logit in rows with "
+    "Retrieval and weighted kNN": "Average map: every picture pooled with the average of the attention to all of them.",
+    "Share of the attention in the object's box": "Average map: the average of the attention to all pictures, laid on "
+    "each; attention exchanged among the pictures holds as much. Gaussian: centred, of each map's own entropy; it does "
+    "not look. GradCAM: of the trained encoder's contrast loss on the test images (of the own key's logit in rows with "
     "`--rationale.cam_of logit`), each half divided by its sum; the target is what the branch is fitted to.",
     "End of the training": "Of the last batch that was logged; for the frozen weights, of the first.",
 }

@@ -4,9 +4,11 @@ GradCAM of the trained encoder's contrast loss, or of the own key's logit where 
 (`--rationale.cam_of logit`), on the test images, as close to training as images without augmentation allow: the
 query is the picture's centre crop, its key the mirror image of that, the queue the one training ended with, the
 encoders in eval mode. RUN/gradcam.json gets the share of each map in the box and how often its peak is in it, percent,
-beside a centred Gaussian of its own entropy, for three maps: `score` and `loss`, the two halves of the GradCAM divided
-by their sums, and `target`, the distribution the branch was fitted to (not for plain MoCo, nor for the released
-variant, whose target is all but uniform). Without boxes it is an empty object.
+beside the average of all such maps and a centred Gaussian of its own entropy, for three maps: `score` and `loss`, the
+two halves of the GradCAM divided by their sums, and `target`, the distribution the branch was fitted to (not for plain
+MoCo, nor for the released variant, whose target is all but uniform). `average map` is what every picture retrieves when
+all are pooled with the average of the attention that the branch gives them: what knowing where objects usually are is
+worth. Without boxes it is an empty object.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
@@ -34,7 +37,8 @@ from fastcr.localisation import Objects, localisation, objects_in_crop, read_obj
 from fastcr.machine import pick_device, pick_workers
 from fastcr.measuring import test_images
 from fastcr.moco import MoCo, mean_pool
-from fastcr.rationale import common_cam_weights
+from fastcr.rationale import RationaleHead, common_cam_weights
+from fastcr.retrieval import retrieval
 from fastcr.step import CamOf
 from fastcr.synthetic import write_synthetic
 from fastcr.training import prepare
@@ -42,15 +46,19 @@ from fastcr.views import normalise
 
 
 def slopes(
-    moco: MoCo, images: Tensor, temperature: float, cam_of: CamOf = "loss", common: CamSign | None = None
+    moco: MoCo,
+    images: Tensor,
+    features: Tensor,
+    temperature: float,
+    cam_of: CamOf = "loss",
+    common: CamSign | None = None,
 ) -> Tensor:
-    """`Σ_c A_c(s) g_c` `[B,S]` of images `[B,3,H,W]` against their mirror images; `g` as in training.
+    """`Σ_c A_c(s) g_c` `[B,S]` of images `[B,3,H,W]`, whose features `[B,C,h,w]` are, against their mirror images.
 
-    `common`: the half of whose GradCAMs the channel weights are made that all images share, if they do.
+    `g` is as in training. `common`: the half of whose GradCAMs the channel weights are made that all images share, if
+    they do.
     """
     key = moco.key(images.flip(3), torch.autocast(images.device.type, enabled=False))
-    with torch.no_grad():
-        features = moco.backbone(images)
     pooled = mean_pool(features).requires_grad_()
     if cam_of == "loss":
         explained = moco.contrast(moco.query(pooled), key, temperature)
@@ -75,7 +83,7 @@ def gradcam_maps(config: Config, slope: Tensor) -> dict[str, Tensor]:
 def gradcam_inside(
     folder: Path, images: ImageList, objects: Objects, device: torch.device, workers: int, console: Console
 ) -> dict[str, Any]:
-    """`{"score": {"inside", "pointing", "gaussian inside", "gaussian pointing"}, "loss": ..., "target": ...}`."""
+    """`{"score": {"inside", "pointing", "average inside", ...}, "loss": ..., "target": ..., "average map": ...}`."""
     config = load_config(folder / "config.yaml")
     # of what speeds training up nothing is needed here
     config = replace(config, run=replace(config.run, compile=False, cuda_graph=False, overlap_keys=False))
@@ -83,26 +91,39 @@ def gradcam_inside(
     training.model.load_state_dict(load_torch(folder / "resume.pt")["model"])
     training.model.eval()
     numbers, size = list(range(len(images))), config.data.image_size
-    fitted = config.rationale.enabled and not config.released.enabled  # what else there is was trained with the loss
+    branch = training.branch
+    fitted = isinstance(branch, RationaleHead)  # what else there is was trained with the loss
     cam_of = config.rationale.cam_of if fitted else "loss"
     common = config.rationale.cam_sign if fitted and config.rationale.cam_weights == "common" else None
     batches = [numbers[start : start + BATCH_SIZE] for start in numbers[::BATCH_SIZE]]
     found, sizes, kept = list[Tensor](), list[Tensor](), list[int]()
+    attention, features = list[Tensor](), list[Tensor]()
     loader = load_crops([images], batches, image_size=size, workers=workers, pin=False)
     shown = track(loader, "GradCAM", len(batches), console=console, transient=True, disable=not console.is_terminal)
     for batch, (pixels, sizes_here, readable) in zip(batches, shown, strict=True):
         if readable:
             crops = normalise(pixels.to(device), torch.float32)
-            found.append(slopes(training.moco, crops, config.moco.temperature, cam_of, common))
+            with torch.no_grad():
+                seen = training.moco.backbone(crops)
+                if isinstance(branch, RationaleHead):
+                    attention.append(branch.pool(seen).attention.cpu())
+                    features.append(seen.flatten(2).half().cpu())
+            found.append(slopes(training.moco, crops, seen, config.moco.temperature, cam_of, common))
             sizes.append(sizes_here)
             kept += [batch[i] for i in readable]
     boxes = objects_in_crop(Objects(objects.boxes[kept], None, objects.in_pixels), torch.cat(sizes), size)
     scores = {}
     for name, maps in gradcam_maps(config, torch.cat(found).cpu()).items():
         scored = localisation(maps, boxes)
-        own, gaussian = scored["attention"], scored["gaussian"]
-        scores[name] = {"inside": own.inside, "pointing": own.pointing}
-        scores[name] |= {"gaussian inside": gaussian.inside, "gaussian pointing": gaussian.pointing}
+        scores[name] = {"inside": scored["attention"].inside, "pointing": scored["attention"].pointing}
+        for control in ("average", "gaussian"):
+            scores[name] |= {f"{control} inside": scored[control].inside}
+            scores[name] |= {f"{control} pointing": scored[control].pointing}
+    if attention:
+        labels = torch.tensor(images.labels)[kept]
+        average = torch.cat(attention).mean(0)
+        pooled = torch.cat([each.float() @ average for each in features])
+        scores["average map"] = retrieval(F.normalize(pooled, dim=1), labels)._asdict()
     return scores
 
 

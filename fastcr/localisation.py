@@ -129,23 +129,28 @@ def covered(boxes: Tensor, side: int) -> Tensor:
 
 
 def localisation(attention: Tensor, objects: Objects) -> dict[str, Localisation]:
-    """Scores of maps `[N,S]` (S square) on objects given in fractions of the crop, beside two maps that do not look.
+    """Scores of maps `[N,S]` (S square) on objects given in fractions of the crop, beside three that do not look.
 
-    "uniform": the same everywhere; its most attended place is any. "gaussian": centred, round, as wide as gives each
-    image's own entropy; it points at the centre. Images without a box are left out.
+    "average": the average of all the maps, laid on every image; its share inside is that of maps exchanged among the
+    images, so what a map has beyond it was found in its own image. "gaussian": centred, round, as wide as gives each
+    image's own entropy; it points at the centre. "uniform": the same everywhere; its most attended place is any.
+    Images without a box are left out.
     """
     known = ~objects.boxes.isnan().any(1)
     attention, boxes = attention[known].double(), objects.boxes[known]
     attention = attention / attention.sum(1, keepdim=True)  # the released branch's do not sum to 1
     side = math.isqrt(attention.shape[1])
+    average = attention.mean(0, keepdim=True)
     maps = {
         "attention": attention,
+        "average": average.expand_as(attention),
         "gaussian": gaussian_of_entropy(_entropy(attention), side),
         "uniform": torch.full_like(attention, 1 / attention.shape[1]),
     }
     centres = _centres(side)
     places = {  # [N or 1,P,2], any of P
         "attention": centres[attention.argmax(1)][:, None],
+        "average": centres[average.argmax(1)][:, None],
         "gaussian": torch.full((1, 1, 2), 0.5, dtype=torch.float64),
         "uniform": centres[None],
     }

@@ -200,7 +200,7 @@ def compared_results(runs: Sequence[Run]) -> list[Html]:
             rows.append(("frozen init", measured_on(run), frozen, [run.name]))
     columns: dict[tuple[str, str], list[str]] = {}
     for section, name, key in dict.fromkeys(key for _, _, scores, _ in rows for key in scores):
-        if name not in ("gaussian", "uniform"):  # these maps know nothing of the encoder
+        if name not in ("average", "gaussian", "uniform"):  # these maps do not look
             columns.setdefault((section, key), []).append(name)
     keys = [(section, name, key) for (section, key), names in columns.items() for name in names]
     same = len({where for _, where, _, _ in rows}) == 1

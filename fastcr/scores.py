@@ -76,7 +76,7 @@ def few_label_probe_scores(train: Split, test: Split, classes: int, percents: Se
 
 
 def localisation_scores(embeddings: Embeddings, objects: Objects, image_size: int) -> Scores:
-    """`{"attention": {"inside", "pointing"[, "parts"]}, "gaussian": ..., "uniform": ...}`, percent.
+    """`{"attention": {"inside", "pointing"[, "parts"]}, "average": ..., "gaussian": ..., "uniform": ...}`, percent.
 
     `objects` are those of all images of the list; images left out of the embeddings are left out here.
     """
@@ -110,10 +110,10 @@ def results_table(results: dict[str, Any]) -> Table:
             table.add_row(shown, *(f"{part[section][name][key]:.2f}" for part, name in columns))
     if "localisation" in results:
         table.add_section()
-        maps = (("attention", "attention"), ("gaussian", "Gaussian"), ("uniform", "uniform"))
-        for kind, shown in maps:
+        maps = {"attention": "attention", "average": "average map", "gaussian": "Gaussian", "uniform": "uniform"}
+        for kind, shown in maps.items():
             for key, what in (("inside", "in the box"), ("pointing", "pointing"), ("parts", "at a part")):
-                if key not in results["localisation"][kind]:
+                if key not in results["localisation"].get(kind, {}):  # a results.json of before has fewer maps
                     continue
                 found = [part["localisation"][kind][key] if name == "rationale" else None for part, name in columns]
                 table.add_row(f"{shown} {what}", *("" if each is None else f"{each:.2f}" for each in found))

@@ -144,7 +144,7 @@ def test_boxes_say_where_the_attention_lies(
     out = capsys.readouterr().out
     for part in (results(copied), results(copied)["frozen_init"]):
         found = part["localisation"]
-        assert found.keys() == {"attention", "gaussian", "uniform"}
+        assert found.keys() == {"attention", "average", "gaussian", "uniform"}
         assert found["uniform"]["inside"] == pytest.approx(100 * sum(seen) / len(seen))
         assert found["gaussian"]["pointing"] == 100
         assert f"{found['attention']['inside']:.2f}" in out

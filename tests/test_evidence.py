@@ -99,6 +99,10 @@ def test_gradcam_is_that_of_the_run(finished: Path) -> None:
     assert runs["moco-seed0"]["gradcam"].keys() == {"score", "loss"}
     found = runs["sum-loss-stopped-seed0"]["gradcam"]
     assert found["target"] == found["loss"] != found["score"]  # its own sign, divided by its sum
+    assert found["target"].keys() >= {"inside", "average inside", "gaussian inside"}
+    retrieved = found.pop("average map")
+    assert 0 <= retrieved["rank1"] <= retrieved["rank5"] <= 100
+    assert retrieved["mAP"] > 0
     assert all(0 <= value <= 100 for scores in found.values() for value in scores.values())
 
 
@@ -161,6 +165,8 @@ def test_a_run_stopped_half_way_is_resumed(finished: Path, tmp_path: Path, monke
         (["--rows", "mocco"], "no row 'mocco'"),
         (["--rows", "moco", "--", "--optim.lrr", "1"], "did you mean --optim.lr?"),
         (["--jobs", "0"], "--jobs"),
+        (["--data.skip", "2"], "--data.skip"),
+        (["--data.classes", "2", "--data.skip", "999"], "there are none"),
         (["--data.boxes", "nowhere.csv"], "no file nowhere.csv"),
     ],
 )
@@ -174,6 +180,18 @@ def test_mistakes_cost_one_line(
     assert line.startswith("evidence: error: ")
     assert message in line
     assert not (tmp_path / "out" / "evidence.json").exists()
+
+
+def test_classes_can_be_passed_over(birds: Path, tmp_path: Path) -> None:
+    names = sorted(each.name for each in (birds / "train").iterdir())
+    for skip, expected in ((0, names[:2]), (3, names[3:5])):
+        folder = evidence.some_classes(birds, skip, 2, tmp_path)
+        for split in ("train", "test"):
+            assert sorted(each.name for each in (folder / split).iterdir()) == expected
+            assert all(any(each.glob("*.jpg")) for each in (folder / split).iterdir())
+    data = evidence.StudyData(birds, classes=2, skip=3)
+    study = evidence.open_study(evidence.StudyConfig(tmp_path / "study", data, rows=("moco",)), ())
+    assert study["data"].endswith(", classes 4 to 5")
 
 
 def test_a_process_is_of_fastcr_and_its_words_are_kept(tmp_path: Path) -> None:
@@ -305,7 +323,7 @@ def test_slopes_are_the_gradient_along_the_features(cam_of: Any) -> None:
     torch.manual_seed(0)
     moco = MoCo(nn.Conv2d(3, 8, 4, stride=4), 8, embedding_dim=4, queue_size=16).eval()
     images = torch.randn(2, 3, 12, 12)
-    slope = gradcam_inside.slopes(moco, images, temperature=0.2, cam_of=cam_of)
+    slope = gradcam_inside.slopes(moco, images, moco.backbone(images).detach(), temperature=0.2, cam_of=cam_of)
     with torch.no_grad():
         key = moco.key(images.flip(3), torch.autocast("cpu", enabled=False))
         features = moco.backbone(images)

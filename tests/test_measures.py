@@ -181,6 +181,9 @@ def test_localisation_by_hand() -> None:
     assert scores["attention"].pointing == 50
     assert scores["attention"].image_count == 2
     assert scores["uniform"].inside == pytest.approx(100 * (1 / 16 + 4 / 16) / 2)
+    # of the average of both maps a half lies at 5, 0.3 at 0, 0.2 at 15
+    assert scores["average"].inside == pytest.approx(100 * (0.5 + 0.2) / 2)
+    assert scores["average"].pointing == 50
     assert scores["uniform"].pointing == pytest.approx(100 * (1 / 16 + 4 / 16) / 2)
     assert scores["gaussian"].pointing == 100  # the corners of both boxes are the centre
     assert scores["attention"].parts is None
