@@ -137,6 +137,10 @@ LINES = {
         "common-logit, the backbone held for five epochs",
         f"{FEW} --optim.backbone_lr 0.001 {COMMON} {OF_LOGIT} {HELD}",
     ),
+    "common-logit-sharp-held": (
+        "common-logit-sharp, the backbone held for five epochs",
+        f"{FEW} --optim.backbone_lr 0.001 {COMMON} {OF_LOGIT} {SHARP} {HELD}",
+    ),
     "few-logit-pooled": (
         "few-logit, contrast also of the attention-pooled query",
         f"{FEW} --optim.backbone_lr 0.001 {OF_LOGIT} --rationale.pooled_contrast 0.5",
