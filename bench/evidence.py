@@ -46,20 +46,25 @@ FROZEN = "frozen"  # the row whose scores are those of step 0
 STOPPED = {"stopped": "fit gradient stopped at the features", "flowing": "fit gradient flows into the features"}
 FLOWS = {"stopped": "--rationale.stop_gradient True", "flowing": "--rationale.stop_gradient False"}
 CHOICES = list(itertools.product(("max-softmax", "sum"), ("score", "loss"), STOPPED))
-OF_LOSS, OF_LOGIT = "--rationale.cam_of loss", "--rationale.cam_of logit"
+OF_LOSS = "--rationale.cam_of loss --rationale.cam_weights own"
 BASE = f"--rationale.target max-softmax --rationale.cam_sign loss {OF_LOSS}"
-KEPT = "--optim.backbone_lr 0 --model.batchnorm frozen"
-FEW_MEANS = "few detectors, a faster head, keys that follow faster"
-FEW = (
-    "--rationale.target sum --rationale.cam_sign loss --rationale.detectors 4 --rationale.temperature 0.2"
-    " --rationale.lr 0.05 --optim.lr 0.1 --moco.key_momentum 0.99"
-)
-SWEEP = f"{KEPT} {FEW} {OF_LOGIT}"
-HELD = "--optim.backbone_warmup 5"
-COMMON = (
-    "--rationale.cam_weights common --rationale.target max-softmax --rationale.detectors 32 --rationale.temperature 0.4"
-)
-SHARP = "--rationale.temperature 0.2"
+# what GradCAM is of, which of its halves, and whose channel weights it has
+CAMS = {
+    f"{weights}-{name}": (
+        f"{whose} channel weights, GradCAM of {what}",
+        f"--rationale.target max-softmax --rationale.cam_weights {weights} {flags}",
+    )
+    for weights, whose in (("own", "each picture's own"), ("common", "the batch's common"))
+    for name, what, flags in (
+        ("loss", "the loss: places that raise it", "--rationale.cam_of loss --rationale.cam_sign loss"),
+        ("score", "the loss: places that lower it", "--rationale.cam_of loss --rationale.cam_sign score"),
+        ("logit", "the own key's logit: places that lower it", "--rationale.cam_of logit --rationale.cam_sign loss"),
+        ("raised", "the own key's logit: places that raise it", "--rationale.cam_of logit --rationale.cam_sign score"),
+    )
+}
+CARE = "--optim.backbone_warmup 3 --optim.backbone_lr 0.001 --moco.key_momentum 0.99"
+KEPT = "--optim.backbone_lr 0 --model.batchnorm frozen --moco.key_momentum 0.99"
+COMMON_LOGIT = CAMS["common-logit"][1]
 # name: (meaning, flags of fastcr.train); a first flag without dashes is the preset, else it is `folder`
 LINES = {
     FROZEN: ("the initial weights, random detectors", "--run.steps 1"),
@@ -84,69 +89,7 @@ LINES = {
     ),
     "branch-lr0.1": ("learning rate 0.1 of the branch", f"{BASE} --rationale.lr 0.1"),
     "backbone-lr0.001": ("learning rate 0.001 of the backbone", f"{BASE} --optim.backbone_lr 0.001"),
-    "logit": ("GradCAM of the own key's logit", f"--rationale.target max-softmax --rationale.cam_sign loss {OF_LOGIT}"),
-    "kept": ("the backbone stays as it was: head and branch alone learn", f"{BASE} {KEPT}"),
-    "kept-few": (f"the backbone stays as it was; {FEW_MEANS}", f"{KEPT} {FEW} {OF_LOSS}"),
-    "kept-few-logit": ("kept-few, GradCAM of the own key's logit", SWEEP),
-    "kept-few-logit-score": (
-        "kept-few-logit, the places that raise the logit",
-        f"{SWEEP} --rationale.cam_sign score",
-    ),
-    "kept-many-logit": (
-        "kept-few-logit with 32 detectors at temperature 0.4, the defaults",
-        f"{SWEEP} --rationale.detectors 32 --rationale.temperature 0.4",
-    ),
-    **{
-        f"kept-common-{name}": (
-            f"kept-many-logit with channel weights common to the batch, target max-softmax, GradCAM of {what}",
-            f"{KEPT} {FEW} {COMMON} {flags}",
-        )
-        for name, what, flags in (
-            ("logit", "the own key's logit", OF_LOGIT),
-            ("loss", "the loss", OF_LOSS),
-            ("score", "the score", f"{OF_LOSS} --rationale.cam_sign score"),
-        )
-    },
-    "kept-common-logit-score": (
-        "kept-common-logit, the places that raise the logit",
-        f"{KEPT} {FEW} {COMMON} {OF_LOGIT} --rationale.cam_sign score",
-    ),
-    "kept-common-logit-sum": (
-        "kept-common-logit, target sum",
-        f"{KEPT} {FEW} {COMMON} {OF_LOGIT} --rationale.target sum",
-    ),
-    "kept-common-logit-sharp": (
-        "kept-common-logit at temperature 0.2",
-        f"{KEPT} {FEW} {COMMON} {OF_LOGIT} {SHARP}",
-    ),
-    "few": (f"{FEW_MEANS}; the backbone learns", f"{FEW} --optim.backbone_lr 0.001 {OF_LOSS}"),
-    "few-logit": (
-        "few, GradCAM of the own key's logit",
-        f"{FEW} --optim.backbone_lr 0.001 {OF_LOGIT}",
-    ),
-    "few-logit-held": (
-        "few-logit, the backbone held for five epochs",
-        f"{FEW} --optim.backbone_lr 0.001 {OF_LOGIT} {HELD}",
-    ),
-    "common-logit": ("kept-common-logit, the backbone learns", f"{FEW} --optim.backbone_lr 0.001 {COMMON} {OF_LOGIT}"),
-    "common-logit-sharp": (
-        "kept-common-logit-sharp, the backbone learns",
-        f"{FEW} --optim.backbone_lr 0.001 {COMMON} {OF_LOGIT} {SHARP}",
-    ),
-    "common-logit-held": (
-        "common-logit, the backbone held for five epochs",
-        f"{FEW} --optim.backbone_lr 0.001 {COMMON} {OF_LOGIT} {HELD}",
-    ),
-    "common-logit-sharp-held": (
-        "common-logit-sharp, the backbone held for five epochs",
-        f"{FEW} --optim.backbone_lr 0.001 {COMMON} {OF_LOGIT} {SHARP} {HELD}",
-    ),
-    "few-logit-pooled": (
-        "few-logit, contrast also of the attention-pooled query",
-        f"{FEW} --optim.backbone_lr 0.001 {OF_LOGIT} --rationale.pooled_contrast 0.5",
-    ),
     "key-momentum0.99": ("keys that follow faster", f"{BASE} --moco.key_momentum 0.99"),
-    "pooled0.1": ("contrast also of the attention-pooled query", f"{BASE} --rationale.pooled_contrast 0.1"),
     **{
         f"flowing-lambda{weight}": (
             f"weight {weight} of the fit, flowing",
@@ -154,11 +97,46 @@ LINES = {
         )
         for weight in ("0.01", "0.1", "10")
     },
-    # kept-few-logit with something else
-    **{f"k{k}": (f"{k} detectors", f"{SWEEP} --rationale.detectors {k}") for k in (1, 8, 16, 32, 64, 128)},
-    **{f"tau{tau}": (f"temperature {tau}", f"{SWEEP} --rationale.temperature {tau}") for tau in ("0.1", "0.4", "1.0")},
-    **{f"queue{n}": (f"a queue of {n} keys", f"{SWEEP} --moco.queue_size {n}") for n in (256, 4096, 65536)},
-    "queue0": ("no queue: the negatives are the batch's other keys", f"{SWEEP} --moco.queue_size 0"),
+    **{
+        f"{name}-plain": (f"{meaning}; the learning rates and keys of the rows above", flags)
+        for name, (meaning, flags) in CAMS.items()
+        if name.endswith(("logit", "raised"))
+    },
+    **{
+        name: (f"{meaning}; backbone held three epochs, then at rate 0.001; faster keys", f"{CARE} {flags}")
+        for name, (meaning, flags) in CAMS.items()
+    },
+    **{
+        f"kept-{name}": (f"{meaning}; the backbone stays as it was; faster keys", f"{KEPT} {flags}")
+        for name, (meaning, flags) in CAMS.items()
+    },
+    # common-logit with something else
+    **{
+        f"common-logit-{name}": (f"common-logit, {meaning}", f"{CARE} {COMMON_LOGIT} {flags}")
+        for name, meaning, flags in (
+            ("not-held", "the backbone never held", "--optim.backbone_warmup 0"),
+            ("fast", "the backbone at rate 0.01 once it learns", "--optim.backbone_lr 0.01"),
+            ("slow-keys", "keys of momentum 0.999", "--moco.key_momentum 0.999"),
+            ("pooled", "contrast also of the attention-pooled query", "--rationale.pooled_contrast 0.5"),
+            *(
+                (f"lambda{weight}", f"flowing, weight {weight}", f"{FLOWS['flowing']} --rationale.fit_weight {weight}")
+                for weight in ("0.1", "1", "10")
+            ),
+        )
+    },
+    # kept-common-logit with something else
+    **{
+        f"kept-{name}": (f"kept-common-logit, {meaning}", f"{KEPT} {COMMON_LOGIT} {flags}")
+        for name, meaning, flags in (
+            ("sum", "target sum", "--rationale.target sum"),
+            *((f"k{k}", f"{k} detectors", f"--rationale.detectors {k}") for k in (1, 8, 16, 64, 128)),
+            *((f"tau{tau}", f"temperature {tau}", f"--rationale.temperature {tau}") for tau in ("0.1", "0.2", "1.0")),
+            *((f"queue{n}", f"a queue of {n} keys", f"--moco.queue_size {n}") for n in (256, 4096, 65536)),
+            ("queue0", "no queue: the negatives are the batch's other keys", "--moco.queue_size 0"),
+            ("batchnorm", "batch normalisation in the branch", "--rationale.batchnorm True"),
+            ("branch-lr0.1", "learning rate 0.1 of the branch", "--rationale.lr 0.1"),
+        )
+    },
 }
 ROWS = {name: (meaning, tuple(flags.split())) for name, (meaning, flags) in LINES.items()}
 Run = dict[str, Any]
