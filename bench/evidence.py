@@ -43,6 +43,8 @@ ROOT = Path(__file__).resolve().parents[1]
 EVIDENCE = "evidence.json"
 READING = threading.Lock()  # tyro keeps what it parses in globals, and two runs may end at once
 FROZEN = "frozen"  # the row whose scores are those of step 0
+# the backbone learns at the rate of the rest, and keys follow slowly, unless a row says otherwise
+PRESET = ("folder", "--optim.backbone_lr", "None", "--moco.key_momentum", "0.999")
 STOPPED = {"stopped": "fit gradient stopped at the features", "flowing": "fit gradient flows into the features"}
 FLOWS = {"stopped": "--rationale.stop_gradient True", "flowing": "--rationale.stop_gradient False"}
 CHOICES = list(itertools.product(("max-softmax", "sum"), ("score", "loss"), STOPPED))
@@ -217,7 +219,7 @@ class Processes:
 def training(job: Job) -> list[str]:
     """Arguments of `fastcr.train` for a run from its beginning."""
     flags = ROWS[job.row][1]
-    preset = () if flags and not flags[0].startswith("-") else ("folder",)
+    preset = () if flags and not flags[0].startswith("-") else PRESET
     own = ("--run.seed", str(job.seed), "--run.dir", str(job.folder), "--data.root", str(job.data))
     return [*(preset or flags[:1]), *job.common, *(flags if preset else flags[1:]), *own]
 

@@ -8,6 +8,7 @@ from copy import deepcopy
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from lightly.loss import NTXentLoss
 from lightly.models.modules import MoCoProjectionHead
 from lightly.models.utils import deactivate_requires_grad, update_momentum
@@ -52,8 +53,9 @@ def main() -> None:
         pooled = features.mean((2, 3))  # [B,C]
         with torch.no_grad():
             key = key_projection(key_encoder(second).mean((2, 3)))
-        contrast = criterion(projection(pooled), key)
-        fit = head.loss(features, pooled, contrast)  # the one new line
+        projected = projection(pooled)
+        contrast = criterion(projected, key)
+        fit = head.loss(features, pooled, -(projected * F.normalize(key, dim=1)).sum(1))  # the one new line
         optimizer.zero_grad()
         (contrast + fit).backward()
         optimizer.step()

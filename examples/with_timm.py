@@ -55,11 +55,12 @@ def main() -> None:
         batch = torch.randint(len(birds), (options.batch_size,)).tolist()
         features = encoder(views(batch))  # [B,C,H,W]
         pooled = features.mean((2, 3))  # [B,C]
-        query = F.normalize(projection(pooled), dim=1)
+        projected = projection(pooled)
+        query = F.normalize(projected, dim=1)
         with torch.no_grad():
             key = F.normalize(projection(encoder(views(batch)).mean((2, 3))), dim=1)
         contrast = info_nce(query, key, queue, temperature=0.2)  # one loss an image
-        fit = head.loss(features, pooled, contrast)  # the one new line
+        fit = head.loss(features, pooled, -(projected * key).sum(1))  # the one new line
         optimizer.zero_grad()
         (contrast.mean() + fit).backward()
         optimizer.step()

@@ -103,7 +103,7 @@ class OptimConfig:
     batch_size: int = 128
     """Images (pairs of views) a step; of several processes each takes its share."""
     accumulate: int = 1
-    """Parts a batch is split into to save memory: their gradients add up; BatchNorm sees a part at a time."""
+    """Parts a batch is split into to save memory: gradients add up; BatchNorm and common channel weights see a part."""
     lr: float = 0.03
     """Learning rate at the start."""
     backbone_lr: float | None = None
@@ -142,11 +142,11 @@ class RationaleConfig:
     """1x1 projections whose maximum is the attention logit, 1 to 128."""
     target: Literal["max-softmax", "sum", "uniform"] = "max-softmax"
     """GradCAM to distribution: softmax of GradCAM / its maximum, GradCAM / its sum, or, as a control, none of it."""
-    cam_of: Literal["loss", "logit"] = "loss"
+    cam_of: Literal["loss", "logit"] = "logit"
     """GradCAM of the contrast loss, or of the own key's logit: its product with the query before that is normalised."""
-    cam_sign: Literal["score", "loss"] = "score"
+    cam_sign: Literal["score", "loss"] = "loss"
     """Keep places that lower the contrast loss, or raise the logit (score), or those that do the opposite (loss)."""
-    cam_weights: Literal["own", "common"] = "own"
+    cam_weights: Literal["own", "common"] = "common"
     """GradCAM's channel weights: each picture's gradient, or one set for the batch, made of all its GradCAMs."""
     temperature: float = 0.4
     """Temperature of the softmax over positions."""

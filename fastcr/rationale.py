@@ -23,8 +23,8 @@ class RationaleHead(nn.Module):
         head = RationaleHead(512)                                # channels of the encoder's last map
         features = encoder(images)                               # [B,C,H,W]
         pooled = mean_pool(features)                             # [B,C], what the projection head takes
-        contrast = contrast_loss(projection(pooled), ...)
-        loss = contrast.mean() + head.loss(features, pooled, contrast)
+        projected = projection(pooled)                           # [B,D]; `key` [B,D] has unit length
+        loss = contrast_loss(projected, key, ...) + head.loss(features, pooled, -(projected * key).sum(1))
         embedding, attention = head.pool(features)               # afterwards, for retrieval
 
     The keywords are fields of `RationaleConfig`, which may be given whole instead, as `config` (the others are for
@@ -56,15 +56,15 @@ class RationaleHead(nn.Module):
         self.processes: Processes = ALONE  # that share the batch
 
     def loss(self, features: Tensor, pooled: Tensor, contrast: Tensor) -> Tensor:
-        """Fit loss (a scalar, nats) of the attention to the GradCAM of the loss `contrast`; call it before `backward`.
+        """Fit loss (a scalar, nats) of the attention to the GradCAM of `contrast`; call it before `backward`.
 
         Args:
             features: `[B,C,H,W]`, the encoder's last map.
             pooled: `[B,C]`, their mean over positions, from which `contrast` was computed.
-            contrast: what GradCAM is of, one an image `[B]` or their mean or sum: its size is lost on GradCAM. The
-                contrast loss, as in the paper; or, as with `--rationale.cam_of logit` (docs/evidence.md), the negative
-                product of the query, before it is normalised, with its own key. Where images are each other's
-                negatives, the GradCAM of an image's loss is that of the whole batch's.
+            contrast: what GradCAM is of, one an image `[B]` or their mean or sum: its size is lost on GradCAM. As in
+                `fastcr.train` (docs/evidence.md) the negative product of the query, before it is normalised, with its
+                own key; or, as in the paper, the contrast loss, with `cam_weights="own"`. Where images are each
+                other's negatives, the GradCAM of an image's loss is that of the whole batch's.
 
         Raises:
             ValueError: `contrast` was not computed from `pooled`, or shapes do not fit.

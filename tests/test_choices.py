@@ -34,7 +34,7 @@ TINY = Config(
     model=ModelConfig(backbone="resnet18", last_stage="layer3", weights="none"),
     optim=OptimConfig(batch_size=8, lr=0.1),
     moco=MocoConfig(queue_size=20, embedding_dim=8),
-    rationale=RationaleConfig(detectors=3),
+    rationale=RationaleConfig(detectors=3, cam_of="loss", cam_sign="score", cam_weights="own"),
 )
 RUN = [
     "--data.image_size", "32", "--data.loader", "torch", "--data.workers", "0", "--run.device", "cpu",
@@ -323,7 +323,7 @@ def test_common_cam_weights_are_what_all_gradcams_pick(cam_sign: Any, dtype: tor
 
 
 def test_without_any_gradcam_the_common_weights_are_nothing_and_the_target_flat() -> None:
-    head = RationaleHead(5, detectors=2, cam_weights="common")
+    head = RationaleHead(5, detectors=2, cam_sign="score", cam_weights="common")
     fit = head.fit(torch.rand(3, 5, 2, 2), torch.ones(3, 5))
     torch.testing.assert_close(fit.target, torch.full((3, 4), 0.25))
     assert fit.divergence.isfinite().all()

@@ -53,7 +53,9 @@ def test_loss_is_the_mean_divergence_from_the_gradcam(scalar: bool, stop_gradien
     torch.manual_seed(0)
     weights = torch.randn(6)
     features = torch.randn(4, 6, 3, 5, requires_grad=True)
-    head = RationaleHead(6, detectors=5, temperature=0.7, target="sum", cam_sign="loss", stop_gradient=stop_gradient)
+    head = RationaleHead(
+        6, detectors=5, temperature=0.7, target="sum", cam_sign="loss", cam_weights="own", stop_gradient=stop_gradient
+    )
     pooled = features.mean((2, 3))
     contrast = (pooled * weights).sum(1).square()
     loss = head.loss(features, pooled, contrast.mean() if scalar else contrast)

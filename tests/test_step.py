@@ -48,7 +48,7 @@ def small(stop_gradient: bool) -> tuple[MoCo, RationaleHead]:
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3))
     moco = MoCo(backbone, 6, embedding_dim=4, queue_size=20)
-    return moco.eval(), RationaleHead(6, RationaleConfig(detectors=3, stop_gradient=stop_gradient))
+    return moco.eval(), RationaleHead(6, RationaleConfig(detectors=3, cam_weights="own", stop_gradient=stop_gradient))
 
 
 def one_step(
@@ -109,8 +109,9 @@ def settings_of(**run: Any) -> Config:
         model=ModelConfig(backbone="resnet18", last_stage="layer2", weights="none"),
         optim=OptimConfig(batch_size=16, lr=0.003),
         moco=MocoConfig(queue_size=128),
-        # GradCAM by its sum jumps where there is next to none: rounding would not stay rounding
-        rationale=RationaleConfig(stop_gradient=False, target="max-softmax", cam_of="loss", cam_sign="score"),
+        # GradCAM by its sum, and with it what a batch's have in common, jumps where there is next to none: rounding
+        # would not stay rounding
+        rationale=RationaleConfig(stop_gradient=False, cam_of="loss", cam_sign="score", cam_weights="own"),
     )
 
 
