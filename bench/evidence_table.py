@@ -28,6 +28,7 @@ RANK1: Series = {
 }
 INSIDE: Series = {
     "attention": (("localisation", "attention", "inside"), POOLINGS["rationale"]),
+    "average of all attention": (("localisation", "average", "inside"), "#3a8f5c"),
     "Gaussian of its entropy": (("localisation", "gaussian", "inside"), POOLINGS["mean"]),
     "GradCAM target": (("gradcam", "target", "inside"), "#c8641b"),
 }
