@@ -253,10 +253,10 @@ def test_the_table_has_means_and_ranges(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_runs_are_kept_in_the_order_of_the_rows() -> None:
-    runs = [made("unknown", 0, 1.0), made("few", 1, 1.0), made("few", 0, 1.0), made("moco", 2, 1.0)]
+    runs = [made("unknown", 0, 1.0), made("common-logit", 1, 1.0), made("common-logit", 0, 1.0), made("moco", 2, 1.0)]
     study = {"runs": {f"{run['row']}-seed{run['seed']}": run for run in runs}}
     names = list(json.loads(evidence.in_order(study))["runs"])
-    assert names == ["moco-seed2", "few-seed0", "few-seed1", "unknown-seed0"]
+    assert names == ["moco-seed2", "common-logit-seed0", "common-logit-seed1", "unknown-seed0"]
 
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "evidence.md"
