@@ -44,7 +44,10 @@ EVIDENCE = "evidence.json"
 READING = threading.Lock()  # tyro keeps what it parses in globals, and two runs may end at once
 FROZEN = "frozen"  # the row whose scores are those of step 0
 # the backbone learns at the rate of the rest, and keys follow slowly, unless a row says otherwise
-PRESET = ("folder", "--optim.backbone_lr", "None", "--moco.key_momentum", "0.999")
+PRESET = (
+    *("folder", "--optim.backbone_warmup", "0"),
+    *("--optim.backbone_lr", "None", "--moco.key_momentum", "0.999"),
+)
 STOPPED = {"stopped": "fit gradient stopped at the features", "flowing": "fit gradient flows into the features"}
 FLOWS = {"stopped": "--rationale.stop_gradient True", "flowing": "--rationale.stop_gradient False"}
 CHOICES = list(itertools.product(("max-softmax", "sum"), ("score", "loss"), STOPPED))
