@@ -50,9 +50,9 @@ def cub200() -> Config:
     The paper's recipe but for what docs/evidence.md found: GradCAM of the own key's logit with channel weights common
     to the batch, a backbone that is held for three epochs and then learns slowly, keys that follow faster. There (a
     ResNet-18, fifty classes that nothing was chosen on, ten epochs) rationale pooling retrieves 38.2 at rank-1, MoCo
-    v2's mean pooling 25.2, random detectors on the untouched encoder 30.6. The paper itself has `--rationale.cam_of loss --rationale.cam_weights own
-    --optim.backbone_warmup 0 --optim.backbone_lr None --moco.key_momentum 0.999`, and reports 49.69 (MoCo v2: 17.07) on
-    all classes at this size, which has not yet been measured with this code.
+    v2's mean pooling 25.2, random detectors on the untouched encoder 30.6. The paper itself has `--rationale.cam_of
+    loss --rationale.cam_weights own --optim.backbone_warmup 0 --optim.backbone_lr None --moco.key_momentum 0.999`, and
+    reports 49.69 (MoCo v2: 17.07) on all classes at this size, which has not yet been measured with this code.
     """
     return Config(preset="cub200", optim=GENTLE_OPTIM, moco=GENTLE_MOCO)
 

@@ -96,7 +96,7 @@ def test_a_kept_encoder_stays_as_it_was_loaded_and_the_rest_learns_alike(variant
 
 def test_all_rates_fall_along_the_cosine_and_may_change_at_a_resume(flat: Path, tmp_path: Path) -> None:
     folder, own = tmp_path / "run", ["--optim.lr", "0.1", "--optim.backbone_lr", "0.01", "--rationale.lr", "0.5"]
-    train.main(["folder", *RUN, *own, "--optim.epochs", "2", "--data.root", str(flat), "--run.dir", str(folder),
+    train.main(["synthetic", *RUN, *own, "--optim.epochs", "2", "--data.root", str(flat), "--run.dir", str(folder),
                 "--run.steps", "9"])  # fmt: skip
 
     def rates() -> list[float]:
@@ -113,7 +113,7 @@ def test_all_rates_fall_along_the_cosine_and_may_change_at_a_resume(flat: Path, 
 def test_momentum_saved_in_one_group_finds_its_weights_again(flat: Path, tmp_path: Path) -> None:
     """As an optimiser left it that had one rate, and so one group, for all."""
     folder = tmp_path / "run"
-    train.main(["folder", *RUN, "--data.root", str(flat), "--run.dir", str(folder), "--run.steps", "1"])
+    train.main(["synthetic", *RUN, "--data.root", str(flat), "--run.dir", str(folder), "--run.steps", "1"])
     state = torch.load(folder / "resume.pt", weights_only=True)
     saved = prepared()
     parameters = [parameter for parameter in saved.model.parameters() if parameter.requires_grad]
@@ -203,7 +203,7 @@ def test_weights_for_others_hold_the_normalisation_multiplied_in(normed: Rationa
 def test_a_run_with_every_choice_is_resumed_and_loaded(birds: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     choices = ["--rationale.batchnorm", "True", "--rationale.pooled_contrast", "0.5", "--rationale.target", "uniform"]
-    train.main(["folder", *RUN, *choices, "--data.root", str(birds), "--run.dir", str(folder), "--run.steps", "3"])
+    train.main(["synthetic", *RUN, *choices, "--data.root", str(birds), "--run.dir", str(folder), "--run.steps", "3"])
     train.main(["--resume", str(folder), "--run.steps", "5"])
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
@@ -371,7 +371,7 @@ def test_without_a_queue_the_negatives_are_the_other_keys_of_the_batch(variant: 
 
 def test_the_backbone_is_held_for_the_epochs_of_its_warm_up(flat: Path, tmp_path: Path) -> None:
     """The others learn meanwhile; then it takes its place on the same cosine; a run may be stopped in between."""
-    folder, run = tmp_path / "run", ["folder", *RUN, "--optim.epochs", "2", "--data.root", str(flat)]
+    folder, run = tmp_path / "run", ["synthetic", *RUN, "--optim.epochs", "2", "--data.root", str(flat)]
     held = ["--optim.backbone_warmup", "0.5", "--model.batchnorm", "frozen", "--run.save_minutes", "0"]
 
     def weights() -> dict[str, Tensor]:
