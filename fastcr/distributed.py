@@ -143,7 +143,8 @@ class Processes:
     def gather_keys(self, keys: Tensor, *, shuffled: bool) -> Tensor:
         """Keys `[B,D]` of each process to those of all `[B*ranks,D]`, in the order of the images."""
         everyones = keys.new_empty(len(keys) * self.ranks, keys.shape[1])
-        dist.all_gather_into_tensor(everyones, keys.contiguous())
+        gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name in newer versions of torch
+        gather(everyones, keys.contiguous())
         return everyones[_places(self.ranks, len(keys), keys.device)] if shuffled else everyones
 
 
@@ -237,7 +238,8 @@ def processes_of_torchrun(command: str, timeout: timedelta | None = None) -> Ite
         if not _said(store, "lost"):
             print(f"{command}: error: {what}, so all of them end", file=sys.stderr)
         raise SystemExit(1) from None
-    dist.destroy_process_group()
+    finally:
+        dist.destroy_process_group()  # however it ends: gloo's threads could abort an interpreter that shuts down
 
 
 def _fresh(store: dist.Store, rank: int, ranks: int) -> dist.Store:

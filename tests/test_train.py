@@ -694,7 +694,7 @@ def test_time_to_the_first_step_is_printed(flat: Path, tmp_path: Path, capsys: p
     run(flat, tmp_path / "run", "--run.steps", "2")
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("first step done")]
     since, step = map(float, re.findall(r"([\d.]+) s", line))
-    assert 0 < step < since
+    assert 0 <= step < since  # tenths of a second
     assert "compilation" not in line
 
 
