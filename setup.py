@@ -3,6 +3,6 @@
 from setuptools import setup
 
 setup(
-    packages=["fastcr", "fastcr.kernels"],
+    packages=["fastcr", "fastcr.data", "fastcr.method", "fastcr.measures", "fastcr.runs", "fastcr.kernels"],
     package_dir={"fastcr.kernels": "kernels"},
 )

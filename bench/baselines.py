@@ -19,7 +19,6 @@ from rich.console import Console
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from fastcr.backbone import build_backbone
 from fastcr.config import (
     Config,
     MocoConfig,
@@ -30,9 +29,10 @@ from fastcr.config import (
     RunConfig,
     validate,
 )
-from fastcr.moco import MoCo
-from fastcr.training import pick_dtype, prepare
-from fastcr.views import Batch
+from fastcr.data.views import Batch
+from fastcr.method.backbone import build_backbone
+from fastcr.method.build import pick_dtype, prepare
+from fastcr.method.moco import MoCo
 
 SEED, TEMPERATURE, KEY_MOMENTUM, EMBEDDING_DIM, CLASSES = 0, MocoConfig.temperature, MocoConfig.key_momentum, 256, 1000
 RELEASED_FIT_WEIGHT = 0.01  # on the sum over the batch

@@ -22,17 +22,20 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from fastcr.checkpoint import write_whole
-from fastcr.cli import load_config, one_line_errors, parse
-from fastcr.config import UsageError, tyro
-from fastcr.embed import BATCH_SIZE, load_crops, load_encoder
+from fastcr.config import tyro
+from fastcr.data.images import ImageList
+from fastcr.data.layouts import read_splits
+from fastcr.data.views import normalise
+from fastcr.errors import UsageError
 from fastcr.evaluate import EvaluateData, EvaluateRun
-from fastcr.folders import ImageList, read_splits
-from fastcr.localisation import Objects, covered, localisation, objects_in_crop, read_objects
-from fastcr.machine import pick_device, pick_workers
-from fastcr.rationale import RationaleHead
-from fastcr.retrieval import retrieval
-from fastcr.views import normalise
+from fastcr.measures.embeddings import BATCH_SIZE, load_crops
+from fastcr.measures.localisation import Objects, covered, localisation, objects_in_crop, read_objects
+from fastcr.measures.retrieval import retrieval
+from fastcr.method.encoder import load_encoder
+from fastcr.method.rationale import RationaleHead
+from fastcr.runs.checkpoint import write_whole
+from fastcr.runs.command_line import load_config, one_line_errors, parse
+from fastcr.runs.machine import pick_device, pick_workers
 
 STEPS, IMAGES, RATE = 300, 256, 0.02
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastcr.timing import copy_bandwidth
+from bench.timing import copy_bandwidth
 
 
 def _first_line(*command: str) -> str | None:

@@ -34,10 +34,9 @@ import torch
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from fastcr.checkpoint import write_whole
-from fastcr.cli import load_config, one_line_errors, parse
-from fastcr.config import UsageError
-from fastcr.presets import read_command_line
+from fastcr.errors import UsageError
+from fastcr.runs.checkpoint import write_whole
+from fastcr.runs.command_line import load_config, one_line_errors, parse, read_command_line
 
 ROOT = Path(__file__).resolve().parents[1]
 EVIDENCE = "evidence.json"

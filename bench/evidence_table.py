@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastcr.checkpoint import write_whole
-from fastcr.cli import one_line_errors, parse
-from fastcr.config import UsageError, tyro
+from fastcr.config import tyro
+from fastcr.errors import UsageError
+from fastcr.runs.checkpoint import write_whole
+from fastcr.runs.command_line import one_line_errors, parse
 
 Run = dict[str, Any]
 FROZEN = "frozen"

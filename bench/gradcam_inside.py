@@ -26,23 +26,25 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from fastcr.checkpoint import load_torch, write_whole
-from fastcr.cli import load_config, one_line_errors, parse
-from fastcr.config import Config, UsageError, tyro
-from fastcr.embed import BATCH_SIZE, load_crops
+from fastcr.config import Config, tyro
+from fastcr.data.images import ImageList
+from fastcr.data.layouts import read_splits
+from fastcr.data.synthetic import write_synthetic
+from fastcr.data.views import normalise
+from fastcr.errors import UsageError
 from fastcr.evaluate import EvaluateData, EvaluateRun
-from fastcr.folders import ImageList, read_splits
 from fastcr.kernels.rationale_fit import CamSign, gradcam_target
-from fastcr.localisation import Objects, localisation, objects_in_crop, read_objects
-from fastcr.machine import pick_device, pick_workers
-from fastcr.measuring import test_images
-from fastcr.moco import MoCo, mean_pool
-from fastcr.rationale import RationaleHead, common_cam_weights
-from fastcr.retrieval import retrieval
-from fastcr.step import CamOf
-from fastcr.synthetic import write_synthetic
-from fastcr.training import prepare
-from fastcr.views import normalise
+from fastcr.measures.embeddings import BATCH_SIZE, load_crops
+from fastcr.measures.evaluation import test_images
+from fastcr.measures.localisation import Objects, localisation, objects_in_crop, read_objects
+from fastcr.measures.retrieval import retrieval
+from fastcr.method.build import prepare
+from fastcr.method.moco import MoCo, mean_pool
+from fastcr.method.rationale import RationaleHead, common_cam_weights
+from fastcr.method.step import CamOf
+from fastcr.runs.checkpoint import load_torch, write_whole
+from fastcr.runs.command_line import load_config, one_line_errors, parse
+from fastcr.runs.machine import pick_device, pick_workers
 
 
 def slopes(

@@ -220,7 +220,7 @@ def make_stages(out: Path, scratch: Path, *, rehearse: bool) -> list[Stage]:
     # On a GPU these run the compiled kernels on CUDA tensors (tests/conftest.py). What stays on the CPU there: all of
     # test_ops.py, which is about the references, and of the other two the tests of arguments and of impl="auto"
     # ("..._on_the_cpu", "..._the_cpu_...", "..._refused", "..._are_named") and torchvision's side of each comparison.
-    kernel_tests = [f"tests/test_{name}.py" for name in ("two_views", "kernels", "ops")]
+    kernel_tests = [f"tests/kernels/test_{name}.py" for name in ("two_views", "kernels", "ops")]
     few = "(bias_may_be_absent and pool) or no_images_give or any_size or auto_serves"
     interpreted = {"TRITON_INTERPRET": "1"} if rehearse else {}
     # what other stages have compiled must not shorten the start-up that the training reports
@@ -290,7 +290,7 @@ def recipe(folder: Path, rehearse: bool) -> Config:
     import numpy as np
 
     from fastcr.config import Config, DataConfig, MocoConfig, ModelConfig, OptimConfig, RunConfig
-    from fastcr.synthetic import CLASSES, draw_bird
+    from fastcr.data.synthetic import CLASSES, draw_bird
 
     folder.mkdir()
     for i in range(32 if rehearse else IMAGES):
@@ -357,9 +357,9 @@ def train_for(seconds: float, out: Path, rehearse: bool) -> str | None:
     import torch
     import yaml
 
-    from fastcr.config import UsageError
-    from fastcr.machine import process_age
-    from fastcr.runlog import read_records
+    from fastcr.errors import UsageError
+    from fastcr.runs.log import read_records
+    from fastcr.runs.machine import process_age
     from fastcr.train import train
 
     started = process_age()
@@ -405,10 +405,10 @@ def tune(out: Path, rehearse: bool) -> str | None:
     """Search launch settings for the rows of 16 bits; tune.json holds what is found so far. Ends with the last row."""
     import torch
 
-    from fastcr import tune as search
+    from bench import tune as search
+    from bench.timing import time_on_gpu
+    from bench.workloads import Workload
     from fastcr.kernels import settings
-    from fastcr.timing import time_on_gpu
-    from fastcr.workloads import Workload
 
     device, rows = torch.device("cuda"), search.chosen_rows("16 bits")
     timer: Callable[[Sequence[Callable[[], Any]]], float] = lambda calls: time_on_gpu(calls).median  # noqa: E731

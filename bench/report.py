@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastcr.cli import one_line_errors, parse
-from fastcr.config import UsageError, tyro
+from fastcr.config import tyro
+from fastcr.errors import UsageError
+from fastcr.runs.command_line import one_line_errors, parse
 
 Entry = dict[str, Any]
 HOW = {"graph": "CUDA graph", "events": "events, not capturable", "wall": "wall clock"}

@@ -20,8 +20,9 @@ from PIL import Image
 from rich.console import Console
 
 from fastcr.config import Config, DataConfig, OptimConfig
-from fastcr.folders import ImageList, read_splits
-from fastcr.loaders import make_views
+from fastcr.data.images import ImageList
+from fastcr.data.layouts import read_splits
+from fastcr.data.loaders import make_views
 
 BATCH = 64
 DRAWN = 256  # different pictures; further files are links to these

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastcr.timing import Timing, rotation, summary, time_on_gpu
-from fastcr.workloads import OPS, REFERENCES, Workload
+from bench.timing import Timing, rotation, summary, time_on_gpu
+from bench.workloads import OPS, REFERENCES, Workload
 
 GPU = [
     *(

@@ -19,10 +19,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench import timing
 from bench.baselines import WAYS, Setting, Trajectory, Way, agrees, follow, make_batches, supervised
-from fastcr import timing
-from fastcr.backbone import build_backbone
-from fastcr.views import Batch
+from fastcr.data.views import Batch
+from fastcr.method.backbone import build_backbone
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")

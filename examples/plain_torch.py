@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torchvision.models import resnet18
 from torchvision.transforms import v2
 
+from fastcr.data.synthetic import CLASSES, draw_bird
 from fastcr.kernels.info_nce import info_nce
-from fastcr.rationale import RationaleHead
-from fastcr.synthetic import CLASSES, draw_bird
+from fastcr.method.rationale import RationaleHead
 
 augment = v2.Compose(
     [

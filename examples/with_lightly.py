@@ -16,8 +16,8 @@ from lightly.transforms import MoCoV2Transform
 from torch import nn
 from torchvision.models import resnet18
 
-from fastcr.rationale import RationaleHead
-from fastcr.synthetic import CLASSES, draw_bird
+from fastcr.data.synthetic import CLASSES, draw_bird
+from fastcr.method.rationale import RationaleHead
 
 
 def main() -> None:

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from fastcr.backbone import build_backbone
+from fastcr.data.synthetic import CLASSES, draw_bird
 from fastcr.kernels.info_nce import info_nce
 from fastcr.kernels.rationale_pool import rationale_pool
-from fastcr.rationale import RationaleHead
-from fastcr.synthetic import CLASSES, draw_bird
+from fastcr.method.backbone import build_backbone
+from fastcr.method.rationale import RationaleHead
 
 augment = v2.Compose(
     [

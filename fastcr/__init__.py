@@ -1,23 +1,66 @@
-"""Self-supervised learning for fine-grained images with common rationales (CVPR 2023, arXiv 2303.01669)."""
+"""Self-supervised learning for fine-grained images with common rationales (CVPR 2023, arXiv 2303.01669).
 
+What is offered here is imported when it is first asked for: `import fastcr` alone does without torch.
+"""
+
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastcr.encoder import Encoded, Encoder, load
+    from fastcr.config import Config
+    from fastcr.errors import UsageError
+    from fastcr.kernels.info_nce import info_nce
+    from fastcr.kernels.rationale_fit import rationale_fit
+    from fastcr.kernels.rationale_pool import rationale_pool
+    from fastcr.kernels.two_views import two_views
+    from fastcr.measures.knn import knn
+    from fastcr.measures.retrieval import retrieval
+    from fastcr.method.encoder import Encoded, Encoder, load
+    from fastcr.method.rationale import RationaleHead
+    from fastcr.presets import preset
 
 try:
     __version__ = version("fastcr")
 except PackageNotFoundError:  # a bare checkout on the path
     __version__ = "0+unknown"
 
-__all__ = ["Encoded", "Encoder", "load"]
+_HOMES = {
+    "Config": "config",
+    "Encoded": "method.encoder",
+    "Encoder": "method.encoder",
+    "RationaleHead": "method.rationale",
+    "UsageError": "errors",
+    "info_nce": "kernels.info_nce",
+    "knn": "measures.knn",
+    "load": "method.encoder",
+    "preset": "presets",
+    "rationale_fit": "kernels.rationale_fit",
+    "rationale_pool": "kernels.rationale_pool",
+    "retrieval": "measures.retrieval",
+    "two_views": "kernels.two_views",
+}
+__all__ = [
+    "Config",
+    "Encoded",
+    "Encoder",
+    "RationaleHead",
+    "UsageError",
+    "info_nce",
+    "knn",
+    "load",
+    "preset",
+    "rationale_fit",
+    "rationale_pool",
+    "retrieval",
+    "two_views",
+]
 
 
 def __getattr__(name: str) -> Any:
-    """What `fastcr.encoder` offers, imported when it is first asked for: `import fastcr` alone does without torch."""
-    if name not in __all__:
+    """One of `__all__`, imported now."""
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from fastcr import encoder
-
-    return getattr(encoder, name)
+    value = getattr(import_module(f"fastcr.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

@@ -1,248 +1,223 @@
-"""Weights files to encoders, images to embeddings: both kinds, from one pass.
+"""`python -m fastcr.embed RUN|WEIGHTS FOLDER`: embeddings of every image of a root, in files.
 
-`python -m fastcr.embed RUN|WEIGHTS FOLDER` writes those of a folder to files (`embed_folder.py`).
+A command that was killed goes on where it was when it is given again (`embedding_files.py`). The batches are the same
+whatever happens, so on the CPU the files are the same bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import hashlib
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from rich.console import Console
-from rich.progress import track
-from torch import Tensor, nn
-from torch.utils.data import ConcatDataset, DataLoader, Dataset
-from torchvision.transforms.v2 import functional as TF
+from rich.progress import Progress
+from torch import Tensor
 
-from fastcr.config import ModelConfig, RationaleConfig, ReleasedConfig, UsageError
-from fastcr.distributed import ALONE, Processes
-from fastcr.folders import ImageList
-from fastcr.machine import leave_signals
-from fastcr.moco import mean_pool
-from fastcr.rationale import RationaleHead
-from fastcr.released import ReleasedBranch
-from fastcr.views import MEAN, STD, normalise
-
-Branch = RationaleHead | ReleasedBranch
-BATCH_SIZE = 128
+from fastcr.config import DeviceConfig, WorkersConfig, tyro
+from fastcr.data.images import ImageList, Splits
+from fastcr.data.layouts import read_splits
+from fastcr.data.views import normalise
+from fastcr.errors import UsageError
+from fastcr.measures.embedding_files import Format, Partial, check_unused, put_in_place
+from fastcr.measures.embeddings import BATCH_SIZE, load_crops
+from fastcr.method.encoder import Encoder, find_weights, load
+from fastcr.runs.command_line import called, one_line_errors, parse
+from fastcr.runs.machine import pick_device, pick_workers
 
 
-class Embeddings(NamedTuple):
-    """Unit embeddings of the images that could be read, on the CPU."""
+class Part(NamedTuple):
+    """The images of a split."""
 
-    mean: Tensor  # [N,C] fp32
-    rationale: Tensor | None  # [N,C] fp32; None without a branch
-    attention: Tensor | None  # [N,S] fp32
-    sizes: Tensor  # [N,2] height and width of the pictures, pixels
-    kept: Tensor  # [N] indices into the image list
-    unreadable: list[str]  # files left out
+    split: str  # train or test; empty where nothing is set aside
+    images: ImageList
+    prefix: str  # leads from the root to the images' own folder
+    before: int  # images of the splits before it
 
-
-def weights_facts(
-    model: ModelConfig, rationale: RationaleConfig, released: ReleasedConfig, image_size: int
-) -> dict[str, Any]:
-    """What a weights file says of itself (its metadata key `fastcr`)."""
-    return {
-        "backbone": model.backbone,
-        "last_stage": model.last_stage,
-        "stem_maxpool": released.stem_maxpool,
-        "detectors": rationale.detectors if rationale.enabled else 0,
-        "temperature": rationale.temperature,
-        "attention": "batch-minmax" if released.enabled else "softmax",
-        "image_size": image_size,
-        "mean": MEAN,
-        "std": STD,
-    }
+    def row(self, index: int) -> tuple[str, str, str]:
+        """Path, split and label of image `index` for the table."""
+        label = "" if self.images.labels is None else self.images.classes[self.images.labels[index]]
+        return os.path.join(self.prefix, self.images.files[index]), self.split, label
 
 
-def weights_of(backbone: nn.Module, branch: Branch | None) -> dict[str, Tensor]:
-    """State dict of a weights file: `backbone.*` and `branch.*`, its batch normalisation multiplied in."""
-    own = branch.folded_state() if isinstance(branch, RationaleHead) else branch.state_dict() if branch else {}
-    return backbone.state_dict(prefix="backbone.") | {f"branch.{name}": value for name, value in own.items()}
+def list_parts(root: Path, splits: Splits) -> list[Part]:
+    """The splits of `root`, training images first."""
+    base = root if root.is_dir() else root.parent
+    named = [("train", splits.train), ("test", splits.test)] if splits.test else [("", splits.train)]
+    parts, before = [], 0
+    for split, images in named:
+        assert images is not None
+        prefix = os.path.relpath(images.root, base)
+        parts.append(Part(split, images, "" if prefix == "." else prefix, before))
+        before += len(images)
+    return parts
 
 
-def build_branch(
-    channels: int, rationale: RationaleConfig, released: ReleasedConfig, impl: Any = "auto"
-) -> Branch | None:
-    """The branch a configuration asks for; None for plain MoCo."""
-    if not rationale.enabled:
-        return None
-    if released.enabled:
-        return ReleasedBranch(channels, rationale, released)
-    return RationaleHead(channels, rationale, impl)
+def list_batches(parts: Sequence[Part]) -> list[tuple[Part, range]]:
+    """Images of each batch: those of evaluation, since the released branch's attention depends on the whole batch."""
+    size = BATCH_SIZE
+    return [
+        (part, range(start, min(start + size, len(part.images))))
+        for part in parts
+        for start in range(0, len(part.images), size)
+    ]
 
 
-def load_encoder(path: Path, device: torch.device) -> tuple[nn.Module, Branch | None, dict[str, Any]]:
-    """Encoder, branch and facts of one of fastcr's weights files or of the authors' released checkpoints.
-
-    `UsageError` if it is neither.
-    """
-    from fastcr.encoder import load  # which builds on the functions here
-
-    encoder = load(path, device)
-    return encoder.backbone, encoder.branch, encoder.facts
-
-
-def find_weights(source: Path) -> Path:
-    """The weights file that `RUN|WEIGHTS` means: that of a run folder, or itself. `UsageError` if there is neither."""
-    if not source.exists():
-        raise UsageError(f"no run folder or weights file {source}")
-    weights = source / "weights.safetensors" if source.is_dir() else source
-    if not weights.exists():
-        raise UsageError(f"{source} is not a run folder, or its run has saved nothing yet: no {weights.name} in it")
-    return weights
+def fingerprint(parts: Sequence[Part]) -> str:
+    """Changes when an image comes, goes, changes, or gets another label."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        for index in range(len(part.images)):
+            try:
+                stamp = part.images.stamp(index)
+            except OSError:
+                stamp = "missing"
+            digest.update("\0".join((stamp, *part.row(index), "")).encode(errors="surrogateescape"))
+    return digest.hexdigest()
 
 
-def crop_pixels(picture: Image.Image, size: int) -> Tensor:
-    """What evaluation sees of an RGB picture, uint8 `[size,size,3]`.
-
-    The shorter side becomes `round(size*8/7)`, then the central square is cut.
-    """
-    crop = TF.resize(TF.pil_to_tensor(picture), [round(size * 8 / 7)], antialias=True)
-    return TF.center_crop(crop, [size, size]).permute(1, 2, 0)
+Encoded = tuple[dict[str, Tensor], Tensor, list[int]]  # arrays, sizes (height, width), places in the batch
 
 
-Crop = tuple[Tensor, tuple[int, int]]
+def encoded(
+    batches: Iterable[tuple[Tensor, Tensor, list[int]]],
+    encoder: Encoder,
+    *,
+    attention: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Iterator[Encoded]:
+    """The arrays of each batch on the CPU. On CUDA each is fetched while the next is at work."""
+    waiting: tuple[Encoded, torch.cuda.Event | None] | None = None
+    for pixels, sizes, readable in batches:
+        arrays = {}
+        if readable:
+            images = normalise(pixels.to(device, non_blocking=True), torch.float32)
+            mean, rationale, maps = encoder.both(images, dtype)
+            arrays = {"mean": mean} | ({} if rationale is None else {"rationale": rationale})
+            if attention and maps is not None:
+                arrays["attention"] = maps.half()
+            arrays = {name: array.to("cpu", non_blocking=True) for name, array in arrays.items()}
+        fetched = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+        if waiting:
+            yield _arrived(*waiting)
+        waiting = (arrays, sizes, readable), fetched
+    if waiting:
+        yield _arrived(*waiting)
 
 
-class _TestImages(Dataset[Crop | None]):
-    """Index to the centre crop, uint8 `[S,S,3]`, and the picture's (height, width); None for an unreadable image."""
-
-    def __init__(self, images: ImageList, size: int) -> None:
-        self.images, self.size = images, size
-
-    def __getitem__(self, index: int) -> Crop | None:
-        try:
-            picture = self.images.rgb(index)
-        except OSError:
-            return None
-        return crop_pixels(picture, self.size), (picture.height, picture.width)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-
-def collate(crops: list[Crop | None]) -> tuple[Tensor, Tensor, list[int]]:
-    """The readable crops in one tensor (one shared file a batch, not one an image), their sizes, their places."""
-    readable = [i for i, crop in enumerate(crops) if crop is not None]
-    found = [crop for crop in crops if crop is not None]
-    pixels = torch.stack([crop for crop, _ in found]) if found else torch.empty(0)
-    return pixels, torch.tensor([size for _, size in found], dtype=torch.int64).view(-1, 2), readable
-
-
-def load_crops(
-    parts: Sequence[ImageList], batches: Sequence[list[int]], *, image_size: int, workers: int, pin: bool
-) -> DataLoader[Any]:
-    """What `collate` gives of each batch, decoded by `workers` processes; the indices count through `parts`."""
-    dataset: ConcatDataset[Crop | None] = ConcatDataset([_TestImages(images, image_size) for images in parts])
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=pin,
-        worker_init_fn=leave_signals,
-    )
-
-
-def encode(
-    backbone: nn.Module, branch: Branch | None, images: Tensor, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Images `[B,3,H,W]` to unit embeddings `[B,C]`, mean and rationale, and attention `[B,S]`, all fp32.
-
-    The encoder runs in `dtype` (autocast). Without a branch the last two are None.
-    """
-    with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
-        features = backbone(images)
-    mean = F.normalize(mean_pool(features), dim=1)
-    if branch is None:
-        return mean, None, None
-    pooled, attention = branch.pool(features)
-    return mean, F.normalize(pooled, dim=1), attention
-
-
-@contextmanager
-def evaluating(backbone: nn.Module, branch: Branch | None) -> Iterator[None]:
-    """Encoder and branch in eval mode, put back as they were after."""
-    modules = nn.ModuleList([backbone] + ([branch] if branch else []))
-    training = {module: module.training for module in modules.modules()}  # frozen parts are in eval mode always
-    modules.eval()
-    try:
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+def _arrived(batch: Encoded, fetched: torch.cuda.Event | None) -> Encoded:
+    if fetched:
+        fetched.synchronize()
+    return batch
 
 
 @torch.inference_mode()
-def embed(
-    backbone: nn.Module,
-    branch: Branch | None,
-    images: ImageList,
+def embed_folder(
+    weights: Path,
+    root: Path,
+    folder: Path,
     *,
-    image_size: int,
+    format: Format,
+    attention: bool,
     device: torch.device,
     workers: int,
     console: Console,
-    title: str,
-    processes: Processes = ALONE,
-) -> Embeddings:
-    """Both embeddings and the attention of each image from one pass, encoder and branch in eval mode.
+) -> None:
+    """Write the embeddings of every image under `root` into `folder`; takes up what a killed run left there.
 
-    Several processes share the batches, which are the same however many there are; the first one gets everything, the
-    others their own share.
+    Images that cannot be read are named, counted and left out.
+    Raises `UsageError` for files that cannot be used, a finished `folder`, or one begun with other weights or images.
     """
-    numbers = range(processes.rank, -(-len(images) // BATCH_SIZE), processes.ranks)
-    batches = [list(range(number * BATCH_SIZE, min((number + 1) * BATCH_SIZE, len(images)))) for number in numbers]
-    loader = load_crops([images], batches, image_size=image_size, workers=workers, pin=device.type == "cuda")
-    # filled in place: the embeddings of 100,000 images are too large to be held twice
-    filled: list[Tensor] = []
-    sizes, kept = [torch.empty(0, 2, dtype=torch.int64)], list[int]()
-    with evaluating(backbone, branch):
-        for number, (pixels, sizes_here, readable) in enumerate(
-            track(loader, f"embedding, {title}", console=console, transient=True, disable=not console.is_terminal)
-        ):
-            sizes.append(sizes_here)
-            kept += [batches[number][i] for i in readable]
-            if not readable:
-                continue
-            found = [
-                each
-                for each in encode(backbone, branch, normalise(pixels.to(device), torch.float32))
-                if each is not None
-            ]
-            filled = filled or [torch.empty(sum(map(len, batches)), each.shape[1]) for each in found]
-            for all_of_it, part in zip(filled, found, strict=True):
-                all_of_it[len(kept) - len(readable) : len(kept)] = part
-    if not processes.most(len(kept))[0]:
-        raise UsageError(f"none of the {len(images)} images under {images.root} can be read")
-    shares = processes.gather(kept) or [kept]
-    # where the rows of each share go, once they are in the order of the images
-    places = torch.tensor([i for share in shares for i in share]).argsort().argsort().split([*map(len, shares)])
+    check_unused(folder)
+    encoder = load(weights, device)
+    if attention and encoder.branch is None:
+        raise UsageError(f"{weights} has no rationale branch, so there is no --attention to write")
+    parts = list_parts(root, read_splits(root))
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    key = {
+        "weights": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "images": fingerprint(parts),
+        "settings": f"--attention {attention}, {dtype}, {BATCH_SIZE} images a batch",
+    }
+    partial, total = Partial(folder / "partial", key), sum(len(part.images) for part in parts)
+    state, began, first = partial.state, time.monotonic(), partial.state.rows
+    if state.batches:
+        console.print(f"going on after {state.rows + state.unreadable:,} of {total:,} images", highlight=False)
+    batches = list_batches(parts)[state.batches :]
+    loader = load_crops(
+        [part.images for part in parts],
+        [[part.before + index for index in indices] for part, indices in batches],
+        image_size=encoder.image_size,
+        workers=workers,
+        pin=device.type == "cuda",
+    )
+    found = encoded(loader, encoder, attention=attention, device=device, dtype=dtype)
+    bar = Progress(console=console, transient=True, disable=not console.is_terminal)
+    with encoder.evaluating(), bar:
+        task = bar.add_task("embedding", total=total, completed=state.rows + state.unreadable)
+        for (part, indices), (arrays, sizes, readable) in zip(batches, found, strict=True):
+            for place in sorted(set(range(len(indices))) - set(readable)):
+                path = part.images.path(indices[place])
+                console.print(f"unreadable image {path!r}: left out", soft_wrap=True, highlight=False)
+            known = zip(readable, sizes.tolist(), strict=True)
+            rows = [(*part.row(indices[place]), width, height) for place, (height, width) in known]
+            partial.add(arrays, rows, len(indices) - len(rows))
+            bar.advance(task, len(indices))
+    partial.commit()
+    if not state.rows:
+        partial.remove()
+        raise UsageError(f"none of the {total} images under {root} can be read")
+    put_in_place(
+        partial, folder, format, encoder.facts | {"weights_sha256": key["weights"], "settings": key["settings"]}
+    )
+    partial.remove()
+    speed = (state.rows - first) / (time.monotonic() - began)
+    left_out = f", {state.unreadable:,} unreadable left out" if state.unreadable else ""
+    console.print(f"{state.rows:,} images embedded{left_out} ({speed:,.0f} images/s)", highlight=False)
+    console.print(f"embeddings: {folder}", soft_wrap=True, highlight=False)
 
-    def together(rows: Tensor) -> Tensor:
-        parts = processes.gather_rows(rows) or [rows]
-        if len(parts) == 1:
-            return rows
-        whole = rows.new_empty(sum(map(len, parts)), max(part.shape[1] for part in parts))
-        for part, where in zip(parts, places, strict=True):
-            if len(part):
-                whole[where] = part
-        return whole
 
-    columns = [together(each[: len(kept)]) for each in filled or [torch.empty(0, 0)] * (3 if branch else 1)]
-    rationale, attention = columns[1:] if branch else (None, None)
-    found_all = sorted(i for share in shares for i in share)
-    unreadable = [images.path(i) for i in sorted(set(range(len(images))) - set(found_all))]
-    return Embeddings(columns[0], rationale, attention, together(torch.cat(sizes)), torch.tensor(found_all), unreadable)
+@dataclass(frozen=True)
+class EmbedConfig:
+    """What to embed, and into which files."""
+
+    source: tyro.conf.Positional[Path]
+    """A run folder, or one of fastcr's weights files."""
+    folder: tyro.conf.Positional[Path]
+    """The images: whatever --data.root of the training takes. Training and test images alike are embedded."""
+    out: Path | None = None
+    """Folder to write. Default: <name of the images' folder>-embeddings."""
+    format: Format = "safetensors"
+    """embeddings.safetensors, or a .npy file an array (for numpy.load with mmap_mode)."""
+    attention: bool = False
+    """Also write the attention maps, fp16."""
+    data: WorkersConfig = field(default_factory=WorkersConfig)
+    run: DeviceConfig = field(default_factory=DeviceConfig)
 
 
-if __name__ == "__main__":
-    from fastcr.embed_folder import main
-
-    main()
+def main(args: Sequence[str] | None = None) -> None:
+    """Command line of `python -m fastcr.embed`."""
+    with one_line_errors("embed"):
+        config = parse(
+            EmbedConfig,
+            sys.argv[1:] if args is None else args,
+            prog=called("embed"),
+            description="Embeddings of every image of a folder, in files.",
+        )
+        embed_folder(
+            find_weights(config.source),
+            config.folder,
+            config.out or Path(f"{config.folder.resolve().name}-embeddings"),
+            format=config.format,
+            attention=config.attention,
+            device=pick_device(config.run.device),
+            workers=pick_workers(config.data.workers),
+            console=Console(markup=False),
+        )

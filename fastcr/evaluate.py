@@ -10,62 +10,27 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fastcr.cli import load_config, one_line_errors, parse
-from fastcr.config import UsageError, tyro
-from fastcr.distributed import processes_of_torchrun
-from fastcr.embed import find_weights
-from fastcr.folders import read_splits
-from fastcr.localisation import read_objects
-from fastcr.machine import pick_device, pick_workers
-from fastcr.measuring import Measuring, test_images, write_results
-from fastcr.scores import results_table
-from fastcr.synthetic import write_synthetic
+from fastcr.config import DeviceConfig, ImagesConfig, KnnConfig, LinearConfig, tyro
+from fastcr.data.layouts import read_splits
+from fastcr.data.synthetic import write_synthetic
+from fastcr.errors import UsageError
+from fastcr.measures.evaluation import Classifiers, Evaluation, test_images, write_results
+from fastcr.measures.localisation import read_objects
+from fastcr.measures.results import results_table
+from fastcr.method.encoder import find_weights
+from fastcr.runs.command_line import called, load_config, one_line_errors, parse
+from fastcr.runs.distributed import processes_of_torchrun
+from fastcr.runs.machine import pick_device, pick_workers
 
 PATIENCE = timedelta(days=1)  # of the other processes, while the first one trains its probes
 
 
 @dataclass(frozen=True)
-class EvaluateData:
+class EvaluateData(ImagesConfig):
     """The images to measure on."""
 
-    root: Path | None = None
-    """Folder of images. Default: the one the run was trained on."""
     boxes: Path | None = None
     """CSV of the objects' boxes (path, left, top, right, bottom; fractions). Default: CUB's own, in its archive."""
-    workers: int | None = None
-    """Loader processes. Default: one per core."""
-
-
-@dataclass(frozen=True)
-class EvaluateRun:
-    """How it is carried out."""
-
-    device: str = "auto"
-    """auto (CUDA when there is one, else the CPU), cpu, cuda or cuda:N."""
-
-
-@dataclass(frozen=True)
-class EvaluateKnn:
-    """Classification by nearest neighbours among the training images."""
-
-    k: int = 200
-    """Neighbours that vote."""
-    temperature: float = 0.1
-    """A neighbour's vote is exp(cosine / temperature)."""
-
-
-@dataclass(frozen=True)
-class EvaluateLinear:
-    """Linear probes of the training images' embeddings: SGD with learning rate 30."""
-
-    enabled: bool = True
-    """False: none."""
-    epochs: int = 100
-    """Passes over the training images; the rate falls to a tenth after 60 % and 80 % of them."""
-    augment: bool = False
-    """Train on random crops and mirror images: the encoder runs in every epoch."""
-    few: tuple[int, ...] = (1, 10, 20, 50)
-    """Also probes with these percentages of each class's labels (never augmented)."""
 
 
 @dataclass(frozen=True)
@@ -75,23 +40,9 @@ class EvaluateConfig:
     source: tyro.conf.Positional[Path]
     """A run folder, or one of fastcr's weights files."""
     data: EvaluateData = field(default_factory=EvaluateData)
-    run: EvaluateRun = field(default_factory=EvaluateRun)
-    knn: EvaluateKnn = field(default_factory=EvaluateKnn)
-    linear: EvaluateLinear = field(default_factory=EvaluateLinear)
-
-
-def validate(config: EvaluateConfig) -> None:
-    """Raise `UsageError` naming the first flag whose value cannot work."""
-    checks = {
-        "--data.workers must be at least 0": config.data.workers is None or config.data.workers >= 0,
-        "--knn.k must be at least 1": config.knn.k >= 1,
-        "--knn.temperature must be above 0": config.knn.temperature > 0,
-        "--linear.epochs must be at least 1": config.linear.epochs >= 1,
-        "--linear.few must be percentages, 1 to 100": all(1 <= each <= 100 for each in config.linear.few),
-    }
-    for message, holds in checks.items():
-        if not holds:
-            raise UsageError(message)
+    run: DeviceConfig = field(default_factory=DeviceConfig)
+    knn: KnnConfig = field(default_factory=KnnConfig)
+    linear: LinearConfig = field(default_factory=LinearConfig)
 
 
 def read_arguments(args: Sequence[str]) -> tuple[EvaluateConfig, Path, Path | None, Path | None]:
@@ -99,10 +50,9 @@ def read_arguments(args: Sequence[str]) -> tuple[EvaluateConfig, Path, Path | No
     config = parse(
         EvaluateConfig,
         args,
-        prog="python -m fastcr.evaluate",
+        prog=called("evaluate"),
         description="Retrieval, kNN, linear probes and localisation; writes results.json.",
     )
-    validate(config)
     source, root = config.source, config.data.root
     if source.is_dir():
         root = root or load_config(source / "config.yaml").data.root
@@ -116,8 +66,8 @@ def read_arguments(args: Sequence[str]) -> tuple[EvaluateConfig, Path, Path | No
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Command line of `python -m fastcr.evaluate`."""
-    with one_line_errors("fastcr.evaluate"), processes_of_torchrun("fastcr.evaluate", PATIENCE) as processes:
+    """Command line of `fastcr evaluate`."""
+    with one_line_errors("evaluate"), processes_of_torchrun(called("evaluate"), PATIENCE) as processes:
         console = Console(markup=False, quiet=not processes.first)
         config, weights, frozen, root = processes.once(lambda: read_arguments(sys.argv[1:] if args is None else args))
         splits = read_splits(root or write_synthetic())
@@ -127,9 +77,10 @@ def main(args: Sequence[str] | None = None) -> None:
         objects = read_objects(config.data.boxes, images)
         device = pick_device(config.run.device, processes.local_rank, processes.local_ranks)
         workers = pick_workers(config.data.workers, processes.local_ranks)
-        measuring = Measuring(splits, images, device, workers, console, config, objects, processes)
-        scores = measuring.weights(frozen, "frozen init").scores if frozen else None
-        results = measuring.results(weights, scores)
+        classifiers = Classifiers(config.knn, config.linear)
+        evaluation = Evaluation(splits, images, device, workers, console, classifiers, objects, processes)
+        scores = evaluation.measure_file(frozen, "frozen init").scores if frozen else None
+        results = evaluation.results(weights, scores)
         console.print(results_table(results))
         if processes.first:
             write_results(weights.parent / "results.json", results)

@@ -27,11 +27,12 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from fastcr import __version__
-from fastcr.checkpoint import save_weights, write_whole
-from fastcr.cli import load_config, one_line_errors, parse
-from fastcr.config import Config, UsageError, tyro
-from fastcr.encoder import Encoder, load, weights_file
-from fastcr.scores import results_table
+from fastcr.config import Config, tyro
+from fastcr.errors import UsageError
+from fastcr.measures.results import results_table
+from fastcr.method.encoder import Encoder, find_weights, load
+from fastcr.runs.checkpoint import save_weights, write_whole
+from fastcr.runs.command_line import called, load_config, one_line_errors, parse
 
 OPSET = 18
 ENDINGS = {"safetensors": "-export.safetensors", "torch": ".pt2", "onnx": ".onnx", "hub": "-hub"}
@@ -264,18 +265,18 @@ def main(args: Sequence[str] | None = None) -> None:
     """Command line of `python -m fastcr.export`."""
     console = Console(markup=False)
     say = partial(console.print, soft_wrap=True, highlight=False)
-    with one_line_errors("fastcr.export"):
+    with one_line_errors("export"):
         config = parse(
             ExportConfig,
             sys.argv[1:] if args is None else args,
-            prog="python -m fastcr.export",
+            prog=called("export"),
             description="Write a trained encoder for other tools.",
         )
         if config.push and config.format != "hub":
             raise UsageError("--push goes with --format hub")
         if config.push:
             check_token()
-        weights = weights_file(config.source)
+        weights = find_weights(config.source)
         out, encoder = destination(config, weights), load(weights)
         out.parent.mkdir(parents=True, exist_ok=True)
         if config.format == "safetensors":

@@ -1,193 +1,187 @@
-"""Folders of images: which files, which labels, which split; and how one file becomes pixels.
-
-A root is one of the original archives (`archives.py`), class folders (under `train/` and `test/`, or bare), a flat
-folder without labels, a folder of tar shards (`shards.py`), or a text file that lists images. `python -m fastcr.folders
-ROOT` says what it holds and which of its images are broken (`check.py`).
-"""
+"""`python -m fastcr.folders ROOT`: what a root holds, and which of its images are broken."""
 
 from __future__ import annotations
 
 import io
-import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
 
-from fastcr.config import UsageError
+from fastcr.config import tyro
+from fastcr.data.images import ImageList
+from fastcr.data.layouts import read_splits
+from fastcr.data.shards import find_shards, list_samples, read_index, with_progress, write_index
+from fastcr.errors import UsageError
+from fastcr.runs.command_line import called, one_line_errors, parse
+from fastcr.runs.machine import pick_workers
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif"})
-# PIL's own guard against decompression bombs, moved up: a 12,000 x 9,000 photograph is a picture
-Image.MAX_IMAGE_PIXELS = 250_000_000
-
-
-@dataclass(frozen=True)
-class ImageList:
-    """The images of one split, in an order that never changes: `files` below `root`, a label each if there are any."""
-
-    root: Path
-    files: tuple[str, ...]
-    labels: tuple[int, ...] | None
-    classes: tuple[str, ...]
-
-    def __len__(self) -> int:
-        """Number of images."""
-        return len(self.files)
-
-    def path(self, index: int) -> str:
-        """Name of image `index` in messages and reports: its file."""
-        return os.path.join(self.root, self.files[index])
-
-    def open(self, index: int) -> BinaryIO:
-        """The encoded file of image `index`, opened. Raises `OSError` where there is none."""
-        return open(self.path(index), "rb")
-
-    def stamp(self, index: int) -> str:
-        """Changes when the file of image `index` does. Raises `OSError` where there is none."""
-        facts = os.stat(self.path(index))
-        return f"{self.path(index)} {facts.st_size} {facts.st_mtime_ns}"
-
-    def read(self, index: int) -> bytes:
-        """The encoded file of image `index`. Raises `OSError` where there is none."""
-        with self.open(index) as file:
-            return file.read()
-
-    def rgb(self, index: int) -> Image.Image:
-        """Decode image `index`, as `read_rgb`. Raises `OSError` for whatever is not a whole picture."""
-        try:
-            data = self.read(index)
-        except OSError as error:
-            raise OSError(f"{self.path(index)!r} cannot be read: {error.strerror or error}") from error
-        return read_rgb(io.BytesIO(data), self.path(index))
+CHUNK = 32  # images a task
+FEWEST = 5  # classes named
 
 
-@dataclass(frozen=True)
-class Splits:
-    """What a root holds; `test` is None where nothing is set aside for testing."""
+class Facts(NamedTuple):
+    """Of one image."""
 
-    train: ImageList
-    test: ImageList | None
-
-
-def read_splits(root: Path) -> Splits:
-    """List the images under `root` (see the module's first lines for the layouts).
-
-    Raises `UsageError` if `root` is missing, holds no image, or its splits name different classes.
-    """
-    from fastcr.archives import read_archive  # these two build on the classes above
-    from fastcr.shards import read_shards
-
-    root = Path(root)
-    if root.is_file():
-        return Splits(_listed(root), None)
-    if not root.is_dir():
-        raise UsageError(f"no folder {root}")
-    if archive := read_archive(root):
-        return archive
-    if (root / "train").is_dir():
-        train = _class_folders(root / "train")
-        test = _class_folders(root / "test") if (root / "test").is_dir() else None
-        if test and train.labels and train.classes != test.classes:
-            odd = sorted(set(train.classes) ^ set(test.classes))
-            raise UsageError(
-                f"{root}/train and {root}/test name different classes: {len(odd)} are in one only, e.g. {odd[0]!r}"
-            )
-        return Splits(train, test)
-    if (root / "test").is_dir():
-        raise UsageError(f"{root} has a folder test but none named train")
-    return read_shards(root) or Splits(_class_folders(root), None)
+    kind: str = ""  # format, mode and what else decides how it is decoded; of a broken image none of these
+    width: int = 0  # pixels
+    height: int = 0
+    error: str | None = None  # why it cannot be used
 
 
-def _class_folders(root: Path) -> ImageList:
-    """Class folders below `root`, else the images that lie in `root` itself, unlabelled."""
-    classes = tuple(sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != "."))
-    here = Path(os.path.realpath(root))
-    if around := [name for name in classes if here.is_relative_to(os.path.realpath(here / name))]:
-        raise UsageError(f"{root / around[0]} is a link to a folder that holds {root} itself")
-    files, labels = [], []
-    for label, name in enumerate(classes):
-        found = [os.path.relpath(os.path.join(folder, file), root)
-                 for folder, _, names in os.walk(root / name) for file in names if _is_image(folder, file)]  # fmt: skip
-        files += sorted(found)
-        labels += [label] * len(found)
-    flat = sorted(name for name in os.listdir(root) if _is_image(root, name))
-    if files and flat:
-        raise UsageError(f"{root} holds images and also folders of images ({files[0]!r}): keep one kind")
-    if files:
-        return ImageList(root, tuple(files), tuple(labels), classes)
-    if not flat:
-        raise UsageError(f"no images under {root} (looked for {' '.join(sorted(SUFFIXES))})")
-    return ImageList(root, tuple(flat), None, ())
-
-
-def _is_image(folder: str | Path, name: str) -> bool:
-    file = os.path.join(folder, name)  # a link that leads nowhere is listed too, to be named as unreadable
-    return Path(name).suffix.lower() in SUFFIXES and (os.path.isfile(file) or not os.path.exists(file))
-
-
-def _listed(file: Path) -> ImageList:
-    """The images a text file names: a path a line (from the file's own folder), then a tab and a label or nothing."""
+def examine(images: ImageList, index: int) -> Facts:
+    """Decode image `index` whole, by the rule training goes by."""
     try:
-        lines = file.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+        images.rgb(index)
     except OSError as error:
-        raise UsageError(f"{file} cannot be read: {error.strerror}") from None
-    if any("\0" in line for line in lines):
-        raise UsageError(f"{file} is neither a folder of images or tar shards nor a text file that lists images")
-    lines = [line.rstrip("\r") for line in lines if line.strip() and line[0] != "#"]
-    paths, tabs, labels = zip(*sorted(line.partition("\t") for line in lines), strict=True) if lines else ((), (), ())
-    if not paths:
-        raise UsageError(f"{file} names no images")
-    if missing := [path for path in paths if not os.path.isfile(file.parent / path)]:
-        raise UsageError(
-            f"{len(missing)} of the {len(paths)} images that {file} names are not there, e.g. {missing[0]!r}"
-        )
-    if twice := [path for path, after in pairwise(paths) if path == after]:
-        raise UsageError(f"{file} names {twice[0]!r} twice")
-    if not any(tabs):
-        return ImageList(file.parent, paths, None, ())
-    if not all(tabs):
-        raise UsageError(f"{file}: some images have a label and some, e.g. {paths[tabs.index('')]!r}, have none")
-    classes = tuple(sorted(set(labels)))
-    return ImageList(file.parent, paths, tuple(classes.index(label) for label in labels), classes)
+        return Facts(error=str(error))
+    with Image.open(io.BytesIO(images.read(index))) as header:
+        odd = ["progressive"] * ("progressive" in header.info) + ["animated"] * getattr(header, "is_animated", False)
+        return Facts(" ".join([header.format or "", header.mode, *odd]), header.width, header.height)
 
 
-def read_rgb(file: str | BinaryIO, name: str = "") -> Image.Image:
-    """Decode any picture PIL can read to RGB, 8 bits; 16-bit grey is scaled, alpha is dropped.
-
-    Raises `OSError`, with `name` or else `file` in it, for whatever is not a whole picture.
-    """
-    try:
-        with Image.open(file) as image:
-            image.load()
-            return to_rgb(image)
-    except Exception as error:  # decoders raise whatever the broken bytes lead them to
-        reason = "no format known here" if isinstance(error, UnidentifiedImageError) else error
-        raise OSError(f"{(name or file)!r} is not a readable image: {reason}") from error
+def examine_all(images: ImageList, title: str, console: Console) -> list[Facts]:
+    """Facts of every image, in order; decoded by as many threads as there are cores."""
+    chunks = [range(start, min(start + CHUNK, len(images))) for start in range(0, len(images), CHUNK)]
+    with ThreadPoolExecutor(max(pick_workers(None), 1)) as threads:
+        done = threads.map(lambda chunk: [examine(images, index) for index in chunk], chunks)
+        bar = track(done, title, total=len(chunks), console=console, transient=True, disable=not console.is_terminal)
+        return [facts for chunk in bar for facts in chunk]
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """A picture of any mode as RGB, 8 bits; 16-bit grey is scaled, alpha is dropped."""
-    if image.mode.startswith("I"):  # convert("RGB") would clip 16-bit values at 255
-        image = Image.fromarray((np.asarray(image, dtype=np.int64) >> 8).astype(np.uint8))
-    return image if image.mode == "RGB" else image.convert("RGB")  # a copy of a large picture costs memory
+def _spread(values: Sequence[float], digits: int = 0) -> str:
+    """Minimum, median and maximum."""
+    if not len(values):
+        return "–"
+    return " / ".join(f"{value:,.{digits}f}" for value in (min(values), float(np.median(values)), max(values)))
 
 
-def read_rgb_or_next(images: ImageList, index: int) -> tuple[Image.Image, list[int]]:
-    """Image `index`, or the next readable one after it; and the indices passed over as unreadable."""
-    bad: list[int] = []
-    while len(bad) < len(images):
-        at = (index + len(bad)) % len(images)
-        try:
-            return images.rgb(at), bad
-        except OSError:
-            bad.append(at)
-    raise UsageError(f"none of the {len(images)} images under {images.root} can be read")
+def _decoding(kind: str) -> str:
+    """How the loaders decode images of this kind."""
+    if not kind.startswith(("JPEG RGB", "JPEG L")):
+        return "one by one on the CPU (PIL): slower"
+    return "fast, but not by a GPU's JPEG engine" if "progressive" in kind else "fast"
+
+
+def print_report(parts: dict[str, tuple[ImageList, list[Facts]]], console: Console) -> None:
+    """Tables of the splits and of the kinds of images; the classes with fewest images."""
+    rows: dict[str, list[str]] = {}
+    counts = {}
+    for name, (images, facts) in parts.items():
+        good = [fact for fact in facts if not fact.error]
+        counts[name] = Counter(images.labels)
+        per_class = [counts[name][label] for label in range(len(images.classes))]
+        for row, value in {
+            "images": f"{len(images):,}",
+            "broken": f"{len(images) - len(good):,}",
+            "classes": f"{len(images.classes):,}" if images.labels else "no labels",
+            "images a class": _spread(per_class),
+            "width, px": _spread([fact.width for fact in good]),
+            "height, px": _spread([fact.height for fact in good]),
+            "megapixels": _spread([fact.width * fact.height / 1e6 for fact in good], 2),
+        }.items():
+            rows.setdefault(row, []).append(value)
+    table = Table(title="minimum / median / maximum", title_style="dim")
+    for name in ("", *parts):
+        table.add_column(name, justify="right" if name else "left")
+    for row, values in rows.items():
+        table.add_row(row, *values)
+    console.print(table)
+
+    table = Table(title="kinds of images", title_style="dim")
+    for name in ("", *parts, "decoding"):
+        table.add_column(name, justify="right" if name in parts else "left")
+    kinds = {name: Counter(fact.kind for fact in facts if not fact.error) for name, (_, facts) in parts.items()}
+    for kind in sorted(set().union(*kinds.values())):
+        table.add_row(kind, *(f"{kinds[name][kind]:,}" for name in parts), _decoding(kind))
+    if table.row_count:
+        console.print(table)
+
+    for name, (images, _) in parts.items():
+        fewest = sorted(range(len(images.classes)), key=lambda label: counts[name][label])[:FEWEST]
+        if fewest:
+            named = ", ".join(f"{images.classes[label]} ({counts[name][label]})" for label in fewest)
+            console.print(f"fewest images in {name}: {named}")
+
+
+def print_classes(parts: dict[str, ImageList], console: Console) -> None:
+    """How many images each class has."""
+    table = Table("class")
+    for name in parts:
+        table.add_column(name, justify="right")
+    counts = [Counter(images.labels) for images in parts.values()]
+    for label, name in enumerate(parts["train"].classes or next(reversed(parts.values())).classes):
+        table.add_row(name, *(f"{count[label]:,}" for count in counts))
+    console.print(table)
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """Settings of a check."""
+
+    root: tyro.conf.Positional[Path]
+    """What --data.root of the training takes; see the README."""
+    index: tyro.conf.UseCounterAction[int] = 0
+    """Write an index beside each tar shard that has none of today, and do no more."""
+    classes: tyro.conf.UseCounterAction[int] = 0
+    """List every class with its number of images."""
+
+
+def check(root: Path, console: Console, *, classes: bool = False) -> int:
+    """Print what `root` holds and every broken image; returns how many are broken."""
+    splits = read_splits(root)
+    start = time.perf_counter()
+    parts = {
+        name: (images, examine_all(images, f"decoding, {name}", console))
+        for name, images in (("train", splits.train), ("test", splits.test))
+        if images is not None
+    }
+    seconds = time.perf_counter() - start
+    print_report(parts, console)
+    if classes:
+        print_classes({name: images for name, (images, _) in parts.items()}, console)
+    errors = [fact.error for _, facts in parts.values() for fact in facts if fact.error]
+    for error in errors:
+        console.print(f"broken: {error}", soft_wrap=True)
+    total = sum(len(facts) for _, facts in parts.values())
+    verdict = f"{len(errors):,} of {total:,} images are broken" if errors else f"all {total:,} images are whole"
+    console.print(f"{verdict} ({seconds:.1f} s, {total / seconds:,.0f} images/s)")
+    return len(errors)
+
+
+def write_indexes(root: Path) -> int:
+    """Write the index of every shard in `root` that has none, or one of another day; returns how many."""
+    shards = [shard for part in find_shards(root) for shard in part]
+    if not shards:
+        raise UsageError(f"no tar shards in {root}, so there is nothing to index")
+    lacking = [shard for shard in shards if read_index(shard) is None]
+    for shard in with_progress(lacking, "listing shards"):
+        write_index(shard, list_samples(shard))
+    return len(lacking)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Command line of `python -m fastcr.folders`; exit status 1 if images are broken."""
+    with one_line_errors("folders"):
+        args = sys.argv[1:] if args is None else args
+        description = "What a folder of images holds, and which of them are broken."
+        config = parse(CheckConfig, args, prog=f"{called('folders')} ROOT", description=description)
+        console = Console(markup=False, highlight=False)
+        if config.index:
+            print(f"{write_indexes(config.root)} indexes written, {config.root}")
+        elif check(config.root, console, classes=bool(config.classes)):
+            raise SystemExit(1)
 
 
 if __name__ == "__main__":
-    from fastcr.check import main
-
     main()

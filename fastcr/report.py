@@ -16,12 +16,13 @@ import torch
 from rich.console import Console
 
 import fastcr
-from fastcr.checkpoint import write_whole
-from fastcr.cli import load_config, one_line_errors, parse
-from fastcr.config import Config, UsageError, tyro
-from fastcr.embed import embed, load_encoder
-from fastcr.folders import read_splits
-from fastcr.machine import pick_device, pick_workers
+from fastcr.config import Config, tyro
+from fastcr.data.layouts import read_splits
+from fastcr.data.synthetic import write_synthetic
+from fastcr.errors import UsageError
+from fastcr.measures.embeddings import embed
+from fastcr.measures.gallery import Pictures, Thumbnails, attended, neighbours
+from fastcr.method.encoder import load
 from fastcr.report_html import Html, Line, chart, heading, is_report, page, table, tag
 from fastcr.report_page import (
     CURVES,
@@ -37,9 +38,10 @@ from fastcr.report_page import (
     scores_of,
     settings,
 )
-from fastcr.report_pictures import Pictures, Thumbnails, attended, neighbours
-from fastcr.runlog import read_records
-from fastcr.synthetic import write_synthetic
+from fastcr.runs.checkpoint import write_whole
+from fastcr.runs.command_line import called, load_config, one_line_errors, parse
+from fastcr.runs.log import read_records
+from fastcr.runs.machine import pick_device, pick_workers
 
 
 @dataclass(frozen=True)
@@ -118,25 +120,23 @@ def pictures_of(folder: Path, name: str, trained: Config, config: ReportConfig, 
         console.print(f"no images of {name} at hand: {error}", soft_wrap=True, highlight=False)
         return Pictures(f"The images ({of}) were not at hand when this page was made; --data.root says where they are.")
     device, images = pick_device(config.run.device), splits.test or splits.train
-    backbone, branch, about = load_encoder(weights, device)
+    encoder = load(weights, device)
     found = embed(
-        backbone,
-        branch,
+        encoder,
         images,
-        image_size=about["image_size"],
         device=device,
         workers=pick_workers(config.data.workers),
         console=console,
         title=name,
     )
-    thumbnails = Thumbnails(images, about["image_size"])
+    thumbnails = Thumbnails(images, encoder.image_size)
     lost = f"; {len(found.unreadable)} cannot be read" if found.unreadable else ""
     return Pictures(
         f"{'Test' if splits.test else 'Training'} images of {of}, evenly spread over {len(images):,}{lost}."
         + ("" if images.labels else " They have no labels."),
         attended(found, thumbnails, config.gallery),
         neighbours(found, thumbnails, config.queries),
-        "mean" if branch is None else "rationale",
+        "mean" if encoder.branch is None else "rationale",
     )
 
 
@@ -266,11 +266,11 @@ def write_report(config: ReportConfig, console: Console) -> Path:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Command line of `python -m fastcr.report`."""
-    with one_line_errors("fastcr.report"):
+    with one_line_errors("report"):
         config = parse(
             ReportConfig,
             sys.argv[1:] if args is None else args,
-            prog="python -m fastcr.report",
+            prog=called("report"),
             description="A run, or several compared, as one HTML page.",
         )
         console = Console(markup=False)

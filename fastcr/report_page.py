@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastcr.config import Config
+from fastcr.measures.gallery import Pictures, Shown
 from fastcr.presets import PRESETS
 from fastcr.report_html import Html, Line, broken_at_underscores, chart, heading, table, tag
-from fastcr.report_pictures import Pictures, Shown
 
 Key = tuple[str, str, str]  # section of results.json, embedding or map, measure
 SECTIONS = ("retrieval", "knn", "linear", "few_label", "localisation")

@@ -26,20 +26,20 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
-from fastcr.budget import Ceilings, step_work
-from fastcr.cli import one_line_errors, parse
-from fastcr.config import Config, UsageError, tyro, validate
-from fastcr.folders import read_splits
+from bench.budget import Ceilings, step_work
+from bench.profiled import WAITING, Row, kernel_rows, phase_rows, take_apart
+from bench.resources import resources, resources_table
+from bench.timing import copy_bandwidth, matmul_rate
+from fastcr.config import Config, tyro, validate
+from fastcr.data.layouts import read_splits
+from fastcr.data.loaders import make_views
+from fastcr.data.synthetic import write_synthetic
+from fastcr.errors import UsageError
 from fastcr.kernels.launch import triton
-from fastcr.loaders import make_views
-from fastcr.machine import pick_device
-from fastcr.presets import read_command_line
-from fastcr.profiled import WAITING, Row, kernel_rows, phase_rows, take_apart
-from fastcr.resources import resources, resources_table
-from fastcr.synthetic import write_synthetic
-from fastcr.timing import copy_bandwidth, matmul_rate
+from fastcr.method.build import build, check_settings, pick_dtype
+from fastcr.runs.command_line import one_line_errors, parse, read_command_line
+from fastcr.runs.machine import pick_device
 from fastcr.train import check_sizes
-from fastcr.training import check_device, pick_dtype, prepare
 
 TRACE, SUMMARY = "trace.json.gz", "phases.json"
 KERNELS = 20  # listed
@@ -161,7 +161,7 @@ def prepare_step(config: TraceConfig, device: torch.device, dtype: torch.dtype, 
     """What a training step calls, on its own batches, with everything done that only the first steps do."""
     images = read_splits(config.data.root or write_synthetic()).train
     check_sizes(config, images, console)
-    step_on = prepare(config, device, console).step
+    step_on = build(config, device, console).step
     views, _ = make_views(config, images, device, dtype, console)
     batches = views.batches(0)
 
@@ -186,7 +186,7 @@ def trace(config: TraceConfig, console: Console) -> None:
         raise UsageError(f"--nvtx needs CUDA, and this run is on {device}")
     if config.data.root is None and config.preset != "synthetic":
         raise UsageError(f"preset {config.preset} needs --data.root, the folder of its images")
-    check_device(config, device, console)
+    check_settings(config, device, console)
     if config.nvtx:
         mark(prepare_step(config, device, dtype, console), config.steps, device)
         return
@@ -252,7 +252,7 @@ def read_settings(args: Sequence[str]) -> TraceConfig:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Command line of `python -m fastcr.trace`."""
-    with one_line_errors("fastcr.trace"):
+    with one_line_errors("trace"):
         config = read_settings(sys.argv[1:] if args is None else args)
         if config.resources:
             table = resources_table(resources(config.target, bool(config.every)))

@@ -14,22 +14,23 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastcr.checkpoint import write_whole
-from fastcr.cli import load_config, one_line_errors, parse
-from fastcr.config import UsageError, tyro
-from fastcr.embed import BATCH_SIZE, Branch, crop_pixels, evaluating, find_weights, load_encoder
-from fastcr.embed_folder import DeviceConfig
-from fastcr.folders import SUFFIXES, ImageList, read_splits
-from fastcr.machine import pick_device
-from fastcr.overlays import Tile, contact_sheet, overlay
-from fastcr.released import ReleasedBranch
-from fastcr.synthetic import write_synthetic
-from fastcr.views import normalise
+from fastcr.config import DeviceConfig, number, tyro
+from fastcr.data.crops import centre_crop
+from fastcr.data.images import SUFFIXES, ImageList
+from fastcr.data.layouts import read_splits
+from fastcr.data.synthetic import write_synthetic
+from fastcr.data.views import normalise
+from fastcr.errors import UsageError
+from fastcr.measures.embeddings import BATCH_SIZE
+from fastcr.measures.overlays import Tile, contact_sheet, overlay
+from fastcr.method.encoder import Encoder, find_weights, load
+from fastcr.runs.checkpoint import write_whole
+from fastcr.runs.command_line import called, load_config, one_line_errors, parse
+from fastcr.runs.machine import pick_device
 
 DETECTOR_IMAGES, TOP = 240, 5  # images a detector's share is of, and that stand for it
 
@@ -43,7 +44,7 @@ class Picture(NamedTuple):
 
 def crop_picture(picture: Image.Image, image_size: int) -> Image.Image:
     """What evaluation sees of an RGB picture: a square of `image_size` pixels."""
-    return Image.fromarray(crop_pixels(picture, image_size).contiguous().numpy())
+    return Image.fromarray(centre_crop(picture, image_size).contiguous().numpy())
 
 
 def list_images(sources: Sequence[Path]) -> list[tuple[ImageList, int]]:
@@ -80,25 +81,11 @@ def choose_pictures(
     return pictures
 
 
-def features_of(backbone: nn.Module, pictures: Sequence[Picture], device: torch.device) -> Tensor:
+def features_of(encoder: Encoder, pictures: Sequence[Picture], device: torch.device) -> Tensor:
     """Features `[N,C,H,W]` of pictures, encoder in eval mode."""
     pixels = torch.stack([torch.from_numpy(np.array(each.crop)) for each in pictures])
-    with evaluating(backbone, None):
-        return torch.cat([backbone(normalise(part.to(device), torch.float32)) for part in pixels.split(BATCH_SIZE)])
-
-
-def responses(branch: Branch, features: Tensor) -> Tensor:
-    """What each detector says of each place `[N,K,H,W]`, before the maximum; `branch` in eval mode."""
-    if isinstance(branch, ReleasedBranch):
-        return branch.norm(branch.conv(features.float()))
-    return F.conv2d(features.float(), branch.weight[:, :, None, None], branch.bias)
-
-
-def detector_maps(branch: Branch, answers: Tensor) -> Tensor:
-    """The attention `[N,K,H,W]` that each detector would give alone, from its responses."""
-    if isinstance(branch, ReleasedBranch):
-        return answers.relu()
-    return (answers / branch.config.temperature).flatten(2).softmax(2).view_as(answers)
+    parts = [normalise(part.to(device), torch.float32) for part in pixels.split(BATCH_SIZE)]
+    return torch.cat([encoder.backbone(part) for part in parts])
 
 
 def attention_sheet(pictures: Sequence[Picture], attention: Tensor, columns: int) -> Image.Image:
@@ -140,20 +127,20 @@ def visualize(
 
     Raises `UsageError` for weights without a branch, or if there is no image to show.
     """
-    backbone, branch, facts = load_encoder(weights, device)
+    encoder = load(weights, device)
+    branch, side = encoder.branch, encoder.image_size
     if branch is None:
         raise UsageError(f"{weights} has no rationale branch, so there is no attention to show")
     images, unreadable = list_images(sources), dict[str, str]()
     folder.mkdir(parents=True, exist_ok=True)
-    with evaluating(branch, None):
-        pictures = choose_pictures(images, limit, facts["image_size"], unreadable)
-        features = features_of(backbone, pictures, device)
-        attention = branch.pool(features).attention.view(-1, *features.shape[2:])
-        save(attention_sheet(pictures, attention, columns), folder / "attention.png", console)
-        if detectors:
-            pictures = choose_pictures(images, DETECTOR_IMAGES, facts["image_size"], unreadable)
-            answers = responses(branch, features_of(backbone, pictures, device)).cpu()
-            save(detector_sheet(pictures, answers, detector_maps(branch, answers)), folder / "detectors.png", console)
+    pictures = choose_pictures(images, limit, side, unreadable)
+    features = features_of(encoder, pictures, device)
+    attention = branch.pool(features).attention.view(-1, *features.shape[2:])
+    save(attention_sheet(pictures, attention, columns), folder / "attention.png", console)
+    if detectors:
+        pictures = choose_pictures(images, DETECTOR_IMAGES, side, unreadable)
+        answers = branch.responses(features_of(encoder, pictures, device)).cpu()
+        save(detector_sheet(pictures, answers, branch.alone(answers)), folder / "detectors.png", console)
     for reason in unreadable.values():
         console.print(f"left out: {reason}", soft_wrap=True, highlight=False)
 
@@ -174,36 +161,24 @@ class VisualizeConfig:
     """Image files, or whatever --data.root of the training takes (its test images). Default: the run's own."""
     out: Path | None = None
     """Folder to write. Default: that of the weights."""
-    limit: int = 24
+    limit: int = number(24, 1)
     """Images shown, evenly spread over those there are."""
-    columns: int = 6
+    columns: int = number(6, 1)
     """Images side by side."""
     detectors: bool = False
     """Also write detectors.png: each detector's share of the places, and its own map where it answers most."""
     run: DeviceConfig = field(default_factory=DeviceConfig)
 
 
-def validate(config: VisualizeConfig) -> None:
-    """Raise `UsageError` naming the first flag whose value cannot work."""
-    checks = {
-        "--limit must be at least 1": config.limit >= 1,
-        "--columns must be at least 1": config.columns >= 1,
-    }
-    for message, holds in checks.items():
-        if not holds:
-            raise UsageError(message)
-
-
 def main(args: Sequence[str] | None = None) -> None:
     """Command line of `python -m fastcr.visualize`."""
-    with one_line_errors("fastcr.visualize"):
+    with one_line_errors("visualize"):
         config = parse(
             VisualizeConfig,
             sys.argv[1:] if args is None else args,
-            prog="python -m fastcr.visualize",
+            prog=called("visualize"),
             description="Contact sheets of the attention and of the detectors.",
         )
-        validate(config)
         weights, images = find_weights(config.source), config.images
         if not images and not config.source.is_dir():
             raise UsageError("a weights file needs an IMAGE or a FOLDER of them after it")

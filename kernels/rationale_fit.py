@@ -2,7 +2,7 @@
 
     L_b(s)   = max_k(w_k . A_b(s) + c_k) / tau          attention logits
     Q_b      = softmax_s(L_b)                           attention
-    cam_b(s) = relu(sign * sum_c A_bc(s) g_bc)          GradCAM; sign +1 "loss", -1 "score"
+    cam_b(s) = relu(sign * sum_c A_bc(s) g_bc)          GradCAM; sign +1 keeps "mismatch", -1 "match"
     P_b      = cam_b / sum_s cam_b                      target "sum"
              | softmax_s(cam_b / max_s cam_b / tau)     target "max-softmax"; uniform where cam_b is 0 everywhere
              | 1 / S                                    target "uniform": what is fitted to says nothing, a control
@@ -44,7 +44,7 @@ except ImportError:
     triton = None
 
 Target = Literal["max-softmax", "sum", "uniform"]
-CamSign = Literal["score", "loss"]
+CamKeeps = Literal["mismatch", "match"]
 
 
 class RationaleFit(NamedTuple):
@@ -91,7 +91,7 @@ def rationale_fit_reference(
     *,
     temperature: float = 0.4,
     target: Target = "max-softmax",
-    cam_sign: CamSign = "score",
+    cam_keeps: CamKeeps = "mismatch",
     pool_weight: float = 0.0,
     stop_gradient: bool = False,
 ) -> RationaleFit:
@@ -104,7 +104,7 @@ def rationale_fit_reference(
         log_attention = torch.log_softmax(logits / temperature, dim=1)
 
         slope = torch.einsum("bcs,bc->bs", maps.detach(), gradient)
-        cam = torch.relu(slope if cam_sign == "loss" else -slope)
+        cam = torch.relu(slope if cam_keeps == "mismatch" else -slope)
         cam = cam.where(slope.isfinite(), torch.nan)  # relu would hide an infinity of the other sign
         probability = gradcam_target(cam, target, temperature)
 
@@ -164,7 +164,7 @@ if triton is not None:
 @torch.library.custom_op("fastcr::rationale_fit", mutates_args=())
 def _fused(
     features: Tensor, gradient: Tensor, detectors: Tensor, bias: Tensor | None, temperature: float, target: str,
-    cam_sign: str, pool_weight: float, stop_gradient: bool,
+    cam_keeps: str, pool_weight: float, stop_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """KL `[B]`, attention and target `[B,S]` (fp32), winning detectors `[B,S]` (int32)."""
     rows, detectors = rows_of(features), detectors.contiguous()
@@ -176,7 +176,7 @@ def _fused(
         _fit_kernel[(batch,)](
             rows, gradient.float().contiguous(), detectors, rows if bias is None else bias.contiguous(),
             divergence, attention, probability, winners, positions, channels, len(detectors), 1 / temperature,
-            0.0 if target == "uniform" else 1.0 if cam_sign == "loss" else -1.0,  # GradCAM 0 gives the uniform target
+            0.0 if target == "uniform" else 1.0 if cam_keeps == "mismatch" else -1.0,  # 0: GradCAM 0, target uniform
             BLOCK_ALL=all_positions(rows), HAS_BIAS=bias is not None, SUM=target == "sum",
             **tile_settings("rationale_fit", rows, len(detectors)), **dot_settings(rows, len(detectors)),
         )  # fmt: skip
@@ -186,7 +186,7 @@ def _fused(
 @_fused.register_fake
 def _(
     features: Tensor, gradient: Tensor, detectors: Tensor, bias: Tensor | None, temperature: float, target: str,
-    cam_sign: str, pool_weight: float, stop_gradient: bool,
+    cam_keeps: str, pool_weight: float, stop_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     batch, _, height, width = features.shape
     attention = features.new_empty(batch, height * width, dtype=torch.float32)
@@ -244,7 +244,7 @@ def rationale_fit(
     *,
     temperature: float = 0.4,
     target: Target = "max-softmax",
-    cam_sign: CamSign = "score",
+    cam_keeps: CamKeeps = "mismatch",
     pool_weight: float = 0.0,
     stop_gradient: bool = False,
     impl: Impl = "auto",
@@ -258,7 +258,8 @@ def rationale_fit(
         bias: c `[K]`, or None for no bias.
         temperature: tau of the attention and of the target "max-softmax", above 0.
         target: how GradCAM becomes a distribution; "uniform" leaves it out.
-        cam_sign: "loss" keeps places that raise the contrast loss, "score" places that lower it.
+        cam_keeps: positions that GradCAM keeps, "mismatch" those that raise the loss `gradient` is of (in contrastive
+            learning they make the two views of an image less similar), "match" those that lower it.
         pool_weight: backward also adds `pool_weight * g_b / S` to the feature gradient, whatever the gradient of the
             divergence. A caller who mean-pools detached features sets it to 1/B, and the whole gradient of the
             features is written in one pass. The divergence must then take part in the loss.
@@ -281,11 +282,11 @@ def rationale_fit(
         raise ValueError(f"gradient must be on {features.device} like features, got {gradient.device}")
     if target not in ("max-softmax", "sum", "uniform"):
         raise ValueError(f"target must be 'max-softmax', 'sum' or 'uniform', got {target!r}")
-    if cam_sign not in ("score", "loss"):
-        raise ValueError(f"cam_sign must be 'score' or 'loss', got {cam_sign!r}")
+    if cam_keeps not in ("mismatch", "match"):
+        raise ValueError(f"cam_keeps must be 'mismatch' or 'match', got {cam_keeps!r}")
+    settings = temperature, target, cam_keeps, pool_weight, stop_gradient
     if use_triton(impl, named(features=features, gradient=gradient, detectors=detectors, bias=bias)):
-        results = _fused(features, gradient, detectors, bias, temperature, target, cam_sign, pool_weight, stop_gradient)
-        return RationaleFit(*results[:3])
+        return RationaleFit(*_fused(features, gradient, detectors, bias, *settings)[:3])
     return rationale_fit_reference(
         features,
         gradient,
@@ -293,7 +294,7 @@ def rationale_fit(
         bias,
         temperature=temperature,
         target=target,
-        cam_sign=cam_sign,
+        cam_keeps=cam_keeps,
         pool_weight=pool_weight,
         stop_gradient=stop_gradient,
     )

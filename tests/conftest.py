@@ -31,7 +31,7 @@ except ImportError:
     stand_in.given.return_value = pytest.mark.skip(reason="hypothesis is not installed")
     sys.modules["hypothesis"] = stand_in
 if not (importlib.util.find_spec("pytorch_metric_learning") and importlib.util.find_spec("sklearn")):
-    collect_ignore = ["test_retrieval.py"]
+    collect_ignore = ["measures/test_retrieval.py"]
 
 
 def pytest_report_header() -> str:
@@ -53,7 +53,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def birds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Drawn birds in 16 classes, 64 pictures to train on and 32 to test; not to be changed."""
-    from fastcr.synthetic import write_synthetic  # here, for nothing of fastcr may come before the choice above
+    from fastcr.data.synthetic import write_synthetic  # here, for nothing of fastcr may come before the choice above
 
     return write_synthetic(tmp_path_factory.mktemp("data") / "birds", train_per_class=4, test_per_class=2)
 

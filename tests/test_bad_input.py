@@ -18,7 +18,9 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from fastcr import check, evaluate, train, training
+from fastcr import evaluate, train
+from fastcr import folders as check
+from fastcr.method import build as training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = [
@@ -295,7 +297,7 @@ def runs_with_the_batch_it_names(scene: Scene) -> None:
 
 def no_dali(scene: Scene) -> None:
     scene.patch.setitem(sys.modules, "nvidia.dali", None)
-    scene.patch.delitem(sys.modules, "fastcr.dali_views", raising=False)
+    scene.patch.delitem(sys.modules, "fastcr.data.dali_views", raising=False)
     scene.patch.delattr("nvidia.dali", raising=False)
 
 

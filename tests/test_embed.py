@@ -20,14 +20,17 @@ from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from fastcr import embed as embedding
-from fastcr import embed_folder, embedding_files
-from fastcr.backbone import build_backbone
-from fastcr.checkpoint import save_weights, write_whole
+from fastcr import embed as embed_folder
 from fastcr.config import ModelConfig, RationaleConfig, ReleasedConfig
-from fastcr.embed import build_branch, embed, encode, load_encoder, weights_facts, weights_of
-from fastcr.embedding_files import Partial
-from fastcr.folders import ImageList, read_splits
+from fastcr.data.images import ImageList
+from fastcr.data.layouts import read_splits
+from fastcr.measures import embedding_files
+from fastcr.measures import embeddings as embedding
+from fastcr.measures.embedding_files import Partial
+from fastcr.measures.embeddings import embed, encode
+from fastcr.method.backbone import build_backbone
+from fastcr.method.encoder import build_branch, load_encoder, weights_facts, weights_of
+from fastcr.runs.checkpoint import save_weights, write_whole
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = ("--run.device", "cpu", "--data.workers", "0")

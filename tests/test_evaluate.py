@@ -17,11 +17,14 @@ from PIL import Image
 from rich.console import Console
 from torchvision.transforms import v2
 
-from fastcr import embed as embedding
-from fastcr import evaluate, measuring, train
-from fastcr.embed import Embeddings, embed, load_encoder
-from fastcr.folders import ImageList, read_rgb, read_splits
-from fastcr.linear_probe import fit_augmented
+from fastcr import evaluate, train
+from fastcr.data.images import ImageList, read_rgb
+from fastcr.data.layouts import read_splits
+from fastcr.measures import embeddings as embedding
+from fastcr.measures import evaluation as measuring
+from fastcr.measures.embeddings import Embeddings, embed
+from fastcr.measures.linear_probe import fit_augmented
+from fastcr.method.encoder import load_encoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = [

@@ -13,7 +13,7 @@ import torch
 
 from fastcr.config import RationaleConfig
 from fastcr.kernels.rationale_fit import rationale_fit
-from fastcr.rationale import RationaleHead
+from fastcr.method.rationale import RationaleHead
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -19,11 +19,10 @@ from torch import Tensor
 
 import fastcr
 from fastcr import export, train
-from fastcr.backbone import build_backbone
-from fastcr.checkpoint import save_weights
 from fastcr.config import ModelConfig, RationaleConfig, ReleasedConfig
-from fastcr.embed import build_branch, weights_facts, weights_of
-from fastcr.encoder import Encoder
+from fastcr.method.backbone import build_backbone
+from fastcr.method.encoder import Encoder, build_branch, weights_facts, weights_of
+from fastcr.runs.checkpoint import save_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = [

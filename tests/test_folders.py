@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from fastcr import train
-from fastcr.check import main
-from fastcr.config import UsageError
-from fastcr.folders import read_splits
+from fastcr.data.layouts import read_splits
+from fastcr.errors import UsageError
+from fastcr.folders import main
 
 TINY = [
     "--data.image_size", "32", "--data.cache", "off", "--run.device", "cpu", "--optim.batch_size", "20",

@@ -36,21 +36,21 @@ from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 
-from fastcr import archives
-from fastcr.backbone import build_backbone
-from fastcr.checkpoint import load_resume, load_weights, random_states, read_state_dict, save_resume, save_weights
-from fastcr.cli import load_config, one_line_errors, save_config
 from fastcr.config import Config, ModelConfig, RationaleConfig, ReleasedConfig, validate
-from fastcr.embed import build_branch, weights_facts, weights_of
-from fastcr.embedding_files import Partial, check_unused, put_in_place
-from fastcr.encoder import load
-from fastcr.folders import ImageList, Splits, read_splits
-from fastcr.localisation import read_objects
-from fastcr.measuring import HISTORY, Measured, Measuring
-from fastcr.presets import PRESETS, read_command_line
+from fastcr.data import archives
+from fastcr.data.images import ImageList, Splits
+from fastcr.data.layouts import read_splits
+from fastcr.data.shards import index_of, list_samples, write_index
+from fastcr.measures.embedding_files import Partial, check_unused, put_in_place
+from fastcr.measures.evaluation import HISTORY, Measured, Measuring
+from fastcr.measures.localisation import read_objects
+from fastcr.method.backbone import build_backbone
+from fastcr.method.encoder import build_branch, load, weights_facts, weights_of
+from fastcr.presets import PRESETS
 from fastcr.report import ReportConfig, write_report
-from fastcr.runlog import keep_records
-from fastcr.shards import index_of, list_samples, write_index
+from fastcr.runs.checkpoint import load_resume, load_weights, random_states, read_state_dict, save_resume, save_weights
+from fastcr.runs.command_line import load_config, one_line_errors, read_command_line, save_config
+from fastcr.runs.log import keep_records
 
 SECONDS = 10.0  # that an input may take: far more than any needs, for the machine may be busy
 NOBODY = 65534
@@ -563,7 +563,7 @@ def folder_of_shards(random: Random, folder: Path) -> None:
 def archive(name: str) -> Path:
     """One archive of that kind, sound; to be copied."""
     root = Path(tempfile.mkdtemp())
-    runpy.run_path(str(Path(__file__).with_name("test_archives.py")))["ARCHIVES"][name][0](root)
+    runpy.run_path(str(Path(__file__).with_name("data") / "test_archives.py"))["ARCHIVES"][name][0](root)
     if name == "cub":
         (root / "parts").mkdir()
         (root / "bounding_boxes.txt").write_text("".join(f"{i} 1.0 2.0 5.0 5.0\n" for i in range(1, 5)))

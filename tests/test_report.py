@@ -23,13 +23,13 @@ import yaml
 from PIL import Image, ImageChops
 
 from fastcr import report, train
-from fastcr.cli import load_config
-from fastcr.embed import Embeddings
-from fastcr.folders import ImageList, read_splits
-from fastcr.presets import read_command_line
+from fastcr.data.images import ImageList
+from fastcr.data.layouts import read_splits
+from fastcr.measures.embeddings import Embeddings
+from fastcr.measures.gallery import SIDE, Thumbnails, attended, neighbours, spread
 from fastcr.report_html import POINTS, Line, chart, escaped, is_report, tag, thinned, ticks
 from fastcr.report_page import MISSING, duration
-from fastcr.report_pictures import SIDE, Thumbnails, attended, neighbours, spread
+from fastcr.runs.command_line import load_config, read_command_line
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = [

@@ -24,12 +24,13 @@ import torch
 import torchvision
 import yaml
 
-from fastcr import check, evaluate, train
-from fastcr.checkpoint import save_weights
-from fastcr.config import UsageError
-from fastcr.folders import read_splits
+from fastcr import evaluate, train
+from fastcr import folders as check
+from fastcr.data.layouts import read_splits
+from fastcr.data.shards import index_of, list_samples, read_index
+from fastcr.errors import UsageError
 from fastcr.report_html import POLICY, broken_at_underscores, heading, page, table, tag
-from fastcr.shards import index_of, list_samples, read_index
+from fastcr.runs.checkpoint import save_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parent.parent

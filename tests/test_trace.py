@@ -11,14 +11,14 @@ import torch
 from torch import nn
 from torch.profiler import record_function
 
+from bench.budget import IN_PASSING, PASSES, Ceilings, Count, Work, size, step_work
+from bench.profiled import kernel_rows, phase_rows, recorded_work, take_apart
+from bench.timing import copy_bandwidth, matmul_rate
+from bench.workloads import Workload
 from fastcr import trace
-from fastcr.backbone import build_backbone
-from fastcr.budget import IN_PASSING, PASSES, Ceilings, Count, Work, size, step_work
 from fastcr.config import RationaleConfig, ReleasedConfig
+from fastcr.method.backbone import build_backbone
 from fastcr.presets import cub200, synthetic
-from fastcr.profiled import kernel_rows, phase_rows, recorded_work, take_apart
-from fastcr.timing import copy_bandwidth, matmul_rate
-from fastcr.workloads import Workload
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PHASES = ["key forward", "query forward", "contrast", "fit", "backward", "optimiser", "EMA", "queue"]

@@ -21,16 +21,19 @@ import torch
 from rich.console import Console
 from safetensors import safe_open
 
-from fastcr import checkpoint, step, train, training
-from fastcr.backbone import build_backbone
-from fastcr.checkpoint import load_weights
-from fastcr.cli import load_config
+from fastcr import train
 from fastcr.config import Config
-from fastcr.folders import read_splits
+from fastcr.data.layouts import read_splits
+from fastcr.data.views import step_indices
 from fastcr.kernels import launch
+from fastcr.method import build as training
+from fastcr.method import step
+from fastcr.method.backbone import build_backbone
 from fastcr.presets import PRESETS
-from fastcr.runlog import HealthWatch
-from fastcr.views import step_indices
+from fastcr.runs import checkpoint
+from fastcr.runs.checkpoint import load_weights
+from fastcr.runs.command_line import load_config
+from fastcr.runs.watch import HealthWatch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # 64 training images make 8 steps an epoch; a queue of 20 is no multiple of the batch

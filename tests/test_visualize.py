@@ -11,14 +11,15 @@ import torch
 from PIL import Image, ImageChops, ImageFont
 
 from fastcr import visualize
-from fastcr.backbone import build_backbone
-from fastcr.checkpoint import save_weights
-from fastcr.cli import save_config
 from fastcr.config import Config, DataConfig, ModelConfig, RationaleConfig, ReleasedConfig
-from fastcr.embed import _TestImages, build_branch, encode, evaluating, load_encoder, weights_facts, weights_of
-from fastcr.folders import read_splits
-from fastcr.overlays import FONT_SIZE, GAP, LINE, Tile, contact_sheet, fitted, overlay
-from fastcr.views import normalise
+from fastcr.data.layouts import read_splits
+from fastcr.data.views import normalise
+from fastcr.measures.embeddings import _TestImages, encode, evaluating
+from fastcr.measures.overlays import FONT_SIZE, GAP, LINE, Tile, contact_sheet, fitted, overlay
+from fastcr.method.backbone import build_backbone
+from fastcr.method.encoder import build_branch, load_encoder, weights_facts, weights_of
+from fastcr.runs.checkpoint import save_weights
+from fastcr.runs.command_line import save_config
 from fastcr.visualize import Picture, crop_picture, detector_maps, detector_sheet, responses
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -1,0 +1,1 @@
+"""Which images there are, in what order, decoded and cut into two views."""

@@ -1,0 +1,1 @@
+"""Embeddings of a data set, and what they are worth."""

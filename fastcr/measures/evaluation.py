@@ -1,0 +1,214 @@
+"""What an encoder is worth: every measure of it, during a training run, at its end, and for `fastcr.evaluate`."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from fastcr.config import KnnConfig, LinearConfig
+from fastcr.data.images import ImageList, Splits
+from fastcr.measures.embeddings import Embeddings, embed
+from fastcr.measures.linear_probe import fit_augmented
+from fastcr.measures.localisation import Objects
+from fastcr.measures.results import (
+    Scores,
+    few_label_probe_scores,
+    knn_scores,
+    linear_probe_scores,
+    linear_scores,
+    localisation_scores,
+    results_table,
+    retrieval_scores,
+    split_of,
+)
+from fastcr.method.encoder import Encoder, load
+from fastcr.runs.checkpoint import write_whole
+from fastcr.runs.distributed import ALONE, Processes
+from fastcr.runs.log import read_records
+
+HISTORY = "evaluations.jsonl"  # of a run: one object for each evaluation during training
+
+
+class Classifiers(NamedTuple):
+    """Which classifiers are trained to measure an encoder."""
+
+    knn: KnnConfig
+    linear: LinearConfig
+
+
+class Measured(NamedTuple):
+    """Scores of an encoder, and which images they leave out."""
+
+    scores: Scores
+    skipped: int  # images that are alone in their class: in the gallery, but no queries
+    unreadable: list[str]
+
+
+def test_images(splits: Splits) -> ImageList | None:
+    """The labelled images to measure on: the test split, else the training images; None without labels."""
+    images = splits.test or splits.train
+    return images if images.labels is not None and len(images.classes) > 1 else None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How encoders are measured: retrieval always, the rest as asked for and as there are images for it."""
+
+    splits: Splits
+    images: ImageList  # that the scores are of
+    device: torch.device
+    workers: int
+    console: Console
+    classifiers: Classifiers | None = None  # None: retrieval only
+    objects: Objects | None = None  # in `images`
+    processes: Processes = ALONE  # that share the work of the encoder; the rest is the first one's
+
+    def measure(self, encoder: Encoder, title: str) -> Measured:
+        """Every score of an encoder."""
+        train = self.splits.train
+        classified = self.classifiers is not None and self.splits.test is not None and train.labels is not None
+        found = self._embed(encoder, self.images, title)
+        known = self._embed(encoder, train, f"{title}, training images") if classified else None
+        return self.processes.once(lambda: self._scores(encoder, found, known))
+
+    def _embed(self, encoder: Encoder, images: ImageList, title: str) -> Embeddings:
+        return embed(
+            encoder,
+            images,
+            device=self.device,
+            workers=self.workers,
+            console=self.console,
+            title=title,
+            processes=self.processes,
+        )
+
+    def _scores(self, encoder: Encoder, found: Embeddings, found_train: Embeddings | None) -> Measured:
+        classes, train = len(self.images.classes), self.splits.train
+        test = split_of(found, self.images, self.device)
+        retrieved, skipped = retrieval_scores(test)
+        scores: Scores = {"retrieval": retrieved}
+        if self.classifiers and found_train:
+            knn, linear = self.classifiers
+            known = split_of(found_train, train, self.device)
+            scores["knn"] = knn_scores(known, test, classes, k=knn.k, temperature=knn.temperature)
+            if linear.enabled and linear.augment:
+                scores["linear"] = linear_scores(test, self._augmented(encoder, linear.epochs))
+            elif linear.enabled:
+                scores["linear"] = linear_probe_scores(known, test, classes, linear.epochs)
+            if linear.enabled and linear.few:
+                scores["few_label"] = few_label_probe_scores(known, test, classes, linear.few, linear.epochs)
+        if self.objects is not None and encoder.branch is not None:
+            scores["localisation"] = localisation_scores(found, self.objects, encoder.image_size)
+        return Measured(scores, skipped, found.unreadable)
+
+    def _augmented(self, encoder: Encoder, epochs: int) -> dict[str, nn.Linear]:
+        def encode(images: Tensor) -> dict[str, Tensor]:
+            mean, rationale, _ = encoder.both(images)
+            return {"mean": mean} | ({} if rationale is None else {"rationale": rationale})
+
+        with encoder.evaluating():
+            return fit_augmented(
+                encode,
+                self.splits.train,
+                len(self.images.classes),
+                image_size=encoder.image_size,
+                device=self.device,
+                workers=self.workers,
+                console=self.console,
+                epochs=epochs,
+            )
+
+    def measure_file(self, path: Path, title: str) -> Measured:
+        """Every score of a weights file, which only the first process needs to have."""
+        return self.measure(self.processes.once(lambda: load(path)).to(self.device), title)
+
+    def results(self, weights: Path, frozen: Scores | None) -> dict[str, Any]:
+        """Content of `results.json`: scores of `weights`, those of the frozen initialisation, the best epoch."""
+        scores, skipped, unreadable = self.measure_file(weights, "trained")
+        for path in unreadable:
+            self.console.print(f"unreadable image {path!r}: left out", soft_wrap=True, highlight=False)
+        if skipped:
+            self.console.print(f"{skipped} images are alone in their class: retrieved from, but not used as queries")
+        results: dict[str, Any] = {
+            "folder": str(self.images.root),
+            "images": len(self.images) - len(unreadable),
+            "unreadable": len(unreadable),
+            "skipped": skipped,
+            "classes": len(self.images.classes),
+            **scores,
+        }
+        if frozen is not None:
+            results["frozen_init"] = frozen
+        if best := self._best(read_records(weights.parent / HISTORY)):
+            results["best_epoch"] = best
+        return results
+
+    def _best(self, history: list[dict[str, Any]]) -> dict[str, Any] | None:
+        """The evaluation during training, on these images, with the highest rank-1."""
+        ranked = {}
+        for number, entry in enumerate(history):
+            with suppress(KeyError, TypeError, ValueError, AttributeError, IndexError):  # one that a bad disk spoilt
+                if entry["folder"] == str(self.images.root):
+                    ranked[number] = float(list(entry["retrieval"].values())[-1]["rank1"])
+        return history[max(ranked, key=ranked.__getitem__)] if ranked else None
+
+
+class TrainingEvaluation:
+    """The evaluations of one training run: during it, and at its end. Does nothing without labels."""
+
+    def __init__(
+        self,
+        folder: Path,
+        splits: Splits,
+        device: torch.device,
+        workers: int,
+        console: Console,
+        processes: Processes = ALONE,
+    ) -> None:
+        self.folder, self.console, self.processes, images = folder, console, processes, test_images(splits)
+        self.evaluation = Evaluation(splits, images, device, workers, console, processes=processes) if images else None
+        self.frozen: Scores | None = None
+
+    def _frozen(self, evaluation: Evaluation) -> Scores:
+        if self.frozen is None:
+            self.frozen = evaluation.measure_file(self.folder / "init.safetensors", "frozen init").scores
+        return self.frozen
+
+    def during(self, encoder: Encoder, epoch: int) -> None:
+        """Print rank-1 of the encoder as it is beside the frozen initialisation, with a warning if it is below."""
+        if self.evaluation is None:
+            return
+        frozen = self._frozen(self.evaluation)["retrieval"]
+        with torch.compiler.set_stance("force_eager"):  # not worth compiling for eval mode and another batch size
+            scores = self.evaluation.measure(encoder, f"epoch {epoch}").scores["retrieval"]
+        if not self.processes.first:
+            return
+        with (self.folder / HISTORY).open("a") as file:
+            folder = str(self.evaluation.images.root)
+            file.write(json.dumps({"epoch": epoch, "folder": folder, "retrieval": scores}) + "\n")
+        for name, values in scores.items():
+            line = f"  rank-1 {name} {values['rank1']:.2f} (frozen init {frozen[name]['rank1']:.2f})"
+            below = "  warning: below the frozen init" if values["rank1"] < frozen[name]["rank1"] else ""
+            self.console.print(line + below, highlight=False)
+
+    def at_the_end(self) -> None:
+        """Evaluate weights.safetensors, write results.json and print the table."""
+        if self.evaluation is None:
+            self.console.print("no labels (class folders): retrieval is not measured")
+            return
+        results = self.evaluation.results(self.folder / "weights.safetensors", self._frozen(self.evaluation))
+        self.console.print(results_table(results))
+        if self.processes.first:
+            write_results(self.folder / "results.json", results)
+
+
+def write_results(path: Path, results: dict[str, Any]) -> None:
+    """Write `results.json`, whole or not at all."""
+    write_whole(path, lambda file: file.write_text(json.dumps(results, indent=2) + "\n"))

@@ -1,0 +1,1 @@
+"""Encoders, the branch, the step: what a run trains."""

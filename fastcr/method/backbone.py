@@ -1,0 +1,152 @@
+"""The encoder: a torchvision ResNet or a timm model up to its last feature map, and where its weights come from."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from fastcr.data.views import MEAN, STD
+from fastcr.errors import UsageError, one_line
+
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+STAGES = ("layer1", "layer2", "layer3", "layer4")
+TIMM = "timm:"
+# what may come after the last feature map of a timm model; the classifier's own name is in its `pretrained_cfg`
+TIMM_HEADS = ("head", "head_dist", "attn_pool", "pre_logits")
+
+
+class TimmEncoder(nn.Module):
+    """The model `timm` up to its last feature map; square or oblong images `[B,3,H,W]` to features `[B,C,h,w]`.
+
+    Images come normalised with ImageNet's mean and std, and are put to those of the model's own weights. The class
+    token and its like are left out; the others lie on their grid.
+    """
+
+    timm: Any
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.timm = model
+        mean, std = (tuple(model.pretrained_cfg[key]) for key in ("mean", "std"))
+        self.renormalise = (mean, std) != (MEAN, STD)
+        self.register_buffer("scale", (torch.tensor(STD) / torch.tensor(std)).view(3, 1, 1), persistent=False)
+        shift = (torch.tensor(MEAN) - torch.tensor(mean)) / torch.tensor(std)
+        self.register_buffer("shift", shift.view(3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features `[B,C,h,w]`; `ValueError` if the model's are no map."""
+        if self.renormalise:
+            images = images * self.scale.to(images.dtype) + self.shift.to(images.dtype)
+        features = self.timm.forward_features(images)
+        if features.ndim == 4:  # some models keep the channels last
+            return features if features.shape[1] == self.timm.num_features else features.permute(0, 3, 1, 2)
+        if hasattr(self.timm, "fc_norm"):  # a norm that the model has after pooling serves each position here
+            features = self.timm.fc_norm(features)
+        tokens = features[:, getattr(self.timm, "num_prefix_tokens", 0) :]
+        high = round(math.sqrt(tokens.shape[1] * images.shape[2] / images.shape[3]))
+        wide = tokens.shape[1] // max(high, 1)
+        if tokens.shape[1] != high * wide or tokens.shape[1] < 2:
+            raise ValueError(f"its features {list(features.shape)} are no map")
+        return tokens.transpose(1, 2).unflatten(2, (high, wide))
+
+
+def backbone_mistake(name: str, last_stage: str = "layer4", *, stem_maxpool: bool = True) -> str | None:
+    """What is wrong with these settings, on one line; None if they name an encoder.
+
+    Raises `UsageError` for a timm model where there is no timm.
+    """
+    if not name.startswith(TIMM):
+        if name not in RESNETS:
+            return (
+                f"--model.backbone: no encoder {name!r} ({_guess(name, RESNETS, 1)}; "
+                f"there are {', '.join(RESNETS)} and timm:NAME)"
+            )
+        if last_stage not in STAGES:
+            return f"last_stage must be one of {', '.join(STAGES)}, got {last_stage!r}"
+        return None
+    timm, model = import_timm(name), name.removeprefix(TIMM)
+    tagged = timm.list_pretrained()
+    if not (model in tagged if "." in model else timm.is_model(model)):
+        return f"--model.backbone: timm has no model {model!r} ({_guess(model, timm.list_models() + tagged, 3)})"
+    if last_stage != "layer4" or not stem_maxpool:
+        return (
+            "--model.last_stage layer3 and --released.stem_maxpool False are for torchvision's ResNets: "
+            f"{name} is taken whole (--model.last_stage layer4)"
+        )
+    return None
+
+
+def build_backbone(
+    name: str, last_stage: str = "layer4", *, stem_maxpool: bool = True, image_size: int | None = None
+) -> tuple[nn.Module, int]:
+    """A randomly initialised encoder, images `[B,3,H,W]` to its last features `[B,C,h,w]`, and `C`.
+
+    The parameters of a ResNet keep torchvision's names (`h = H/32`; layer3: `H/16`), those of `timm:NAME` timm's, after
+    `timm.`. Raises `ValueError` for what `backbone_mistake` names, `UsageError` without timm, or if the encoder gives
+    no map for images of side `image_size`, where that is given.
+    """
+    mistake = backbone_mistake(name, last_stage, stem_maxpool=stem_maxpool)
+    if mistake:
+        raise ValueError(mistake)
+    if name.startswith(TIMM):
+        return _build_timm(name, image_size)
+    resnet = torchvision.models.get_model(name, weights=None)
+    modules = OrderedDict(resnet.named_children())
+    channels = modules.pop("fc").in_features
+    modules.pop("avgpool")
+    if not stem_maxpool:
+        modules.pop("maxpool")
+    for stage in STAGES[STAGES.index(last_stage) + 1 :]:
+        modules.pop(stage)
+        channels //= 2
+    return nn.Sequential(modules), channels
+
+
+def _build_timm(name: str, image_size: int | None) -> tuple[nn.Module, int]:
+    model = create_timm(name, pretrained=False)
+    for head in TIMM_HEADS:
+        if hasattr(model, head):
+            setattr(model, head, nn.Identity())
+    encoder = TimmEncoder(model)
+    if image_size:
+        try:
+            with torch.no_grad():
+                encoder.eval()(torch.zeros(1, 3, image_size, image_size))
+        except Exception as error:  # each model refuses in its own way
+            own = model.pretrained_cfg["input_size"][-1]
+            raise UsageError(
+                f"{name} cannot take --data.image_size {image_size} (its own is {own}): {one_line(error)}"
+            ) from None
+    return encoder.train(), model.num_features
+
+
+def create_timm(name: str, *, pretrained: bool) -> Any:
+    """The timm model that `timm:NAME` means, without its classifier."""
+    timm, model = import_timm(name), name.removeprefix(TIMM)
+    try:  # position embeddings resized to the image in each pass, where a model has any: the weights fit every size
+        return timm.create_model(model, pretrained=pretrained, num_classes=0, dynamic_img_size=True)
+    except TypeError:
+        return timm.create_model(model, pretrained=pretrained, num_classes=0)
+
+
+def import_timm(name: str) -> Any:
+    """The package timm. `UsageError` if it is not installed."""
+    try:
+        return importlib.import_module("timm")
+    except ImportError:
+        raise UsageError(f'{name} needs timm: pip install "fastcr[timm]"') from None
+
+
+def _guess(name: str, names: Sequence[str], count: int) -> str:
+    close = difflib.get_close_matches(name, names, n=count)
+    return f"did you mean {' or '.join(map(repr, close))}?" if close else "nothing of a similar name"

@@ -1,0 +1,224 @@
+"""A trained encoder as others use it: images in, unit embeddings and attention maps out; and its weights file.
+
+encoder = fastcr.load("runs/cub200-20261123-120000")
+embedding, attention = encoder(encoder.transform(image)[None])
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from fastcr.config import Config, RationaleConfig, ReleasedConfig
+from fastcr.data.crops import centre_crop
+from fastcr.data.images import to_rgb
+from fastcr.data.views import MEAN, STD
+from fastcr.errors import UsageError, one_line
+from fastcr.kernels.launch import Impl
+from fastcr.method.backbone import TIMM, build_backbone
+from fastcr.method.moco import mean_pool
+from fastcr.method.rationale import RationaleHead
+from fastcr.method.released import ReleasedBranch, from_released_checkpoint, released_facts
+from fastcr.runs.checkpoint import load_weights
+from fastcr.runs.distributed import ALONE, Processes
+from fastcr.runs.machine import pick_device
+
+Branch = RationaleHead | ReleasedBranch
+
+
+class Encoded(NamedTuple):
+    """What an `Encoder` makes of a batch of images."""
+
+    embedding: Tensor
+    """`[B,C]`, unit length."""
+    attention: Tensor
+    """`[B,h,w]`, each map sums to 1; that of a released checkpoint lies in [0, 1] and depends on the whole batch."""
+
+
+class Pooled(NamedTuple):
+    """Both embeddings of a batch of images, from one pass of the encoder, in fp32."""
+
+    mean: Tensor  # [B,C], unit length: mean pooling
+    rationale: Tensor | None  # [B,C], unit length: pooled with the attention; None without a branch
+    attention: Tensor | None  # [B,h,w]
+
+
+class Encoder(nn.Module):
+    """Images to their rationale embedding and attention.
+
+    `fastcr.load` gives it frozen and in eval mode; `requires_grad_(True).train()` readies it for fine-tuning.
+
+    Attributes:
+        backbone, branch: the parts; no branch (None) for plain MoCo.
+        image_size: side of the images it was trained on, pixels; others work too.
+        mean, std: of the normalisation, a number a colour.
+        facts: the description kept with the weights.
+        ignored: keys of a released checkpoint that no part of the encoder comes from.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, branch: Branch | None, facts: dict[str, Any], ignored: tuple[str, ...] = ()
+    ) -> None:
+        super().__init__()
+        self.backbone, self.branch, self.ignored = backbone, branch, ignored
+        self.facts = {"mean": MEAN, "std": STD} | facts
+        self.image_size = int(facts["image_size"])
+        self.mean, self.std = (tuple(map(float, self.facts[name])) for name in ("mean", "std"))
+
+    def forward(self, images: Tensor) -> Encoded:
+        """Normalised images `[B,3,S,S]` to embedding `[B,C]` and attention `[B,h,w]`.
+
+        Without a branch the attention is uniform, and the embedding the mean one.
+        """
+        features = self.backbone(images)
+        if self.branch is None:
+            uniform = features.new_full((len(features), *features.shape[2:]), 1 / features[0, 0].numel())
+            return Encoded(F.normalize(mean_pool(features), dim=1), uniform)
+        pooled, attention = self.branch.pool(features)
+        return Encoded(F.normalize(pooled, dim=1), attention.unflatten(1, features.shape[2:]))
+
+    def both(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Pooled:
+        """Normalised images `[B,3,S,S]` to the mean and the rationale embedding; the backbone runs in `dtype`."""
+        with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            features = self.backbone(images)
+        mean = F.normalize(mean_pool(features), dim=1)
+        if self.branch is None:
+            return Pooled(mean, None, None)
+        pooled, attention = self.branch.pool(features)
+        return Pooled(mean, F.normalize(pooled, dim=1), attention.unflatten(1, features.shape[2:]))
+
+    def mean_embedding(self, images: Tensor) -> Tensor:
+        """Normalised images `[B,3,S,S]` to unit embeddings `[B,C]` by mean pooling, without the branch."""
+        return F.normalize(mean_pool(self.backbone(images)), dim=1)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """All parts in eval mode, put back as they were afterwards."""
+        training = {module: module.training for module in self.modules()}  # frozen parts are always in eval mode
+        self.eval()
+        try:
+            yield
+        finally:
+            for module, mode in training.items():
+                module.training = mode
+
+    @property
+    def transform(self) -> Callable[[Image.Image], Tensor]:
+        """PIL image of any mode to `[3,S,S]` as in `fastcr.evaluate`: shorter side to `round(S*8/7)`, centre crop."""
+        cut = v2.Lambda(lambda image: centre_crop(image, self.image_size).permute(2, 0, 1))
+        scale = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.mean, self.std)]
+        return v2.Compose([to_rgb, cut, *scale])
+
+
+def describe(config: Config) -> dict[str, Any]:
+    """What a weights file says of itself (its metadata key `fastcr`), of an encoder trained as `config` says."""
+    return {
+        "backbone": config.model.backbone,
+        "last_stage": config.model.last_stage,
+        "stem_maxpool": config.released.stem_maxpool,
+        "detectors": config.rationale.detectors if config.rationale.enabled else 0,
+        "temperature": config.rationale.temperature,
+        "attention": "batch-minmax" if config.released.enabled else "softmax",
+        "image_size": config.data.image_size,
+        "mean": MEAN,
+        "std": STD,
+    }
+
+
+def build_branch(
+    channels: int,
+    rationale: RationaleConfig,
+    released: ReleasedConfig,
+    impl: Impl = "auto",
+    processes: Processes = ALONE,
+) -> Branch | None:
+    """The branch a configuration asks for; None for plain MoCo."""
+    if not rationale.enabled:
+        return None
+    if released.enabled:
+        return ReleasedBranch(channels, rationale, released)
+    return RationaleHead(channels, rationale, impl, processes=processes)
+
+
+def new_encoder(config: Config) -> Encoder:
+    """An encoder as `config` says, with random weights."""
+    model, released = config.model, config.released
+    backbone, channels = build_backbone(model.backbone, model.last_stage, stem_maxpool=released.stem_maxpool)
+    return Encoder(backbone, build_branch(channels, config.rationale, released), describe(config))
+
+
+def load(path_or_run: str | os.PathLike[str], device: str | torch.device = "cpu") -> Encoder:
+    """The encoder of a run folder, a weights file, a folder exported for the Hub, or an authors' released checkpoint.
+
+    No code in the file is run. `UsageError` if it is missing, broken or foreign, or `device` is not there.
+    """
+    where, file, ignored = pick_device(str(device)), find_weights(Path(path_or_run)), tuple[str, ...]()
+    try:
+        state, facts, ignored = _named(*load_weights(file))
+        if not facts:
+            keys = ", ".join(sorted(state)[:3])
+            raise UsageError(f"{file} was not written by fastcr.train (no fastcr metadata); its keys begin {keys}")
+        _check(facts)
+        detectors, released = facts["detectors"], facts["attention"] == "batch-minmax"
+        rationale = RationaleConfig(enabled=detectors > 0, detectors=detectors, temperature=facts["temperature"])
+        backbone, channels = build_backbone(facts["backbone"], facts["last_stage"], stem_maxpool=facts["stem_maxpool"])
+        branch = build_branch(channels, rationale, ReleasedConfig(enabled=released))
+        encoder = Encoder(backbone, branch, facts, ignored)
+        encoder.load_state_dict(state)
+    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        promised = "a released checkpoint does" if ignored else "its metadata says"
+        raise UsageError(f"{file} does not hold what {promised}: {one_line(error)}") from None
+    encoder.to(device=where, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return encoder.requires_grad_(False).eval()
+
+
+def find_weights(source: Path) -> Path:
+    """The weights file of a run folder or an exported folder, or `source` itself. `UsageError` if there is none."""
+    if not source.exists():
+        raise UsageError(f"no run folder or weights file {source}")
+    if not source.is_dir():
+        return source
+    found = [source / name for name in ("weights.safetensors", "model.safetensors") if (source / name).is_file()]
+    if not found:
+        raise UsageError(
+            f"{source} is not a run folder, or its run has saved nothing yet: no weights.safetensors in it"
+        )
+    return found[0]
+
+
+def _check(facts: dict[str, Any]) -> None:
+    """`ValueError` or `TypeError` for facts that an encoder could not be built or used with."""
+    mean, std = (facts.get(name, (1, 1, 1)) for name in ("mean", "std"))
+    checks = {
+        "detectors": 0 <= facts["detectors"] <= 128,
+        "temperature": 0 < facts["temperature"] < math.inf,
+        "image_size": 1 <= int(facts["image_size"]) <= 16384,
+        "mean": len(mean) == 3 and all(math.isfinite(each) for each in mean),
+        "std": len(std) == 3 and all(0 < each < math.inf for each in std),
+    }
+    if wrong := [name for name, holds in checks.items() if not holds]:
+        raise ValueError(f"{wrong[0]} cannot be {facts[wrong[0]]}")
+
+
+def _named(
+    state: dict[str, Tensor], facts: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any], tuple[str, ...]]:
+    """State dict with the names `backbone.*` and `branch.*`, its facts, and the keys left out."""
+    if "conv16.weight" in state:
+        kept = from_released_checkpoint(state)
+        used = {id(value) for value in kept.values()}
+        return kept, released_facts(state), tuple(key for key, value in state.items() if id(value) not in used)
+    if facts and not any(key.startswith("backbone.") for key in state):  # exported under torchvision's or timm's names
+        prefix = "backbone.timm." if str(facts.get("backbone")).startswith(TIMM) else "backbone."
+        state = {key if key.startswith("branch.") else prefix + key: value for key, value in state.items()}
+    return state, facts, ()

@@ -1,0 +1,144 @@
+"""The rationale branch: K detectors whose maximum, after a softmax over positions, says where to look."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastcr.config import RationaleConfig
+from fastcr.kernels.launch import Impl
+from fastcr.kernels.rationale_fit import CamKeeps, RationaleFit, gradcam_target, rationale_fit
+from fastcr.kernels.rationale_pool import RationalePool, rationale_pool
+from fastcr.runs.distributed import ALONE, Processes
+
+
+class RationaleHead(nn.Module):
+    """Detectors `weight [K,C]`, `bias [K]` (1x1 convolutions): fitted to GradCAM in training, pooled with afterwards.
+
+    In a training loop of any contrastive loss:
+
+        head = RationaleHead(512)                                # channels of the encoder's last feature map
+        features = encoder(images)                               # [B,C,H,W]
+        pooled = features.mean((2, 3))                           # [B,C], what the projection head takes
+        projected = projection(pooled)                           # [B,D]; `key` [B,D] has unit length
+        loss = contrast_loss(projected, key, ...) + head.loss(features, pooled, projected, key)
+        embedding, attention = head.pool(features)               # afterwards, for retrieval
+
+    `settings` are fields of `RationaleConfig` (detectors, temperature, target, cam_keeps, cam_weights, stop_gradient),
+    which may be given whole instead, as `config`; `impl` chooses the kernels: "auto", "torch" or "triton". Of several
+    `processes` that share a batch, all take part in its common channel weights.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        config: RationaleConfig | None = None,
+        impl: Impl = "auto",
+        *,
+        processes: Processes = ALONE,
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        self.config = config or RationaleConfig(**settings)
+        initial = nn.Linear(channels, self.config.detectors)  # initialised as a 1x1 convolution is
+        self.weight, self.bias, self.impl, self.processes = initial.weight, initial.bias, impl, processes
+
+    def loss(self, features: Tensor, pooled: Tensor, projected: Tensor, key: Tensor) -> Tensor:
+        """Fit loss (a scalar, nats): KL divergence of the attention from GradCAM; call it before `backward`.
+
+        GradCAM is that of the similarity of each image's two views, `projected . key`.
+
+        Args:
+            features: `[B,C,H,W]`, the encoder's last feature map.
+            pooled: `[B,C]`, their mean over positions, from which `projected` was computed.
+            projected: `[B,D]`, the query before it is normalised.
+            key: `[B,D]`, of unit length: the other view of the same images.
+
+        Raises:
+            ValueError: `projected` was not computed from `pooled`, or shapes do not fit.
+        """
+        return self.fit(features, mismatch_gradient(pooled, projected, key)).divergence.mean()
+
+    def fit(self, features: Tensor, gradient: Tensor, pool_weight: float = 0.0) -> RationaleFit:
+        """KL divergence from the GradCAM of `gradient [B,C]` over features `[B,C,H,W]`; see `kernels.rationale_fit`.
+
+        `gradient` is that of what shall be explained, a loss, by the mean-pooled features. `pool_weight` must be 0 with
+        common channel weights.
+        """
+        if self.config.cam_weights == "common":
+            gradient = common_cam_weights(features, gradient, self.config.cam_keeps, self.processes)
+        return rationale_fit(
+            features,
+            gradient,
+            self.weight,
+            self.bias,
+            temperature=self.config.temperature,
+            target=self.config.target,
+            cam_keeps=self.config.cam_keeps,
+            pool_weight=pool_weight,
+            stop_gradient=self.config.stop_gradient,
+            impl=self.impl,
+        )
+
+    def pool(self, features: Tensor) -> RationalePool:
+        """Features `[B,C,H,W]` to `(pooled [B,C], attention [B,S])`."""
+        return rationale_pool(features, self.weight, self.bias, temperature=self.config.temperature, impl=self.impl)
+
+    def responses(self, features: Tensor) -> Tensor:
+        """What each detector says at each position, before the maximum: `[B,K,H,W]` fp32."""
+        return F.conv2d(features.float(), self.weight[:, :, None, None], self.bias)
+
+    def alone(self, responses: Tensor) -> Tensor:
+        """The attention `[B,K,H,W]` that each detector would give without the others, from its `responses`."""
+        return (responses / self.config.temperature).flatten(2).softmax(2).view_as(responses)
+
+    @torch.no_grad()
+    def effective_detectors(self, features: Tensor) -> Tensor:
+        """exp(entropy of which detector wins a position), 1 (always the same) to K; a scalar."""
+        logits = torch.einsum("kc,bcs->bks", self.weight, features.flatten(2).to(self.weight.dtype))
+        return effective_number((logits + self.bias[:, None]).argmax(1), len(self.bias))
+
+
+def mismatch_gradient(pooled: Tensor, projected: Tensor, key: Tensor) -> Tensor:
+    """Gradient `[B,C]` of the views' mismatch, `-projected . key`, by the mean-pooled features `[B,C]`.
+
+    `ValueError` if `projected [B,D]` was not computed from `pooled`.
+    """
+    try:
+        return torch.autograd.grad(-(projected * key).sum(1).sum(), pooled, retain_graph=True)[0]
+    except RuntimeError as error:
+        raise ValueError(f"projected must be computed from pooled, with gradients enabled: {error}") from None
+
+
+@torch.no_grad()
+def common_cam_weights(features: Tensor, gradient: Tensor, cam_keeps: CamKeeps, processes: Processes = ALONE) -> Tensor:
+    """GradCAM's channel weights that all images of a batch share, as the `gradient [B,C]` of `rationale_fit`.
+
+    They say how the features at the positions that the images' own GradCAMs keep differ from those images' mean:
+
+        v_c = sum_b sum_s (P_b(s) - 1/S) A_bc(s)            P_b: GradCAM of image b divided by its sum
+
+    An image whose GradCAM is zero adds nothing. Features `[B,C,H,W]`, their `gradient [B,C]` after mean pooling; the
+    sum runs over the images of all `processes`.
+    """
+    maps, sign = features.flatten(2), 1 if cam_keeps == "mismatch" else -1
+    with torch.autocast(maps.device.type, enabled=False):
+        # scaled to 1 first, so that 16 bits hold it: GradCAM is normalised, so its scale does not matter
+        slope = torch.einsum("bcs,bc->bs", maps, F.normalize(gradient, dim=1).to(maps.dtype)).to(gradient.dtype)
+        own = gradcam_target(torch.relu(sign * slope), "sum", 1.0) - 1 / maps.shape[2]
+        common = torch.einsum("bcs,bs->bc", maps, own.to(maps.dtype)).to(gradient.dtype).sum(0)
+    return (sign * processes.total(common)).expand_as(gradient)
+
+
+def effective_number(winners: Tensor, detectors: int) -> Tensor:
+    """exp(entropy of which of the `detectors` wins) of indices of any shape; a scalar from 1 to `detectors`."""
+    share = torch.bincount(winners.flatten(), minlength=detectors) / winners.numel()
+    return torch.exp(-torch.xlogy(share, share).sum())
+
+
+def attention_entropy(attention: Tensor) -> Tensor:
+    """Mean entropy of maps `[B,S]`, nats, a scalar: log S is flat, 0 is a single position."""
+    return -torch.xlogy(attention, attention).sum(1).mean()

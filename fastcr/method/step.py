@@ -1,0 +1,178 @@
+"""One training step, top to bottom: contrastive loss, GradCAM, the fit of the attention to it, and the updates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.profiler import record_function
+
+from fastcr.data.views import Batch
+from fastcr.kernels.launch import Impl
+from fastcr.method.moco import MoCo, mean_pool
+from fastcr.method.rationale import RationaleHead, mismatch_gradient
+
+Scale = Callable[[Tensor], Tensor]
+CamOf = Literal["similarity", "loss"]
+NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)  # hands everything on as it is
+
+
+class Losses(NamedTuple):
+    """What one batch gives; `attention`, `features` and `key` are for the log only."""
+
+    contrast: Tensor  # scalar, nats
+    fit: Tensor | None  # scalar, nats, unweighted; None without a branch
+    attention: Tensor | None  # [B,S]
+    features: Tensor  # [B,C,H,W]
+    key: Tensor  # [B*ranks,D]: those of all processes
+
+
+class LossFunction(Protocol):
+    """`contrast_losses`, or `released.released_losses`, with the branch bound."""
+
+    def __call__(self, moco: MoCo, batch: Batch, autocast: torch.autocast, *, scale: Scale) -> Losses:
+        """Losses of one batch; `scale` is applied to them before backward."""
+        ...
+
+
+def contrast_losses(
+    moco: MoCo,
+    batch: Batch,
+    autocast: torch.autocast,
+    *,
+    branch: RationaleHead | None,
+    temperature: float,
+    cam_of: CamOf = "similarity",
+    impl: Impl = "auto",
+    scale: Scale = lambda loss: loss,
+) -> Losses:
+    """Contrastive loss of a batch and the fit of the branch to its GradCAM; without a branch, plain MoCo v2.
+
+    `cam_of` says what GradCAM explains: the contrastive loss, or the similarity of the unnormalised query to its own
+    key. `scale` is what the caller does to the loss before backward (loss scaling, accumulation): part of the gradient
+    does not pass through the loss.
+    """
+    key = moco.key(batch.second, autocast)
+    with record_function("query forward"), autocast:
+        features = moco.backbone(batch.first)
+    moco.wait_for_keys()
+    if branch is None:
+        with record_function("contrast"):
+            contrast = moco.contrast(moco.query(mean_pool(features)), key, temperature, impl).mean()
+        return Losses(contrast, None, None, features.detach(), key)
+
+    with record_function("contrast"):
+        # an image's own gradient of the loss serves both GradCAM and the features: the fit hands it to them in its own
+        # pass over them, so pooling is cut off from them here
+        shared = cam_of == "loss" and branch.config.cam_weights == "own"
+        pooled = mean_pool(features.detach() if shared else features)
+        if not pooled.requires_grad:  # cut off, or the backbone is not trained
+            pooled.requires_grad_()
+        projected = moco.head(pooled)
+        contrast = moco.contrast(F.normalize(projected, dim=1), key, temperature, impl)
+        if cam_of == "similarity":
+            gradient = mismatch_gradient(pooled, projected, moco.own(key))
+        else:
+            (gradient,) = torch.autograd.grad(contrast.sum(), pooled, retain_graph=True)
+        contrast = contrast.mean()
+    with record_function("fit"):  # GradCAM is normalised, so only a shared gradient has to have its size
+        pool_weight = 1 / len(pooled) if shared else 0.0
+        divergence, attention, _ = branch.fit(features, scale(gradient), pool_weight=pool_weight)
+    return Losses(contrast, divergence.mean(), attention, features.detach(), key)
+
+
+def train_step(
+    moco: MoCo,
+    loss_function: LossFunction,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    *,
+    fit_weight: float,
+    key_momentum: float,
+    autocast: torch.autocast,
+    scaler: torch.amp.GradScaler = NO_SCALER,
+    accumulate: int = 1,
+    no_sync: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> tuple[Tensor, Losses]:
+    """Losses, backward, SGD, EMA of the key encoder, enqueue; returns the weighted loss. Never waits for the device.
+
+    `accumulate` splits the batch into that many equal parts, whose gradients add up to those of the whole but for
+    BatchNorm, which sees a part at a time. `scaler` scales the loss for fp16. Of several processes each has its share
+    of the batch; all parts but the last run inside `no_sync()`.
+    """
+
+    def scale(loss: Tensor) -> Tensor:
+        return scaler.scale(loss / accumulate if accumulate > 1 else loss)
+
+    optimizer.zero_grad(set_to_none=True)
+    parts: list[tuple[Tensor, Losses]] = []
+    for part in map(Batch, batch.first.chunk(accumulate), batch.second.chunk(accumulate)):
+        with nullcontext() if len(parts) == accumulate - 1 else no_sync():
+            losses = loss_function(moco, part, autocast, scale=scale)
+            loss = losses.contrast if losses.fit is None else losses.contrast + fit_weight * losses.fit
+            with record_function("backward"):
+                scale(loss).backward()
+        parts.append((loss.detach(), losses))
+    with record_function("optimiser"):
+        scaler.step(optimizer)
+        scaler.update()
+    loss, losses = parts[0] if accumulate == 1 else _merged(parts)
+    moco.update_key_encoder(key_momentum)
+    moco.enqueue(losses.key)
+    return loss, losses
+
+
+def _merged(parts: Sequence[tuple[Tensor, Losses]]) -> tuple[Tensor, Losses]:
+    """Loss and losses of a batch from those of its parts; the features are those of the last."""
+    total = torch.stack([loss for loss, _ in parts]).mean()
+    contrast, fit, attention, features, key = zip(*(losses for _, losses in parts), strict=True)
+    mean, keys = torch.stack(contrast).mean(), torch.cat(key)
+    if fit[0] is None:
+        return total, Losses(mean, None, None, features[-1], keys)
+    return total, Losses(mean, torch.stack(fit).mean(), torch.cat(attention), features[-1], keys)
+
+
+class Replayed:
+    """A step as one CUDA graph, so that Python launches nothing any more.
+
+    The first calls run the step as it is, on a stream of its own (they compile, and make the optimiser's buffers); the
+    next one captures it, and from then on each call copies the batch into the graph's inputs and replays it. What
+    comes back is overwritten by the next call, the loss excepted.
+    """
+
+    WARM_UP = 3
+
+    def __init__(self, step: Callable[[Batch], tuple[Tensor, Losses]]) -> None:
+        self.step, self.stream, self.calls = step, torch.cuda.Stream(), 0
+        self.graph = torch.cuda.CUDAGraph()
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Losses]:
+        """One step on `batch`, which must have the same shapes and strides each time."""
+        self.calls += 1
+        if self.calls <= self.WARM_UP:
+            caller = torch.cuda.current_stream()
+            self.stream.wait_stream(caller)
+            with torch.cuda.stream(self.stream):
+                results = self.step(batch)
+            caller.wait_stream(self.stream)
+            return results
+        if self.calls == self.WARM_UP + 1:
+            self.inputs = Batch(*map(torch.empty_like, batch))
+            # the loader's thread goes on allocating meanwhile
+            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
+                self.results = self.step(self.inputs)
+        for static, view in zip(self.inputs, batch, strict=True):
+            static.copy_(view)
+        self.graph.replay()
+        loss, losses = self.results
+        return loss.clone(), losses
+
+
+def cosine_lr(base: float, step: int, total: int) -> float:
+    """Learning rate of `step` (from 0) of `total`: from `base` down to 0 along half a cosine."""
+    return 0.5 * base * (1 + math.cos(math.pi * min(step / total, 1)))

@@ -1,0 +1,132 @@
+"""Where the encoder's weights come from: torchvision, timm, or other people's checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from urllib.error import URLError
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from fastcr.config import ModelConfig
+from fastcr.errors import UsageError, one_line
+from fastcr.method.backbone import STAGES, TIMM, TIMM_HEADS, TimmEncoder, create_timm, import_timm
+from fastcr.runs.checkpoint import read_state_dict
+
+# the encoder's part of other people's checkpoints, in the order they are tried ("module." is off already)
+PREFIXES = (
+    "",  # torchvision, timm
+    "backbone.timm.",  # fastcr, a timm encoder
+    "backbone.",  # fastcr, lightly, solo-learn
+    "encoder_q.",  # MoCo v1 and v2
+    "base_encoder.",  # MoCo v3
+    "online_encoder.0.",  # BYOL as the method's authors released it
+    "encoder.",
+)
+
+
+# lightly keeps a ResNet as the Sequential of its children
+CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+
+
+def load_initial_weights(backbone: nn.Module, config: ModelConfig) -> list[str]:
+    """Fill `backbone` as `config.weights` says; returns the names left random.
+
+    A file may hold torchvision's or timm's own names, or one of the checkpoints of `PREFIXES`. Weights of later stages,
+    of the classifier and of other parts of such a checkpoint (heads, key encoder, queue) are passed over.
+    Raises `UsageError` for weights that cannot be had, are foreign, or leave part of the encoder unfilled without
+    `--model.allow_missing_weights True`.
+    """
+    if config.weights == "none":
+        return []
+    encoder = backbone.timm if isinstance(backbone, TimmEncoder) else backbone
+    wanted = encoder.state_dict()
+    if config.weights == "imagenet":
+        source, state = "ImageNet weights", _download(config.backbone)
+    else:
+        source, state = config.weights, backbone_state(read_state_dict(Path(config.weights)), wanted)
+    if not state.keys() & wanted.keys():
+        raise UsageError(f"{source} has no weight of a {config.backbone}; its keys begin {_some(state)}")
+    beyond = _beyond(backbone, config.last_stage)
+    foreign = [key for key in state if key not in wanted and key.split(".")[0] not in beyond]
+    if foreign:
+        raise UsageError(f"{source} is not a {config.backbone}: it has {len(foreign)} foreign keys, {_some(foreign)}")
+    for key in state.keys() & wanted.keys():
+        if state[key].shape != wanted[key].shape:
+            raise UsageError(
+                f"{source} is not a {config.backbone}: {key} is {list(state[key].shape)}, not {list(wanted[key].shape)}"
+            )
+    missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
+    if missing and not config.allow_missing_weights:
+        shorter = "" if encoder is not backbone else "; --model.last_stage layer3 ends before layer4"
+        raise UsageError(
+            f"{source} lacks {len(missing)} of the encoder's weights, {_some(missing)} "
+            f"(--model.allow_missing_weights True leaves them random{shorter})"
+        )
+    encoder.load_state_dict({key: value for key, value in state.items() if key in wanted}, strict=False)
+    return missing
+
+
+def backbone_state(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The encoder's part of a state dict, in the names of `wanted`; `state` itself where no known prefix fits."""
+    for prefix in PREFIXES:
+        part = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        if part.keys() & wanted.keys():
+            return part
+        named = {torchvision_name(key): value for key, value in part.items()}
+        if named.keys() & wanted.keys():
+            return named
+    return state
+
+
+def torchvision_name(key: str) -> str:
+    """torchvision's name for a key of `nn.Sequential(*resnet.children())`."""
+    first, _, rest = key.partition(".")
+    return f"{CHILDREN.get(first, first)}.{rest}"
+
+
+def _beyond(backbone: nn.Module, last_stage: str) -> tuple[str, ...]:
+    """First parts of the names of what comes after the encoder in the model it is taken from, or beside it."""
+    if not isinstance(backbone, TimmEncoder):
+        return (*STAGES[STAGES.index(last_stage) + 1 :], "fc", "branch")
+    classifier = backbone.timm.pretrained_cfg["classifier"] or ()
+    names = (classifier,) if isinstance(classifier, str) else classifier
+    return (*TIMM_HEADS, "branch", *(name.split(".")[0] for name in names))
+
+
+def _download(name: str) -> dict[str, Tensor]:
+    if name.startswith(TIMM):
+        return _download_timm(name)
+    weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
+    try:
+        return weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
+    except Exception as error:  # a proxy's page or a cut transfer fails anywhere in torch's reader
+        file = weights.url.rsplit("/", 1)[1]
+        folder = Path(torch.hub.get_dir()) / "checkpoints"
+        if not isinstance(error, URLError) and (folder / file).exists():
+            raise UsageError(
+                f"the ImageNet weights {folder / file} are broken: remove that file to download it again"
+            ) from None
+        raise UsageError(
+            f"no network for the ImageNet weights ({getattr(error, 'reason', error)}): put {file} into {folder}, or "
+            f"pass --model.weights /path/to/{file} (or --model.weights none)"
+        ) from None
+
+
+def _download_timm(name: str) -> dict[str, Tensor]:
+    model = name.removeprefix(TIMM)
+    if not import_timm(name).models.is_model_pretrained(model):
+        raise UsageError(f"timm has no weights for {model}: pass --model.weights FILE or --model.weights none")
+    try:
+        return create_timm(name, pretrained=True).state_dict()
+    except Exception as error:  # the hub's, the network's and the file's, each of its own kind
+        raise UsageError(
+            f"timm cannot get the weights of {model} ({one_line(error)}): pass --model.weights FILE in timm's names "
+            "(or --model.weights none)"
+        ) from None
+
+
+def _some(keys: object) -> str:
+    names = sorted(keys)  # type: ignore[call-overload]
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "") or "nothing"

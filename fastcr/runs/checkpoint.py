@@ -1,0 +1,241 @@
+"""Files of a run, each replaced whole or not at all: `weights.safetensors` for others, `resume.pt` for the run.
+
+Both carry checksums: `resume.pt`, a zip archive, the CRC-32 of each of its parts; the other one over all of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fastcr.errors import UsageError
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Have `write` fill a file beside `path`, bring it to the disk, then put it in `path`'s place.
+
+    Whatever stops this half-way (a kill, a full disk), the old file stays whole. `OSError` is passed on as
+    `UsageError`.
+    """
+    beside = path.with_name(f".{path.name}.tmp")
+    try:
+        beside.unlink(missing_ok=True)  # nobody's link is followed
+        write(beside)
+        with open(beside, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise UsageError(f"cannot save {path}: {error}; what was there before is untouched") from None
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def save_weights(path: Path, state: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    """Write `state` as safetensors with `facts` as JSON under the metadata key `fastcr`, and a checksum of both."""
+    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    # inside, for safetensors writes several keys in any order
+    metadata = {"fastcr": json.dumps(facts | {"crc32": checksum(tensors, facts)})}
+    # safetensors' own save_file would make it readable to its owner only
+    write_whole(path, lambda file: file.write_bytes(safetensors.torch.save(tensors, metadata)))
+
+
+def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_weights` wrote; no facts for a file of another kind. `UsageError` if it is missing or broken."""
+    state, facts = read_state_dict(path), {}
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            facts = _facts(file.metadata())
+    return state, {key: value for key, value in facts.items() if key != "crc32"}
+
+
+def _facts(metadata: dict[str, str] | None) -> dict[str, Any]:
+    facts: Any = None
+    with suppress(ValueError, RecursionError):
+        facts = json.loads((metadata or {}).get("fastcr", "{}"))
+    return facts if isinstance(facts, dict) else {}
+
+
+def checksum(tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> str:
+    """CRC-32 of tensors on the CPU, their names, kinds and shapes, and of the facts but for their own `crc32`."""
+    crc = zlib.crc32(json.dumps({key: value for key, value in facts.items() if key != "crc32"}).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        crc = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), crc)
+        crc = zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy().data, crc)
+    return f"{crc:08x}"
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Tensors of a .safetensors, .pt or .pth file, as fp32 where they are floating-point.
+
+    A checkpoint that keeps them under `state_dict`, `model` or with the prefix `module.` is unwrapped. Never runs code
+    from the file. Raises `UsageError` if it is missing, broken, or no dict of tensors.
+    """
+    if not path.is_file():
+        raise UsageError(f"no weights file {path}")
+    if path.suffix == ".safetensors":
+        content: Any
+        try:
+            with safe_open(path, "pt") as file:
+                content = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
+                facts = _facts(file.metadata())
+        except (SafetensorError, OSError) as error:
+            raise UsageError(f"{path} is not a whole safetensors file: {error}") from None
+        if "crc32" in facts and facts["crc32"] != checksum(content, facts):
+            raise UsageError(f"{path} is broken: it is not what was written (its checksum does not match)")
+    else:
+        content = load_torch(path)
+    for key in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
+    ):
+        keys = ", ".join(map(str, list(content)[:5])) if isinstance(content, dict) else type(content).__name__
+        raise UsageError(f"{path} holds no dict of tensors (found: {keys})")
+    return {
+        key.removeprefix("module."): value.float() if value.is_floating_point() else value
+        for key, value in content.items()
+    }
+
+
+def load_torch(path: Path) -> Any:
+    """`torch.load` of plain data only, onto the CPU. `UsageError` for a broken file or one with pickled code."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UsageError(
+            f"{path} is refused: it holds pickled code or is no checkpoint (only tensors are read)"
+        ) from None
+    except Exception as error:  # broken bytes lead the unpickler anywhere
+        raise UsageError(f"{path} is broken, or is no checkpoint ({type(error).__name__})") from None
+
+
+def earlier(path: Path, saves: int) -> Path:
+    """Where what `path` held so many saves ago is kept: `resume.1.pt` of `resume.pt`; 0 is `path` itself."""
+    return path.with_name(f"{path.stem}.{saves}{path.suffix}") if saves else path
+
+
+def save_resume(path: Path, content: dict[str, Any], keep: int = 1) -> None:
+    """Write what a run needs to go on bit for bit; of earlier saves, the last `keep - 1` are kept beside it."""
+    for saves in reversed(range(1, keep)):
+        newer, older = earlier(path, saves - 1), earlier(path, saves)
+        if newer == path and path.exists():  # a link, so that there is a whole `path` all the time
+            beside = path.with_name(f".{older.name}.tmp")
+            beside.unlink(missing_ok=True)
+            try:
+                beside.hardlink_to(path)
+                beside.replace(older)
+                beside.unlink(missing_ok=True)  # still there if both were names of one file already
+            except OSError:  # a file system without links
+                path.replace(older)
+        elif newer.exists():
+            newer.replace(older)
+    write_whole(path, lambda file: torch.save(content, file))
+
+
+def has_resume(path: Path) -> bool:
+    """Whether a run has saved anything to go on from, whole or not."""
+    return path.exists() or any(path.parent.glob(f"{path.stem}.*{path.suffix}"))
+
+
+def load_resume(path: Path) -> tuple[dict[str, Any], Path]:
+    """The newest whole content that `save_resume` wrote there, and the file it is from.
+
+    `UsageError` if there is none: what is wrong with the newest.
+    """
+    numbered = [file for file in path.parent.glob(f"{path.stem}.*{path.suffix}") if file.suffixes[0][1:].isdigit()]
+    found = [path] * path.is_file() + sorted(numbered, key=lambda file: int(file.suffixes[0][1:]))
+    if not found:
+        raise UsageError(f"{path.parent} has no {path.name}: the run stopped before its first save")
+    for file in found:
+        with suppress(UsageError):
+            return _read_resume(file), file
+    return _read_resume(found[0]), found[0]  # says what is wrong with it
+
+
+def _read_resume(path: Path) -> dict[str, Any]:
+    content = load_torch(path)  # which first refuses what is no checkpoint at all, with a reason
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()  # torch itself does not look at the checksums it writes
+    except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, NotImplementedError, ValueError) as error:
+        raise UsageError(f"{path} is broken: {error}") from None
+    if broken:
+        raise UsageError(f"{path} is broken: it is not what was written (the checksum of {broken} does not match)")
+    if not isinstance(content, dict) or "step" not in content or "model" not in content:
+        keys = f" (its keys begin {', '.join(map(str, list(content)[:3]))})" if isinstance(content, dict) else ""
+        raise UsageError(f"{path} was not written by fastcr.train{keys}")
+    return content
+
+
+def on_cpu(content: Any) -> Any:
+    """A copy of nested dicts and lists whose tensors are on the CPU, and stay as they are now."""
+    if isinstance(content, Tensor):
+        return content.detach().to("cpu", copy=True)
+    if isinstance(content, dict):
+        return {key: on_cpu(value) for key, value in content.items()}
+    return [on_cpu(value) for value in content] if isinstance(content, list | tuple) else content
+
+
+class Saver:
+    """Writes the checkpoints of a run folder beside its training: only the copy of the tensors takes time there."""
+
+    def __init__(self, folder: Path, facts: dict[str, Any], keep: int) -> None:
+        self.folder, self.facts, self.keep = folder, facts, keep
+        self.saved_at = time.monotonic()
+        self.thread, self.pending = ThreadPoolExecutor(1), Future[None]()
+        self.pending.set_result(None)
+
+    def save(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Begin to write both files as things are now; an earlier save is waited for."""
+        self.wait()
+        self.pending = self.thread.submit(self._write, on_cpu(weights), on_cpu(state))
+        self.saved_at = time.monotonic()
+
+    def due(self, minutes: float) -> bool:
+        """Whether the last save is at least so long ago."""
+        return time.monotonic() - self.saved_at >= 60 * minutes
+
+    def _write(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
+        # resume.pt last: what it has passed is there
+        save_weights(self.folder / "weights.safetensors", weights, self.facts)
+        save_resume(self.folder / "resume.pt", state, self.keep)
+
+    def check(self) -> None:
+        """Raise the `UsageError` of a save that has failed since."""
+        if self.pending.done():
+            self.pending.result()
+
+    def wait(self) -> None:
+        """Return when everything is on the disk. `UsageError` if that failed."""
+        self.pending.result()
+
+
+def random_states() -> dict[str, Any]:
+    """State of torch's generators, CPU and CUDA (the only ones the training draws from; views are stateless)."""
+    return {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Put back what `random_states` gave."""
+    torch.set_rng_state(states["cpu"])
+    if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])

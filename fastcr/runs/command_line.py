@@ -1,0 +1,193 @@
+"""Settings from a command line or a YAML file, and mistakes in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from fastcr.config import Config, tyro, validate
+from fastcr.errors import UsageError
+from fastcr.presets import PRESETS, preset
+from fastcr.runs.checkpoint import has_resume
+
+C = TypeVar("C")
+# settings of older versions: what they are called now, and their values, if those have other names, too
+RENAMED: dict[str, tuple[str, dict[str, str]]] = {
+    "rationale.cam_of": ("rationale.cam_of", {"logit": "similarity"}),
+    "rationale.cam_sign": ("rationale.cam_keeps", {"loss": "mismatch", "score": "match"}),
+}
+GONE = ("rationale.batchnorm", "rationale.pooled_contrast", "data.roi_decode", "data.hw_decoder_load")
+
+
+def called(command: str) -> str:
+    """How the user calls `command`, for help and messages: `fastcr train` or `python -m fastcr.train`."""
+    program = Path(sys.argv[0])
+    if program.name == "fastcr":
+        return f"fastcr {command}"
+    return f"python -m fastcr{' ' if program.name == '__main__.py' else '.'}{command}"
+
+
+def parse(cls: type[C], args: Sequence[str], *, default: C | None = None, prog: str, description: str | None) -> C:
+    """`tyro.cli` with each mistake on one line; the settings it returns are validated.
+
+    Raises `UsageError` for a flag or value it cannot use, or without tyro; prints and exits 0 for `--help`.
+    """
+    if tyro is None:
+        raise UsageError("the command line needs tyro: pip install tyro")
+    options: dict[str, Any] = {"use_underscores": True} | ({} if default is None else {"default": default})
+    caught = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(caught):
+            settings = tyro.cli(
+                cls, args=args, prog=prog, description=description, config=(tyro.conf.FlagConversionOff,), **options
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UsageError(_first_paragraph(caught.getvalue())) from None
+    return validate(settings)
+
+
+def _first_paragraph(box: str) -> str:
+    """The first paragraph of one of tyro's error boxes, and the flag it suggests."""
+    lines = [line.strip("│╭╮╰╯ ") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()]
+    if len(lines) > 1 and set(lines[1]) == {"-"}:  # where the terminal is not UTF-8 the title is a line of its own
+        del lines[1]
+    del lines[:1]
+    rules = [i for i, line in enumerate(lines) if line.startswith(("──", "---"))] or [len(lines)]
+    message = " ".join(lines[: rules[0]]).strip().rstrip(".")
+    after = " ".join(lines[rules[0] :])
+    if "erhaps you meant" in after and (guess := re.search(r"--[\w.]+", after)):
+        message += f" (did you mean {guess.group()}?)"
+    return message or box.strip()
+
+
+@contextlib.contextmanager
+def one_line_errors(command: str) -> Iterator[None]:
+    """Turn `UsageError` into `fastcr.<command>: error: <message>` on stderr and exit status 2."""
+    try:
+        yield
+    except (UsageError, OSError) as error:  # OSError: a full disk, a folder taken away
+        # names of files may hold anything: what is not printable is shown as Python writes it
+        message = "".join(each if each.isprintable() else repr(each)[1:-1] for each in str(error))
+        print(f"{called(command).removeprefix('python -m ')}: error: {message}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def read_command_line(args: Sequence[str]) -> tuple[Config, Path | None]:
+    """`[PRESET | --resume RUN] [--section.field value ...]` to settings and the run to go on with.
+
+    `PRESET --run.dir RUN --resume auto` goes on with RUN if it has saved anything, and begins it if not.
+    """
+    args, resume = _without_resume(list(_today(args)))
+    if resume:
+        default = load_config(resume / "config.yaml")
+    else:
+        default = preset(args.pop(0) if args and not args[0].startswith("-") else "synthetic")
+    presets = "\n".join(f"  {name}: {(make.__doc__ or '').splitlines()[0]}" for name, make in PRESETS.items())
+    config = parse(
+        Config,
+        args,
+        default=default,
+        prog=f"{called('train')} [PRESET | --resume RUN]",
+        description=f"Train an image encoder and its attention on unlabelled images.\n\nPresets:\n{presets}",
+    )
+    if resume and (config.run.seed, config.optim.batch_size) != (default.run.seed, default.optim.batch_size):
+        raise UsageError("--run.seed and --optim.batch_size of a run cannot change: they order its images")
+    return config, resume
+
+
+def _without_resume(args: list[str]) -> tuple[list[str], Path | None]:
+    """The arguments without `--resume`, and the folder of the run to go on with, if there is one."""
+    args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--resume=") else [arg])]
+    if "--resume" not in args:
+        return args, None
+    at = args.index("--resume")
+    if at + 1 == len(args) or args[at + 1].startswith("--"):
+        raise UsageError("--resume needs a run folder, or auto and --run.dir")
+    named = args[at + 1]
+    del args[at : at + 2]
+    if named != "auto":
+        if not Path(named).is_dir():
+            raise UsageError(f"no run folder {named}")
+        return args, Path(named)
+    folders = [value for flag, value in _pairs(args) if flag.replace("-", "_") == "__run.dir"]
+    if not folders or folders[-1] is None:
+        raise UsageError("--resume auto needs --run.dir, the folder to look for the run in")
+    resume = Path(folders[-1])
+    if not has_resume(resume / "resume.pt"):
+        return args, None
+    return args[bool(args and not args[0].startswith("-")) :], resume  # config.yaml has what came of the preset
+
+
+def _pairs(args: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    """Each flag among `args` with its value."""
+    for i, arg in enumerate(args):
+        if arg.startswith("--"):
+            flag, equals, value = arg.partition("=")
+            after = args[i + 1] if i + 1 < len(args) and not args[i + 1].startswith("--") else None
+            yield flag, value if equals else after
+
+
+def _today(args: Sequence[str]) -> Iterator[str]:
+    """The arguments, with flags and values of older versions by today's names."""
+    values: dict[str, str] = {}
+    for arg in args:
+        if arg.startswith("--"):
+            flag, equals, value = arg.removeprefix("--").partition("=")
+            new, values = RENAMED.get(flag, (flag, {}))
+            yield f"--{new}{equals}{values.get(value, value)}"
+        else:
+            yield values.get(arg, arg)
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write `config` as YAML."""
+    text = yaml.safe_dump(dataclasses.asdict(config, dict_factory=_plain), sort_keys=False)
+    path.write_text(text)
+
+
+def _plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {key: str(value) if isinstance(value, Path) else value for key, value in items}
+
+
+def load_config(path: Path) -> Config:
+    """Read what `save_config` wrote, an older version's too.
+
+    `UsageError` if it is missing or holds an unknown setting or value; settings that are gone are left out, and named
+    on stderr.
+    """
+    try:
+        sections = yaml.safe_load(path.read_text())
+        preset = sections.pop("preset", Config.preset)
+        settings = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
+        # before a nest of lists is written out
+        if not isinstance(preset, str) or any(isinstance(value, list | dict | set) for value in settings.values()):
+            raise TypeError
+    except FileNotFoundError:
+        raise UsageError(f"{path.parent} is not a run folder: it has no {path.name}") from None
+    except (yaml.YAMLError, AttributeError, TypeError, OSError, ValueError, RecursionError):
+        raise UsageError(f"{path} is broken: it does not hold sections of settings") from None
+    if gone := [name for name in GONE if name in settings]:
+        settings = {name: value for name, value in settings.items() if name not in gone}
+        print(f"fastcr: {path}: settings of an older version are left out: {', '.join(gone)}", file=sys.stderr)
+    for old, (new, values) in RENAMED.items():
+        if old in settings:
+            value = settings.pop(old)
+            settings[new] = values.get(value, value)
+    flags = [f"--{name}={value}" for name, value in settings.items()]
+    try:
+        # through the command line's own checks: a file edited by hand gets the same messages
+        return dataclasses.replace(parse(Config, flags, prog="config.yaml", description=None), preset=preset)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None

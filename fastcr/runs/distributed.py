@@ -1,0 +1,241 @@
+"""Several processes that train one model as if they were one: `torchrun --nproc-per-node N -m fastcr.train ...`.
+
+NCCL carries what lies on GPUs, gloo the rest: votes, figures, checkpoints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastcr.errors import UsageError
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that work together; alone, each method hands back what it is given.
+
+    Methods that exchange something must be called by all of them, in the same order.
+    """
+
+    rank: int = 0
+    ranks: int = 1
+    local_rank: int = 0  # among those of this machine
+    local_ranks: int = 1
+    store: dist.Store | None = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that prints and writes."""
+        return self.rank == 0
+
+    def once(self, do: Callable[[], T]) -> T:
+        """What `do` returns, called by the first process only; a mistake it finds ends all of them."""
+        if self.ranks == 1:
+            return do()
+        outcome: list[Any] = [None, None]
+        if self.first:
+            try:
+                outcome[0] = do()
+            except (UsageError, OSError, SystemExit) as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome)
+        if outcome[1] is not None:  # the first has said it
+            raise outcome[1] if self.first or isinstance(outcome[1], SystemExit) else SystemExit(2)
+        return outcome[0]
+
+    def gather(self, value: T) -> list[T]:
+        """The value of each process, in the first one; elsewhere nothing."""
+        if self.ranks == 1:
+            return [value]
+        values: Any = [None] * self.ranks if self.first else None
+        dist.gather_object(value, values)
+        return values or []
+
+    def gather_rows(self, rows: Tensor) -> list[Tensor]:
+        """The `rows` `[n,...]` of each process, on the CPU, in the first one; elsewhere nothing.
+
+        They may differ in number; none of them passes through a copy that holds them all.
+        """
+        shapes = self.gather(rows.shape)
+        if not self.first:
+            dist.send(rows.contiguous(), 0)
+            return []
+        others = [torch.empty(shape, dtype=rows.dtype) for shape in shapes[1:]]
+        for rank, part in enumerate(others, 1):
+            dist.recv(part, rank)
+        return [rows, *others]
+
+    def most(self, *numbers: int) -> list[int]:
+        """The largest of each number over the processes."""
+        return self._reduced(numbers, torch.int64, dist.ReduceOp.MAX)
+
+    def mean(self, values: dict[str, float]) -> dict[str, float]:
+        """The mean of each figure over the processes."""
+        totals = self._reduced(list(values.values()), torch.float64, dist.ReduceOp.SUM)
+        return {name: total / self.ranks for name, total in zip(values, totals, strict=True)}
+
+    def _reduced(self, numbers: Sequence[float], dtype: torch.dtype, how: Any) -> list[Any]:
+        if self.ranks == 1:
+            return list(numbers)
+        tensor = torch.tensor(numbers, dtype=dtype)
+        dist.all_reduce(tensor, how)
+        return tensor.tolist()
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor over the processes, where it lies."""
+        if self.ranks > 1:
+            tensor = tensor.clone()
+            dist.all_reduce(tensor)
+        return tensor
+
+    @torch.no_grad()
+    def share_statistics(self, *modules: nn.Module | None) -> None:
+        """Give all processes the mean of their buffers, BatchNorm's statistics: they measure and save one encoder."""
+        for module in filter(None, modules if self.ranks > 1 else ()):
+            for buffer in filter(torch.is_floating_point, module.buffers()):
+                buffer.copy_(self.total(buffer) / self.ranks)
+
+    @contextlib.contextmanager
+    def local_first(self) -> Iterator[None]:
+        """Let the first process of each machine go ahead: what it leaves in a cache, the others find there."""
+        if self.ranks > 1 and self.local_rank:
+            dist.barrier()
+        try:
+            yield
+        finally:  # a mistake is the others' too
+            if self.ranks > 1 and not self.local_rank:
+                dist.barrier()
+
+    def shuffle(self, images: Tensor) -> Tensor:
+        """Exchange images `[B,3,H,W]`, channels-last: every process gets an equal share of everyone's.
+
+        So keys are normalised in other company than their queries, and BatchNorm cannot give the pairs away (shuffling
+        BN, arXiv 1911.05722). Which go where is fixed: the images of a step are in a random order already.
+        """
+        rows = images.permute(0, 2, 3, 1).contiguous()
+        sent, received = ([int(n) for n in each] for each in _shares(self.rank, self.ranks, len(images)))
+        exchanged = torch.empty_like(rows)
+        dist.all_to_all_single(exchanged, rows, received, sent)
+        return exchanged.permute(0, 3, 1, 2)
+
+    def gather_keys(self, keys: Tensor, *, shuffled: bool) -> Tensor:
+        """Keys `[B,D]` of each process to those of all `[B*ranks,D]`, in the order of the images."""
+        everyones = keys.new_empty(len(keys) * self.ranks, keys.shape[1])
+        gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name in newer versions of torch
+        gather(everyones, keys.contiguous())
+        return everyones[_places(self.ranks, len(keys), keys.device)] if shuffled else everyones
+
+
+ALONE = Processes()
+JOIN = timedelta(minutes=10)  # for processes to find each other
+
+
+def _shares(rank: int, ranks: int, batch: int) -> tuple[list[int], list[int]]:
+    """How many of its `batch` images process `rank` sends to each, and how many it gets from each: `batch` in all."""
+    base, rest = divmod(batch, ranks)
+    sent = [base + ((other - rank) % ranks < rest) for other in range(ranks)]
+    received = [base + ((rank - other) % ranks < rest) for other in range(ranks)]
+    return sent, received
+
+
+@lru_cache(maxsize=8)
+def _places(ranks: int, batch: int, device: torch.device) -> Tensor:
+    """Where the key of each image, in the order before the exchange, lies among the gathered ones."""
+    parts = [torch.arange(r * batch, (r + 1) * batch).split(_shares(r, ranks, batch)[0]) for r in range(ranks)]
+    gathered = torch.cat([parts[sender][receiver] for receiver in range(ranks) for sender in range(ranks)])
+    return gathered.argsort().to(device)
+
+
+
+
+
+
+@contextlib.contextmanager
+def processes_of_torchrun(command: str, timeout: timedelta | None = None) -> Iterator[Processes]:
+    """The processes torchrun started, connected for as long as this lasts; `ALONE` without torchrun.
+
+    Mistakes that all of them find are printed by one, as `<command>: error: ...`, with exit status 2; where one is lost
+    the others say so and end with status 1. `timeout`: how long they wait for a live one (torch's default, 30
+    minutes). The end of one is noticed by the others at their next exchange on the CPU, of which each step has one.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "MASTER_ADDR" not in os.environ:
+        yield ALONE
+        return
+    store, rank, ranks = next(dist.rendezvous("env://"))
+    store = _fresh(store, rank, ranks)
+    processes = Processes(
+        rank, ranks, int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", ranks)), store
+    )
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(
+        backend, store=dist.PrefixStore("group", store), rank=rank, world_size=ranks, timeout=timeout
+    )
+    try:
+        yield processes
+    except (UsageError, OSError) as error:
+        if not _said(store, str(error)):
+            raise
+        raise SystemExit(2) from None
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        if not isinstance(error, dist.DistError) and "gloo" not in reason:  # gloo has no class of its own
+            raise
+        lost = "onnection closed" in reason or "onnection reset" in reason or "onnection refused" in reason
+        what = "another process of this job ended" if lost else f"the processes lost each other ({reason[:300]})"
+        if not _said(store, "lost"):
+            print(f"{command}: error: {what}, so all of them end", file=sys.stderr)
+        raise SystemExit(1) from None
+    finally:
+        dist.destroy_process_group()  # however it ends: gloo's threads could abort an interpreter that shuts down
+
+
+def _fresh(store: dist.Store, rank: int, ranks: int) -> dist.Store:
+    """A part of `store` that these processes have to themselves.
+
+    torchrun's outlives a restart, with the addresses of the processes before. So each process asks under a name of its
+    own, and the first one tells those that are there what to call this start.
+    """
+    mine = f"{os.getpid()}-{time.time_ns()}"
+    store.set(f"fastcr/asks/{rank}", mine)
+    if rank:
+        answered = dist.PrefixStore(store.get(f"fastcr/answer/{mine}").decode(), store)
+        answered.set(f"here/{rank}", "")
+        return answered
+    name, deadline = f"fastcr/{mine}", time.monotonic() + JOIN.total_seconds()
+    missing = set(range(1, ranks))
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"fastcr/asks/{other}"]):  # the latest who asked; one from before is answered in vain
+                asked = store.get(f"fastcr/asks/{other}").decode()
+                store.set(f"fastcr/answer/{asked}", name)
+        missing = {other for other in missing if not store.check([f"{name}/here/{other}"])}
+        if missing and time.monotonic() > deadline:
+            raise UsageError(f"processes {', '.join(map(str, sorted(missing)))} of {ranks} did not come")
+        time.sleep(0.02)
+    return dist.PrefixStore(name, store)
+
+
+def _said(store: dist.Store, message: str) -> bool:
+    """Whether another process has said it before."""
+    try:
+        return store.add(f"said/{message}", 1) > 1
+    except (RuntimeError, dist.DistError):  # the store went with the process that is lost
+        return False

@@ -1,0 +1,178 @@
+"""What a run shows, keeps and watches: progress bar, metrics.jsonl, TensorBoard, speed, bad losses, signals."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, TextIO
+
+import torch
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+from torch import Tensor
+
+from fastcr.runs.checkpoint import write_whole
+from fastcr.config import Config
+from fastcr.errors import UsageError
+from fastcr.runs.distributed import ALONE, Processes
+
+SHOWN = {  # metric: its name on the bar's second line, and format
+    "images_per_second": ("images/s", "{:.0f}"),
+    "data_wait": ("waiting for data", "{:.0%}"),
+    "contrast_loss": ("contrast", "{:.3f}"),
+    "fit_loss": ("fit", "{:.4f}"),
+    "attention_entropy": ("entropy", "{:.2f}"),
+    "effective_detectors": ("detectors", "{:.1f}"),
+}
+
+
+class RunLog:
+    """Shows a run's progress and appends its records; used as a context manager. With `writes` False it does nothing.
+
+    `metrics.jsonl` holds one JSON object a logged step. A resumed run first drops the records after step `start`, which
+    it will write again.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        console: Console,
+        *,
+        start: int,
+        last: int,
+        steps_per_epoch: int,
+        epochs: int,
+        writes: bool = True,
+    ) -> None:
+        self.console, self.steps_per_epoch, self.epochs = console, steps_per_epoch, epochs
+        self.writer: Any = None
+        self.file: TextIO | None = None
+        if writes:
+            with warnings.catch_warnings(), suppress(ImportError):  # a run does without TensorBoard
+                warnings.simplefilter("ignore")  # its own, about its dependencies
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.writer = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+            path = folder / "metrics.jsonl"
+            keep_records(path, "step", start)
+            self.file = path.open("a")
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("steps"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            expand=True,
+        )
+        self.task = self.progress.add_task("", total=last, completed=start)
+        self.status = Text("", no_wrap=True, overflow="ellipsis")
+        self.live = Live(Group(self.progress, self.status), console=console, transient=True, refresh_per_second=4)
+
+    def __enter__(self) -> RunLog:
+        """Start the bar, where there is a terminal to show it on."""
+        if self.console.is_terminal:
+            self.live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop the bar and close the files, whatever happened."""
+        self.live.stop()
+        if self.writer:
+            self.writer.close()
+        if self.file:
+            self.file.close()
+
+    def advance(self, step: int) -> None:
+        """Move the bar to `step` completed steps."""
+        epoch = min((step - 1) // self.steps_per_epoch + 1, self.epochs)
+        self.progress.update(self.task, completed=step, description=f"epoch {epoch}/{self.epochs}")
+
+    def record(self, record: dict[str, Any]) -> None:
+        """Append one step's metrics, and show them."""
+        if self.file:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+        for name, value in record.items():
+            if self.writer and name not in ("step", "epoch"):
+                self.writer.add_scalar(name, value, record["step"])
+        self.status.plain = describe(record)
+
+    def epoch_done(self, record: dict[str, Any], epoch: int) -> None:
+        """Leave a line behind for a finished epoch."""
+        self.console.print(f"epoch {epoch}/{self.epochs}  {describe(record)}", highlight=False, soft_wrap=True)
+
+
+def describe(record: dict[str, Any]) -> str:
+    """One line of the metrics worth watching."""
+    return "  ".join(f"{label} {form.format(record[key])}" for key, (label, form) in SHOWN.items() if key in record)
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSONL file, without what a kill or a bad disk left half; none if there is no file."""
+    records = []
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with suppress(ValueError, RecursionError):
+            if isinstance(record := json.loads(line), dict):
+                records.append(record)
+    return records
+
+
+def keep_records(path: Path, key: str, last: float) -> None:
+    """Drop from a JSONL file the records whose `key` is beyond `last`, and a line cut off by a kill."""
+    if path.exists():
+        numbered = [record for record in read_records(path) if isinstance(record.get(key), int | float)]
+        kept = [record for record in numbered if record[key] <= last]
+        write_whole(path, lambda file: file.write_text("".join(json.dumps(record) + "\n" for record in kept)))
+
+
+class Meter:
+    """Images a second and share of time spent waiting for data, since the last reading."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Start over."""
+        self.start, self.waited, self.images = time.perf_counter(), 0.0, 0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time inside as waiting for data."""
+        before = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - before
+
+    def read(self) -> dict[str, float]:
+        """`images_per_second` and `data_wait`, and start over."""
+        elapsed = time.perf_counter() - self.start
+        values = {"images_per_second": self.images / elapsed, "data_wait": self.waited / elapsed}
+        self.reset()
+        return values
+
+
+
+
+
+

@@ -1,0 +1,81 @@
+"""What this machine has: devices, cores, memory."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from fastcr.errors import UsageError
+
+
+def pick_device(name: str, local_rank: int = 0, local_ranks: int = 1) -> torch.device:
+    """The device `--run.device` names; auto: CUDA when there is one. `UsageError` if it is not there.
+
+    Of several processes on a machine, each takes the CUDA device of its own number.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if local_ranks > 1 and name == "cuda":
+        if local_ranks > torch.cuda.device_count():
+            raise UsageError(f"{local_ranks} processes on a machine with {torch.cuda.device_count()} CUDA devices")
+        name = f"cuda:{local_rank}"
+    elif local_ranks > 1 and name.startswith("cuda:"):
+        raise UsageError(f"--run.device {name}: {local_ranks} processes need a device each; take cuda")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--run.device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
+        if device.index >= torch.cuda.device_count():
+            raise UsageError(f"--run.device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+        torch.cuda.set_device(device)  # where kernels are launched
+    elif device.type != "cpu":
+        raise UsageError(f"--run.device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    return device
+
+
+def pick_workers(workers: int | None, local_ranks: int = 1) -> int:
+    """`--data.workers`, or this process's share of the cores that it may run on."""
+    return max(len(os.sched_getaffinity(0)) // local_ranks, 1) if workers is None else workers
+
+
+def leave_signals(worker: int) -> None:
+    """For a loader process: what is sent to all of a job (Ctrl-C, a scheduler's SIGTERM) is the main process's to heed.
+
+    It still needs batches until it has saved; the loader's processes end when it does.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def free_memory() -> int:
+    """Bytes of main memory this process may still take: the machine's, or what its container leaves."""
+    meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(meminfo["MemAvailable"].split()[0]) * 1024
+    with suppress(OSError, ValueError):  # no container, or one without a limit ("max")
+        group = Path("/sys/fs/cgroup")
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used = int((group / "memory.current").read_text()) - int(stat["file"])  # what is read of files gives way
+        free = min(free, int((group / "memory.max").read_text()) - used)
+    return free
+
+
+def process_age() -> float:
+    """Seconds since this process was started."""
+    started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started
+
+
+def keep_compiled() -> None:
+    """Let compiled encoders outlive a reboot: unless the user says where, torch.compile keeps them in /tmp."""
+    name, default = "TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / "torchinductor_")
+    if os.environ.get(name, default).startswith(default):  # torch may have set it on import
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        os.environ[name] = str(cache / "fastcr" / "compiled")

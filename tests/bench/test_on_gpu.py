@@ -1,0 +1,239 @@
+"""The one command for a machine with a GPU: shares of time, stages that overrun or fail, a rehearsal on the CPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from fastcr.config import Config, OptimConfig
+from fastcr.runs.command_line import save_config
+
+
+def load(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", Path(__file__).parents[2] / "bench" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where its NamedTuples look for their module
+    spec.loader.exec_module(module)
+    return module
+
+
+on_gpu = load("on_gpu")
+SCRIPT = [sys.executable, on_gpu.__file__]
+WAIT = "import time; time.sleep(60)"
+
+
+@pytest.fixture
+def run_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """Run Python snippets as stages within `seconds`; how each ended, as summary.json says it."""
+
+    def run(seconds: float, **snippets: str) -> dict[str, Any]:
+        monkeypatch.setattr(on_gpu, "LEAST", 0.0)
+        monkeypatch.setattr(on_gpu, "GRACE", 0.5)
+        stages = [
+            on_gpu.Stage(name, [sys.executable, "-c", snippet, str(tmp_path / name)], tmp_path / name)
+            for name, snippet in snippets.items()
+        ]
+        returned = on_gpu.run_all(stages, tmp_path, time.monotonic() + 0.5 + seconds, {}, Console(quiet=True))
+        written = json.loads((tmp_path / "summary.json").read_text())["stages"]
+        assert written == [each._asdict() for each in returned]
+        return {each["stage"]: each for each in written}
+
+    return run
+
+
+WRITE = "import sys, pathlib; pathlib.Path(sys.argv[1]).write_text('done'); "
+
+
+def test_what_a_stage_leaves_goes_to_those_after_it() -> None:
+    names = list(on_gpu.SHARES)
+    total, left, taken = sum(on_gpu.SHARES.values()), 480.0, {}
+    for i, name in enumerate(names):
+        taken[name] = on_gpu.share(name, names[i + 1 :], left)
+        left -= taken[name]
+    assert taken == pytest.approx({name: 480 * part / total for name, part in on_gpu.SHARES.items()})
+    # the tests ended at once: all others have more, in the same proportions
+    assert on_gpu.share("ops", names[2:], 480.0) == pytest.approx(480 * 4 / (total - 4))
+    assert on_gpu.share("training", ["tune"], 100.0) == 100.0
+    assert on_gpu.share("tune", [], 30.0) == 30.0
+
+
+def test_an_overrunning_stage_is_stopped_and_every_result_stays(run_all: Any, tmp_path: Path) -> None:
+    on_sigint = (
+        "import sys, pathlib, time\n"
+        "try: time.sleep(60)\n"
+        "except KeyboardInterrupt: pathlib.Path(sys.argv[1]).write_text('half'); raise SystemExit(2)"
+    )
+    start = time.monotonic()
+    ended = run_all(3.0, tests=WRITE + "print('fine')", ops=on_sigint, steps="raise SystemExit('broken')")
+    assert time.monotonic() - start < 10
+    assert {name: each["status"] for name, each in ended.items()} == {
+        "tests": "passed",
+        "ops": "cut off",
+        "steps": "failed",
+    }
+    assert [each["file"] for each in ended.values()] == ["tests", "ops", None]
+    assert (tmp_path / "ops").read_text() == "half"
+    assert ended["steps"]["note"] == "broken"
+    assert "fine" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_stage_that_ignores_sigint_is_killed_with_its_processes(run_all: Any, tmp_path: Path) -> None:
+    deaf = (
+        "import signal, subprocess, sys, pathlib; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {WAIT!r}])\n"
+        "pathlib.Path(sys.argv[1]).write_text(str(child.pid)); child.wait()"
+    )
+    assert run_all(1.0, training=deaf)["training"]["status"] == "cut off"
+    child = Path("/proc", (tmp_path / "training").read_text())
+    for _ in range(100):
+        if not child.exists() or ") Z " in (child / "stat").read_text():
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("a process of the stage is still there")
+
+
+def test_without_time_a_stage_is_skipped_and_an_old_result_is_not_taken_for_its_own(
+    run_all: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "tests").write_text("old")
+    ended = run_all(0.6, tests=WAIT, tune=WAIT)
+    assert (ended["tests"]["status"], ended["tests"]["file"]) == ("cut off", None)
+    assert (ended["tune"]["status"], ended["tune"]["note"]) == ("skipped", "no time was left")
+
+
+def test_a_report_is_counted_and_its_failures_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "tests.xml"
+    path.write_text(  # the last test was interrupted
+        "<testsuites><testsuite tests='4' failures='1' errors='1' skipped='1'><testcase name='a'/><testcase name='b'>"
+        "<failure message='1 is&#10;not 2'/></testcase><testcase name='c'><skipped/></testcase><testcase name='d'>"
+        "<error message='gone'/></testcase><testcase name='e'/></testsuite></testsuites>"
+    )
+    assert on_gpu.read_junit(path) == ("1 passed, 2 failed, 1 skipped", ["b: 1 is not 2", "d: gone"])
+    whole = path.read_text()
+    path.write_text(whole[:-9])
+    assert on_gpu.read_junit(path) == ("", [])
+    path.write_text(whole)
+    stage = on_gpu.Stage("tests", [sys.executable, "-c", ""], junit=path)
+    assert on_gpu.run_stage(stage, 60, tmp_path, {}).note == ""  # the report of another run does not count
+
+
+@pytest.mark.parametrize("report", [None, "", '{"benchmarks": "whole"}'])
+def test_benchmarks_finished_before_a_kill_are_kept(
+    benchmark: Any, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, report: str | None
+) -> None:
+    result, lines = tmp_path / "ops.json", tmp_path / "ops.jsonl"
+    if report is not None:
+        result.write_text(report)
+    benchmark.disabled = False  # as it is where the tests run in several processes
+    benchmark.extra_info["work"] = "fit"
+    benchmark.pedantic(lambda: None, rounds=3)
+    monkeypatch.setenv("FASTCR_BENCH_LINES", str(lines))
+    load("conftest").pytest_runtest_teardown(request.node)
+    with lines.open("a") as file:
+        file.write('{"name": "cut o')
+    on_gpu.salvage(on_gpu.Stage("ops", [], result, lines=lines), {"gpu": "Some GPU"})
+    kept = json.loads(result.read_text())
+    assert not lines.exists()
+    if report:
+        assert kept == {"benchmarks": "whole"}
+        return
+    (entry,) = kept["benchmarks"]
+    assert kept["machine_info"]["fastcr"]["gpu"] == "Some GPU"
+    assert (entry["name"], entry["extra_info"], entry["stats"]["rounds"]) == (request.node.name, {"work": "fit"}, 3)
+
+
+def test_the_steady_rate_leaves_the_first_record_out() -> None:
+    records = [{"step": 10 * i, "images_per_second": rate, "data_wait": 0.1 * i} for i, rate in ((1, 5), (2, 90))]
+    records += [{"step": 30, "images_per_second": 100, "data_wait": 0.3}]
+    results = on_gpu.training_results(records, "first step done 42.5 s after the start, 40.0 s of it the step")
+    assert (results["steps"], results["seconds_to_first_step"], results["pairs_per_second"]) == (30, 42.5, 95)
+    assert results["data_wait"] == pytest.approx(0.25)
+    assert results["extrapolation"]["seconds"] == pytest.approx(42.5 + 100 * 5994 / 95)
+    for reached in (records[:1], []):
+        assert on_gpu.training_results(reached, "")["extrapolation"]["seconds"] is None
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_the_end_of_the_time_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(config: Config, console: Console, *, started: float) -> None:
+        if config.optim.batch_size > 64:
+            raise torch.OutOfMemoryError
+        console.print("first step done 9.0 s after the start, 1.0 s of it the step")
+        assert config.run.dir is not None
+        config.run.dir.mkdir()
+        save_config(config, config.run.dir / "config.yaml")
+        records = [{"step": step, "images_per_second": 50, "data_wait": 0} for step in (10, 20)]
+        (config.run.dir / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
+        raise SystemExit(130)
+
+    monkeypatch.setattr("fastcr.train.train", train)
+    monkeypatch.setattr(on_gpu, "recipe", lambda *_: Config(optim=OptimConfig(batch_size=256)))
+    assert on_gpu.train_for(600.0, tmp_path, True) is None
+    results = json.loads((tmp_path / "training.json").read_text())
+    assert results["problem"] is None
+    assert results["settings"]["optim"]["batch_size"] == 64
+    assert (results["steps"], results["pairs_per_second"]) == (20, 50)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--only", "opps"], "--only: no stage 'opps'; there are tests, ops"),
+        (["--minutes", "0"], "--minutes must be above 0"),
+        (["--out", f"{__file__}/there"], "cannot write into --out"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    args: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        on_gpu.main(["--out", str(tmp_path), *args])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.startswith(f"on_gpu: error: {message}")
+    assert error.count("\n") == 1
+
+
+def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*SCRIPT, "--out", str(tmp_path)], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("on_gpu: error: there is no GPU here")
+    assert done.stderr.count("\n") == 1
+    assert json.loads((tmp_path / "facts.json").read_text())["gpu"] is None
+
+
+def test_a_rehearsal_needs_neither_tyro_nor_the_other_optional_packages(tmp_path: Path) -> None:
+    absent = tmp_path / "absent"
+    for path in ("tyro.py", "hypothesis.py", "tensorboard/__init__.py", "nvidia/dali/__init__.py"):
+        (absent / path).parent.mkdir(parents=True, exist_ok=True)
+        (absent / path).write_text("raise ImportError('not installed')")
+    plain = "-p no:hypothesispytest"  # its plugin would look into what stands in for it
+    environment = {**os.environ, "PYTHONPATH": str(absent), "PYTEST_ADDOPTS": plain, "OMP_NUM_THREADS": "1"}
+    command = [*SCRIPT, "--out", str(tmp_path / "out"), "--rehearse", "--only", "tests,training"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert done.returncode == 0, done.stdout + done.stderr + log
+    stages = json.loads((tmp_path / "out" / "summary.json").read_text())["stages"]
+    assert [(each["stage"], each["status"]) for each in stages] == [("tests", "passed"), ("training", "passed")]
+    assert "under Triton's interpreter" in log
+    assert stages[0]["note"].endswith("0 failed, 1 skipped")  # the property test
+    training = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert training["steps"] == 4
+    assert training["pairs_per_second"] > 0
+    assert training["seconds_to_first_step"] > 0

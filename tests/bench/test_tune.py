@@ -1,0 +1,131 @@
+"""The search for launch settings, under the interpreter and with a stand-in for the clock."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import tune
+from bench.workloads import OPS, Workload
+from fastcr.kernels import settings
+
+pytest.importorskip("triton")
+
+CPU = torch.device("cpu")
+SMALL = {
+    "rationale_fit": Workload("fit", "forward", 3, 20, 70, 5, torch.float32),
+    "rationale_pool": Workload("pool", "forward", 3, 20, 70, 5, torch.float32),
+    "attention_gradient": Workload("pool", "training", 3, 20, 70, 5, torch.float32),
+    "spread_gradients": Workload("fit", "training", 3, 20, 70, 5, torch.float32),
+    "info_nce": Workload("contrast", "training", 3, 100, 24, dtype=torch.float32),
+}
+Calls = Sequence[Callable[[], Any]]
+
+
+def row_of(kernel: str) -> str:
+    return next(row for row in settings.TABLE[kernel] if row.startswith("32 bits"))
+
+
+@pytest.mark.parametrize("kernel", SMALL)
+def test_the_fastest_right_candidate_wins(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    row, ticks = row_of(kernel), []
+    today = settings.TABLE[kernel][row]
+    name = next(name for name in ("BLOCK_S", "BLOCK_N") if name in today)
+    choices = {each: (value,) for each, value in today.items()} | {name: (16, 24, 32, 64)}  # 24 does not compile
+    monkeypatch.setitem(tune.CHOICES, kernel, choices)
+
+    def timer(calls: Calls) -> float:
+        calls[0]()
+        return 1e-5 if settings.TABLE[kernel][row][name] == 32 else 2e-5
+
+    sizes = SMALL[kernel]
+    outcome = tune.search(kernel, row, [sizes, sizes], CPU, timer, lambda: ticks.append(1))
+    assert outcome.today is today
+    assert outcome.best == today | {name: 32}
+    assert outcome.after == 2e-5
+    assert outcome.before == (2e-5 if today[name] == 32 else 4e-5)
+    assert outcome.out == 1
+    assert len(ticks) == len(tune.candidates(kernel, today))
+    assert settings.TABLE[kernel][row] is today
+
+
+def test_a_candidate_with_wrong_results_is_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = row_of("rationale_pool")
+    today = settings.TABLE["rationale_pool"][row]
+    monkeypatch.setitem(tune.CHOICES, "rationale_pool", {name: (value,) for name, value in today.items()} | {
+        "num_warps": (1, 2, 32)
+    })  # fmt: skip
+    real = OPS["pool"]
+
+    def wrong_with_two_warps(**given: Any) -> Any:
+        pooled, attention = real(**given)
+        return pooled * (1.1 if settings.TABLE["rationale_pool"][row]["num_warps"] == 2 else 1), attention
+
+    monkeypatch.setitem(OPS, "pool", wrong_with_two_warps)
+
+    def timer(calls: Calls) -> float:
+        return 1 / settings.TABLE["rationale_pool"][row]["num_warps"]
+
+    outcome = tune.search("rationale_pool", row, [SMALL["rationale_pool"]], CPU, timer, lambda: None)
+    assert (outcome.best["num_warps"], outcome.out) == (32, 1)
+
+
+def test_every_row_has_sizes_of_its_own_class_and_choices_for_all_its_settings() -> None:
+    for kernel, table in settings.TABLE.items():
+        for row, today in table.items():
+            assert tune.CHOICES[kernel].keys() == today.keys()
+            for each in tune.workloads(kernel, row):
+                if kernel == "info_nce":
+                    assert settings.contrast_class(each.dtype, each.batch, each.channels) == row
+                else:
+                    multiplies = kernel != "attention_gradient"
+                    assert settings.map_class(each.dtype, each.detectors if multiplies else None) == row
+
+
+def test_the_table_names_both_settings_and_the_gain() -> None:
+    today, best = {"BLOCK_S": 64, "num_warps": 4}, {"BLOCK_S": 32, "num_warps": 8}
+    outcomes = [
+        tune.Outcome("rationale_fit", "16 bits, K <= 32", today, 3e-5, best, 2e-5, 2),
+        tune.Outcome("info_nce", "16 bits, B <= 16, D > 256", today, math.inf, best, 2e-5, 1),
+    ]
+    columns = [list(column.cells) for column in tune.outcome_table(outcomes, "a GPU").columns]
+    assert [cells[0] for cells in columns[2:]] == ["S 64, warps 4", "30.0", "S 32, warps 8", "20.0", "50%", "2"]
+    assert [cells[1] for cells in columns[3:7]] == ["fails", "S 32, warps 8", "20.0", ""]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [([], "there is no GPU to time kernels on"), (["--only", "64 bits"], "--only '64 bits': no such row")],
+)
+def test_a_mistake_is_one_line(
+    args: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        tune.main(args)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.startswith(f"fastcr.tune: error: {message}")
+    assert error.count("\n") == 1
+
+
+def test_the_command_writes_a_whole_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    best = {"BLOCK_S": 32, "BLOCK_C": 64, "num_warps": 4, "num_stages": 2}
+
+    def found(kernel: str, row: str, *unused: Any) -> tune.Outcome:
+        return tune.Outcome(kernel, row, settings.TABLE[kernel][row], 3e-5, best, 2e-5, 0)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
+    monkeypatch.setattr(tune, "search", found)
+    tune.main(["--only", "attention_gradient", "--out", str(tmp_path / "table.json")])
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert table["attention_gradient"] == {"16 bits": best, "32 bits": best}
+    assert table["rationale_fit"] == settings.TABLE["rationale_fit"]
+    assert "some GPU" in capsys.readouterr().out

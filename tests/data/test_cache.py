@@ -1,0 +1,332 @@
+"""The decoded data set: the same pixels wherever they lie, whatever is broken, and every loader's views of them."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from torch import Tensor
+
+from fastcr.config import Config
+from fastcr.data import loaders, pixel_cache
+from fastcr.data.cached_views import CachedViews
+from fastcr.data.images import ImageList
+from fastcr.data.layouts import read_splits
+from fastcr.data.loaders import choose_loader, choose_place, make_views
+from fastcr.data.pixel_cache import PixelCache, bounded_size, fill, measure
+from fastcr.data.torch_views import TorchViews
+from fastcr.data.views import STD, BadFiles, Prefetched, Shard
+from fastcr.errors import UsageError
+from fastcr.runs.command_line import parse
+from fastcr.runs.machine import free_memory
+
+CPU = torch.device("cpu")
+QUIET = Console(file=io.StringIO())
+SETTINGS: dict[str, Any] = {"image_size": 32, "batch_size": 4, "seed": 3, "device": CPU, "dtype": torch.float32}
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> ImageList:
+    """Twelve pictures of different sizes; one is broken."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "photos").mkdir()
+    for i in range(12):
+        small = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8))
+        small.resize((40 + 9 * i, 120 - 7 * i), Image.Resampling.BICUBIC).save(tmp_path / "photos" / f"{i:02d}.png")
+    (tmp_path / "photos" / "05.png").write_bytes((tmp_path / "photos" / "05.png").read_bytes()[:400])
+    return read_splits(tmp_path / "photos").train
+
+
+def cached(images: ImageList, place: Any = "host", side: int = 500, **changes: Any) -> PixelCache:
+    settings: dict[str, Any] = {
+        "device": CPU, "workers": 2, "folder": images.root.parent / "cache", "bad": BadFiles(images, "skip"),
+        "console": QUIET,
+    }  # fmt: skip
+    return fill(images, measure(images, side, 2, QUIET), place, side=side, **settings | changes)
+
+
+def picture(cache: PixelCache, index: int) -> np.ndarray:
+    start, (height, width) = cache.starts[index], cache.sizes[index]
+    return cache.pixels[start : start + 3 * height * width].view(height, width, 3).numpy()
+
+
+def assert_same_pictures(ours: PixelCache, theirs: PixelCache) -> None:
+    """The bytes of a broken image belong to no picture: they are whatever was in memory."""
+    for index in range(len(ours.starts)):
+        np.testing.assert_array_equal(picture(ours, index), picture(theirs, index))
+
+
+@pytest.mark.parametrize("place", ["host", "disk"])
+def test_the_cache_holds_what_the_files_hold(photos: ImageList, place: str) -> None:
+    bad = BadFiles(photos, "skip")
+    cache = cached(photos, place, bad=bad)
+    for index in range(12):
+        np.testing.assert_array_equal(picture(cache, index), np.array(photos.rgb(6 if index == 5 else index)))
+    assert cache.broken.tolist() == [5]
+    assert bad.files == [photos.path(5)]
+
+
+def test_large_images_are_reduced_and_no_others(photos: ImageList) -> None:
+    assert bounded_size(375, 500, 448) == (375, 500)
+    assert bounded_size(600, 900, 448) == (448, 672)
+    cache = cached(photos, side=64)
+    for index in (0, 11):
+        expected = photos.rgb(index)
+        height, width = bounded_size(expected.height, expected.width, 64)
+        assert cache.sizes[index].tolist() == [height, width]
+        mean = np.array(expected).mean((0, 1))
+        np.testing.assert_allclose(picture(cache, index).mean((0, 1)), mean, atol=3)
+    assert cache.sizes.min(1).max() == 64
+
+
+def test_the_disk_is_taken_up_again_until_a_file_changes(photos: ImageList, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = cached(photos, "disk")
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageList, "rgb", lambda *args: pytest.fail("decoded again"))
+        again = cached(photos, "disk")
+    assert_same_pictures(first, again)
+    bad = BadFiles(photos, "skip")
+    cached(photos, "disk", bad=bad)
+    assert bad.files == [photos.path(5)]  # named by every run
+    Image.new("RGB", photos.rgb(0).size, "red").save(photos.path(0))
+    assert (picture(cached(photos, "disk"), 0) == (255, 0, 0)).all()
+
+
+def test_a_cache_without_its_index_counts_for_nothing(photos: ImageList) -> None:
+    folder = photos.root.parent / "cache"
+    first = cached(photos, "disk")
+    (index,) = folder.glob("*.npz")
+    (pixels,) = folder.glob("*.u8")
+    index.unlink()
+    pixels.write_bytes(b"\0" * first.pixels.numel())
+    assert_same_pictures(cached(photos, "disk"), cached(photos))
+    assert sorted(path.suffix for path in folder.iterdir()) == [".npz", ".u8"]
+
+
+def test_two_runs_may_fill_the_same_cache_at_once(photos: ImageList, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second starts and ends while the first decodes."""
+    decode, inner = pixel_cache._decode, []
+
+    def with_another_run(*args: Any) -> Any:
+        monkeypatch.setattr(pixel_cache, "_decode", decode)
+        inner.append(cached(photos, "disk"))
+        return decode(*args)
+
+    monkeypatch.setattr(pixel_cache, "_decode", with_another_run)
+    outer = cached(photos, "disk")
+    assert_same_pictures(outer, inner[0])
+    assert_same_pictures(outer, cached(photos))
+    assert sorted(path.suffix for path in (photos.root.parent / "cache").iterdir()) == [".npz", ".u8"]
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(photos: ImageList, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UsageError, match=r"cannot save .*No space left on device"):
+        cached(photos, "disk")
+    assert list((photos.root.parent / "cache").iterdir()) == []
+
+
+def test_nothing_readable_and_fail_are_errors(photos: ImageList, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"unreadable image .*05\.png"):
+        cached(photos, bad=BadFiles(photos, "fail"))
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / name).write_bytes(b"")
+    for place in ("host", "disk"):
+        with pytest.raises(UsageError, match="none of the 2 images"):
+            cached(ImageList(tmp_path, ("a.jpg", "b.jpg"), None, ()), place)
+
+
+def settings_of(*flags: str) -> Config:
+    flags = ("--data.image_size", "32", "--optim.batch_size", "4", "--data.workers", "0", *flags)
+    return parse(Config, flags, prog="test", description=None)
+
+
+def take(images: ImageList, *flags: str, start: int = 0, count: int = 4, said: Console = QUIET) -> list[Tensor]:
+    views, _ = make_views(settings_of(*flags), images, CPU, torch.float32, said)
+    return [torch.stack(batch) for batch in islice(views.batches(start), count)]
+
+
+def test_views_of_cached_pixels_are_those_of_the_files(photos: ImageList) -> None:
+    flags = ("--data.loader", "torch", "--data.cache_side", "500")
+    plain = take(photos, *flags, "--data.cache", "off")
+    for place in ("host", "disk"):
+        more = ("--data.cache", place, "--data.cache_dir", str(photos.root.parent))
+        for ours, theirs in zip(take(photos, *flags, *more), plain, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_fused_views_are_torchvisions_but_for_rounding(photos: ImageList) -> None:
+    flags = ("--data.cache_side", "500")
+    fused, plain = (take(photos, *flags, "--data.loader", loader) for loader in ("fused", "torch"))
+    assert fused[0][0].is_contiguous(memory_format=torch.channels_last)
+    for ours, theirs in zip(fused, plain, strict=True):
+        assert (ours - theirs).abs().mean() < 0.6 / 255 / min(STD)
+
+
+def test_rows_are_brought_to_a_device_that_lacks_them(photos: ImageList, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = cached(photos)
+    whole = CachedViews(cache, impl="torch", bad=BadFiles(photos, "skip"), **SETTINGS)
+    parts = CachedViews(cache, impl="torch", bad=BadFiles(photos, "skip"), **SETTINGS)
+    parts.cache = cache._replace(pixels=_Elsewhere(cache.pixels))  # type: ignore[arg-type]
+    for a, b in zip(islice(whole.batches(0), 4), islice(parts.batches(0), 4), strict=True):
+        assert torch.equal(torch.stack(a), torch.stack(b))
+
+
+class _Elsewhere:
+    """Pixels that say they are not on the CPU and hand out slices only."""
+
+    device = "another"
+
+    def __init__(self, pixels: Tensor) -> None:
+        self.pixels = pixels
+
+    def __getitem__(self, part: slice) -> Tensor:
+        return self.pixels[part]
+
+
+LOADERS = ["torch", "dali", "fused"]
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_each_loader_resumes_in_the_middle_of_an_epoch(photos: ImageList, loader: str, ranks: int) -> None:
+    """In the third epoch, for one process and for each of two."""
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
+    steps = 12 // (2 * ranks)  # of an epoch
+    middle = 2 * steps + 1
+    whole = sharded(photos, loader, ranks, 0, middle + steps)
+    rest = sharded(photos, loader, ranks, middle, steps)
+    for before, after in zip(whole, rest, strict=True):
+        for ours, theirs in zip(after, before[middle:], strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_two_processes_share_the_batches_of_one(photos: ImageList, loader: str) -> None:
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
+    (alone,) = sharded(photos, loader, 1, 0, 4, batch_size=4)
+    for one, *parts in zip(alone, *sharded(photos, loader, 2, 0, 4), strict=True):
+        assert torch.equal(torch.cat(parts, dim=1), one)
+
+
+def sharded(
+    images: ImageList, loader: str, ranks: int, start: int, count: int, batch_size: int = 2
+) -> list[list[Tensor]]:
+    """Batches of each rank."""
+    found = []
+    for rank in range(ranks):
+        settings = SETTINGS | {"batch_size": batch_size, "shard": Shard(rank, ranks), "bad": BadFiles(images, "skip")}
+        views: Any
+        if loader == "fused":
+            views = CachedViews(cached(images), impl="torch", **settings)
+        elif loader == "torch":
+            views = TorchViews(images, workers=0, **settings)
+        else:
+            from fastcr.data.dali_views import DaliViews
+
+            views = DaliViews(images, workers=2, **settings)
+        found.append([torch.stack(batch) for batch in islice(views.batches(start), count)])
+    return found
+
+
+def test_dali_may_decode_only_and_leave_the_views_to_the_kernel(photos: ImageList) -> None:
+    """What runs on a GPU, on the CPU: DALI's decoder, then the op; with and without decoding just what is shown."""
+    pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
+    from fastcr.data.dali_views import DaliViews
+
+    expected = sharded(photos, "fused", 1, 0, 3, batch_size=4)[0]
+    for roi in (False, True):
+        bad = BadFiles(photos, "skip")
+        views = DaliViews(photos, workers=2, bad=bad, roi_decode=roi, **SETTINGS)
+        views.decode_only = True
+        for ours, theirs in zip(islice(views.batches(0), 3), expected, strict=True):
+            torch.testing.assert_close(torch.stack(list(ours)), theirs, atol=1e-5, rtol=0)
+        assert bad.files == [photos.path(5)]
+
+
+def test_prefetched_batches_are_the_same_and_errors_come_through(photos: ImageList) -> None:
+    plain = CachedViews(cached(photos), impl="torch", bad=BadFiles(photos, "skip"), **SETTINGS)
+    ahead = Prefetched(plain, CPU)
+    for ours, theirs in zip(islice(ahead.batches(1), 4), islice(plain.batches(1), 4), strict=True):
+        assert torch.equal(ours.first, theirs.first)
+    failing = TorchViews(photos, workers=0, bad=BadFiles(photos, "fail"), **SETTINGS)
+    with pytest.raises(UsageError, match=r"unreadable image .*05\.png"):
+        list(islice(Prefetched(failing, CPU).batches(0), 4))
+
+
+def test_auto_is_settled_and_said(photos: ImageList, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = Console(file=io.StringIO(), width=200)
+    _, config = make_views(settings_of("--data.loader", "torch"), photos, CPU, torch.float32, said)
+    assert (config.data.loader, config.data.cache) == ("torch", "host")
+    assert "loader: torch; cache: host; device: cpu; 12 training images" in said.file.getvalue()  # type: ignore[attr-defined]
+    monkeypatch.setattr(loaders, "free_memory", lambda: 1000)
+    _, config = make_views(settings_of("--data.loader", "torch"), photos, CPU, torch.float32, said)
+    assert config.data.cache == "off"
+    assert "too much to keep in memory (--data.cache disk" in said.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_where_the_pixels_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (800, 1000))
+    monkeypatch.setattr(loaders, "free_memory", lambda: 10_000)
+
+    def place(size: int, device: torch.device, *flags: str) -> str:
+        return choose_place(settings_of(*flags), size, device, QUIET)
+
+    assert [place(size, cuda) for size in (200, 201, 5000, 5001)] == ["device", "host", "host", "off"]
+    assert place(200, CPU) == "host"
+    assert place(200, cuda, "--data.loader", "torch") == "host"
+    assert place(800, cuda, "--data.cache", "device") == "device"
+    assert place(10**6, cuda, "--data.cache", "disk") == "disk"
+
+
+def test_which_loader_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    def loader(place: str, device: str, *flags: str) -> str:
+        return choose_loader(settings_of(*flags), place, torch.device(device), said)
+
+    said = Console(file=io.StringIO(), width=200)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    found = [loader(place, device) for device in ("cuda", "cpu") for place in ("device", "host", "off")]
+    assert found == ["fused", "fused", "dali", "torch", "torch", "torch"]
+    assert loader("off", "cpu", "--data.loader", "dali") == "dali"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert loader("off", "cuda") == "torch"
+    assert said.file.getvalue().count("DALI is not installed") == 1  # type: ignore[attr-defined]
+    with pytest.raises(UsageError, match="needs NVIDIA DALI"):
+        loader("off", "cpu", "--data.loader", "dali")
+
+
+def test_free_memory_is_part_of_the_memory() -> None:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < free_memory() < total
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--data.loader", "dali", "--data.cache", "host"), "--data.loader dali decodes files"),
+        (("--data.loader", "fused", "--data.cache", "off"), "--data.loader fused needs the decoded images"),
+        (("--data.cache", "device"), "--data.cache device needs CUDA"),
+        (("--data.cache", "host"), r"--data\.cache host: the decoded images take .* GiB and 0\.0 are free"),
+    ],
+)
+def test_what_cannot_be_had_is_one_line(
+    photos: ImageList, flags: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loaders, "free_memory", lambda: 1000)
+    with pytest.raises(UsageError, match=message):
+        take(photos, *flags)

@@ -1,0 +1,138 @@
+"""The embedded birds: same bytes for the same seed, whole sets only, classes that differ in small parts."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastcr.data import synthetic
+from fastcr.data.synthetic import CLASSES, HEIGHT, WIDTHS, draw_bird, write_synthetic
+from fastcr.errors import UsageError
+
+SMALL = {"train_per_class": 2, "test_per_class": 1}
+
+
+@pytest.fixture(scope="module")
+def birds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_synthetic(tmp_path_factory.mktemp("cache") / "birds", **SMALL)
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(root)): file.read_bytes() for file in root.rglob("*") if file.is_file()}
+
+
+def test_tree_holds_every_class_of_both_splits_and_nothing_else(birds: Path) -> None:
+    names = {parts.name for parts in CLASSES}
+    assert {folder.name for folder in birds.iterdir()} == {"train", "test"}
+    for split, count in (("train", 2), ("test", 1)):
+        folders = list((birds / split).iterdir())
+        assert {folder.name for folder in folders} == names
+        for folder in folders:
+            assert sorted(file.name for file in folder.iterdir()) == [f"{i:04d}.jpg" for i in range(count)]
+    assert [folder.name for folder in birds.parent.iterdir()] == [birds.name]
+
+
+def test_pictures_are_rgb_jpegs_within_the_size_bounds(birds: Path) -> None:
+    for file in birds.glob("*/*/*.jpg"):
+        with Image.open(file) as picture:
+            picture.load()
+            assert (picture.format, picture.mode, picture.height) == ("JPEG", "RGB", HEIGHT)
+            assert WIDTHS[0] <= picture.width <= WIDTHS[1]
+
+
+def test_a_picture_depends_only_on_seed_split_class_and_index(birds: Path, tmp_path: Path) -> None:
+    more = contents(write_synthetic(tmp_path / "more", train_per_class=3, test_per_class=1))
+    few = contents(birds)
+    assert {name: more[name] for name in few} == few
+    assert len(set(few.values())) == len(few)
+
+
+def test_another_seed_draws_other_pictures(birds: Path, tmp_path: Path) -> None:
+    other = contents(write_synthetic(tmp_path / "other", seed=1, **SMALL))
+    assert other.keys() == contents(birds).keys()
+    assert not set(other.values()) & set(contents(birds).values())
+
+
+def test_second_call_uses_the_complete_folder(birds: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {file: file.stat().st_mtime_ns for file in birds.rglob("*")}
+    monkeypatch.setattr(synthetic, "draw_bird", lambda *_: pytest.fail("drew a picture of a complete set"))
+    assert write_synthetic(birds, **SMALL) == birds
+    assert {file: file.stat().st_mtime_ns for file in birds.rglob("*")} == before
+
+
+def test_classes_are_distinct_and_share_three_parts_with_four_others() -> None:
+    assert len({parts.name for parts in CLASSES}) == len(set(CLASSES)) == 16
+    for parts in CLASSES:
+        shared = Counter(sum(a == b for a, b in zip(parts, other, strict=True)) for other in CLASSES)
+        assert shared[3] == 4
+    for values in zip(*CLASSES, strict=True):
+        assert all(count == 8 for count in Counter(values).values())
+
+
+def test_a_part_alters_a_small_place_and_nothing_else() -> None:
+    for parts in CLASSES[:4]:
+        for part in parts._fields:
+            values = {getattr(other, part) for other in CLASSES} - {getattr(parts, part)}
+            twin = parts._replace(**{part: values.pop()})
+            first, second = (np.asarray(draw_bird(p, np.random.default_rng(7)), dtype=float) for p in (parts, twin))
+            changed = (abs(first - second).max(-1) > 40).mean()
+            assert 0.001 < changed < 0.1, part
+
+
+def test_an_interrupted_write_leaves_no_set_and_stops_no_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "birds"
+    calls = iter(range(5))
+
+    def interrupted(*arguments: object) -> Image.Image:
+        if next(calls) == 4:
+            raise KeyboardInterrupt
+        return Image.new("RGB", (8, 8))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(synthetic, "draw_bird", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            write_synthetic(root, **SMALL)
+    assert not root.exists()
+    leftover = tmp_path / ".birds-killed" / "birds" / "train" / CLASSES[0].name
+    leftover.mkdir(parents=True)
+    (leftover / "0000.jpg").write_bytes(b"half a pict")
+    assert len(contents(write_synthetic(root, train_per_class=1, test_per_class=1))) == 32
+
+
+def test_the_first_of_two_writers_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, raced = tmp_path / "birds", []
+
+    def slow(*arguments: object) -> Image.Image:
+        if not raced:
+            raced.append(True)
+            write_synthetic(root, train_per_class=1, test_per_class=1)
+        return Image.new("RGB", (8, 8))
+
+    monkeypatch.setattr(synthetic, "draw_bird", slow)
+    write_synthetic(root, train_per_class=1, test_per_class=1)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["birds"]
+    assert len(contents(root)) == 32
+
+
+def test_a_folder_with_something_else_is_refused_and_kept(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="not a complete synthetic set"):
+        write_synthetic(tmp_path, **SMALL)
+    assert contents(tmp_path) == {"notes.txt": b"mine"}
+
+
+def test_default_root_is_in_the_cache_and_names_version_seed_and_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    root = synthetic.default_root()
+    assert root.parent == tmp_path / "fastcr"
+    assert root.name == f"synthetic-v{synthetic.VERSION}-seed0-100x25"
+    written = write_synthetic(seed=3, train_per_class=1, test_per_class=1)
+    assert written == synthetic.default_root(3, 1, 1)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert synthetic.default_root().parent == Path.home() / ".cache" / "fastcr"

@@ -1,0 +1,269 @@
+"""Two views of an image: their parameters against torchvision's, both loaders against each other."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
+
+from fastcr.data.images import ImageList
+from fastcr.data.torch_views import TorchViews, augment
+from fastcr.data.views import (
+    CROP_AREA,
+    CROP_RATIO,
+    MEAN,
+    STD,
+    BadFiles,
+    ViewParameters,
+    draw_parameters,
+    epoch_order,
+    normalise,
+    step_indices,
+)
+from fastcr.errors import UsageError
+
+DRAWS = 2000
+CPU = torch.device("cpu")
+Make = Callable[..., Any]
+
+
+def photo(rng: np.random.Generator, width: int, height: int) -> Image.Image:
+    """Smooth colours with an edge: something every augmentation changes visibly."""
+    small = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
+    pixels = np.array(small.resize((width, height), Image.Resampling.BICUBIC))
+    pixels[height // 3 : height // 2, width // 4 :] //= 3
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> ImageList:
+    root, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    names = tuple(f"{i:02d}.jpg" for i in range(20))
+    for i, name in enumerate(names):
+        photo(rng, 90 + 7 * i, 120 - 2 * i).save(root / name, quality=92)
+    return ImageList(root, names, None, ())
+
+
+def make_dali(images: ImageList, **settings: Any) -> Any:
+    pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
+    from fastcr.data.dali_views import DaliViews
+
+    bad = BadFiles(images, settings.pop("on_corrupt", "skip"))
+    return DaliViews(images, bad=bad, **SETTINGS | settings)
+
+
+def make_torch(images: ImageList, **settings: Any) -> TorchViews:
+    bad = BadFiles(images, settings.pop("on_corrupt", "skip"))
+    return TorchViews(images, bad=bad, **SETTINGS | settings)
+
+
+SETTINGS: dict[str, Any] = {
+    "image_size": 48, "batch_size": 6, "seed": 3, "device": CPU, "dtype": torch.float32,
+    "workers": 0,
+}  # fmt: skip
+BOTH = pytest.mark.parametrize("make", [make_torch, make_dali], ids=["torch", "dali"])
+
+
+def take(views: Any, start: int, count: int) -> list[Tensor]:
+    return [torch.stack(batch) for batch in islice(views.batches(start), count)]
+
+
+def test_parameters_depend_on_image_epoch_and_seed_only() -> None:
+    indices, sizes = np.arange(9), np.full((9, 2), 100)
+    all_nine = draw_parameters(5, 1, indices, sizes)
+    alone = draw_parameters(5, 1, indices[4:5], sizes[4:5])
+    for whole, single in zip(all_nine, alone, strict=True):
+        np.testing.assert_array_equal(whole[4:5], single)
+    for other in (draw_parameters(6, 1, indices, sizes), draw_parameters(5, 2, indices, sizes)):
+        assert not np.array_equal(other.factors, all_nine.factors)
+    assert not np.array_equal(all_nine.factors[:, 0], all_nine.factors[:, 1])
+
+
+@pytest.mark.parametrize("size", [(100, 100), (64, 400), (400, 64), (3, 200), (1, 1)])
+def test_crop_boxes_have_torchvisions_distribution(size: tuple[int, int]) -> None:
+    drawn = draw_parameters(0, 0, np.arange(DRAWS), np.tile(size, (DRAWS, 1))).crop[:, 0].astype(float)
+    torch.manual_seed(0)
+    transform = v2.RandomResizedCrop(8, scale=CROP_AREA, ratio=CROP_RATIO)
+    image = torch.zeros(3, *size)
+    oracle = [transform.make_params([image]) for _ in range(DRAWS)]
+    theirs = np.array([[box[key] for key in ("top", "left", "height", "width")] for box in oracle], dtype=float)
+    assert (drawn[:, :2] >= 0).all()
+    assert (drawn[:, :2] + drawn[:, 2:] <= size).all()
+    assert (drawn[:, 2:] >= 1).all()
+    for column in range(4):
+        for quantile in (0.1, 0.5, 0.9):
+            ours, expected = (np.quantile(values[:, column], quantile) for values in (drawn, theirs))
+            assert abs(ours - expected) <= 0.04 * max(size) + 1e-9
+
+
+def test_jitter_and_flags_have_moco_v2s_distribution() -> None:
+    p = draw_parameters(1, 0, np.arange(DRAWS), np.full((DRAWS, 2), 50))
+    for flags, chance in ((p.jitter, 0.8), (p.grey, 0.2), (p.blur, 0.5), (p.flip, 0.5)):
+        assert abs(flags.mean() - chance) < 0.03
+    low, high = p.factors.min((0, 1)), p.factors.max((0, 1))
+    np.testing.assert_allclose(low, [0.6, 0.6, 0.6, -0.1], atol=2e-3)
+    np.testing.assert_allclose(high, [1.4, 1.4, 1.4, 0.1], atol=2e-3)
+    np.testing.assert_allclose([p.sigma.min(), p.sigma.max(), p.sigma.mean()], [0.1, 2.0, 1.05], atol=0.03)
+    assert (np.sort(p.order, axis=2) == np.arange(4)).all()
+    _, counts = np.unique(p.order.reshape(-1, 4), axis=0, return_counts=True)
+    assert len(counts) == 24
+    assert counts.min() > 0.5 * 2 * DRAWS / 24
+
+
+def test_jitter_is_torchvisions_color_jitter() -> None:
+    """With the order and factors torchvision drew, `augment` gives what torchvision's own transform gives."""
+    image = v2.functional.pil_to_tensor(photo(np.random.default_rng(1), 40, 40))
+    transform = v2.ColorJitter(0.4, 0.4, 0.4, 0.1)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        drawn = transform.make_params([image])
+        torch.manual_seed(seed)
+        expected = transform(image.float() / 255)
+        factors = [drawn[f"{name}_factor"] for name in ("brightness", "contrast", "saturation", "hue")]
+        whole = np.array([[[0, 0, 40, 40]] * 2], dtype=np.int32)
+        yes, no = np.ones((1, 2), bool), np.zeros((1, 2), bool)
+        p = ViewParameters(
+            whole, yes, np.array([[factors] * 2]), np.array([[drawn["fn_idx"].tolist()] * 2]), no, no,
+            np.ones((1, 2)), np.full((1, 2), 7), no,
+        )  # fmt: skip
+        ours = augment(image, p, 0, 40).permute(2, 0, 1) / 255
+        assert (ours - expected).abs().max() <= 0.51 / 255
+
+
+def test_first_epoch_is_shuffled_and_each_epoch_differs() -> None:
+    orders = [epoch_order(50, 0, epoch) for epoch in (0, 1)]
+    assert all(sorted(order) == list(range(50)) for order in orders)
+    assert not np.array_equal(orders[0], np.arange(50))
+    assert not np.array_equal(*orders)
+    assert not np.array_equal(orders[0], epoch_order(50, 1, 0))
+    epoch, indices = step_indices(50, 8, 0, 6)  # 6 steps an epoch, two images left over
+    assert epoch == 1
+    np.testing.assert_array_equal(indices, orders[1][:8])
+
+
+def test_normalise_is_torchvisions() -> None:
+    pixels = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8)
+    expected = v2.functional.normalize(pixels.permute(0, 3, 1, 2) / 255, list(MEAN), list(STD))
+    ours = normalise(pixels, torch.float32)
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+    assert normalise(pixels, torch.bfloat16).dtype == torch.bfloat16
+
+
+@BOTH
+def test_batches_are_reproducible_and_resume_anywhere(photos: ImageList, make: Make) -> None:
+    whole = take(make(photos), 0, 5)  # 3 steps an epoch: into the second one
+    assert whole[0].shape == (2, 6, 3, 48, 48)
+    assert whole[0][0].is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(take(make(photos), 2, 3)[1], whole[3])
+    assert not torch.equal(take(make(photos, seed=4), 0, 1)[0], whole[0])
+
+
+def test_torch_workers_change_nothing(photos: ImageList) -> None:
+    for alone, shared in zip(take(make_torch(photos), 0, 3), take(make_torch(photos, workers=2), 0, 3), strict=True):
+        assert torch.equal(alone, shared)
+
+
+def test_dali_and_torchvision_give_the_same_views(photos: ImageList) -> None:
+    """The same pixels but for rounding between operations; and so the same statistics."""
+    levels = torch.tensor(STD)[:, None, None] * 255
+    ours, theirs = (torch.cat(take(make(photos), 0, 12), dim=1) * levels for make in (make_dali, make_torch))
+    difference = (ours - theirs).abs()
+    assert difference.mean() < 0.6
+    assert difference.mean((2, 3, 4)).max() < 2  # no single view goes astray: same box, order, flags
+    torch.testing.assert_close(ours.mean((0, 1, 3, 4)), theirs.mean((0, 1, 3, 4)), atol=0.1, rtol=0)
+    torch.testing.assert_close(ours.std((0, 1, 3, 4)), theirs.std((0, 1, 3, 4)), atol=0.2, rtol=0)
+
+
+def _truncated(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def _scrambled(data: bytes) -> bytes:
+    """Sound ends, broken insides: the header says JPEG of that size, the tables are gone."""
+    at = data.index(b"\xff\xc4")
+    return data[: at + 4] + b"\xff" * 60 + data[at + 64 :]
+
+
+BREAK: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda data: b"",
+    "html": lambda data: b"<html>not found</html>",
+    "truncated": _truncated,
+    "scrambled": _scrambled,
+}
+
+
+def copy_of(photos: ImageList, folder: Path) -> ImageList:
+    for name in photos.files:
+        (folder / name).write_bytes((photos.root / name).read_bytes())
+    return ImageList(folder, photos.files, None, ())
+
+
+@BOTH
+@pytest.mark.parametrize("kind", BREAK)
+def test_unreadable_images_are_named_and_passed_over(
+    photos: ImageList, make: Make, kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    broken = copy_of(photos, tmp_path)
+    file = tmp_path / broken.files[7]
+    file.write_bytes(BREAK[kind](file.read_bytes()))
+    views = make(broken)
+    take(views, 0, 7)
+    assert views.bad.files == [str(file)]
+    assert capfd.readouterr().err.count(str(file)) == 1
+    with pytest.raises(UsageError, match=r"unreadable image .*07\.jpg"):
+        take(make(broken, on_corrupt="fail"), 0, 3)
+
+
+@BOTH
+def test_a_folder_of_unreadable_images_is_an_error(make: Make, tmp_path: Path) -> None:
+    names = tuple(f"{i}.jpg" for i in range(6))
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(UsageError, match="none of the 6 images"):
+        take(make(ImageList(tmp_path, names, None, ())), 0, 1)
+
+
+@BOTH
+def test_every_kind_of_picture_is_taken(photos: ImageList, make: Make, tmp_path: Path) -> None:
+    rgb = photo(np.random.default_rng(2), 70, 60)
+    kinds: dict[str, Image.Image] = {
+        "grey.jpg": rgb.convert("L"),
+        "cmyk.jpg": rgb.convert("CMYK"),
+        "palette.png": rgb.convert("P"),
+        "alpha.png": rgb.convert("RGBA"),
+        "sixteen.png": Image.fromarray(np.asarray(rgb.convert("L")).astype(np.uint16) * 257),
+        "one.png": rgb.resize((1, 1)),
+        "with space ' and ü.jpg": rgb,
+        "movie.gif": rgb,
+        "line\nbreak.png": rgb,
+        "picture.webp": rgb,
+        "picture.bmp": rgb,
+        "picture.tif": rgb,
+    }
+    for name, image in kinds.items():
+        image.save(tmp_path / name)
+    views = make(ImageList(tmp_path, tuple(kinds), None, ()), batch_size=12)
+    (batch,) = take(views, 0, 1)
+    assert batch.isfinite().all()
+    assert views.bad.files == []
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped() -> None:
+    from fastcr.data.images import read_rgb
+
+    grey = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
+    buffer = io.BytesIO()
+    Image.fromarray(grey).save(buffer, "PNG")
+    buffer.seek(0)
+    pixels = np.asarray(read_rgb(buffer))  # type: ignore[arg-type]
+    assert np.abs(pixels[..., 0].astype(int) - grey // 257).max() <= 1

@@ -1,0 +1,211 @@
+"""The fused views against torchvision on the same parameters, and the kernels against the reference in fp64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torchvision.transforms import v2
+
+from fastcr.data.cached_views import view_table
+from fastcr.data.torch_views import augment
+from fastcr.data.views import MEAN, STD, ViewParameters, draw_parameters
+from fastcr.kernels import launch
+from fastcr.kernels import two_views as module
+from fastcr.kernels.two_views import COLUMNS, two_views
+
+triton = pytest.importorskip("triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+COLOURS: dict[str, Any] = {"mean": MEAN, "std": STD}
+# what the kernels may lose beyond the reference in the same dtype: views rest in 16 bits between passes, and the
+# interpreter truncates to bf16 instead of rounding
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+
+
+def draw(sizes: list[tuple[int, int]], seed: int = 0, epoch: int = 0) -> tuple[dict[str, Tensor], ViewParameters]:
+    """Random images of these sizes and MoCo v2's augmentation of them."""
+    rng = np.random.default_rng(seed)
+    lengths = np.array([3 * height * width for height, width in sizes], dtype=np.int64)
+    parameters = draw_parameters(seed, epoch, np.arange(len(sizes)), np.array(sizes))
+    arrays = {
+        "pixels": rng.integers(0, 256, lengths.sum(), dtype=np.uint8),
+        "starts": lengths.cumsum() - lengths,
+        "widths": np.array([width for _, width in sizes], dtype=np.int64),
+        "table": view_table(parameters),
+    }
+    return {name: torch.from_numpy(array).to(DEVICE) for name, array in arrays.items()}, parameters
+
+
+SIZES = [(40, 33), (9, 70), (64, 64), (1, 1), (31, 47)]
+
+
+def assert_as_exact_as_torch(arguments: dict[str, Tensor], size: int, dtype: torch.dtype) -> None:
+    exact = two_views(**arguments, size=size, **COLOURS, dtype=torch.float64, impl="torch")
+    got, plain = (two_views(**arguments, size=size, **COLOURS, dtype=dtype, impl=impl) for impl in ("triton", "torch"))
+    assert got.dtype == dtype
+    assert got.shape == exact.shape
+    assert all(view.is_contiguous(memory_format=torch.channels_last) for view in got)
+    if exact.numel():
+        allowed = (plain.double() - exact).abs().max() + TOLERANCE[dtype]
+        assert (got.double() - exact).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_kernels_agree_with_the_reference(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = torch.Tensor.new_empty
+
+    def poisoned(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        tensor = empty(self, *args, **kwargs)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)  # whatever is read before it is written shows
+    for epoch in (0, 1):
+        assert_as_exact_as_torch(draw(SIZES, epoch=epoch)[0], 24, dtype)
+
+
+@settings(max_examples=5, deadline=None)
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60)), min_size=1, max_size=3),
+    size=st.integers(8, 40),
+    seed=st.integers(0, 99),
+)
+def test_images_and_views_of_any_size(sizes: list[tuple[int, int]], size: int, seed: int) -> None:
+    assert_as_exact_as_torch(draw(sizes, seed)[0], size, torch.float32)
+
+
+@pytest.mark.parametrize("views", [1, 3])
+def test_any_number_of_views(views: int) -> None:
+    arguments, _ = draw(SIZES[:3])
+    arguments["table"] = arguments["table"][:, :1].repeat(1, views, 1)
+    arguments["table"][:, -1, 15] = 1
+    assert_as_exact_as_torch(arguments, 16, torch.float32)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_no_images_give_no_views(impl: Any) -> None:
+    arguments, _ = draw(SIZES[:1])
+    for name in ("starts", "widths", "table"):
+        arguments[name] = arguments[name][:0]
+    assert two_views(**arguments, size=16, **COLOURS, impl=impl).shape == (2, 0, 3, 16, 16)
+
+
+def single(parameters: ViewParameters, **changes: Any) -> ViewParameters:
+    """The parameters with everything off but what `changes` turn on."""
+    off = {name: np.zeros_like(getattr(parameters, name)) for name in ("jitter", "grey", "blur", "flip")}
+    return parameters._replace(**(off | changes))
+
+
+def torchvision_views(pixels: Tensor, sizes: list[tuple[int, int]], p: ViewParameters, size: int) -> Tensor:
+    """The views of `torch_views.augment`, normalised; it rounds to uint8 after the resize and at the end."""
+    views, start = [], 0
+    for i, (height, width) in enumerate(sizes):
+        image = pixels[start : start + 3 * height * width].view(height, width, 3).permute(2, 0, 1)
+        start += 3 * height * width
+        alone = ViewParameters(*(values[i : i + 1] for values in p))
+        views.append(torch.stack([augment(image, alone, view, size).permute(2, 0, 1) for view in (0, 1)]))
+    return v2.functional.normalize(torch.stack(views, dim=1) / 255, list(MEAN), list(STD))
+
+
+LEVEL = 1 / 255 / min(STD)  # of uint8, normalised
+EACH: dict[str, tuple[dict[str, Any], float]] = {  # what is on, and how many levels of uint8 it may lie off at most
+    "crop and resize": ({}, 1.0),
+    "brightness": ({"order": 0}, 2.0),
+    "contrast": ({"order": 1}, 2.0),
+    "saturation": ({"order": 2}, 2.0),
+    "hue": ({"order": 3}, 9.0),  # of nearly grey pixels the hue turns by much with a rounding of their colour
+    "grey": ({"grey": np.array(True)}, 1.5),
+    "blur": ({"blur": np.array(True)}, 1.5),
+    "flip": ({"flip": np.array(True)}, 1.0),
+}
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("name", EACH)
+def test_each_augmentation_is_torchvisions(name: str, impl: Any) -> None:
+    arguments, parameters = draw([(50, 40), (37, 61), (90, 33)])
+    changes, levels = EACH[name]
+    if "order" in changes:
+        only = np.full_like(parameters.order, changes["order"])
+        only[..., 1:] = -1
+        p = single(parameters, jitter=np.ones_like(parameters.jitter), order=only)
+    else:
+        p = single(parameters, **{key: np.broadcast_to(on, parameters.grey.shape) for key, on in changes.items()})
+    arguments["table"] = torch.from_numpy(view_table(p)).to(DEVICE)
+    ours = two_views(**arguments, size=28, **COLOURS, impl=impl).cpu()
+    theirs = torchvision_views(arguments["pixels"].cpu(), [(50, 40), (37, 61), (90, 33)], p, 28)
+    difference = (ours - theirs).abs()
+    assert difference.max() <= levels * LEVEL
+    assert difference.mean() <= 0.5 * LEVEL
+    if name != "crop and resize":  # it does something
+        arguments["table"] = torch.from_numpy(view_table(single(parameters))).to(DEVICE)
+        assert (two_views(**arguments, size=28, **COLOURS, impl=impl).cpu() - ours).abs().mean() > 2 * LEVEL
+
+
+def test_all_together_have_torchvisions_statistics() -> None:
+    """2,000 views: the same images through both, on the parameters of 10 epochs."""
+    sizes = [(48, 36 + i % 30) for i in range(100)]
+    sums = []
+    for epoch in range(10):
+        arguments, parameters = draw(sizes, epoch=epoch)
+        ours = two_views(**arguments, size=12, **COLOURS, impl="torch").cpu()
+        sums.append((ours, torchvision_views(arguments["pixels"].cpu(), sizes, parameters, 12)))
+    ours, theirs = (torch.cat(parts, dim=1) for parts in zip(*sums, strict=True))
+    assert (ours - theirs).abs().mean() <= 0.6 * LEVEL
+    torch.testing.assert_close(ours.mean((0, 1, 3, 4)), theirs.mean((0, 1, 3, 4)), atol=0.1 * LEVEL, rtol=0)
+    torch.testing.assert_close(ours.std((0, 1, 3, 4)), theirs.std((0, 1, 3, 4)), atol=0.1 * LEVEL, rtol=0)
+
+
+def test_two_runs_give_the_same_bits_and_compile_in_one_graph() -> None:
+    arguments, _ = draw(SIZES[:2])
+
+    def op(**tensors: Tensor) -> Tensor:
+        return two_views(**tensors, size=16, **COLOURS, impl="triton")
+
+    expected = op(**arguments)
+    assert torch.equal(op(**arguments), expected)
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(**arguments), expected)
+    torch.library.opcheck(module._fused, (*arguments.values(), 16, list(MEAN), list(STD), torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pixels": torch.zeros(3)}, "pixels must be a contiguous uint8"),
+        ({"pixels": torch.zeros(60, dtype=torch.uint8)[::2]}, "pixels must be a contiguous uint8"),
+        ({"starts": torch.zeros(1, dtype=torch.int32)}, r"starts must be an int64 \[1\]"),
+        ({"widths": torch.zeros(2, dtype=torch.int64)}, r"widths must be an int64 \[1\]"),
+        ({"widths": torch.zeros(1, dtype=torch.int64, device="meta")}, "widths must be on cpu like pixels"),
+        ({"table": torch.zeros(1, 2, 15)}, rf"table must be an fp32 \[B,V,{len(COLUMNS)}\]"),
+        ({"table": torch.zeros(1, 2, 16, dtype=torch.float64)}, "table must be an fp32"),
+        ({"size": 7}, "size must be at least 8"),
+        ({"mean": (0.5,)}, "mean and std must have three values, got 1 and 3"),
+        ({"dtype": torch.uint8}, "dtype must be floating-point"),
+        ({"dtype": torch.float64, "impl": "triton"}, "impl must be"),
+        ({"impl": "cuda"}, "impl must be"),
+    ],
+)
+def test_bad_arguments_are_named(change: dict[str, Any], message: str) -> None:
+    arguments = {name: tensor.cpu() for name, tensor in draw([(9, 9)])[0].items()}
+    with pytest.raises(ValueError, match=message):
+        two_views(**({"size": 16, **arguments, **COLOURS} | change))
+
+
+def test_auto_serves_the_cpu_with_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> None:
+        raise AssertionError("a kernel was launched")
+
+    arguments = {name: tensor.cpu() for name, tensor in draw([(9, 9)])[0].items()}
+    monkeypatch.setattr(module, "_fused", refuse)
+    assert two_views(**arguments, size=8, **COLOURS).isfinite().all()
+    with pytest.raises(AssertionError, match="launched"):
+        two_views(**draw([(9, 9)])[0], size=8, **COLOURS, impl="triton")
+    monkeypatch.setattr(launch, "INTERPRET", False)
+    with pytest.raises(ValueError, match=r"impl must .* on cpu"):
+        two_views(**arguments, size=8, **COLOURS, impl="triton")

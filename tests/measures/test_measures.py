@@ -1,0 +1,261 @@
+"""Classification and localisation with embeddings and attention maps, against scikit-learn and by hand."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from torch import Tensor
+from torchvision.transforms.v2 import functional as TF
+
+from fastcr.data.images import ImageList
+from fastcr.errors import UsageError
+from fastcr.measures.knn import knn, top1
+from fastcr.measures.linear_probe import accuracy, few_label_scores, few_labels, fit_linear
+from fastcr.measures.localisation import (
+    Objects,
+    covered,
+    gaussian_of_entropy,
+    localisation,
+    objects_in_crop,
+    read_objects,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def clusters(count: int, *, classes: int = 5, spread: float = 1.0, seed: int = 0) -> tuple[Tensor, Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    centres = torch.randn(classes, 16, generator=torch.Generator().manual_seed(9))
+    labels = torch.randint(classes, (count,), generator=random)
+    return F.normalize(centres[labels] + spread * torch.randn(count, 16, generator=random), dim=1), labels
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.1), (7, 0.1), (30, 0.02), (200, 1.0), (10_000, 0.1)])
+def test_knn_agrees_with_scikit_learn(k: int, temperature: float) -> None:
+    (train, labels), (queries, truth) = clusters(300, spread=2), clusters(200, spread=2, seed=1)
+
+    def weights(distance: np.ndarray) -> np.ndarray:
+        return np.exp((1 - distance) / temperature)
+
+    other = KNeighborsClassifier(min(k, 300), metric="cosine", algorithm="brute", weights=weights)
+    other.fit(train.double().numpy(), labels.numpy())
+    expected = torch.from_numpy(other.predict_proba(queries.double().numpy()))
+    scores = knn(train, labels, queries, 5, k=k, temperature=temperature)
+    torch.testing.assert_close((scores / scores.sum(1, keepdim=True)).double(), expected, atol=1e-4, rtol=1e-3)
+    assert top1(scores, truth) == pytest.approx(100 * other.score(queries.double().numpy(), truth.numpy()), abs=0.6)
+
+
+def test_knn_in_parts_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    (train, labels), (queries, _) = clusters(50), clusters(33, seed=1)
+    whole = knn(train, labels, queries, 5, k=9)
+    monkeypatch.setattr("fastcr.measures.knn.CHUNK_BYTES", 4 * 50 * 7)
+    torch.testing.assert_close(knn(train, labels, queries, 5, k=9), whole)
+
+
+def test_a_linear_probe_is_as_good_as_scikit_learns() -> None:
+    (train, labels), (queries, truth) = clusters(2000, spread=1.2), clusters(1000, spread=1.2, seed=1)
+    other = LogisticRegression(C=100.0, max_iter=2000).fit(train.numpy(), labels.numpy())
+    classifier = fit_linear(train, labels, 5)
+    assert accuracy(classifier, queries, truth) == pytest.approx(100 * other.score(queries.numpy(), truth), abs=1.0)
+    assert accuracy(classifier, queries, truth) > 60
+    assert accuracy(classifier, queries, truth, within=5) == 100
+    assert accuracy(classifier, queries, truth.roll(1)) < 40
+
+
+def test_a_linear_probe_depends_on_its_seed_alone() -> None:
+    train, labels = clusters(300)
+    torch.manual_seed(5)
+    first = fit_linear(train, labels, 5, epochs=3)
+    torch.manual_seed(6)
+    assert torch.equal(fit_linear(train, labels, 5, epochs=3).weight, first.weight)
+    assert not torch.equal(fit_linear(train, labels, 5, epochs=3, seed=1).weight, first.weight)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=60), st.sampled_from([0.01, 0.1, 0.2, 0.5, 1.0]))
+def test_few_labels_are_a_share_of_every_class(labels: list[int], share: float) -> None:
+    given_labels = torch.tensor(labels)
+    rows = few_labels(given_labels, share)
+    assert len(rows.unique()) == len(rows)
+    for label in set(labels):
+        assert (given_labels[rows] == label).sum() == max(round(share * labels.count(label)), 1)
+    assert set(rows.tolist()) <= set(few_labels(given_labels, 1.0).tolist()) == set(range(len(labels)))
+    assert set(few_labels(given_labels, share / 2).tolist()) <= set(rows.tolist())
+
+
+def test_more_labels_help() -> None:
+    (train, labels), (queries, truth) = clusters(2000, spread=1.5), clusters(1000, spread=1.5, seed=1)
+    scores = dict(few_label_scores(train, labels, queries, truth, 5, [0.01, 0.5]))
+    assert scores[0.5] > scores[0.01] + 5
+
+
+def boxes_in_crop(boxes: Tensor, sizes: Tensor, size: int) -> Tensor:
+    return objects_in_crop(Objects(boxes, None, False), sizes, size).boxes
+
+
+def picture_list(*files: str) -> ImageList:
+    return ImageList(Path("/data/test"), files, None, ())
+
+
+def test_boxes_are_found_by_their_paths(tmp_path: Path) -> None:
+    file = tmp_path / "boxes.csv"
+    file.write_text("path,left,top,right,bottom\ntest/a/1.jpg,0.1,0.2,0.3,0.4\nb/2.jpg,0,0,1,1\n")
+    found = read_objects(file, picture_list("a/1.jpg", "b/2.jpg", "b/3.jpg"))
+    assert found is not None
+    boxes = found.boxes
+    assert found.parts is None
+    assert not found.in_pixels
+    torch.testing.assert_close(boxes[:2], torch.tensor([[0.1, 0.2, 0.3, 0.4], [0, 0, 1, 1]], dtype=torch.float64))
+    assert boxes[2].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("path,left\na,1\n", "must have the columns"),
+        ("", "must have the columns"),
+        ("path,left,top,right,bottom\na/1.jpg,x,0,1,1\n", "holds no boxes"),
+        ("path,left,top,right,bottom\na/1.jpg,0.1\n", "holds no boxes"),
+        ("path,left,top,right,bottom\nother.jpg,0,0,1,1\n", "a box for none of the images, e.g. not for 'a/1.jpg'"),
+        (b"\xff\xfe\x00", "holds no boxes"),
+        (None, "No such file"),
+    ],
+)
+def test_files_without_boxes_are_refused(tmp_path: Path, content: str | bytes | None, message: str) -> None:
+    file = tmp_path / "boxes.csv"
+    if content is not None:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UsageError, match=message):
+        read_objects(file, picture_list("a/1.jpg"))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(40, 700), st.integers(40, 700), st.sampled_from([32, 112, 224]), st.data())
+def test_boxes_follow_the_pixels_through_resize_and_crop(
+    height: int, width: int, size: int, data: st.DataObject
+) -> None:
+    left, right = sorted(data.draw(st.lists(st.floats(0, 1), min_size=2, max_size=2)))
+    top, bottom = sorted(data.draw(st.lists(st.floats(0, 1), min_size=2, max_size=2)))
+    # a picture whose pixels say where they are
+    x = torch.linspace(0.5 / width, 1 - 0.5 / width, width).expand(height, width)
+    y = torch.linspace(0.5 / height, 1 - 0.5 / height, height)[:, None].expand(height, width)
+    image = TF.resize(torch.stack([x, y]), [round(size * 8 / 7)], antialias=True)
+    image = TF.center_crop(image, [size, size])
+    box = boxes_in_crop(torch.tensor([[left, top, right, bottom]]).double(), torch.tensor([[height, width]]), size)[0]
+    pixel = (torch.arange(size) + 0.5) / size
+    inside_x, inside_y = (image[0] >= left) & (image[0] <= right), (image[1] >= top) & (image[1] <= bottom)
+    by_box = (pixel[None, :] >= box[0]) & (pixel[None, :] <= box[2])
+    assert (inside_x != by_box).float().mean() <= 2.1 / size  # a pixel on either edge
+    by_box = (pixel[:, None] >= box[1]) & (pixel[:, None] <= box[3])
+    assert (inside_y != by_box).float().mean() <= 2.1 / size
+
+
+def test_cells_are_covered_in_part() -> None:
+    boxes = torch.tensor([[0, 0, 1, 1], [0.25, 0, 1, 0.5], [0.125, 0.5, 0.25, 0.625]]).double()
+    share = covered(boxes, 4).view(3, 4, 4)
+    assert (share[0] == 1).all()
+    expected = torch.zeros(4, 4)
+    expected[:2, 1:] = 1
+    assert torch.equal(share[1].float(), expected)
+    assert share[2].sum() == pytest.approx(0.25)
+    assert share[2][2, 0] == pytest.approx(0.25)
+
+
+def test_localisation_by_hand() -> None:
+    attention = torch.zeros(3, 16)
+    attention[0, 5] = 1  # row 1, column 1
+    attention[1, 0], attention[1, 15] = 0.6, 0.4
+    boxes = torch.tensor([[0.25, 0.25, 0.5, 0.5], [0.5, 0.5, 1, 1], [math.nan] * 4])
+    scores = localisation(attention, Objects(boxes.double(), None, False))
+    assert scores["attention"].inside == pytest.approx(100 * (1 + 0.4) / 2)
+    assert scores["attention"].pointing == 50
+    assert scores["attention"].image_count == 2
+    assert scores["uniform"].inside == pytest.approx(100 * (1 / 16 + 4 / 16) / 2)
+    # of the average of both maps a half lies at 5, 0.3 at 0, 0.2 at 15
+    assert scores["average"].inside == pytest.approx(100 * (0.5 + 0.2) / 2)
+    assert scores["average"].pointing == 50
+    assert scores["uniform"].pointing == pytest.approx(100 * (1 / 16 + 4 / 16) / 2)
+    assert scores["gaussian"].pointing == 100  # the corners of both boxes are the centre
+    assert scores["attention"].parts is None
+    twice = localisation(2 * attention, Objects(boxes.double(), None, False))
+    assert twice["attention"] == scores["attention"]
+
+
+@pytest.mark.parametrize("side", [4, 7, 14])
+def test_gaussians_have_the_entropy_asked_for(side: int) -> None:
+    lowest = math.log(4) if side % 2 == 0 else 0.0  # between four cells it cannot be narrower
+    wanted = torch.linspace(lowest + 0.01, 2 * math.log(side) - 0.001, 12).double()
+    maps = gaussian_of_entropy(wanted, side)
+    torch.testing.assert_close(-torch.xlogy(maps, maps).sum(1), wanted, atol=1e-6, rtol=0)
+    grid = maps.view(-1, side, side)
+    torch.testing.assert_close(grid, grid.flip(1))
+    torch.testing.assert_close(grid, grid.transpose(1, 2))
+    assert (grid.flatten(1).amax(1) == grid[:, side // 2, side // 2]).all()
+
+
+def test_a_picture_evaluated_as_a_whole_matches_its_crop(tmp_path: Path) -> None:
+    """The sizes torchvision and `boxes_in_crop` compute are the same for real pictures."""
+    for width, height in ((500, 375), (333, 500), (128, 171)):
+        image = TF.resize(TF.pil_to_tensor(Image.new("RGB", (width, height))), [256], antialias=True)
+        box = boxes_in_crop(torch.tensor([[0.0, 0, 1, 1]]).double(), torch.tensor([[height, width]]), 224)
+        assert torch.equal(box, torch.tensor([[0.0, 0, 1, 1]]).double())
+        corner = boxes_in_crop(torch.tensor([[0.5, 0.5, 1, 1]]).double(), torch.tensor([[height, width]]), 224)[0]
+        middle = (image.shape[2] / 2 - round((image.shape[2] - 224) / 2)) / 224
+        assert corner[0] == pytest.approx(middle)
+
+
+def cub_tables(root: Path) -> Path:
+    """An archive's tables for two pictures of 200 x 100 and 100 x 200 pixels, the second without its last part."""
+    (root / "parts").mkdir(parents=True)
+    (root / "images.txt").write_text("1 a/1.jpg\n2 b/2.jpg\n7 b/3.jpg\n")
+    (root / "bounding_boxes.txt").write_text("1 50.0 25.0 100.0 50.0\n2 0.0 0.0 100.0 200.0\n")
+    parts = ["1 1 100.0 50.0 1", "1 2 60.0 30.0 1", "2 1 50.0 100.0 1", "2 2 0.0 0.0 0"]
+    (root / "parts" / "part_locs.txt").write_text("\n".join(parts) + "\n")
+    return root
+
+
+def test_the_archives_own_tables_are_read_without_being_asked_for(tmp_path: Path) -> None:
+    images = ImageList(cub_tables(tmp_path / "CUB") / "images", ("a/1.jpg", "b/2.jpg"), None, ())
+    for source in (None, tmp_path / "CUB", tmp_path / "CUB" / "bounding_boxes.txt"):
+        objects = read_objects(source, images)
+        assert objects is not None
+        assert objects.parts is not None
+        assert objects.in_pixels
+        assert objects.boxes.tolist() == [[50, 25, 150, 75], [0, 0, 100, 200]]
+        assert objects.parts[0].tolist() == [[100, 50], [60, 30]]
+        assert objects.parts[1, 1].isnan().all()
+        crop = objects_in_crop(objects, torch.tensor([[100, 200], [200, 100]]), 112)  # 256 x 128, then 112 x 112
+        torch.testing.assert_close(crop.boxes[0], torch.tensor([0, (32 - 8) / 112, 1, (96 - 8) / 112]).double())
+        torch.testing.assert_close(crop.parts[0, 0], torch.tensor([0.5, 0.5]).double())  # type: ignore[index]
+    assert read_objects(None, picture_list("a/1.jpg")) is None
+
+
+@pytest.mark.parametrize("broken", ["images.txt", "bounding_boxes.txt", "parts/part_locs.txt"])
+def test_broken_tables_of_the_archive_take_one_line(tmp_path: Path, broken: str) -> None:
+    images = ImageList(cub_tables(tmp_path) / "images", ("a/1.jpg",), None, ())
+    (tmp_path / broken).write_text("1 what\n")
+    with pytest.raises(UsageError, match=r"tables of boxes and parts|a box for none"):
+        read_objects(tmp_path, images)
+
+
+def test_places_near_a_part_count() -> None:
+    attention = torch.zeros(3, 16)
+    attention[0, 5] = attention[1, 0] = attention[2, 15] = 1  # centres (.375, .375), (.125, .125), (.875, .875)
+    parts = torch.full((3, 2, 2), math.nan).double()
+    parts[0, 1] = torch.tensor([0.5, 0.5])
+    parts[1, 0] = torch.tensor([0.5, 0.5])
+    boxes = torch.tensor([[0.0, 0, 1, 1]]).double().expand(3, 4)
+    scores = localisation(attention, Objects(boxes, parts, False))
+    assert scores["attention"].parts == 50  # the third has no part that is seen
+    assert scores["gaussian"].parts == 100
+    assert scores["uniform"].parts == pytest.approx(100 * 4 / 16)

@@ -1,0 +1,143 @@
+"""Retrieval scores against pytorch-metric-learning, scikit-learn and a loop over the queries."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pytorch_metric_learning.distances import CosineSimilarity
+from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+from pytorch_metric_learning.utils.inference import CustomKNN
+from sklearn.metrics import average_precision_score
+from torch import Tensor
+
+from fastcr.measures import retrieval as module
+from fastcr.measures.retrieval import Retrieval, retrieval
+
+SIZES = {"one class": [9], "pairs": [2] * 8, "uneven": [2, 3, 5, 13, 30], "many": [4] * 25, "singles": [1, 2, 1, 7, 1]}
+
+
+def draw(sizes: list[int], *, dim: int = 16, spread: float = 1.5, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Unit embeddings around one centre a class, and their labels, shuffled; labels are neither dense nor from 0."""
+    random = torch.Generator().manual_seed(seed)
+    labels = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    labels = labels[torch.randperm(len(labels), generator=random)]
+    centres = torch.randn(len(sizes), dim, generator=random)
+    noise = torch.randn(len(labels), dim, generator=random)
+    return F.normalize(centres[labels] + spread * noise, dim=1), 5 * labels + 3
+
+
+def brute_force(embeddings: Tensor, labels: Tensor) -> Retrieval:
+    """One query at a time; the average precision is scikit-learn's."""
+    similarity = (embeddings.double() @ embeddings.double().T).numpy()
+    found: list[tuple[bool, bool, float]] = []
+    for query, row in enumerate(similarity):
+        others = np.arange(len(row)) != query
+        relevant, scores = (labels == labels[query]).numpy()[others], row[others]
+        if relevant.any():
+            ranked = relevant[np.argsort(-scores)]
+            found.append((ranked[0], ranked[:5].any(), average_precision_score(relevant, scores)))
+    rank1, rank5, precision = (100 * float(np.mean(column)) for column in zip(*found, strict=True))
+    return Retrieval(rank1, rank5, precision, len(found), len(labels) - len(found))
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_scores_are_those_of_a_loop_over_the_queries(sizes: list[int]) -> None:
+    embeddings, labels = draw(sizes)
+    assert retrieval(embeddings, labels) == pytest.approx(brute_force(embeddings, labels), abs=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [[2] * 8, [2, 3, 5, 13, 30], [4] * 25], ids=["pairs", "uneven", "many"])
+def test_scores_are_those_of_pytorch_metric_learning(sizes: list[int]) -> None:
+    embeddings, labels = draw(sizes)
+    include = ("precision_at_1", "mean_average_precision")
+    search = CustomKNN(CosineSimilarity())
+    calculator = AccuracyCalculator(include=include, k=len(labels) - 1, device=torch.device("cpu"), knn_func=search)
+    expected = calculator.get_accuracy(embeddings, labels)  # without a reference set, each image searches all others
+    got = retrieval(embeddings, labels)
+    assert got.rank1 == pytest.approx(100 * expected["precision_at_1"], abs=1e-3)
+    assert got.mAP == pytest.approx(100 * expected["mean_average_precision"], abs=1e-3)
+
+
+def test_a_ranking_worked_out_by_hand() -> None:
+    # on a line by angle: a b a a b | c; each query looks for the nearest angles
+    angles = torch.tensor([0.0, 0.1, 0.25, 0.45, 0.7, 3.0])
+    embeddings = torch.stack([angles.cos(), angles.sin()], dim=1)
+    got = retrieval(embeddings, torch.tensor([0, 1, 0, 0, 1, 2]))
+    # ranks of the relevant images, query by query: 2 3 | 4 | 2 3 | 1 3 | 4 | none
+    precisions = [(1 / 2 + 2 / 3) / 2, 1 / 4, (1 / 2 + 2 / 3) / 2, (1 + 2 / 3) / 2, 1 / 4]
+    assert got == pytest.approx((20.0, 100.0, 100 * sum(precisions) / 5, 5, 1))
+
+
+def test_an_image_alone_in_its_class_is_no_query_but_stays_in_the_gallery() -> None:
+    embeddings = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.9, 0.43588989]])
+    with_single = retrieval(embeddings, torch.tensor([0, 0, 1]))  # the single lies between the two
+    assert with_single == pytest.approx((0.0, 100.0, 50.0, 2, 1))
+    assert retrieval(embeddings[:2], torch.tensor([0, 0])) == pytest.approx((100.0, 100.0, 100.0, 2, 0))
+
+
+@pytest.mark.parametrize("count", [0, 1, 4])
+def test_without_a_query_every_score_is_zero(count: int) -> None:
+    embeddings = F.normalize(torch.randn(count, 8), dim=1)
+    assert retrieval(embeddings, torch.arange(count)) == (0, 0, 0, 0, count)
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 4 * 53, 4 * 53 * 7, 4 * 53 * 52])
+def test_chunks_do_not_change_the_scores(monkeypatch: pytest.MonkeyPatch, chunk_bytes: int) -> None:
+    embeddings, labels = draw(SIZES["uneven"])
+    whole = retrieval(embeddings, labels)
+    monkeypatch.setattr(module, "CHUNK_BYTES", chunk_bytes)
+    assert retrieval(embeddings, labels) == pytest.approx(whole, abs=1e-9)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.permutations(range(18)), st.lists(st.integers(0, 5), min_size=18, max_size=18))
+def test_neither_the_order_nor_the_names_of_classes_matter(order: list[int], classes: list[int]) -> None:
+    embeddings, _ = draw([18], dim=4)
+    labels = torch.tensor(classes)
+    expected = retrieval(embeddings, labels)
+    assert retrieval(embeddings[order], labels[order]) == pytest.approx(expected, abs=1e-4)
+    assert retrieval(embeddings, -7 * labels) == pytest.approx(expected, abs=1e-4)
+
+
+def test_collapsed_embeddings_score_as_badly_as_they_are() -> None:
+    labels = torch.arange(10).repeat_interleave(4)
+    embeddings = torch.zeros(40, 8)
+    embeddings[:, 0] = 1
+    # the three relevant images come after the 36 others
+    worst = 100 * sum(found / (36 + found) for found in (1, 2, 3)) / 3
+    assert retrieval(embeddings, labels) == pytest.approx((0, 0, worst, 40, 0))
+
+
+def test_a_tie_counts_against_the_query_only_between_classes() -> None:
+    embeddings, labels = torch.eye(2)[[0, 0, 0, 1, 1]], torch.tensor([0, 0, 1, 1, 1])
+    # queries of class 0 find their like tied with the image of class 1; that image finds two strangers first
+    precisions = [1 / 2, 1 / 2, (1 / 3 + 2 / 4) / 2, (1 + 2 / 4) / 2, (1 + 2 / 4) / 2]
+    expected = (40.0, 100.0, 100 * sum(precisions) / 5, 5, 0)
+    assert retrieval(embeddings, labels) == pytest.approx(expected)
+
+
+MEASURE = """
+import resource
+import torch
+from fastcr.retrieval import retrieval
+random = torch.Generator().manual_seed(0)
+labels = torch.randint(1000, (COUNT,), generator=random)
+embeddings = torch.randn(1000, 512, generator=random)[labels] + 2 * torch.randn(COUNT, 512, generator=random)
+found = retrieval(torch.nn.functional.normalize(embeddings, dim=1), labels)
+assert found.queries == COUNT, found
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow  # four CPU minutes for all
+@pytest.mark.parametrize("count", [pytest.param(20_000, id="sample"), 100_000])
+def test_a_hundred_thousand_images_take_under_four_gigabytes(count: int) -> None:
+    root, code = Path(__file__).parents[2], MEASURE.replace("COUNT", str(count))
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, check=True)
+    assert int(done.stdout) * 1024 < 4e9

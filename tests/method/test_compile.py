@@ -1,0 +1,119 @@
+"""Kernels compile for every target without spills, within its shared memory, on tensor cores where it multiplies.
+
+Compilation needs no GPU but a process in which Triton is not the interpreter.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import resources
+from fastcr import trace
+from fastcr.kernels import settings
+
+triton = pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[2]
+VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # most one block may take
+MULTIPLYING = {"_partial_kernel", "_pool_kernel", "_fit_kernel", "_spread_kernel", "_spread_kernel (features)"}
+OTHERS = {"_combine_kernel", "_attention_gradient_kernel", "_cut_kernel", "_colour_kernel", "_blur_kernel"}
+RESOURCES = """
+import json, sys
+from fastcr.resources import resources
+print(json.dumps([row._asdict() for row in resources([int(sys.argv[1])], every=sys.argv[2] == "every")]))
+"""
+
+
+def python(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | env
+    return subprocess.run([sys.executable, *args], cwd=ROOT, env=variables, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("target", "sizes"),
+    [
+        pytest.param(target, sizes, marks=[] if target in (80, 90) and sizes == "common" else [pytest.mark.slow])
+        for target in SHARED_KB
+        for sizes in ("common", "every")
+    ],
+)
+def test_kernels_fit_the_target(target: int, sizes: str) -> None:
+    if VERSION < (3, 8) and target not in (80, 90):
+        pytest.skip("this Triton crashes on some layouts for this target")
+    if VERSION < (3, 9) and sizes == "every":
+        pytest.skip("with this Triton one or two of the rarer sizes spill 8 bytes")
+    done = python("-c", RESOURCES, str(target), sizes)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows: list[dict[str, Any]] = json.loads(done.stdout)
+    assert {row["kernel"] for row in rows} == MULTIPLYING | OTHERS
+    dtypes = {row["shape"].split(", ")[-1] for row in rows}
+    assert dtypes == ({"bf16"} if sizes == "common" else {"bf16", "fp16", "fp32"})
+    spilled = {(row["kernel"], row["shape"]): row["spills"] for row in rows if row["spills"]}
+    too_big = {(row["kernel"], row["shape"]): row["shared"] for row in rows if row["shared"] > SHARED_KB[target] << 10}
+    scalar = {
+        (row["kernel"], row["shape"])
+        for row in rows
+        if row["kernel"] in MULTIPLYING and not row["shape"].endswith("fp32") and not row["tensor_core"]
+    }
+    assert (spilled, too_big, scalar) == ({}, {}, set())
+    assert all(0 < row["occupancy"] <= 1 for row in rows)
+
+
+def test_every_row_of_the_launch_settings_is_compiled() -> None:
+    rows = {
+        f"{kernel}: {settings.map_class(sizes.dtype, None if kernel == 'attention_gradient' else sizes.detectors)}"
+        for sizes in resources.EVERY
+        if isinstance(sizes, resources.Maps)
+        for kernel in settings.TABLE
+        if kernel != "info_nce"
+    } | {
+        f"info_nce: {settings.contrast_class(sizes.dtype, sizes.batch, sizes.dim)}"
+        for sizes in resources.EVERY
+        if isinstance(sizes, resources.Contrast)
+    }
+    assert rows == {f"{kernel}: {row}" for kernel, table in settings.TABLE.items() for row in table}
+
+
+def test_the_command_prints_the_table() -> None:
+    done = python("-m", "fastcr.trace", "--resources", "--target", "80")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert all(name.split()[0] in done.stdout for name in MULTIPLYING | OTHERS)
+    assert all(word in done.stdout for word in ("registers", "spilled", "shared KB", "tensor ops", "occupancy"))
+
+
+def test_under_the_interpreter_it_is_one_line() -> None:
+    done = python("-m", "fastcr.trace", "--resources", TRITON_INTERPRET="1")
+    message = "fastcr.trace: error: TRITON_INTERPRET=1 takes the place of Triton's compiler: unset it\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", message)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--resources", "--target", "90", "70"], "--target 70: this Triton's are 80, "),
+        (["--every"], "--every and --target go with --resources"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    args: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastcr.kernels.launch.INTERPRET", False)
+    with pytest.raises(SystemExit) as stop:
+        trace.main(args)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.startswith(f"fastcr.trace: error: {message}")
+    assert error.count("\n") == 1
+
+
+def test_occupancy_of_known_cases() -> None:
+    assert resources.occupancy(80, 4, 32, 0) == 1.0  # 16 blocks of 4 warps
+    assert resources.occupancy(80, 8, 255, 0) == 0.125  # 8192 registers a warp: 8 warps
+    assert resources.occupancy(90, 4, 32, 100 << 10) == 0.125  # two blocks by shared memory
+    assert resources.occupancy(86, 4, 32, 100 << 10) == 0.0  # does not fit

@@ -1,0 +1,242 @@
+"""MoCo's queue and key encoder, and what one training step does to the encoder."""
+
+import copy
+import math
+from collections import deque
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from fastcr.config import RationaleConfig
+from fastcr.data.views import Batch
+from fastcr.method.moco import MoCo, mean_pool
+from fastcr.method.rationale import RationaleHead, attention_entropy
+from fastcr.method.step import Losses, contrast_losses, cosine_lr, train_step
+
+NO_AUTOCAST = torch.autocast("cpu", enabled=False)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def tiny(queue_size: int = 10) -> MoCo:
+    first = nn.Conv2d(3, 8, 3, stride=2, bias=False)
+    backbone = nn.Sequential(first, nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU())
+    return MoCo(backbone, 6, embedding_dim=4, queue_size=queue_size)
+
+
+def images(count: int = 5) -> Batch:
+    return Batch(torch.randn(count, 3, 13, 13), torch.randn(count, 3, 13, 13))
+
+
+def parameters(*modules: nn.Module) -> dict[str, Tensor]:
+    return dict(nn.ModuleList(modules).named_parameters())
+
+
+@pytest.mark.parametrize("batch", [1, 5, 4, 10, 13, 25], ids=lambda n: f"batch {n}, queue 10")
+def test_the_queue_holds_the_last_keys_of_any_batch_size(batch: int) -> None:
+    moco = tiny()
+    keys = torch.arange(3 * batch, dtype=torch.float32)[:, None].expand(-1, 4)
+    older = moco.queue[:, 0].tolist()
+    for part in keys.split(batch):
+        moco.enqueue(part)
+    expected = [*older, *keys[:, 0].tolist()][-10:]
+    assert sorted(moco.queue[:, 0].tolist()) == sorted(expected)
+    assert moco.queue.eq(moco.queue[:, :1]).all(1).sum() == min(3 * batch, 10)  # rows are written whole
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 9), st.lists(st.integers(0, 20), max_size=8))
+def test_the_queue_is_a_ring_that_drops_its_oldest(size: int, batches: list[int]) -> None:
+    moco = tiny(size)
+    model = deque(moco.queue[:, 0].tolist(), maxlen=size)
+    for number, batch in enumerate(batches):
+        keys = 100 * number + torch.arange(batch, dtype=torch.float32)
+        moco.enqueue(keys[:, None].expand(-1, 4))
+        model.extend(keys.tolist())
+        # the position is that of the oldest key, the next to go
+        assert moco.queue[:, 0].roll(-int(moco.queue_position)).tolist() == list(model)
+
+
+def test_a_new_queue_is_random_unit_vectors_and_is_saved_with_its_position() -> None:
+    moco = tiny(50)
+    torch.testing.assert_close(moco.queue.norm(dim=1), torch.ones(50))
+    assert len(moco.queue.unique(dim=0)) == 50
+    moco.enqueue(torch.ones(7, 4))
+    other = tiny(50)
+    other.load_state_dict(moco.state_dict())
+    assert torch.equal(other.queue, moco.queue)
+    assert other.queue_position == 7
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9, 1.0])
+def test_the_key_encoder_moves_towards_the_query_encoder(momentum: float) -> None:
+    moco = tiny()
+    queries, keys = parameters(moco.backbone, moco.head), parameters(moco.key_backbone, moco.key_head)
+    assert queries.keys() == keys.keys()
+    assert all(torch.equal(queries[name], keys[name]) for name in queries)
+    with torch.no_grad():
+        for query in queries.values():
+            query.add_(torch.randn_like(query))
+    before = copy.deepcopy(keys)
+    moco.update_key_encoder(momentum)
+    for name, key in keys.items():
+        torch.testing.assert_close(key, momentum * before[name] + (1 - momentum) * queries[name])
+
+
+def test_queries_and_keys_are_of_unit_length() -> None:
+    moco, batch = tiny(), images()
+    ones = torch.ones(5)
+    torch.testing.assert_close(moco.query(mean_pool(moco.backbone(batch.first))).norm(dim=1), ones)
+    key = moco.key(batch.second, NO_AUTOCAST)
+    torch.testing.assert_close(key.norm(dim=1), ones)
+    assert not key.requires_grad
+    bf16 = moco.key(batch.second, torch.autocast("cpu", dtype=torch.bfloat16))
+    assert bf16.dtype == torch.float32
+    torch.testing.assert_close(bf16.norm(dim=1), ones)
+
+
+def step(
+    moco: MoCo, batch: Batch, branch: RationaleHead | None, *, fit_weight: float = 1.0, lr: float = 0.1
+) -> tuple[Tensor, Losses]:
+    trained = [p for p in (*moco.parameters(), *(branch.parameters() if branch else ())) if p.requires_grad]
+    return train_step(
+        moco,
+        partial(contrast_losses, branch=branch, temperature=0.2),
+        torch.optim.SGD(trained, lr=lr),
+        batch,
+        fit_weight=fit_weight,
+        key_momentum=0.9,
+        autocast=NO_AUTOCAST,
+    )
+
+
+def encoder_gradients(
+    moco: MoCo, batch: Batch, *, stop_gradient: bool | None = None, fit_weight: float = 0.0
+) -> dict[str, Tensor]:
+    """Gradients of backbone and head after a step of a copy of `moco`; `stop_gradient` None: without a branch."""
+    moco, branch = copy.deepcopy(moco), None
+    if stop_gradient is not None:
+        branch = RationaleHead(6, RationaleConfig(detectors=3, stop_gradient=stop_gradient))
+    step(moco, batch, branch, fit_weight=fit_weight)
+    named = parameters(moco.backbone, moco.head)
+    return {name: parameter.grad for name, parameter in named.items() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("stop_gradient", [False, True])
+def test_a_branch_of_no_weight_leaves_the_gradients_of_plain_moco(stop_gradient: bool) -> None:
+    moco, batch = tiny(), images()
+    plain = encoder_gradients(moco, batch)
+    assert plain.keys() == parameters(moco.backbone, moco.head).keys()
+    assert all(gradient.any() for gradient in plain.values())
+    torch.testing.assert_close(encoder_gradients(moco, batch, stop_gradient=stop_gradient), plain)
+
+
+def test_the_fit_weight_changes_the_encoder_only_without_stop_gradient() -> None:
+    moco, batch = tiny(), images()
+    plain = encoder_gradients(moco, batch)
+    stopped = encoder_gradients(moco, batch, stop_gradient=True, fit_weight=3.0)
+    torch.testing.assert_close(stopped, plain)
+    flowing = encoder_gradients(moco, batch, stop_gradient=False, fit_weight=3.0)
+    backbone = [name for name in plain if name.startswith("0.")]
+    assert backbone
+    for name in plain:  # module 0 is the backbone, 1 the head, which the fit does not pass
+        assert torch.allclose(flowing[name], plain[name], rtol=1e-3, atol=1e-6) == (name not in backbone)
+
+
+@pytest.mark.parametrize("stop_gradient", [False, True])
+def test_detectors_learn_from_the_fit_alone(stop_gradient: bool) -> None:
+    moco, batch = tiny(), images()
+    branch = RationaleHead(6, RationaleConfig(detectors=3, stop_gradient=stop_gradient))
+    gradients = []
+    for fit_weight in (0.0, 1.0, 2.0):
+        step(copy.deepcopy(moco), batch, branch, fit_weight=fit_weight, lr=0.0)
+        assert branch.weight.grad is not None
+        gradients.append(branch.weight.grad.clone())
+    assert not gradients[0].any()
+    assert gradients[1].any()
+    torch.testing.assert_close(gradients[2], 2 * gradients[1])
+
+
+@pytest.mark.parametrize("with_branch", [False, True])
+def test_a_step_trains_the_query_side_and_queues_the_keys(with_branch: bool) -> None:
+    moco, batch = tiny(), images()
+    branch = RationaleHead(6, RationaleConfig(detectors=3)) if with_branch else None
+    before = copy.deepcopy(moco)
+    loss, losses = step(moco, batch, branch, fit_weight=0.5)
+
+    fit = 0.5 * losses.fit.item() if losses.fit is not None else 0.0
+    assert loss.item() == pytest.approx(losses.contrast.item() + fit)
+    assert (losses.fit is not None) == (losses.attention is not None) == with_branch
+    assert not loss.requires_grad
+    assert not losses.features.requires_grad
+
+    old = parameters(before.backbone, before.head)
+    new = parameters(moco.backbone, moco.head)
+    keys = parameters(moco.key_backbone, moco.key_head)
+    for name in old:
+        assert not torch.equal(new[name], old[name])
+        torch.testing.assert_close(keys[name], 0.9 * old[name] + 0.1 * new[name])  # after the optimizer's step
+        assert keys[name].grad is None
+    # the keys are those of the key encoder before its move, and negatives only from the next step on
+    torch.testing.assert_close(losses.key, before.key(batch.second, NO_AUTOCAST))
+    assert torch.equal(moco.queue[:5], losses.key)
+    assert torch.equal(moco.queue[5:], before.queue[5:])
+
+
+@pytest.mark.parametrize("with_branch", [False, True])
+def test_the_contrast_loss_is_cross_entropy_against_key_and_queue(with_branch: bool) -> None:
+    moco, batch = tiny(), images()
+    branch = RationaleHead(6, RationaleConfig(detectors=3)) if with_branch else None
+    losses = contrast_losses(moco, batch, NO_AUTOCAST, branch=branch, temperature=0.2)
+    query = F.normalize(moco.head(moco.backbone(batch.first).mean((2, 3))), dim=1)
+    logits = torch.cat([(query * losses.key).sum(1, keepdim=True), query @ moco.queue.T], dim=1) / 0.2
+    torch.testing.assert_close(losses.contrast, F.cross_entropy(logits, torch.zeros(5, dtype=torch.int64)))
+
+
+def test_a_step_under_bf16_autocast_gives_fp32_losses_close_to_those_of_fp32() -> None:
+    moco, batch = tiny(), images()
+    branch = RationaleHead(6, RationaleConfig(detectors=3))
+    results = []
+    for autocast in (NO_AUTOCAST, torch.autocast("cpu", dtype=torch.bfloat16)):
+        losses = contrast_losses(copy.deepcopy(moco), batch, autocast, branch=branch, temperature=0.2)
+        assert losses.fit is not None
+        results.append(torch.stack([losses.contrast, losses.fit]))
+    assert results[1].dtype == torch.float32
+    torch.testing.assert_close(results[1], results[0], rtol=0.05, atol=0.01)
+
+
+def test_cosine_runs_from_the_base_to_zero() -> None:
+    assert cosine_lr(0.03, 0, 100) == 0.03
+    assert cosine_lr(0.03, 50, 100) == pytest.approx(0.015)
+    assert cosine_lr(0.03, 100, 100) == pytest.approx(0, abs=1e-12)
+    assert cosine_lr(0.03, 120, 100) == pytest.approx(0, abs=1e-12)
+    rates = [cosine_lr(0.03, i, 100) for i in range(101)]
+    assert rates == sorted(rates, reverse=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_effective_detectors_is_one_for_a_single_winner_and_all_for_equal_wins(dtype: torch.dtype) -> None:
+    branch = RationaleHead(4, RationaleConfig(detectors=4))
+    branch.weight.data.copy_(torch.eye(4))
+    branch.bias.data.zero_()
+    features = torch.eye(4, dtype=dtype).expand(3, 4, 4)[..., None]  # detector k wins position k
+    assert branch.effective_detectors(features).item() == pytest.approx(4)
+    two = features[:, :, [0, 0, 0, 2]]
+    assert branch.effective_detectors(two).item() == pytest.approx(4 / 3**0.75)  # shares 3/4 and 1/4
+    branch.bias.data[1] = 10
+    assert branch.effective_detectors(features).item() == pytest.approx(1)
+
+
+def test_attention_entropy_is_log_of_the_positions_when_flat_and_zero_on_one() -> None:
+    flat, single = torch.full((2, 49), 1 / 49), torch.eye(49)[:2]
+    assert attention_entropy(flat).item() == pytest.approx(math.log(49))
+    assert attention_entropy(single).item() == 0
+    assert attention_entropy(torch.cat([flat, single])).item() == pytest.approx(math.log(49) / 2)

@@ -1,0 +1,251 @@
+"""How a step is carried out: in parts, in 16 bits, compiled, replayed, and never waiting for the device."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import tempfile
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from torch.profiler import profile
+
+from fastcr.config import (
+    Config,
+    DataConfig,
+    MocoConfig,
+    ModelConfig,
+    OptimConfig,
+    RationaleConfig,
+    ReleasedConfig,
+    RunConfig,
+)
+from fastcr.data.views import Batch
+from fastcr.method.build import Training, prepare
+from fastcr.method.moco import MoCo
+from fastcr.method.rationale import RationaleHead
+from fastcr.method.released import ReleasedBranch, released_losses
+from fastcr.method.step import Losses, contrast_losses, train_step
+from fastcr.runs.machine import keep_compiled
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+# contrast and fit loss over 50 steps
+NEAR = {"bf16": (2e-3, 3e-2), "fp16": (5e-4, 5e-3), "fp32": (1e-4, 1e-3)}
+needs_cuda = pytest.mark.skipif(not CUDA, reason="needs CUDA")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def small(stop_gradient: bool) -> tuple[MoCo, RationaleHead]:
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3))
+    moco = MoCo(backbone, 6, embedding_dim=4, queue_size=20)
+    return moco.eval(), RationaleHead(6, RationaleConfig(detectors=3, cam_weights="own", stop_gradient=stop_gradient))
+
+
+def one_step(
+    moco: MoCo, branch: RationaleHead | ReleasedBranch | None, batch: Batch, **options: Any
+) -> tuple[dict[str, Tensor], Tensor, Losses]:
+    """Weights, queue and statistics after a step of copies of the model; its loss and losses."""
+    moco, branch = copy.deepcopy((moco, branch))
+    losses: Any = released_losses if isinstance(branch, ReleasedBranch) else contrast_losses
+    model = nn.ModuleList([moco, branch] if branch else [moco])
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, fused=True)
+    settings = {"fit_weight": 2.0, "key_momentum": 0.9, "autocast": torch.autocast("cpu", enabled=False)}
+    loss_function = partial(losses, branch=branch, temperature=0.2)
+    loss, parts = train_step(moco, loss_function, optimizer, batch, **settings | options)  # type: ignore[arg-type]
+    return model.state_dict(), loss, parts
+
+
+@pytest.fixture
+def batch() -> Batch:
+    torch.manual_seed(1)
+    return Batch(*torch.randn(2, 12, 3, 13, 13))
+
+
+@pytest.mark.parametrize("parts", [2, 3, 6])
+@pytest.mark.parametrize("stop_gradient", [True, False, None], ids=["stopped", "flowing", "plain MoCo"])
+def test_parts_of_a_batch_add_up_to_the_whole(batch: Batch, stop_gradient: bool | None, parts: int) -> None:
+    moco, branch = small(bool(stop_gradient))
+    given = branch if stop_gradient is not None else None
+    whole, loss, losses = one_step(moco, given, batch)
+    split, total, merged = one_step(moco, given, batch, accumulate=parts)
+    assert not torch.equal(whole["0.backbone.0.weight"], moco.state_dict()["backbone.0.weight"])
+    torch.testing.assert_close(split, whole, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(total, loss)
+    torch.testing.assert_close(merged.key, losses.key)
+    torch.testing.assert_close(merged.contrast, losses.contrast)
+    if given:
+        torch.testing.assert_close(merged.fit, losses.fit)
+        torch.testing.assert_close(merged.attention, losses.attention)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("variant", ["stopped", "flowing", "released"])
+def test_scaling_the_loss_changes_nothing_but_rounding(batch: Batch, variant: str, parts: int) -> None:
+    moco, branch = small(variant == "stopped")
+    given: Any = branch
+    if variant == "released":
+        parts, given = 1, ReleasedBranch(6, RationaleConfig(detectors=3), ReleasedConfig())
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    plain, loss, _ = one_step(moco, given, batch, accumulate=parts)
+    scaled, same, _ = one_step(moco, given, batch, accumulate=parts, scaler=scaler)
+    torch.testing.assert_close(scaled, plain, atol=1e-6, rtol=1e-5)
+    assert loss == same
+
+
+def settings_of(**run: Any) -> Config:
+    return Config(
+        run=RunConfig(device=str(DEVICE), **run),
+        data=DataConfig(image_size=64),
+        model=ModelConfig(backbone="resnet18", last_stage="layer2", weights="none"),
+        optim=OptimConfig(batch_size=16, lr=0.003),
+        moco=MocoConfig(queue_size=128),
+        # GradCAM by its sum, and with it what a batch's have in common, jumps where there is next to none: rounding
+        # would not stay rounding
+        rationale=RationaleConfig(stop_gradient=False, cam_of="loss", cam_sign="score", cam_weights="own"),
+    )
+
+
+def calm(training: Training) -> Training:
+    """Small residual branches and few ReLUs near their kink: rounding stays rounding (see test_train)."""
+    for name, module in training.moco.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.constant_(module.weight, 0.1 if name.endswith("bn2") else 1)
+            nn.init.constant_(module.bias, 0 if name.endswith("bn2") else 3)
+    return training
+
+
+def losses_of(config: Config, steps: int = 50) -> Tensor:
+    """Contrast and fit loss of each of several steps on four batches in turn: `[steps,2]`."""
+    training = calm(prepare(config, DEVICE, Console(quiet=True)))
+    if training.scaler.is_enabled():  # from 65,536 the first steps overflow, and are left out
+        training.scaler.load_state_dict(training.scaler.state_dict() | {"scale": 2.0**8})
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.run.precision, torch.float32)
+    torch.manual_seed(2)
+    pictures = nn.functional.interpolate(2 * torch.randn(64, 3, 4, 4), size=(64, 64), mode="bilinear")
+    views = (pictures + 0.3 * torch.randn(2, 64, 3, 64, 64)).to(DEVICE, dtype)
+    batches = list(map(Batch, *(view.contiguous(memory_format=torch.channels_last).split(16) for view in views)))
+    logged = []
+    for step in range(steps):
+        _, losses = training.step(batches[step % 4])
+        assert losses.fit is not None
+        logged.append(torch.stack([losses.contrast.detach(), losses.fit.detach()]).clone())
+    return torch.stack(logged).cpu()
+
+
+def assert_near(got: Tensor, expected: Tensor, precision: str) -> None:
+    """No step's losses further off than the precision allows."""
+    off = (got - expected).abs().amax(0)
+    print(f"{precision}: losses off by at most", off.tolist())
+    assert (off <= torch.tensor(NEAR[precision])).all(), off
+
+
+@pytest.fixture(scope="module")
+def plain() -> Tensor:
+    """The eager fp32 step with the references of the ops."""
+    config = settings_of(precision="fp32", compile=False, kernels="torch")
+    expected = losses_of(config)
+    untrained = losses_of(replace(config, optim=replace(config.optim, lr=1e-9)))
+    moved = (expected - untrained).abs().amax(0)
+    print("moved by training", moved)
+    assert (moved > 10 * torch.tensor(NEAR["bf16"])).all()
+    return expected
+
+
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=() if CUDA else pytest.mark.slow)])
+def test_fifty_steps_in_16_bits_stay_near_those_in_fp32(plain: Tensor, precision: str) -> None:
+    assert_near(losses_of(settings_of(precision=precision, compile=False)), plain, precision)
+
+
+def test_steps_whose_gradient_overflows_are_left_out_from_the_first_on() -> None:
+    training = calm(prepare(settings_of(precision="fp16", compile=False), DEVICE, Console(quiet=True)))
+    training.scaler.load_state_dict(training.scaler.state_dict() | {"scale": 2.0**100})
+    before = copy.deepcopy([training.model.state_dict(), training.optimizer.state_dict()["state"]])
+    first = torch.randn(16, 3, 64, 64).to(DEVICE, torch.float16, memory_format=torch.channels_last)
+    for _ in range(3):
+        loss, _ = training.step(Batch(first, first))
+        assert loss.isfinite()
+    after = [training.model.state_dict(), training.optimizer.state_dict()["state"]]
+    weights = [name for name, _ in training.moco.backbone.named_parameters()]
+    assert all(torch.equal(after[0][f"moco.backbone.{name}"], before[0][f"moco.backbone.{name}"]) for name in weights)
+    assert not any(state["momentum_buffer"].any() for state in after[1].values())
+    assert training.scaler.get_scale() == 2.0**97
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (CUDA or shutil.which("g++")), reason="torch.compile needs a C++ compiler")
+def test_fifty_compiled_steps_are_those_of_eager_sample(plain: Tensor) -> None:
+    assert_near(losses_of(settings_of(precision="fp32", compile=True)), plain, "fp32")
+
+
+def test_nothing_in_a_step_asks_the_device_for_a_value(batch: Batch) -> None:
+    """On a GPU each of these would wait for all that was launched before."""
+    moco, branch = small(False)
+    one_step(moco, branch, batch)
+    with profile() as recorded:
+        one_step(moco, branch, batch, accumulate=2)
+    called = {event.key for event in recorded.key_averages()}
+    assert "aten::convolution" in called
+    waits = ("item", "_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "equal", "to_cpu")
+    assert not called & {f"aten::{name}" for name in waits}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(None, "{cache}/fastcr/compiled"), ("{temp}/torchinductor_me", "{cache}/fastcr/compiled"), ("/my/own", "/my/own")],
+)
+def test_compiled_encoders_are_kept_where_a_reboot_leaves_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, before: str | None, after: str
+) -> None:
+    places = {"cache": tmp_path, "temp": tempfile.gettempdir()}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", (before or "").format(**places))
+    if before is None:
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    keep_compiled()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == after.format(**places)
+
+
+@needs_cuda
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("overlap_keys", [False, True])
+def test_no_step_waits_for_the_device(precision: str, overlap_keys: bool) -> None:
+    config = settings_of(precision=precision, overlap_keys=overlap_keys, compile=False)
+    training = prepare(config, DEVICE, Console(quiet=True))
+    views = torch.randn(32, 3, 64, 64, device=DEVICE).contiguous(memory_format=torch.channels_last).split(16)
+    training.step(Batch(*views))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            training.step(Batch(*views))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_cuda
+@pytest.mark.parametrize("way", [{"cuda_graph": True}, {"overlap_keys": True}, {"cuda_graph": True, "compile": True}])
+def test_replayed_and_overlapped_steps_are_those_of_eager(plain: Tensor, way: dict[str, Any]) -> None:
+    config = settings_of(precision="fp32", kernels="torch")
+    assert_near(losses_of(replace(config, run=replace(config.run, **{"compile": False} | way))), plain, "fp32")
+
+
+@needs_cuda
+def test_a_replayed_step_takes_the_learning_rate_of_the_moment() -> None:
+    training = prepare(settings_of(precision="fp32", cuda_graph=True, compile=False), DEVICE, Console(quiet=True))
+    views = torch.randn(32, 3, 64, 64, device=DEVICE).contiguous(memory_format=torch.channels_last).split(16)
+    for _ in range(5):
+        training.step(Batch(*views))
+    training.optimizer.param_groups[0]["lr"].fill_(0)
+    before = copy.deepcopy(training.moco.backbone.state_dict())
+    training.step(Batch(*views))
+    for name, parameter in training.moco.backbone.named_parameters():
+        assert torch.equal(parameter, before[name])

@@ -1,0 +1,319 @@
+"""Files are replaced whole or not at all, through failures and kills, and come back as they were written."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+
+from fastcr.errors import UsageError
+from fastcr.method.encoder import load_encoder
+from fastcr.runs import checkpoint
+from fastcr.runs.checkpoint import (
+    Saver,
+    earlier,
+    load_resume,
+    load_weights,
+    random_states,
+    read_state_dict,
+    save_resume,
+    save_weights,
+    set_random_states,
+    write_whole,
+)
+
+FACTS = {"backbone": "resnet18", "detectors": 4, "mean": [0.5, 0.25, 0.125], "temperature": 0.4}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def test_write_whole_makes_and_replaces(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    for content in ("old", "new"):
+        write_whole(file, partial(Path.write_text, data=content))
+        assert file.read_text() == content
+        assert names(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed"), SafetensorError("io")]
+)
+def test_failed_write_keeps_the_old_file_and_says_so(error: Exception, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("old")
+
+    def half(beside: Path) -> None:
+        beside.write_text("ne")
+        raise error
+
+    with pytest.raises(UsageError, match=f"cannot save {file}: .*what was there before is untouched"):
+        write_whole(file, half)
+    assert file.read_text() == "old"
+    assert names(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, TypeError])
+def test_write_stopped_by_anything_else_leaves_nothing_behind(error: type[BaseException], tmp_path: Path) -> None:
+    def half(beside: Path) -> None:
+        beside.write_text("ne")
+        raise error
+
+    with pytest.raises(error):
+        write_whole(tmp_path / "file", half)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("broken", ["os.fsync", "os.replace"])
+def test_disk_that_fails_after_the_write(broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "file"
+    file.write_text("old")
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(broken, full)
+    with pytest.raises(UsageError, match="No space left on device"):
+        write_whole(file, lambda beside: beside.write_text("new"))
+    assert file.read_text() == "old"
+    assert names(tmp_path) == ["file"]
+
+
+def test_file_is_on_the_disk_before_it_takes_the_old_ones_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def noted_fsync(file: int) -> None:
+        calls.append("fsync")
+        fsync(file)
+
+    def noted_replace(old: Path, new: Path) -> None:
+        calls.append("replace")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    write_whole(tmp_path / "file", lambda beside: beside.write_text("new"))
+    assert calls[:2] == ["fsync", "replace"]
+
+
+def test_missing_folder_is_a_users_mistake(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot save"):
+        save_weights(tmp_path / "none" / "weights.safetensors", {"a": torch.ones(1)}, FACTS)
+
+
+def test_weights_come_back_with_their_facts(tmp_path: Path) -> None:
+    file, generator = tmp_path / "weights.safetensors", torch.Generator().manual_seed(0)
+    image = torch.randn(2, 3, 4, 5, generator=generator)
+    state = {
+        "fp32": image,
+        "bf16": image.bfloat16(),
+        "channels_last": image.to(memory_format=torch.channels_last),
+        "expanded": torch.ones(1).expand(3),
+        "parameter": torch.nn.Parameter(torch.zeros(2)),
+        "count": torch.tensor(7),
+    }
+    save_weights(file, state, FACTS)
+    loaded, facts = load_weights(file)
+    assert facts == FACTS
+    assert loaded.keys() == state.keys()
+    for key, value in state.items():
+        expected = value.detach().float() if value.is_floating_point() else value
+        assert torch.equal(loaded[key], expected), key
+        assert loaded[key].dtype == expected.dtype
+        assert not loaded[key].requires_grad
+    with safe_open(file, "pt") as opened:
+        described = json.loads(opened.metadata()["fastcr"])
+        assert len(described.pop("crc32")) == 8
+        assert described == FACTS
+        assert opened.get_tensor("bf16").dtype == torch.bfloat16  # stored as it was
+
+
+@pytest.mark.parametrize("suffix", ["pt", "pth"])
+@pytest.mark.parametrize(
+    "wrap", [lambda state: state, lambda state: {"state_dict": state, "epoch": 3}, lambda state: {"model": state}]
+)
+def test_state_dict_is_found_and_unwrapped(wrap: Callable[[Any], Any], suffix: str, tmp_path: Path) -> None:
+    torch.save(wrap({"module.a": torch.ones(2).half(), "b": torch.tensor(1)}), tmp_path / f"w.{suffix}")
+    state = read_state_dict(tmp_path / f"w.{suffix}")
+    assert state.keys() == {"a", "b"}
+    assert (state["a"].dtype, state["b"].dtype) == (torch.float32, torch.int64)
+
+
+def test_foreign_weights_are_refused_with_their_keys(tmp_path: Path) -> None:
+    safetensors.torch.save_file({"other.weight": torch.ones(1)}, tmp_path / "w.safetensors")
+    with pytest.raises(UsageError, match=r"no fastcr metadata.*other\.weight"):
+        load_encoder(tmp_path / "w.safetensors", torch.device("cpu"))
+
+
+def test_resume_state_comes_back_and_so_do_the_random_numbers(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    content = {"step": 5, "model": {"a": torch.randn(4)}, "random": random_states()}
+    expected = torch.rand(3)
+    save_resume(tmp_path / "resume.pt", content)
+    torch.manual_seed(99)
+    loaded, file = load_resume(tmp_path / "resume.pt")
+    assert file == tmp_path / "resume.pt"
+    assert (loaded["step"], loaded["model"]["a"].tolist()) == (5, content["model"]["a"].tolist())  # type: ignore[index]
+    set_random_states(loaded["random"])
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_last_saves_are_kept(tmp_path: Path) -> None:
+    for step in range(1, 6):
+        save_resume(tmp_path / "resume.pt", {"step": step, "model": {}}, keep=3)
+    names = ["resume.1.pt", "resume.2.pt", "resume.pt"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == names
+    assert [torch.load(tmp_path / name, weights_only=True)["step"] for name in names] == [4, 3, 5]
+
+
+def test_the_last_saves_are_kept_without_links_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*args: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "hardlink_to", refused)
+    for step in (1, 2):
+        save_resume(tmp_path / "resume.pt", {"step": step, "model": {}}, keep=2)
+    assert [torch.load(tmp_path / n, weights_only=True)["step"] for n in ("resume.pt", "resume.1.pt")] == [2, 1]
+
+
+@pytest.mark.parametrize("at", [0.2, 0.5, 0.8])
+def test_a_damaged_save_is_noticed_and_the_one_before_is_taken(at: float, tmp_path: Path) -> None:
+    path = tmp_path / "resume.pt"
+    for step in (1, 2):
+        save_resume(path, {"step": step, "model": {"a": torch.randn(5000)}}, keep=2)
+    content = bytearray(path.read_bytes())
+    content[int(at * len(content))] ^= 1  # among the numbers: torch alone would load it
+    path.write_bytes(content)
+    assert torch.load(path, weights_only=True)["step"] == 2
+    state, file = load_resume(path)
+    assert (state["step"], file.name) == (1, "resume.1.pt")
+    file.unlink()
+    with pytest.raises(UsageError, match=r"resume\.pt is broken: it is not what was written"):
+        load_resume(path)
+
+
+def test_damaged_weights_are_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    tensors = {
+        "backbone.a": torch.randn(50, 20),
+        "b": torch.tensor(3),
+        "c": torch.zeros(0),
+        "h": torch.ones(3).bfloat16(),
+    }
+    save_weights(path, tensors, FACTS)
+    assert load_weights(path)[1] == FACTS
+    whole = path.read_bytes()
+    for old, new in ((b"[50,20]", b"[20,50]"), (whole[-8:], bytes(8)), (b"resnet18", b"resnet34")):
+        assert old in whole
+        path.write_bytes(whole.replace(old, new, 1))
+        with pytest.raises(UsageError, match="its checksum does not match"):
+            load_weights(path)
+
+
+def test_saving_goes_on_beside_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is saved is the state at the call, and the caller does not wait for the disk."""
+    saver, weights, may_write = Saver(tmp_path, {}, 1), {"a": torch.zeros(3)}, threading.Event()
+    original = checkpoint.save_resume
+
+    def slow(*args: Any) -> None:
+        may_write.wait(60)
+        original(*args)
+
+    monkeypatch.setattr(checkpoint, "save_resume", slow)
+    saver.save(weights, {"step": 1, "model": weights, "list": [weights["a"], 5]})
+    weights["a"].fill_(7)
+    saver.check()
+    assert not (tmp_path / "resume.pt").exists()
+    may_write.set()
+    saver.wait()
+    state, _ = load_resume(tmp_path / "resume.pt")
+    assert (state["model"]["a"].tolist(), state["list"][0].tolist(), state["list"][1]) == ([0, 0, 0], [0, 0, 0], 5)
+    assert load_weights(tmp_path / "weights.safetensors")[0]["a"].tolist() == [0, 0, 0]
+
+
+def test_a_save_that_failed_is_told_of_soon(tmp_path: Path) -> None:
+    saver = Saver(tmp_path / "gone", {}, 1)
+    saver.save({"a": torch.zeros(3)}, {"step": 1, "model": {}})
+    with pytest.raises(UsageError, match="cannot save"):
+        saver.wait()
+    with pytest.raises(UsageError, match="cannot save"):
+        saver.check()
+
+
+# The child imports once and forks a writer for each line it reads: a kill costs milliseconds, not an import of torch.
+# Every tensor of a file holds its generation, so that a mixture of two files would show.
+WRITERS = """
+import os, sys
+from pathlib import Path
+import torch
+from fastcr.checkpoint import save_resume, save_weights
+folder = Path(sys.argv[1])
+torch.set_num_threads(1)
+for first in map(int, sys.stdin):
+    writer = os.fork()
+    if writer == 0:
+        generation = first
+        while True:
+            state = {str(i): torch.full((50_000,), generation, dtype=torch.float32) for i in range(4)}
+            save_resume(folder / "resume.pt", {"step": generation, "model": state}, keep=3)
+            save_weights(folder / "weights.safetensors", state, {"generation": generation})
+            generation += 1
+    print(writer, flush=True)
+    os.waitpid(writer, 0)
+    print("gone", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    "kills", [12, pytest.param(60, marks=pytest.mark.slow, id="sample"), pytest.param(400, marks=pytest.mark.slow)]
+)
+def test_kill_while_saving_always_leaves_whole_files(kills: int, tmp_path: Path) -> None:
+    delay = random.Random(0)
+    command = [sys.executable, "-c", WRITERS, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdin
+        assert server.stdout
+        generation, cut_off = 0, 0
+        for kill in range(kills):
+            server.stdin.write(f"{generation + 1}\n")
+            server.stdin.flush()
+            writer = int(server.stdout.readline())
+            while kill == 0 and not (tmp_path / "weights.safetensors").exists():
+                time.sleep(0.001)
+            time.sleep(delay.uniform(0, 0.05))
+            os.kill(writer, signal.SIGKILL)
+            assert server.stdout.readline() == "gone\n"
+
+            resume, file = load_resume(tmp_path / "resume.pt")
+            assert file.name == "resume.pt"  # there is a whole one under this name at any time
+            for saves in (1, 2):
+                if (older := earlier(file, saves)).exists():
+                    assert load_resume(older)[0]["step"] in range(resume["step"] - saves, resume["step"] + 1)
+            state, facts = load_weights(tmp_path / "weights.safetensors")
+            for tensors, number in ((resume["model"], resume["step"]), (state, facts["generation"])):
+                assert {float(value) for tensor in tensors.values() for value in tensor[[0, -1]]} == {number}
+            assert generation <= resume["step"]
+            assert facts["generation"] <= resume["step"]  # saved second
+            generation = resume["step"]
+            leftovers = [entry for entry in tmp_path.iterdir() if entry.name.endswith(".tmp")]
+            cut_off += bool(leftovers)
+            for leftover in leftovers:
+                leftover.unlink()
+        server.stdin.close()
+    assert cut_off, "no kill met a save half-way, so nothing was tested"

@@ -1,0 +1,336 @@
+"""Several processes train as one, and end together: with gloo, on the CPU."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from fastcr import train
+from fastcr.config import Config, OptimConfig, ReleasedConfig, RunConfig
+from fastcr.errors import UsageError
+from fastcr.measures import embeddings as embed
+from fastcr.method.backbone import build_backbone
+from fastcr.method.build import check_device
+from fastcr.runs.distributed import Processes, _places, _shares
+from fastcr.runs.machine import pick_device
+
+DRIVER = Path(__file__).with_name("two_processes.py")
+TINY = [
+    "--data.image_size", "32", "--data.loader", "torch", "--data.workers", "0", "--run.device", "cpu",
+    "--run.log_every", "1", "--model.backbone", "resnet18", "--model.last_stage", "layer3", "--optim.lr", "0.001",
+    "--optim.epochs", "4", "--optim.batch_size", "8", "--moco.queue_size", "20", "--moco.embedding_dim", "16",
+    "--rationale.detectors", "4", "--model.batchnorm", "frozen",
+]  # fmt: skip
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(DRIVER.parents[2]), **more}
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def launch(*command: str) -> list[subprocess.Popen[str]]:
+    """The command in two processes that know of each other, as torchrun would start them."""
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    return [
+        subprocess.Popen(
+            [sys.executable, *command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(RANK=rank, LOCAL_RANK=rank, **shared),
+        )
+        for rank in ("0", "1")
+    ]
+
+
+def finish(processes: list[subprocess.Popen[str]], timeout: float = 100) -> list[tuple[int, str, str]]:
+    """Exit status and output of each; none outlives the test."""
+    try:
+        ended = [process.communicate(timeout=timeout) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, *output) for process, output in zip(processes, ended, strict=True)]
+
+
+def records(folder: Path) -> list[dict[str, float]]:
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def table(found: list[dict[str, float]], *names: str) -> torch.Tensor:
+    return torch.tensor([[record[name] for name in names] for record in found], dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights from which training does not magnify rounding: small residual branches, few ReLUs near their kink."""
+    torch.manual_seed(0)
+    backbone, _ = build_backbone("resnet18", "layer3")
+    for name, module in backbone.named_modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.constant_(module.weight, 0.1 if name.endswith("bn2") else 1)
+            torch.nn.init.constant_(module.bias, 0 if name.endswith("bn2") else 3)
+    path = tmp_path_factory.mktemp("weights") / "calm.pt"
+    torch.save(backbone.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(birds: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The birds with an unreadable picture in a test split larger than one batch of evaluation."""
+    root = tmp_path_factory.mktemp("split") / "birds"
+    shutil.copytree(birds, root)
+    pictures = sorted((root / "test").glob("*/*.jpg"))
+    for copy in range(9):
+        for picture in pictures:
+            shutil.copyfile(picture, picture.with_name(f"{picture.stem}-{copy}.jpg"))
+    pictures[3].write_bytes(b"no picture")
+    assert len(pictures) * 10 > 2 * embed.BATCH_SIZE
+    return root
+
+
+@pytest.fixture(scope="module")
+def one_and_two(data: Path, calm: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """What came of the driver in one process, and in two."""
+    out = tmp_path_factory.mktemp("found")
+    commands = {name: (str(DRIVER), str(data), str(calm), str(out / name)) for name in ("one", "two")}
+    alone = subprocess.Popen(
+        [sys.executable, *commands["one"]], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    )
+    for status, _, errors in finish([alone, *launch(*commands["two"])], 200):
+        assert status == 0, errors
+    one, two = (json.loads((out / name).read_text()) for name in ("one", "two"))
+    return one, two
+
+
+def test_two_processes_give_the_losses_of_one(one_and_two: tuple[Any, Any]) -> None:
+    one, two = (table(found["losses"], "loss", "contrast", "fit") for found in one_and_two)
+    torch.testing.assert_close(two, one, atol=1e-5, rtol=0)
+    untrained = table(one_and_two[0]["untrained"], "loss", "contrast", "fit")
+    assert len(one) == 20
+    assert ((one - untrained).abs().amax(0) > 1e-3).all()  # training, not only the queue, has moved the losses
+
+
+def test_the_queue_is_the_same_in_all_processes_and_that_of_one(one_and_two: tuple[Any, Any]) -> None:
+    one, two = one_and_two
+    assert two["queues"][0] == two["queues"][1]
+    assert one["position"] == two["position"] == 20 * 16 % 100
+    torch.testing.assert_close(torch.tensor(two["queues"][0]), torch.tensor(one["queues"][0]), atol=1e-5, rtol=0)
+    assert two["weights"][0] == two["weights"][1]
+
+
+def test_a_batch_in_parts_and_processes_is_still_one_batch(one_and_two: tuple[Any, Any]) -> None:
+    one, two = (table(found["in parts"], "loss", "contrast", "fit") for found in one_and_two)
+    torch.testing.assert_close(two, one, atol=1e-5, rtol=0)
+
+
+def test_negatives_and_cam_weights_of_the_batch_are_those_of_all_processes(one_and_two: tuple[Any, Any]) -> None:
+    one, two = (table(found["of the batch"], "loss", "contrast", "fit") for found in one_and_two)
+    torch.testing.assert_close(two, one, atol=1e-5, rtol=0)
+
+
+def test_local_statistics_are_those_of_a_share_of_the_batch(one_and_two: tuple[Any, Any]) -> None:
+    one, two = (table(found["local"], "loss") for found in one_and_two)
+    assert (one - two).abs().max() > 1e-4
+
+
+def test_keys_come_back_in_order_from_other_company(one_and_two: tuple[Any, Any]) -> None:
+    two = one_and_two[1]
+    assert two["shuffle"] < 1e-6 < 1e-4 < two["spread"]
+    assert [sorted(images) for images in two["company"]] == [[0, 0, 0, 1, 1], [0, 0, 1, 1, 1]]
+    assert two["bf16"] == [1]
+
+
+def test_evaluation_is_that_of_one_process(one_and_two: tuple[Any, Any], data: Path) -> None:
+    one, two = one_and_two
+    assert two["kept"] == one["kept"] == [i for i in range(320) if i not in {one_bad(data)}]
+    assert two["unreadable"] == one["unreadable"]
+    assert len(one["unreadable"]) == 1
+    assert two["sizes"] == one["sizes"]
+    for ours, alone in zip(two["embeddings"], one["embeddings"], strict=True):
+        torch.testing.assert_close(torch.tensor(ours), torch.tensor(alone), atol=1e-4, rtol=0)  # trained apart
+
+
+def one_bad(root: Path) -> int:
+    """Where the unreadable picture is among the test images."""
+    pictures = sorted((root / "test").glob("*/*.jpg"))
+    return next(i for i, picture in enumerate(pictures) if picture.stat().st_size == len(b"no picture"))
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+@pytest.mark.parametrize("batch", [2, 3, 16, 17])
+def test_an_exchange_is_fair_and_can_be_undone(ranks: int, batch: int) -> None:
+    """Simulated: each process sends what the others expect, gets `batch` images, and the order comes back."""
+    shares = [_shares(rank, ranks, batch) for rank in range(ranks)]
+    images = [torch.arange(rank * batch, (rank + 1) * batch) for rank in range(ranks)]
+    got = []
+    for receiver in range(ranks):
+        parts = [images[sender].split(shares[sender][0])[receiver] for sender in range(ranks)]
+        assert [len(part) for part in parts] == shares[receiver][1]
+        got.append(torch.cat(parts))
+        assert len(got[-1]) == batch
+        own = ((got[-1] // batch) == receiver).sum()
+        assert own <= -(-batch // ranks)
+    places = _places(ranks, batch, torch.device("cpu"))
+    assert torch.cat(got)[places].tolist() == list(range(ranks * batch))
+
+
+def test_alone_nothing_is_exchanged() -> None:
+    alone = Processes()
+    rows = torch.arange(3)
+    assert alone.gather(5) == [5]
+    assert alone.gather_rows(rows)[0] is rows
+    assert alone.most(1, 2) == [1, 2]
+    assert alone.mean({"loss": 0.1}) == {"loss": 0.1}
+    assert alone.total(rows) is rows
+    with pytest.raises(UsageError, match="theirs"):
+        alone.once(lambda: (_ for _ in ()).throw(UsageError("theirs")))
+
+
+def test_a_command_in_two_processes_leaves_one_run(birds: Path, calm: Path, tmp_path: Path) -> None:
+    """The whole command: rank 0 alone prints and writes; taken up by one process it goes on as if nothing was."""
+    flags = [*TINY, "--data.root", str(birds), "--model.weights", str(calm), "--run.eval_every", "1"]
+    command = ("-m", "fastcr.train", "synthetic", *flags, "--run.dir", str(tmp_path / "two"), "--run.steps", "9")
+    (status, output, errors), *other = finish(launch(*command))
+    assert (status, errors) == (0, "")
+    assert other == [(0, "", "")]
+    assert output.count("run folder:") == 2
+    train.main(["synthetic", *flags, "--run.dir", str(tmp_path / "one"), "--run.steps", "12"])
+    names = [
+        {file.name for file in (tmp_path / name).iterdir() if "tfevents" not in file.name} for name in ("one", "two")
+    ]
+    assert names[0] == names[1]
+    train.main(["--resume", str(tmp_path / "two"), "--run.steps", "12"])
+    one, two = (table(records(tmp_path / name), "loss", "contrast_loss", "fit_loss", "lr") for name in ("one", "two"))
+    torch.testing.assert_close(two, one, atol=1e-5, rtol=0)
+    assert len(one) == 12
+    results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two")]
+    assert results[0]["frozen_init"] == results[1]["frozen_init"]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--optim.batch_size", "9"], "--optim.batch_size 9 does not divide among 2 processes"),
+        (["--optim.lr", "-1"], "--optim.lr must be above 0"),
+        (["--model.weights", "nothere.pt"], "no weights file nothere.pt"),
+    ],
+)
+def test_a_mistake_is_said_once(more: list[str], words: str, birds: Path, tmp_path: Path) -> None:
+    flags = [*TINY, "--model.weights", "none", "--data.root", str(birds), "--run.dir", str(tmp_path / "run"), *more]
+    ended = finish(launch("-m", "fastcr.train", "synthetic", *flags))
+    assert [status for status, *_ in ended] == [2, 2]
+    (line,) = "".join(errors for *_, errors in ended).splitlines()
+    assert line.startswith(f"fastcr.train: error: {words}")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def job(flat: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list[subprocess.Popen[str]]]]:
+    """Two processes that have trained for some steps, and go on for long."""
+    folder = tmp_path_factory.mktemp("job") / "run"
+    flags = [*TINY, "--data.root", str(flat), "--model.weights", "none", "--run.save_minutes", "0"]
+    started = launch("-m", "fastcr.train", "synthetic", *flags, "--run.dir", str(folder), "--optim.epochs", "1000")
+    wait_for(lambda: len(records(folder)) >= 3, started)
+    yield folder, started
+    for process in started:
+        process.kill()
+
+
+def wait_for(holds: Any, processes: list[subprocess.Popen[str]], seconds: float = 100) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds() and time.monotonic() < deadline and all(process.poll() is None for process in processes):
+        time.sleep(0.02)
+    if not holds():
+        raise AssertionError([process.communicate(timeout=10) for process in processes if process.poll() is not None])
+
+
+def test_when_one_process_is_killed_the_other_says_so_and_ends(job: tuple[Path, list[subprocess.Popen[str]]]) -> None:
+    folder, (first, second) = job
+    second.send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    _, errors = first.communicate(timeout=60)
+    assert time.monotonic() - killed < 60
+    assert first.returncode == 1, errors
+    assert errors == "fastcr.train: error: another process of this job ended, so all of them end\n"
+    assert torch.load(folder / "resume.pt", weights_only=True)["step"] >= 2
+    train.main(["--resume", str(folder), "--run.steps", str(len(records(folder)) + 1)])
+
+
+def test_sigterm_to_either_process_saves_and_ends_both(flat: Path, tmp_path: Path) -> None:
+    flags = [*TINY, "--data.root", str(flat), "--model.weights", "none", "--optim.epochs", "1000"]
+    started = launch("-m", "fastcr.train", "synthetic", *flags, "--run.dir", str(tmp_path / "run"))
+    wait_for(lambda: len(records(tmp_path / "run")) >= 2, started)
+    started[1].send_signal(signal.SIGTERM)
+    (status, output, errors), (other, *silence) = finish(started)
+    assert (status, other, errors, silence) == (143, 143, "", ["", ""])
+    stopped = int(re.findall(r"stopped at step (\d+)", output)[0])
+    assert torch.load(tmp_path / "run" / "resume.pt", weights_only=True)["step"] == stopped
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_killed_process_and_goes_on_sample(flat: Path, tmp_path: Path) -> None:
+    """The words of the README: `--max-restarts` with `--resume auto`."""
+    folder = tmp_path / "run"
+    flags = [*TINY, "--data.root", str(flat), "--model.weights", "none", "--run.save_minutes", "0", "--run.steps", "60"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
+    command += ["--max-restarts", "2", "-m", "fastcr.train", "synthetic", "--run.dir", str(folder), "--resume", "auto"]
+    torchrun = subprocess.Popen(
+        [*command, *flags, "--optim.epochs", "100"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    steps = 0
+    for which in (-1, 0):  # whichever it is
+        wait_for(lambda before=steps: len(records(folder)) >= before + 3, [torchrun])
+        children = subprocess.run(["pgrep", "-P", str(torchrun.pid)], capture_output=True, text=True).stdout.split()
+        os.kill(int(children[which]), signal.SIGKILL)
+        killed, steps = time.monotonic(), len(records(folder))
+        time.sleep(2)
+        wait_for(lambda before=steps: len(records(folder)) > before, [torchrun])
+        assert time.monotonic() - killed < 60
+    ((status, output, errors),) = finish([torchrun])
+    assert status == 0, errors
+    assert [record["step"] for record in records(folder)] == list(range(1, 61))
+    assert output.count("first step done") == 3
+
+
+def test_devices_of_several_processes() -> None:
+    assert pick_device("cpu", 1, 2) == torch.device("cpu")
+    with pytest.raises(UsageError, match="cuda:1: 2 processes need a device each"):
+        pick_device("cuda:1", 0, 2)
+    with pytest.raises(UsageError, match="1000 processes on a machine with"):
+        pick_device("cuda", 0, 1000)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (Config(run=RunConfig(cuda_graph=True)), "cuda_graph works in one process only"),
+        (Config(released=ReleasedConfig(enabled=True)), "released.enabled works in one process only"),
+        (Config(optim=OptimConfig(batch_size=8, accumulate=4)), "does not divide among 2 processes"),
+    ],
+)
+def test_what_several_processes_cannot_do(config: Config, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        check_device(config, torch.device("cpu"), Console(quiet=True), Processes(0, 2, 0, 2))
