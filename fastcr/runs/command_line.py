@@ -32,7 +32,7 @@ def called(command: str) -> str:
     program = Path(sys.argv[0])
     if program.name == "fastcr":
         return f"fastcr {command}"
-    return f"python -m fastcr{' ' if program.name == '__main__.py' else '.'}{command}"
+    return f"python -m fastcr{' ' if program.parts[-2:] == ('fastcr', '__main__.py') else '.'}{command}"
 
 
 def parse(cls: type[C], args: Sequence[str], *, default: C | None = None, prog: str, description: str | None) -> C:
