@@ -64,7 +64,7 @@ class Run:
 def train(
     config: Config,
     *,
-    resume: Path | None = None,
+    resume: str | Path | None = None,
     console: Console | None = None,
     started: float = 0.0,
     processes: Processes = ALONE,
@@ -77,7 +77,7 @@ def train(
     with everything saved.
     """
     began, console = time.monotonic() - started, console or Console(markup=False)
-    run = open_run(validate(config), resume, console, processes)
+    run = open_run(validate(config), Path(resume) if resume else None, console, processes)
     workers = pick_workers(config.data.workers, processes.local_ranks)
     evaluation = TrainingEvaluation(run.folder, run.splits, run.device, workers, console, processes)
     if stopped := run_steps(run, evaluation, began):
@@ -158,7 +158,7 @@ def open_run(config: Config, resume: Path | None, console: Console, processes: P
         raise UsageError(f"preset {config.preset} needs --data.root, the folder of its images")
     check_settings(config, device, console, processes)
     if resume is None and config.run.dir:
-        processes.once(partial(check_unused, config.run.dir))
+        processes.once(partial(check_unused, Path(config.run.dir)))
     splits = read_splits(config.data.root or write_synthetic())
     check_sizes(config, splits.train, console)
     images = fingerprint(splits.train)
@@ -200,7 +200,7 @@ def check_unused(folder: Path) -> None:
 
 def new_folder(config: Config) -> Path:
     """Make the run folder. `UsageError` if it cannot be made."""
-    folder = config.run.dir or Path("runs") / f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(config.run.dir or Path("runs") / f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
     try:
         folder.mkdir(parents=True, exist_ok=config.run.dir is not None)
         save_config(config, folder / "config.yaml")  # here, to find out early that it can be written
