@@ -108,7 +108,7 @@ def test_every_file_and_function_on_the_page_is_there() -> None:
     assert len(files) > 10
     assert None not in sources, dict(zip(files, sources, strict=True))
     code = "\n".join(source.read_text() for source in root.glob("fastcr/**/*.py"))
-    for file, function in re.findall(r"`((?:\w+/)?\w+\.py): (\w+)`", text):
+    for file, function in re.findall(r"`((?:\w+/)?\w+\.py):\s+(\w+)`", text):
         source = next(root.glob(f"fastcr/{file}"), None)
         assert source, file
         assert re.search(rf"^\s*(def|class) {function}\b", source.read_text(), re.MULTILINE), (file, function)
