@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
-import signal
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, TextIO
 
-import torch
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import (
@@ -26,12 +22,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
-from torch import Tensor
 
 from fastcr.runs.checkpoint import write_whole
-from fastcr.config import Config
-from fastcr.errors import UsageError
-from fastcr.runs.distributed import ALONE, Processes
 
 SHOWN = {  # metric: its name on the bar's second line, and format
     "images_per_second": ("images/s", "{:.0f}"),
@@ -170,9 +162,3 @@ class Meter:
         values = {"images_per_second": self.images / elapsed, "data_wait": self.waited / elapsed}
         self.reset()
         return values
-
-
-
-
-
-
