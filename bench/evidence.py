@@ -1,18 +1,16 @@
 """`python bench/evidence.py --data.root DIR --out STUDY`: which choices make the method work, as a table of runs.
 
-A run is a row (`ROWS`) with a seed: `fastcr.train`, `fastcr.evaluate` and `gradcam_inside.py`, each a process of its
-own, in the run folder STUDY/<row>-seed<N>; what they print is in the .log beside it. What follows `--` goes to every
-training, before the row's own flags: `... --out STUDY -- --optim.epochs 10 --data.image_size 112`.
+A run is a row of `evidence_rows.py` with a seed: `fastcr.train`, `fastcr.evaluate` and `gradcam_inside.py`, each in a
+process of its own, write into the run folder STUDY/<row>-seed<N> and print into the .log beside it. What follows `--`
+goes to every training, before the row's own flags: `... --out STUDY -- --optim.epochs 10 --data.image_size 112`.
 
-The same command goes on where it was stopped: a run in STUDY/evidence.json is not run again, one that was stopped
-half-way is resumed. A run that fails is recorded with its last line; a training that failed is tried again only once
-its folder is removed.
-`python bench/evidence_table.py STUDY/evidence.json` makes the tables, and with `--png FILE` a picture, from that alone.
+The same command resumes a study: a run that is in STUDY/evidence.json is not made again, a run that was stopped is
+resumed. A run that fails is recorded with the last line it printed; a training that failed is tried again only once
+its folder is removed. `python bench/evidence_table.py STUDY/evidence.json` makes tables and figures of the results.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import re
@@ -34,115 +32,20 @@ import torch
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `bench`, when this file is run as a script
+
+from bench.evidence_rows import FROZEN, ROWS
 from fastcr.errors import UsageError
 from fastcr.runs.checkpoint import write_whole
-from fastcr.runs.command_line import load_config, one_line_errors, parse, read_command_line
+from fastcr.runs.command_line import called, load_config, one_line_errors, parse, read_command_line, todays_flags
 
-ROOT = Path(__file__).resolve().parents[1]
-EVIDENCE = "evidence.json"
+ROOT, EVIDENCE = Path(__file__).resolve().parents[1], "evidence.json"
 READING = threading.Lock()  # tyro keeps what it parses in globals, and two runs may end at once
-FROZEN = "frozen"  # the row whose scores are those of step 0
 # the backbone learns at the rate of the rest, and keys follow slowly, unless a row says otherwise
 PRESET = (
     *("folder", "--optim.backbone_warmup", "0"),
     *("--optim.backbone_lr", "None", "--moco.key_momentum", "0.999"),
 )
-STOPPED = {"stopped": "fit gradient stopped at the features", "flowing": "fit gradient flows into the features"}
-FLOWS = {"stopped": "--rationale.stop_gradient True", "flowing": "--rationale.stop_gradient False"}
-CHOICES = list(itertools.product(("max-softmax", "sum"), ("score", "loss"), STOPPED))
-OF_LOSS = "--rationale.cam_of loss --rationale.cam_weights own"
-BASE = f"--rationale.target max-softmax --rationale.cam_sign loss {OF_LOSS}"
-# what GradCAM is of, which of its halves, and whose channel weights it has
-CAMS = {
-    f"{weights}-{name}": (
-        f"{whose} channel weights, GradCAM of {what}",
-        f"--rationale.target max-softmax --rationale.cam_weights {weights} {flags}",
-    )
-    for weights, whose in (("own", "each picture's own"), ("common", "the batch's common"))
-    for name, what, flags in (
-        ("loss", "the loss: places that raise it", "--rationale.cam_of loss --rationale.cam_sign loss"),
-        ("score", "the loss: places that lower it", "--rationale.cam_of loss --rationale.cam_sign score"),
-        ("logit", "the own key's logit: places that lower it", "--rationale.cam_of logit --rationale.cam_sign loss"),
-        ("raised", "the own key's logit: places that raise it", "--rationale.cam_of logit --rationale.cam_sign score"),
-    )
-}
-CARE = "--optim.backbone_warmup 3 --optim.backbone_lr 0.001 --moco.key_momentum 0.99"
-KEPT = "--optim.backbone_lr 0 --model.batchnorm frozen --moco.key_momentum 0.99"
-COMMON_LOGIT = CAMS["common-logit"][1]
-# name: (meaning, flags of fastcr.train); a first flag without dashes is the preset, else it is `folder`
-LINES = {
-    FROZEN: ("the initial weights, random detectors", "--run.steps 1"),
-    "moco": ("MoCo v2 without the branch", "--rationale.enabled False"),
-    "released": ("the variant of the authors' released code", "cub200-released"),
-    **{
-        f"uniform-{way}": (f"exactly uniform target, {meaning}", f"--rationale.target uniform {FLOWS[way]}")
-        for way, meaning in STOPPED.items()
-    },
-    **{
-        f"{target}-{sign}-{way}": (
-            f"target {target}, GradCAM of the {sign}, {STOPPED[way]}",
-            f"--rationale.target {target} --rationale.cam_sign {sign} {FLOWS[way]} {OF_LOSS}",
-        )
-        for target, sign, way in CHOICES
-    },
-    # max-softmax-loss-stopped with something else
-    "batchnorm": ("batch normalisation in the branch", f"{BASE} --rationale.batchnorm True"),
-    "batchnorm-flowing": (
-        "batch normalisation in the branch, flowing",
-        f"{BASE} --rationale.batchnorm True {FLOWS['flowing']}",
-    ),
-    "branch-lr0.1": ("learning rate 0.1 of the branch", f"{BASE} --rationale.lr 0.1"),
-    "backbone-lr0.001": ("learning rate 0.001 of the backbone", f"{BASE} --optim.backbone_lr 0.001"),
-    "key-momentum0.99": ("keys that follow faster", f"{BASE} --moco.key_momentum 0.99"),
-    **{
-        f"flowing-lambda{weight}": (
-            f"weight {weight} of the fit, flowing",
-            f"{BASE} {FLOWS['flowing']} --rationale.fit_weight {weight}",
-        )
-        for weight in ("0.01", "0.1", "10")
-    },
-    **{
-        f"{name}-plain": (f"{meaning}; the learning rates and keys of the rows above", flags)
-        for name, (meaning, flags) in CAMS.items()
-        if name.endswith(("logit", "raised"))
-    },
-    **{
-        name: (f"{meaning}; backbone held three epochs, then at rate 0.001; faster keys", f"{CARE} {flags}")
-        for name, (meaning, flags) in CAMS.items()
-    },
-    **{
-        f"kept-{name}": (f"{meaning}; the backbone stays as it was; faster keys", f"{KEPT} {flags}")
-        for name, (meaning, flags) in CAMS.items()
-    },
-    # common-logit with something else
-    **{
-        f"common-logit-{name}": (f"common-logit, {meaning}", f"{CARE} {COMMON_LOGIT} {flags}")
-        for name, meaning, flags in (
-            ("not-held", "the backbone never held", "--optim.backbone_warmup 0"),
-            ("fast", "the backbone at rate 0.01 once it learns", "--optim.backbone_lr 0.01"),
-            ("slow-keys", "keys of momentum 0.999", "--moco.key_momentum 0.999"),
-            ("pooled", "contrast also of the attention-pooled query", "--rationale.pooled_contrast 0.5"),
-            *(
-                (f"lambda{weight}", f"flowing, weight {weight}", f"{FLOWS['flowing']} --rationale.fit_weight {weight}")
-                for weight in ("0.1", "1", "10")
-            ),
-        )
-    },
-    # kept-common-logit with something else
-    **{
-        f"kept-{name}": (f"kept-common-logit, {meaning}", f"{KEPT} {COMMON_LOGIT} {flags}")
-        for name, meaning, flags in (
-            ("sum", "target sum", "--rationale.target sum"),
-            *((f"k{k}", f"{k} detectors", f"--rationale.detectors {k}") for k in (1, 8, 16, 64, 128)),
-            *((f"tau{tau}", f"temperature {tau}", f"--rationale.temperature {tau}") for tau in ("0.1", "0.2", "1.0")),
-            *((f"queue{n}", f"a queue of {n} keys", f"--moco.queue_size {n}") for n in (256, 4096, 65536)),
-            ("queue0", "no queue: the negatives are the batch's other keys", "--moco.queue_size 0"),
-            ("batchnorm", "batch normalisation in the branch", "--rationale.batchnorm True"),
-            ("branch-lr0.1", "learning rate 0.1 of the branch", "--rationale.lr 0.1"),
-        )
-    },
-}
-ROWS = {name: (meaning, tuple(flags.split())) for name, (meaning, flags) in LINES.items()}
 Run = dict[str, Any]
 
 
@@ -157,7 +60,7 @@ class StudyData:
     classes: int | None = None
     """Only the first so many class folders of train/ and test/. Default: all."""
     skip: int = 0
-    """With --data.classes: pass over so many before the first, as for a check on classes nothing was chosen on."""
+    """With --data.classes: skip so many class folders first, to check a choice on classes it was not made on."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +71,7 @@ class StudyConfig:
     """Folder of the study: evidence.json, run folders, logs."""
     data: StudyData
     rows: tuple[str, ...] = tuple(ROWS)
-    """Rows to run; see ROWS in bench/evidence.py."""
+    """Rows to run; bench/evidence_rows.py describes them."""
     seeds: tuple[int, ...] = (0,)
     """Every row is run with each; all rows with the first seed come first."""
     jobs: int = 1
@@ -267,7 +170,7 @@ def read_run(folder: Path, *, frozen: bool) -> Run:
     part = results["frozen_init"] if frozen else results
     found = {key: part[key] for key in ("retrieval", "knn", "localisation") if key in part}
     last = read((folder / "metrics.jsonl").read_text().splitlines()[-1])
-    keys = ("step", "contrast_loss", "pooled_contrast_loss", "fit_loss", "attention_entropy", "effective_detectors")
+    keys = ("step", "contrast_loss", "fit_loss", "attention_entropy", "effective_detectors")
     found |= {"images": results["images"], "last": {key: last[key] for key in keys if key in last}}
     return found if frozen else found | {"gradcam": read((folder / "gradcam.json").read_text())}
 
@@ -314,7 +217,8 @@ def open_study(config: StudyConfig, common: Sequence[str]) -> Run:
         if study[key] != value:
             raise UsageError(f"{path} was begun with other {key}: {study[key]}, now {value}; name another --out")
     for name, run in study["runs"].items():
-        if run["status"] == "finished" and run["row"] in config.rows and run["flags"] != list(ROWS[run["row"]][1]):
+        of_row = run["status"] == "finished" and run["row"] in config.rows
+        if of_row and tuple(todays_flags(run["flags"])) != ROWS[run["row"]][1]:
             raise UsageError(f"{path}: {name} was made with other flags than its row has now: {' '.join(run['flags'])}")
         run["meaning"] = ROWS.get(run["row"], [run["meaning"]])[0]
     return study
@@ -394,8 +298,8 @@ def main(args: Sequence[str]) -> None:
     """Make the study that `args` describe; what follows `--` is for `fastcr.train`."""
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # as a Ctrl-C: trainings save and end
     at = args.index("--") if "--" in args else len(args)
-    with one_line_errors("evidence"):
-        config = parse(StudyConfig, args[:at], prog="python bench/evidence.py", description=__doc__)
+    with one_line_errors("bench/evidence.py"):
+        config = parse(StudyConfig, args[:at], prog=called("bench/evidence.py"), description=__doc__)
         study(config, tuple(args[at + 1 :]), Console(markup=False))
 
 
