@@ -141,9 +141,8 @@ def kernel_rows(profiler: profile, steps: int, step_ms: float, cuda: bool) -> li
     rows = []
     for each in profiler.key_averages():
         if not each.is_user_annotation and (each.device_type != DeviceType.CPU) == cuda:
-            took = (each.self_device_time_total if cuda else each.self_cpu_time_total) / steps / 1e3
-            row = {"name": each.key, "calls": each.count / steps, "device_ms": took, "share": took / step_ms}
-            rows.append(row)
+            ms = (each.self_device_time_total if cuda else each.self_cpu_time_total) / steps / 1e3
+            rows.append({"name": each.key, "calls": each.count / steps, "device_ms": ms, "share": ms / step_ms})
     return sorted(rows, key=lambda row: -row["device_ms"])
 
 
@@ -173,16 +172,35 @@ def table(rows: Sequence[Row], what: str) -> Table:
     for key in keys:
         shown.add_column(key.replace("_", " ").replace("times", "x"), justify="right", no_wrap=True)
     for row in rows:
-        cells = ["" if row.get(key) is None else three_digits(row[key], key == "share") for key in keys]
+        cells = ["" if row.get(key) is None else digits(row[key], percent=key == "share") for key in keys]
         shown.add_row(row["name"], *cells)
     return shown
 
 
-def three_digits(value: float, share: bool = False) -> str:
-    """Three digits, more before the point; a share in percent."""
-    if share:
+def digits(value: float, *, percent: bool = False) -> str:
+    """Three digits, more before the point; or a share in percent."""
+    if percent:
         return f"{value:.1%}"
     return f"{value:,.0f}" if value >= 99.95 else "<.001" if 0 < value < 0.001 else f"{value:.3g}"
+
+
+def show(facts: dict[str, Any], cuda: bool, console: Console) -> None:
+    """Print what phases.json holds."""
+    took = f"{digits(facts['step_ms'])} ms; {digits(facts['recorded_step_ms'])} ms while recorded"
+    times = "device ms: of the kernels" if cuda else "device ms: in operators, without what Python adds"
+    floor = "floor: the least time of each phase, which is compared only in a checkout (bench/budget.py)"
+    if facts["ceilings"]:
+        copy, product = (f"{digits(rate / 1e9)} G" for rate in facts["ceilings"].values())
+        floor = (
+            f"floor: the least bytes at {copy}B/s, as a copy here, or the FLOPs at {product}FLOP/s, as a product here"
+        )
+    for part in (
+        f"{facts['device']}: a step of {facts['settings']['optim']['batch_size']} pairs takes {took}\n",
+        table(facts["phases"], "phase"),
+        f"\n{times}\n{floor}\n",
+        table(facts["kernels"][:KERNELS], "kernel" if cuda else "operator"),
+    ):
+        console.print(part, highlight=False, soft_wrap=isinstance(part, str))
 
 
 def trace(config: TraceConfig, console: Console) -> None:
@@ -209,38 +227,22 @@ def trace(config: TraceConfig, console: Console) -> None:
     step_ms = repeat(one_step, config.steps)
     profiler = record(one_step, config.steps, cuda, folder / TRACE)
     phases = phase_rows(profiler.events(), config.steps, cuda)
-    kernels = kernel_rows(profiler, config.steps, recorded_ms := phases[-1]["host_ms"], cuda)
-    ceilings = add_floors(phases, config, device, dtype)
     facts = {
         "device": torch.cuda.get_device_name(device) if cuda else f"CPU (threads: {torch.get_num_threads()})",
         "torch": torch.__version__,
         "triton": triton and triton.__version__,
         "dtype": str(dtype).removeprefix("torch."),
-        "steps": config.steps,
         "step_ms": step_ms,
-        "recorded_step_ms": recorded_ms,
-        "ceilings": ceilings,
+        "recorded_step_ms": phases[-1]["host_ms"],
+        "ceilings": add_floors(phases, config, device, dtype),
         "phases": phases,
-        "kernels": kernels,
+        "kernels": kernel_rows(profiler, config.steps, phases[-1]["host_ms"], cuda),
         "settings": asdict(config),
     }
     (folder / SUMMARY).write_text(json.dumps(facts, indent=1, default=str) + "\n")
-
-    took = f"{three_digits(step_ms)} ms; {three_digits(recorded_ms)} ms while recorded"
-    times = "device ms: of the kernels" if cuda else "device ms: in operators, without what Python adds"
-    if ceilings:
-        copy, product = (f"{three_digits(rate / 1e9)} G" for rate in ceilings.values())
-        floor = f"the least bytes at {copy}B/s or the FLOPs at {product}FLOP/s, which a copy and a product reach here"
-    else:
-        floor = "the least time of each phase, which is compared only in a checkout (bench/budget.py)"
-    for part in (
-        f"{facts['device']}: a step of {config.optim.batch_size} pairs takes {took}\n",
-        table(phases, "phase"),
-        f"\n{times}\nfloor: {floor}\n",
-        table(kernels[:KERNELS], "kernel" if cuda else "operator"),
-        f"\n{folder / TRACE}: open it in https://ui.perfetto.dev\n{folder / SUMMARY}: these figures",
-    ):
-        console.print(part, highlight=False, soft_wrap=isinstance(part, str))
+    show(facts, cuda, console)
+    said = f"\n{folder / TRACE}: open it in https://ui.perfetto.dev\n{folder / SUMMARY}: these figures"
+    console.print(said, highlight=False, soft_wrap=True)
 
 
 def read_settings(args: Sequence[str]) -> TraceConfig:
