@@ -96,7 +96,7 @@ def write_facts(out: Path, rehearse: bool) -> None:
 def recipe(folder: Path, rehearse: bool) -> Config:
     """The paper's recipe with a batch of 256, ResNet-50 from random weights, on drawn birds written into `folder`.
 
-    As many as CUB-200-2011 has, of the size of its pictures, and without labels, so that nothing is evaluated.
+    As many as CUB-200-2011 has, of the size of its images, and without labels, so that nothing is evaluated.
     """
     folder.mkdir()
     for i in range(32 if rehearse else IMAGES):
