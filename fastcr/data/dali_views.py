@@ -38,27 +38,23 @@ def decoded(source: Iterator[list[np.ndarray]], decoder: str) -> Any:
     )
 
 
-def read_encoded(images: ImageList, index: int) -> Encoded:
+def read_encoded(images: ImageList, index: int, by_pil: bool = False) -> Encoded:
     """Bytes DALI is sure to decode, and the images skipped as unreadable.
 
-    A whole RGB or grey JPEG is handed over as it is; anything else is decoded here and handed over as PPM.
+    A whole RGB or grey JPEG is handed over as it is; anything else, or all `by_pil`, is decoded here and handed over
+    as PPM.
     """
     try:
         data = np.frombuffer(images.read(index), dtype=np.uint8)
         with Image.open(io.BytesIO(data.data)) as image:
             # some cameras and servers pad the file with zeros after its end
-            if image.format == "JPEG" and image.mode in ("RGB", "L") and END_OF_JPEG in data[-64:].tobytes():
-                return data, []
-    except Exception:  # PIL raises whatever the broken bytes lead it to; the next line says what is wrong
-        pass
-    return read_decoded(images, index)
-
-
-def read_decoded(images: ImageList, index: int) -> Encoded:
-    """Image `index`, or the next readable one, decoded by PIL and handed over as PPM; as `read_encoded`."""
-    image, bad = images.rgb_or_next(index)
-    header = b"P6 %d %d 255\n" % image.size
-    return np.frombuffer(header + image.tobytes(), dtype=np.uint8), bad
+            whole = image.format == "JPEG" and image.mode in ("RGB", "L") and END_OF_JPEG in data[-64:].tobytes()
+    except Exception:  # PIL raises whatever the broken bytes lead it to; what is wrong is said below
+        whole = False
+    if whole and not by_pil:
+        return data, []
+    rgb, bad = images.rgb_or_next(index)
+    return np.frombuffer(b"P6 %d %d 255\n" % rgb.size + rgb.tobytes(), dtype=np.uint8), bad
 
 
 class DaliViews:
@@ -121,20 +117,12 @@ class DaliViews:
             yield [data for data, _ in files]
 
     def _read(self, index: int) -> Encoded:
-        read = read_decoded if index in self._undecodable else read_encoded
-        return read(self.images, index)
+        return read_encoded(self.images, index, by_pil=index in self._undecodable)
 
     def _finds_undecodable(self, step: int) -> bool:
-        """After an error at `step`: whether there are images that neither DALI nor PIL decodes; they are kept in mind."""
+        """After an error at `step`: whether it comes from images that PIL cannot read either; they are remembered."""
         ahead = islice(self.loading.steps(len(self.images), step), AHEAD)
-        found = {index for _, indices in ahead for index in indices.tolist() if self._is_broken(index)}
-        known = len(self._undecodable)
+        indices = {index for _, batch in ahead for index in batch.tolist()} - self._undecodable
+        found = {index for index in indices if self.images.rgb_or_next(index)[1]}
         self._undecodable |= found
-        return len(self._undecodable) > known
-
-    def _is_broken(self, index: int) -> bool:
-        try:
-            self.images.rgb(index)
-        except OSError:
-            return True
-        return False
+        return bool(found)

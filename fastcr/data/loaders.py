@@ -16,7 +16,7 @@ from rich.console import Console
 from fastcr.config import Config
 from fastcr.data.cached_views import CachedViews
 from fastcr.data.images import BadFiles, ImageList
-from fastcr.data.pixel_cache import CachedImages, Place, fill, measure
+from fastcr.data.pixel_cache import Place, fill, measure
 from fastcr.data.torch_views import TorchViews
 from fastcr.data.views import Batch, Loading, Shard, Views
 from fastcr.errors import UsageError

@@ -97,9 +97,7 @@ def fill(
     return CachedImages(images.root, images.files, images.labels, images.classes, pixels, *layout)
 
 
-def _decode(
-    images: ImageList, sizes: np.ndarray, side: int, pixels: Tensor, workers: int, console: Console
-) -> Layout:
+def _decode(images: ImageList, sizes: np.ndarray, side: int, pixels: Tensor, workers: int, console: Console) -> Layout:
     """Decode every image into `pixels`; returns starts, sizes and the unreadable ones."""
     lengths = sizes.prod(1) * 3
     starts = np.cumsum(lengths) - lengths

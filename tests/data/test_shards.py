@@ -111,9 +111,7 @@ def test_views_are_those_of_the_files_from_any_step_on(packed: Path, birds: Path
         from fastcr.data.dali_views import DaliViews as Views
     else:
         Views = TorchViews  # type: ignore[misc, assignment]  # noqa: N806
-    loading = Loading(
-        image_size=32, batch_size=8, seed=3, device=torch.device("cpu"), dtype=torch.float32, workers=2
-    )
+    loading = Loading(image_size=32, batch_size=8, seed=3, device=torch.device("cpu"), dtype=torch.float32, workers=2)
 
     def batches(root: Path, start: int) -> Iterator[Batch]:
         images = read_splits(root).train
