@@ -101,10 +101,9 @@ def print_report(parts: dict[str, tuple[ImageList, list[Facts]]], console: Conso
     show("minimum / median / maximum", "", ([row, *(column[row] for column in columns)] for row in columns[0]))
 
     kinds = [Counter(fact.kind for fact in facts if not fact.error) for _, facts in parts.values()]
-    named = sorted(set().union(*kinds))
-    show(
-        "kinds of images", "", ([kind, *(f"{n[kind]:,}" for n in kinds), _decoding(kind)] for kind in named), "decoding"
-    )
+    every = sorted(set[str]().union(*kinds))
+    rows = [[kind, *(f"{counted[kind]:,}" for counted in kinds), _decoding(kind)] for kind in every]
+    show("kinds of images", "", rows, "decoding")
 
     counts = {name: Counter(images.labels) for name, (images, _) in parts.items()}
     for name, (images, _) in parts.items():
@@ -114,7 +113,7 @@ def print_report(parts: dict[str, tuple[ImageList, list[Facts]]], console: Conso
             console.print(f"fewest images in {name}: {said}")
     if classes:
         names = next((images.classes for images, _ in parts.values() if images.classes), ())
-        rows = ([name, *(f"{count[label]:,}" for count in counts.values())] for label, name in enumerate(names))
+        rows = [[name, *(f"{count[label]:,}" for count in counts.values())] for label, name in enumerate(names)]
         show(None, "class", rows)
 
 
@@ -123,7 +122,7 @@ class CheckConfig:
     """Settings of a check."""
 
     root: tyro.conf.Positional[Path]
-    """What --data.root of the training takes; see the README."""
+    """What --data.root of the training takes; docs/data.md lists the layouts."""
     index: tyro.conf.UseCounterAction[int] = 0
     """Write an index beside each tar shard that lacks a current one, and do no more."""
     classes: tyro.conf.UseCounterAction[int] = 0

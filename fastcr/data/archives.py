@@ -90,21 +90,16 @@ def _cub(root: Path) -> Archive:
     return tuple(sorted({name for _, name in rows.values()})), Part(table, folder, train), Part(table, folder, test)
 
 
-def _variable(file: Path, name: str) -> Any:
-    from scipy.io import loadmat
-
-    return loadmat(file, variable_names=[name], squeeze_me=True)[name]
-
-
 def _matlab(file: Path, name: str, *fields: str) -> Any:
     """Variable `name` of a MATLAB file: an array, of records that have `fields` if any are named."""
     try:
-        import scipy.io  # noqa: F401  # before the process that reads is forked
+        from scipy.io import loadmat
     except ImportError:
         raise UsageError('the tables of Stanford Cars need scipy: pip install "fastcr[archives]"') from None
     try:
         with ProcessPoolExecutor(1, get_context("fork")) as apart:  # broken bytes can crash scipy, and its process
-            values = np.atleast_1d(apart.submit(_variable, file, name).result())
+            found = apart.submit(loadmat, file, variable_names=[name], squeeze_me=True).result()
+        values = np.atleast_1d(found[name])
     except Exception:  # scipy raises whatever the broken bytes lead it to
         raise UsageError(f"{file} is missing or is not the archive's MATLAB file with {name!r}") from None
     if lacking := [field for field in fields if field not in (values.dtype.names or ())]:

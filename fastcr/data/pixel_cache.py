@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -26,20 +28,24 @@ from fastcr.data.views import Loading
 from fastcr.errors import UsageError
 
 Place = Literal["device", "host", "disk"]
-Layout = tuple[np.ndarray, np.ndarray, np.ndarray]  # starts, sizes and broken of `CachedImages`
+
+
+class Layout(NamedTuple):
+    """Where each image lies among the pixels; for an unreadable one, where the next that can be read does."""
+
+    starts: np.ndarray  # int64 [n]: first byte of each image
+    sizes: np.ndarray  # int64 [n,2]: height, width
+    broken: np.ndarray  # int64: the unreadable images
 
 
 @dataclass(frozen=True)
 class CachedImages(ImageList):
-    """An image list with its pixels, images `[H,W,3]` one after the other.
-
-    An unreadable image has the start and size of the next that can be read.
-    """
+    """An image list with its pixels, images `[H,W,3]` one after the other, laid out as `Layout` says."""
 
     pixels: Tensor = field(compare=False, repr=False)  # uint8 [bytes]
-    starts: np.ndarray = field(compare=False, repr=False)  # int64 [n]: first byte of each image
-    sizes: np.ndarray = field(compare=False, repr=False)  # int64 [n,2]: height, width
-    broken: np.ndarray = field(compare=False, repr=False)  # int64: the unreadable images
+    starts: np.ndarray = field(compare=False, repr=False)
+    sizes: np.ndarray = field(compare=False, repr=False)
+    broken: np.ndarray = field(compare=False, repr=False)
 
     def rgb(self, index: int) -> Image.Image:
         """Image `index`, decoded."""
@@ -69,14 +75,7 @@ def measure(images: ImageList, side: int, workers: int, console: Console) -> np.
 
 
 def fill(
-    images: ImageList,
-    sizes: np.ndarray,
-    place: Place,
-    loading: Loading,
-    console: Console,
-    *,
-    side: int,
-    folder: Path,
+    images: ImageList, sizes: np.ndarray, place: Place, loading: Loading, console: Console, *, side: int, folder: Path
 ) -> CachedImages:
     """Decode every image, or take up what an earlier run left in `folder`; `sizes` as `measure` found them for `side`.
 
@@ -84,20 +83,18 @@ def fill(
     """
     if not sizes.any():
         raise images.none_readable()
+    total = 3 * int(sizes.prod(1).sum())
+    decode = partial(_decode, images, sizes, side, loading.workers, console)
     if place == "disk":
-        pixels, *layout = _on_disk(images, sizes, side, loading.workers, folder, console)
+        pixels, layout = _on_disk(folder, _name(images, sizes, side), total, decode)
     else:
-        pixels = torch.empty(
-            3 * int(sizes.prod(1).sum()),
-            dtype=torch.uint8,
-            device=loading.device if place == "device" else "cpu",
-            pin_memory=place == "host" and loading.device.type == "cuda",
-        )
-        layout = _decode(images, sizes, side, pixels, loading.workers, console)
+        device, pinned = ("cpu", loading.device.type == "cuda") if place == "host" else (loading.device, False)
+        pixels = torch.empty(total, dtype=torch.uint8, device=device, pin_memory=pinned)
+        layout = decode(pixels)
     return CachedImages(images.root, images.files, images.labels, images.classes, pixels, *layout)
 
 
-def _decode(images: ImageList, sizes: np.ndarray, side: int, pixels: Tensor, workers: int, console: Console) -> Layout:
+def _decode(images: ImageList, sizes: np.ndarray, side: int, workers: int, console: Console, pixels: Tensor) -> Layout:
     """Decode every image into `pixels`; returns starts, sizes and the unreadable ones."""
     lengths = sizes.prod(1) * 3
     starts = np.cumsum(lengths) - lengths
@@ -123,24 +120,24 @@ def _decode(images: ImageList, sizes: np.ndarray, side: int, pixels: Tensor, wor
         raise images.none_readable()
     # the next readable image, or the first one for those behind the last
     stand_in = readable[np.searchsorted(readable, np.arange(len(images))) % len(readable)]
-    return starts[stand_in], sizes[stand_in], np.flatnonzero(~np.array(done))
+    return Layout(starts[stand_in], sizes[stand_in], np.flatnonzero(~np.array(done)))
 
 
-def _on_disk(
-    images: ImageList, sizes: np.ndarray, side: int, workers: int, folder: Path, console: Console
-) -> tuple[Tensor, np.ndarray, np.ndarray, np.ndarray]:
-    """Pixels, mapped from a file in `folder`, and their layout from an index beside it; written if they are not there.
-
-    The name of the files changes when an image does. The index is written last: without it the pixels count for
-    nothing.
-    """
+def _name(images: ImageList, sizes: np.ndarray, side: int) -> str:
+    """A name that changes when any image, or its size in the cache, does."""
     identity = hashlib.blake2b(digest_size=12)
     for index in np.flatnonzero(sizes[:, 0]).tolist():
         identity.update(f"{index} {images.stamp(index)}\n".encode(errors="surrogateescape"))
     identity.update(sizes.tobytes())
-    name = f"pixels-{identity.hexdigest()}-{side}"
+    return f"pixels-{identity.hexdigest()}-{side}"
+
+
+def _on_disk(folder: Path, name: str, total: int, decode: Callable[[Tensor], Layout]) -> tuple[Tensor, Layout]:
+    """Pixels, mapped from `name`.u8, and their layout, from `name`.npz; both are written if they are not there.
+
+    The layout is written last: without it the pixels count for nothing.
+    """
     index_file, pixel_file = folder / f"{name}.npz", folder / f"{name}.u8"
-    total = 3 * int(sizes.prod(1).sum())
     if not (index_file.exists() and pixel_file.exists() and pixel_file.stat().st_size == total):
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -149,17 +146,16 @@ def _on_disk(
                 with open(written, "wb") as file:
                     os.posix_fallocate(file.fileno(), 0, total)  # a full disk says so now
                 mapped = np.memmap(written, dtype=np.uint8, mode="r+")
-                layout = _decode(images, sizes, side, torch.from_numpy(mapped), workers, console)
+                np.savez(listed, **decode(torch.from_numpy(mapped))._asdict())
                 mapped.flush()
-                np.savez(listed, **dict(zip(("starts", "sizes", "broken"), layout, strict=True)))
                 os.replace(written, pixel_file)
                 os.replace(listed, index_file)
         except OSError as error:
             raise UsageError(f"cannot save {pixel_file}: {error}") from None
     try:
         with np.load(index_file) as index:  # never as pickled objects
-            starts, sizes, broken = index["starts"], index["sizes"], index["broken"]
+            layout = Layout(**index)
     except Exception:  # numpy raises whatever the broken bytes lead it to
         raise UsageError(f"{index_file} is broken: remove it to decode the images again") from None
     pixels = np.memmap(pixel_file, dtype=np.uint8, mode="c")  # torch wants it writable; nothing is written
-    return torch.from_numpy(pixels), starts, sizes, broken
+    return torch.from_numpy(pixels), layout

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count, permutations
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -22,8 +22,7 @@ from fastcr.kernels.launch import Impl
 # MoCo v2, as torchvision names them
 CROP_AREA = (0.2, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
-BRIGHTNESS = CONTRAST = SATURATION = 0.4
-HUE = 0.1
+JITTER = np.array([(0.6, 1.4), (0.6, 1.4), (0.6, 1.4), (-0.1, 0.1)])  # brightness, contrast, saturation; hue, turns
 JITTER_CHANCE, GREY_CHANCE, BLUR_CHANCE, FLIP_CHANCE = 0.8, 0.2, 0.5, 0.5
 BLUR_SIGMA = (0.1, 2.0)
 BLUR_REACH = 3.0  # sigmas on either side of a pixel that the blur takes in
@@ -115,13 +114,12 @@ def draw_parameters(seed: int, epoch: int, indices: np.ndarray, sizes: np.ndarra
     """Augmentation parameters of images `indices` `[n]` with `sizes` `[n,2]` (height, width, pixels)."""
     uniforms = np.stack([_uniforms(seed, epoch, int(index)) for index in indices])
     areas, ratios, rest = np.split(uniforms, [CROP_TRIES, 2 * CROP_TRIES], axis=2)
-    top, left, jitter, brightness, contrast, saturation, hue, order, grey, blur, sigma, flip = np.moveaxis(rest, 2, 0)
-    factors = [_around(1, BRIGHTNESS, brightness), _around(1, CONTRAST, contrast), _around(1, SATURATION, saturation)]
+    top, left, jitter, *factors, order, grey, blur, sigma, flip = np.moveaxis(rest, 2, 0)
     sigma = _between(*BLUR_SIGMA, sigma)
     return ViewParameters(
         crop=_crop_boxes(sizes.astype(np.float64), areas, ratios, top, left),
         jitter=jitter < JITTER_CHANCE,
-        factors=np.stack([*factors, _around(0, HUE, hue)], axis=2).astype(np.float32),
+        factors=_between(*JITTER.T, np.stack(factors, axis=2)).astype(np.float32),
         order=_ORDERS[(order * len(_ORDERS)).astype(np.int64)],
         grey=grey < GREY_CHANCE,
         blur=blur < BLUR_CHANCE,
@@ -137,12 +135,8 @@ def _uniforms(seed: int, epoch: int, index: int) -> np.ndarray:
     return generator.random((2, 2 * CROP_TRIES + 12))
 
 
-def _between(low: float, high: float, uniform: np.ndarray) -> np.ndarray:
+def _between(low: Any, high: Any, uniform: np.ndarray) -> np.ndarray:
     return low + (high - low) * uniform
-
-
-def _around(centre: float, reach: float, uniform: np.ndarray) -> np.ndarray:
-    return _between(centre - reach, centre + reach, uniform)
 
 
 def _crop_boxes(
