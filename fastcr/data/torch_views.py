@@ -15,7 +15,7 @@ from fastcr.data.views import Batch, Loading, ViewParameters, draw_parameters, n
 from fastcr.runs.machine import leave_signals
 
 Sample = tuple[Tensor, list[int]]
-JITTER = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
+ADJUSTMENTS = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
 
 
 def augment(image: Tensor, parameters: ViewParameters, view: int, size: int) -> Tensor:
@@ -24,7 +24,7 @@ def augment(image: Tensor, parameters: ViewParameters, view: int, size: int) -> 
     cropped = F.resized_crop(image, *p.crop.tolist(), [size, size], antialias=True)
     x = F.to_dtype(cropped, torch.float32, scale=True)
     for which in p.order[p.order >= 0].tolist() if p.jitter else ():
-        x = JITTER[which](x, float(p.factors[which]))
+        x = ADJUSTMENTS[which](x, float(p.factors[which]))
     if p.grey:
         x = F.rgb_to_grayscale(x, num_output_channels=3)
     if p.blur:
@@ -64,7 +64,7 @@ class TorchViews:
         steps = loading.steps(len(self.images), start_step)
         loader = DataLoader(
             _ViewDataset(self.images, loading.image_size, loading.seed),
-            batch_sampler=([(epoch, index) for index in indices.tolist()] for epoch, indices in steps),  # type: ignore[arg-type]
+            batch_sampler=([(epoch, index) for index in indices.tolist()] for epoch, indices in steps),
             num_workers=loading.workers,
             collate_fn=_collate,
             pin_memory=loading.device.type == "cuda",

@@ -119,7 +119,7 @@ def draw_parameters(seed: int, epoch: int, indices: np.ndarray, sizes: np.ndarra
     return ViewParameters(
         crop=_crop_boxes(sizes.astype(np.float64), areas, ratios, top, left),
         jitter=jitter < JITTER_CHANCE,
-        factors=_between(*JITTER.T, np.stack(factors, axis=2)).astype(np.float32),
+        factors=_between(JITTER[:, 0], JITTER[:, 1], np.stack(factors, axis=2)).astype(np.float32),
         order=_ORDERS[(order * len(_ORDERS)).astype(np.int64)],
         grey=grey < GREY_CHANCE,
         blur=blur < BLUR_CHANCE,
