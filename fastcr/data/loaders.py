@@ -124,7 +124,7 @@ def choose_loader(config: Config, place: str, device: torch.device, console: Con
         raise UsageError("--data.loader fused needs the decoded images: take --data.cache device, host or disk")
     if asked == "fused" or (asked == "auto" and cuda and place != "off"):
         return "fused"
-    if asked == "torch" or (asked == "auto" and not cuda):  # on the CPU DALI is the slower one (bench/test_loader.py)
+    if asked == "torch" or (asked == "auto" and not cuda):  # its processes cut views in parallel
         return "torch"
     if importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"):
         return "dali"

@@ -124,11 +124,11 @@ def _backdrop(rng: Generator, size: tuple[int, int]) -> Image.Image:
     field = (1 - slope) * 0.65 * _noise(rng, (4, 3), size) + (0.47 - 0.35 * slope) * fine - 0.06
     field = field + slope * np.linspace(rng.uniform(-0.2, 0.2), rng.uniform(0.8, 1.2), size[1])[:, None]
     channels = [np.interp(field, (0, 0.5, 1), channel) for channel in zip(*ramp, strict=True)]
-    picture = Image.fromarray(np.stack(channels, -1).astype(np.uint8))
+    backdrop = Image.fromarray(np.stack(channels, -1).astype(np.uint8))
     for _ in range(rng.integers(4, 14)):
-        pen = _Pen(ImageDraw.Draw(picture), rng.random(2) * size, rng.uniform(2, 9))
+        pen = _Pen(ImageDraw.Draw(backdrop), rng.random(2) * size, rng.uniform(2, 9))
         pen.dot((0, 0), (1, 1), _shade(ramp[rng.integers(3)], rng.uniform(0.7, 1.3)))
-    return picture.filter(ImageFilter.GaussianBlur(rng.uniform(1.2, 2.5)))
+    return backdrop.filter(ImageFilter.GaussianBlur(rng.uniform(1.2, 2.5)))
 
 
 def _clutter(draw: Draw, rng: Generator, at: ArrayLike, unit: float) -> None:
