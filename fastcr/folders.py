@@ -21,10 +21,10 @@ from rich.table import Table
 from fastcr.config import tyro
 from fastcr.data.images import ImageList
 from fastcr.data.layouts import read_splits
-from fastcr.data.progress import progress
 from fastcr.data.shards import find_shards, list_samples, read_index, write_index
 from fastcr.errors import UsageError
 from fastcr.runs.command_line import called, one_line_errors, parse
+from fastcr.runs.log import progress
 from fastcr.runs.machine import pick_workers
 
 FEWEST = 5  # classes named

@@ -23,9 +23,9 @@ from rich.console import Console
 from torch import Tensor
 
 from fastcr.data.images import ImageList
-from fastcr.data.progress import progress
 from fastcr.data.views import Loading
 from fastcr.errors import UsageError
+from fastcr.runs.log import progress
 
 Place = Literal["device", "host", "disk"]
 

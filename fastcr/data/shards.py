@@ -27,10 +27,10 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from fastcr.data.images import SUFFIXES, ImageList, Splits
-from fastcr.data.progress import progress
 from fastcr.errors import UsageError, one_line
 from fastcr.runs.checkpoint import write_whole
 from fastcr.runs.command_line import called
+from fastcr.runs.log import progress
 
 VERSION = b"v1.2"
 Label = int | str

@@ -16,8 +16,8 @@ from numpy.random import Generator
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
-from fastcr.data.progress import progress
 from fastcr.errors import UsageError
+from fastcr.runs.log import progress
 from fastcr.runs.machine import cache_folder
 
 VERSION = 1  # part of the cache folder's name: raise it whenever a drawn image changes

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -20,11 +20,13 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
+    track,
 )
 from rich.text import Text
 
 from fastcr.runs.checkpoint import write_whole
 
+T = TypeVar("T")
 SHOWN = {  # metric: its name on the bar's second line, and format
     "images_per_second": ("images/s", "{:.0f}"),
     "data_wait": ("waiting for data", "{:.0%}"),
@@ -119,6 +121,12 @@ class RunLog:
 def describe(record: dict[str, Any]) -> str:
     """One line of the metrics worth watching."""
     return "  ".join(f"{label} {form.format(record[key])}" for key, (label, form) in SHOWN.items() if key in record)
+
+
+def progress(items: Iterable[T], title: str, total: int | None = None, console: Console | None = None) -> Iterable[T]:
+    """The items, with a bar that disappears at the end; none where there is no terminal. Default: on stderr."""
+    console = console or Console(stderr=True)
+    return track(items, title, total, console=console, transient=True, disable=not console.is_terminal)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
