@@ -168,7 +168,8 @@ def main(args: Sequence[str] | None = None) -> None:
         description = "A run, or several compared, as one HTML page."
         args = sys.argv[1:] if args is None else args
         config = parse(ReportConfig, args, prog=called("report"), description=description)
-        console = Console(markup=False)
+        console, cache = Console(markup=False), Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        os.environ.setdefault("MPLCONFIGDIR", str(cache / "fastcr" / "matplotlib"))  # its list of fonts, made only once
         console.print(f"report: {write_report(config, console)}", soft_wrap=True, highlight=False)
 
 

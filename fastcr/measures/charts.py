@@ -65,11 +65,11 @@ def chart(title: str, lines: Sequence[tuple[str, Points]], across: str, *, from_
     if not curves:
         return None
     first = curves[0][-1]
-    spoken = f"of {len(curves)} runs" if len(curves) > 1 else f"from {first[0][1]:.4g} to {first[-1][1]:.4g}"
+    spoken = f" of {len(curves)} runs" if len(curves) > 1 else f": from {first[0][1]:.4g} to {first[-1][1]:.4g}"
     means = math.ceil(max(len(points) for _, points in lines) / POINTS)
     drawn = base64.b64encode(svg([curve[1:] for curve in curves], across, from_zero)).decode()
     legend = [curve[:-1] for curve in curves] if len(lines) > 1 else []
-    return Chart(title, f"data:image/svg+xml;base64,{drawn}", f"{title}: {spoken}", means, legend)
+    return Chart(title, f"data:image/svg+xml;base64,{drawn}", title + spoken, means, legend)
 
 
 def svg(curves: Sequence[tuple[str, Sequence[int], int, Points]], across: str, from_zero: bool) -> bytes:
