@@ -78,12 +78,11 @@ class Thumbnails:
 
 def attended(found: Embeddings, thumbnails: Thumbnails, count: int) -> list[tuple[Shown, str]]:
     """Images evenly spread over the list, each with its overlay; none without a branch."""
-    pairs = []
-    for row in spread(count, len(found.kept)) if found.attention is not None else ():
-        index, attention = int(found.kept[row]), found.attention[row]
-        drawn = overlay(thumbnails.image(index), attention.unflatten(0, (math.isqrt(len(attention)), -1)))
-        pairs.append((thumbnails.shown(index), data_uri(drawn)))
-    return pairs
+    if found.attention is None:
+        return []
+    maps = found.attention.unflatten(1, (math.isqrt(found.attention.shape[1]), -1))
+    rows = [(row, int(found.kept[row])) for row in spread(count, len(maps))]
+    return [(thumbnails.shown(i), data_uri(overlay(thumbnails.image(i), maps[row]))) for row, i in rows]
 
 
 def neighbours(found: Embeddings, thumbnails: Thumbnails, count: int) -> list[Query]:
@@ -94,11 +93,9 @@ def neighbours(found: Embeddings, thumbnails: Thumbnails, count: int) -> list[Qu
     for row in spread(count, len(vectors)):
         similarity = vectors @ vectors[row]
         similarity[row] = -torch.inf
-        cosines, rows = similarity.topk(min(NEIGHBOURS, len(vectors) - 1))
-        near = [
-            (thumbnails.shown(kept[other]), classes[other] == classes[row] if labels else None, cosine)
-            for cosine, other in zip(cosines.tolist(), rows.tolist(), strict=True)
-        ]
-        alone = labels is not None and classes.count(classes[row]) == 1
-        queries.append(Query(thumbnails.shown(kept[row]), near, alone))
+        near = []
+        for other in similarity.topk(min(NEIGHBOURS, len(vectors) - 1)).indices.tolist():
+            right = classes[other] == classes[row] if classes else None
+            near.append((thumbnails.shown(kept[other]), right, similarity[other].item()))
+        queries.append(Query(thumbnails.shown(kept[row]), near, bool(classes) and classes.count(classes[row]) == 1))
     return queries

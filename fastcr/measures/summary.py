@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import os
 import shlex
 from collections.abc import Sequence
@@ -39,14 +40,13 @@ def is_number(value: Any) -> bool:
 
 def scores_of(part: Any) -> Scores:
     """Every score in a part of `results.json`, whatever else it holds, in the order of the page."""
-    sections = [(section, part.get(section)) for section in SECTIONS] if isinstance(part, dict) else []
-    named = [(section, *item) for section, found in sections if isinstance(found, dict) for item in found.items()]
-    return {
-        (section, name, key): value
-        for section, name, scores in named
-        for key, value in (scores.items() if isinstance(scores, dict) else ())
-        if is_number(value)
-    }
+
+    def items(value: Any) -> list[tuple[str, Any]]:
+        return list(value.items()) if isinstance(value, dict) else []
+
+    named = [(section, *each) for section in SECTIONS for each in items(dict(items(part)).get(section))]
+    return {(section, name, key): value for section, name, scores in named for key, value in items(scores)
+            if is_number(value)}  # fmt: skip
 
 
 def by_name(value: Any) -> str:
@@ -97,10 +97,9 @@ class Run(NamedTuple):
     @property
     def time(self) -> str:
         """How long the logged steps took; evaluations and saving are not counted."""
-        steps = pairwise([0, *(record["step"] for record in self.records)])
         speeds = [record.get("images_per_second") or math.inf for record in self.records]
-        each = zip(steps, speeds, strict=True)
-        return duration(sum((step - last) * self.config.optim.batch_size / speed for (last, step), speed in each))
+        steps = [after - before for before, after in pairwise([0, *(record["step"] for record in self.records)])]
+        return duration(self.config.optim.batch_size * sum(map(operator.truediv, steps, speeds)))
 
     @property
     def measured_on(self) -> str:
