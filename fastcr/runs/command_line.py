@@ -32,7 +32,8 @@ def called(command: str) -> str:
     program = Path(sys.argv[0])
     if program.name == "fastcr":
         return f"fastcr {command}"
-    return f"python -m fastcr{' ' if program.name == '__main__.py' else '.'}{command}"
+    # another package's own __main__.py, such as pytest's, says nothing of fastcr
+    return f"python -m fastcr{' ' if program.parts[-2:] == ('fastcr', '__main__.py') else '.'}{command}"
 
 
 def parse(cls: type[C], args: Sequence[str], *, default: C | None = None, prog: str, description: str | None) -> C:
