@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import io
+import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -24,9 +27,32 @@ HELP = "\n".join(
         "",
         *(f"  {command:<10} {what}" for command, what in COMMANDS.items()),
         "",
-        "fastcr COMMAND --help lists a command's arguments. fastcr --version prints the version.",
+        "fastcr COMMAND --help lists a command's arguments. fastcr --version prints the version,",
+        "fastcr --completion bash a script that completes commands and flags.",
     ]
 )
+COMPLETION = """_fastcr() {
+    local words
+    case "$COMP_CWORD ${COMP_WORDS[1]}" in
+        "1 "*) words="%s" ;;
+%s
+    esac
+    COMPREPLY=($(compgen -W "$words" -- "${COMP_WORDS[COMP_CWORD]}"))
+}
+complete -o default -F _fastcr fastcr"""
+
+
+def completion() -> str:
+    """A script for bash that completes the commands, and the flags that each command's help lists."""
+    cases = []
+    for command in COMMANDS:
+        with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.suppress(SystemExit):
+            import_module(f"fastcr.{command}").main(["--help"])
+        flags = sorted(set(re.findall(r"--[a-z][a-z_.]*[a-z]", shown.getvalue())))
+        if command == "train":
+            flags += ["--resume", *import_module("fastcr.presets").PRESETS]
+        cases.append(f'        *" {command}") words="{" ".join(flags)}" ;;')
+    return COMPLETION % (" ".join(COMMANDS), "\n".join(cases))
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -38,6 +64,8 @@ def main(args: Sequence[str] | None = None) -> None:
         import fastcr
 
         print(fastcr.__version__)
+    elif command == "--completion":
+        print(completion())
     elif command in COMMANDS:
         import_module(f"fastcr.{command}").main(rest)
     else:

@@ -1,4 +1,4 @@
-"""`python -m fastcr.evaluate RUN|WEIGHTS`: both embeddings measured, beside the frozen initialisation."""
+"""`python -m fastcr.evaluate RUN|WEIGHTS`: measure both embeddings, and those of the frozen initialisation."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ from fastcr.runs.watch import HealthWatch, LossWatch, StopSignal
 
 @dataclass(frozen=True)
 class Run:
-    """A run that is about to begin, or to go on."""
+    """A run that is about to begin, or to be resumed."""
 
     config: Config
     folder: Path
@@ -64,12 +64,12 @@ class Run:
 def train(
     config: Config,
     *,
-    resume: Path | None = None,
+    resume: str | Path | None = None,
     console: Console | None = None,
     started: float = 0.0,
     processes: Processes = ALONE,
 ) -> Path:
-    """Train as `config` says, or go on with the run in the folder `resume`; returns the run folder.
+    """Train as `config` says, or resume the run in the folder `resume`; returns the run folder.
 
     `started` is how many seconds ago the command began, for the time to the first step. Of several processes only the
     first prints and writes.
@@ -77,7 +77,7 @@ def train(
     with everything saved.
     """
     began, console = time.monotonic() - started, console or Console(markup=False)
-    run = open_run(validate(config), resume, console, processes)
+    run = open_run(validate(config), Path(resume) if resume else None, console, processes)
     workers = pick_workers(config.data.workers, processes.local_ranks)
     evaluation = TrainingEvaluation(run.folder, run.splits, run.device, workers, console, processes)
     if stopped := run_steps(run, evaluation, began):
@@ -114,7 +114,7 @@ def run_steps(run: Run, evaluation: TrainingEvaluation, began: float) -> int:
             loss, losses = training.step(batch)
             meter.images += len(batch.first) * processes.ranks
 
-            # all processes alike; before anything waits for the device, where a lost one would not be noticed
+            # in every process, and before anything waits for the device: there a lost process would not be noticed
             due: int = processes.first and saver.due(config.run.save_minutes)
             stopped, due = processes.most(stop.received, due)
             watch.add(loss, training.gradient_norm())
@@ -146,8 +146,8 @@ def run_steps(run: Run, evaluation: TrainingEvaluation, began: float) -> int:
                 meter.reset()
         processes.once(saver.wait)  # before signals end the process again, and before the others go
     if stopped:
-        go_on = f"stopped at step {step}; to go on: {called('train')} --resume {run.folder}"
-        run.console.print(go_on, soft_wrap=True, highlight=False)
+        how = f"stopped at step {step}; resume with: {called('train')} --resume {run.folder}"
+        run.console.print(how, soft_wrap=True, highlight=False)
     return stopped
 
 
@@ -158,7 +158,7 @@ def open_run(config: Config, resume: Path | None, console: Console, processes: P
         raise UsageError(f"preset {config.preset} needs --data.root, the folder of its images")
     check_settings(config, device, console, processes)
     if resume is None and config.run.dir:
-        processes.once(partial(check_unused, config.run.dir))
+        processes.once(partial(check_unused, Path(config.run.dir)))
     splits = read_splits(config.data.root or write_synthetic())
     check_sizes(config, splits.train, console)
     images = fingerprint(splits.train)
@@ -195,12 +195,12 @@ def check_sizes(config: Config, images: ImageList, console: Console) -> None:
 def check_unused(folder: Path) -> None:
     """`UsageError` if the folder already holds a run; asked before anything is loaded or decoded."""
     if has_resume(folder / "resume.pt"):
-        raise UsageError(f"{folder} already holds a run: go on with --resume {folder}, or name another --run.dir")
+        raise UsageError(f"{folder} already holds a run: resume it with --resume {folder}, or choose another --run.dir")
 
 
 def new_folder(config: Config) -> Path:
     """Make the run folder. `UsageError` if it cannot be made."""
-    folder = config.run.dir or Path("runs") / f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(config.run.dir or Path("runs") / f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
     try:
         folder.mkdir(parents=True, exist_ok=config.run.dir is not None)
         save_config(config, folder / "config.yaml")  # here, to find out early that it can be written
@@ -215,15 +215,15 @@ def fingerprint(images: ImageList) -> int:
 
 
 def restore(path: Path, training: Training, images: int, processes: Processes, console: Console) -> int:
-    """Put the newest whole save back; returns the step it was made after.
+    """Restore the newest whole save; returns the step it was made after.
 
     `images` is the fingerprint of today's images. Only the first process reads the file. With another number of
-    processes than before, the run goes on with the same images, order, augmentation, queue and schedule; what changes
+    processes than before, the run continues with the same images, order, augmentation, queue and schedule; what changes
     are the groups of `--model.batchnorm local`, and random draws of the model itself, such as dropout.
     """
     state, file = processes.once(partial(load_resume, path))
     if file != path:
-        console.print(f"{path} is missing or broken: going on from {file.name}, step {state['step']}", soft_wrap=True)
+        console.print(f"{path} is missing or broken: resuming from {file.name}, step {state['step']}", soft_wrap=True)
     if state.get("images") != images:
         raise UsageError(f"{path}: the training images are not those of this run: files came, went or moved")
     try:

@@ -4,7 +4,7 @@
 
 A [B,C,S] features, w [K,C] detectors, c [K] biases. Forward, `tile_logits` is the part of a kernel that reads A once.
 Backward, `spread_gradients` reads A once and writes its gradient: `dA(s) = dL(s) w_k(s) + spread(s) direction`,
-`dw_k = sum dL(s) A(s)` over the places k wins, `dc_k = sum dL(s)`.
+`dw_k = sum dL(s) A(s)` over the positions k wins, `dc_k = sum dL(s)`.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ if triton is not None:
         logits = tl.where((k < K)[None, :], logits, float("-inf"))
         high, winner = tl.max(logits, axis=1, return_indices=True)
         winner = tl.minimum(winner, K - 1)  # NaN may let padding win
-        # tl.max drops NaN, and an infinity would leave one place of the map finite
+        # tl.max drops NaN, and an infinity would leave one position of the map finite
         finite = (high - high == 0) & (bad == 0)
         return tl.where(finite, high, float("nan")), winner, slope
 
@@ -163,13 +163,13 @@ def rows_of(features: Tensor) -> Tensor:
 
 
 def tile_settings(kernel: str, rows: Tensor, detectors: int | None = None) -> dict[str, int]:
-    """Settings of `kernel` for features `[B,S,C]`; a tile is no longer than the places, but 16 for tensor cores."""
+    """Settings of `kernel` for features `[B,S,C]`; a tile is no longer than the positions, but 16 for tensor cores."""
     chosen = TABLE[kernel][map_class(rows.dtype, detectors)]
     return chosen | {"BLOCK_S": min(chosen["BLOCK_S"], all_positions(rows))}
 
 
 def all_positions(rows: Tensor) -> int:
-    """The places of features `[B,S,C]`, as the power of two a kernel holds at once."""
+    """The positions of features `[B,S,C]`, as the power of two a kernel holds at once."""
     return max(triton.next_power_of_2(rows.shape[1]), 16)
 
 
@@ -193,7 +193,7 @@ def spread_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients by features `[B,C,H,W]`, detectors `[K,C]` and bias `[K]`, from one read of the features.
 
-    With the winning detector k of a place: `dA = by_logits w_k + spread direction`, `dw_k = sum by_logits A`. The
+    With the winning detector k of a position: `dA = by_logits w_k + spread direction`, `dw_k = sum by_logits A`. The
     sums run over groups of images in a fixed order. `write=False` leaves the features' gradient out (it is then empty).
     """
     rows, detectors = rows_of(features), detectors.contiguous()

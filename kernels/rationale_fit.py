@@ -12,7 +12,7 @@ A [B,C,S] features at S = H*W positions, g [B,C] gradient of each image's own co
 features, w [K,C] detectors, c [K] their biases, tau temperature. Backward: dKL_b/dL_b(s) = Q_b(s) - P_b(s).
 Least bytes in 16 bits: forward, A read once, `2 B C S`; backward, A read once and its gradient written once, `4 B C S`
 (the reference reads A twice and materialises the `[B,K,S]` logits). With `stop_gradient` the features' gradient is that
-of pooling, the same at every place: it is an expanded `[B,C]`, and the backward only reads.
+of pooling, the same at every position: it is an expanded `[B,C]`, and the backward only reads.
 """
 
 from __future__ import annotations
@@ -226,7 +226,7 @@ def _backward(ctx: Any, by_divergence: Tensor, *unused: Any) -> tuple[Tensor | N
     by_features, by_detectors, by_bias = _fused_backward(
         by_divergence, features, gradient, detectors, *maps, ctx.temperature, ctx.pool_weight, write
     )
-    if not write:  # pooling alone: the same at every place, so nothing is written at all
+    if not write:  # pooling alone: the same at every position, so nothing is written at all
         by_pooled = (gradient * ctx.pool_weight / maps[0].shape[1]).to(features.dtype)
         by_features = by_pooled[:, :, None, None].expand_as(features) if ctx.pool_weight else None
     bias = None if ctx.bias_dtype is None else by_bias.to(ctx.bias_dtype)

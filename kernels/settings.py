@@ -1,8 +1,8 @@
-"""How each kernel is launched, by the shape of what it is given: one table, read at every call.
+"""How each kernel is launched, by the shapes of its inputs: one table, read at every call.
 
-`BLOCK_*` are tiles of places (S), channels (C), queries (B) and keys (N); `programs` is how many the work is cut into.
-Chosen so that nothing spills or exceeds shared memory on capabilities 8.0 to 12.0 (`python -m fastcr.trace
---resources`); `python -m fastcr.tune` times others on the GPU at hand and prints the rows to put here.
+`BLOCK_*` are tiles of positions (S), channels (C), queries (B) and keys (N); `programs` is their number.
+Chosen so that nothing spills or exceeds shared memory on capabilities 8.0 to 12.0 (`python
+bench/resources.py`); `python bench/tune.py` times others on the GPU at hand and prints the rows to put here.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ COLUMNS = (
     *("grey", "sigma", "window", "mirror"),  # 0 or 1; pixels; taps, odd, up to MAX_WINDOW, 1 for no blur; 0 or 1
 )
 MAX_WINDOW, MIN_SIZE = 13, 8  # more than half the window, so that an edge is reflected once
-BLOCK = 256  # places of a view a program works on
+BLOCK = 256  # pixels of a view a program works on
 
 
 def _blur(x: Tensor, sigma: float, window: int) -> Tensor:
@@ -92,7 +92,7 @@ if triton is not None:
 
     @triton.jit
     def _load(at, S, inside):
-        """The three colours of some places; they lie one plane of S^2 after the other."""
+        """The three colours of some pixels; they lie one plane of S^2 after the other."""
         r = tl.load(at, mask=inside, other=0.0).to(tl.float32)
         g = tl.load(at + S * S, mask=inside, other=0.0).to(tl.float32)
         b = tl.load(at + 2 * S * S, mask=inside, other=0.0).to(tl.float32)
@@ -105,10 +105,10 @@ if triton is not None:
         tl.store(at + 2 * S * S, b.to(at.dtype.element_ty), mask=inside)
 
     @triton.jit
-    def _finish(out, view, place, inside, r, g, b, row, means, stds, B, V, S):
+    def _finish(out, view, pixel, inside, r, g, b, row, means, stds, B, V, S):
         """Mirror, normalise and store as `[V,B,S,S,3]`."""
-        x = place % S
-        x = place - x + tl.where(tl.load(row + 15) > 0, S - 1 - x, x)
+        x = pixel % S
+        x = pixel - x + tl.where(tl.load(row + 15) > 0, S - 1 - x, x)
         at = out + ((view % V * B + view // V) * S * S + x) * 3
         tl.store(at, ((r - means[0]) / stds[0]).to(at.dtype.element_ty), mask=inside)
         tl.store(at + 1, ((g - means[1]) / stds[1]).to(at.dtype.element_ty), mask=inside)
@@ -116,18 +116,18 @@ if triton is not None:
 
     @triton.jit
     def _cut_kernel(pixels, starts, widths, table, between, greys, V, S, tiles, BLOCK: tl.constexpr):
-        """Crop and resize some places of one view, jitter them up to contrast; and sum their grey."""
+        """Crop and resize some pixels of one view, jitter them up to contrast; and sum their grey."""
         view, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
         row = table + view * 16
-        place = tile * BLOCK + tl.arange(0, BLOCK)
-        inside = place < S * S
+        pixel = tile * BLOCK + tl.arange(0, BLOCK)
+        inside = pixel < S * S
         stride = tl.load(widths + view // V).to(tl.int64) * 3
         top, left, height, width = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
         corner = pixels + tl.load(starts + view // V) + top.to(tl.int64) * stride + left.to(tl.int64) * 3
         # where torch's antialiased interpolation takes its pixels from
         scale_y, scale_x = height / S, width / S
         reach_y, reach_x = tl.maximum(scale_y, 1.0), tl.maximum(scale_x, 1.0)
-        centre_y, centre_x = (place // S + 0.5) * scale_y, (place % S + 0.5) * scale_x
+        centre_y, centre_x = (pixel // S + 0.5) * scale_y, (pixel % S + 0.5) * scale_x
         first_y = tl.maximum(tl.floor(centre_y - reach_y + 0.5), 0.0)
         first_x = tl.maximum(tl.floor(centre_x - reach_x + 0.5), 0.0)
         last_y = tl.minimum(tl.floor(centre_y + reach_y + 0.5), height)
@@ -155,20 +155,20 @@ if triton is not None:
             waiting = tl.where(which == 1, 1, waiting)
             r, g, b = jitter(r, g, b, tl.where(waiting == 1, -1, which), row + 8, 0.0)
         tl.store(greys + view * tiles + tile, tl.sum(tl.where(inside, luma(r, g, b), 0.0), axis=0))
-        _store(between + view * 3 * S * S + place, S, inside, r, g, b)
+        _store(between + view * 3 * S * S + pixel, S, inside, r, g, b)
 
     @triton.jit
     def _colour_kernel(
         table, between, greys, out, B, V, S, tiles, means, stds, BLOCK: tl.constexpr, ALL: tl.constexpr
     ):  # fmt: skip
-        """Jitter some places of one view from contrast on, and grey; a view without blur is then finished."""
+        """Jitter some pixels of one view from contrast on, and grey; a view without blur is then finished."""
         view, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
         row = table + view * 16
-        place = tile * BLOCK + tl.arange(0, BLOCK)
-        inside = place < S * S
+        pixel = tile * BLOCK + tl.arange(0, BLOCK)
+        inside = pixel < S * S
         number = tl.arange(0, ALL)
         mean = tl.sum(tl.load(greys + view * tiles + number, mask=number < tiles, other=0.0), axis=0) / (S * S)
-        r, g, b = _load(between + view * 3 * S * S + place, S, inside)
+        r, g, b = _load(between + view * 3 * S * S + pixel, S, inside)
         waiting = 1
         for slot in range(4):
             which = tl.load(row + 4 + slot).to(tl.int32)
@@ -178,24 +178,24 @@ if triton is not None:
             r = luma(r, g, b)
             g, b = r, r
         if tl.load(row + 14) > 1:
-            _store(between + view * 3 * S * S + place, S, inside, r, g, b)
+            _store(between + view * 3 * S * S + pixel, S, inside, r, g, b)
         else:
-            _finish(out, view, place, inside, r, g, b, row, means, stds, B, V, S)
+            _finish(out, view, pixel, inside, r, g, b, row, means, stds, B, V, S)
 
     @triton.jit
     def _blur_kernel(
         table, source, target, B, V, S, means, stds, ROWS: tl.constexpr, BLOCK: tl.constexpr
     ):  # fmt: skip
-        """Blur some places of one view along its rows, or along its columns and finish it."""
+        """Blur some pixels of one view along its rows, or along its columns and finish it."""
         view, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
         row = table + view * 16
         window, sigma = tl.load(row + 14).to(tl.int32), tl.load(row + 13)
         if window > 1:
-            place = tile * BLOCK + tl.arange(0, BLOCK)
-            inside = place < S * S
+            pixel = tile * BLOCK + tl.arange(0, BLOCK)
+            inside = pixel < S * S
             step = 1 if ROWS else S
-            along = place % S if ROWS else place // S
-            line = source + view * 3 * S * S + place - along * step
+            along = pixel % S if ROWS else pixel // S
+            line = source + view * 3 * S * S + pixel - along * step
             r = tl.zeros([BLOCK], tl.float32)
             g, b, total = r, r, 0.0
             for i in range(window):
@@ -207,9 +207,9 @@ if triton is not None:
                 r, g, b, total = r + weight * x, g + weight * y, b + weight * z, total + weight
             r, g, b = r / total, g / total, b / total
             if ROWS:
-                _store(target + view * 3 * S * S + place, S, inside, r, g, b)
+                _store(target + view * 3 * S * S + pixel, S, inside, r, g, b)
             else:
-                _finish(target, view, place, inside, r, g, b, row, means, stds, B, V, S)
+                _finish(target, view, pixel, inside, r, g, b, row, means, stds, B, V, S)
 
 
 @torch.library.custom_op("fastcr::two_views", mutates_args=())

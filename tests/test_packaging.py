@@ -39,7 +39,7 @@ def test_ops_depend_on_each_other_only(op: str) -> None:
     assert not {name for name in names if name.split(".")[0] == "kernels"}
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "fastcr").glob("*.py")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", sorted((ROOT / "fastcr").rglob("*.py")), ids=lambda file: file.stem)
 def test_the_package_imports_neither_tests_nor_bench_nor_bare_kernels(file: Path) -> None:
     assert not {name for name in imports_of(file) if name.split(".")[0] in ("tests", "bench", "kernels")}
     assert len(file.read_text().splitlines()) <= 300

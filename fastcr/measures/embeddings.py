@@ -52,7 +52,7 @@ class _Crops(Dataset[Crop | None]):
 
 
 def collate(crops: list[Crop | None]) -> tuple[Tensor, Tensor, list[int]]:
-    """The readable crops in one tensor (one shared file a batch, not one an image), their sizes, their places."""
+    """The readable crops in one tensor (one shared-memory file a batch); their sizes and indices in the batch."""
     readable = [i for i, crop in enumerate(crops) if crop is not None]
     found = [crop for crop in crops if crop is not None]
     pixels = torch.stack([crop for crop, _ in found]) if found else torch.empty(0)

@@ -1,4 +1,4 @@
-"""Does the attention lie on the object? Its box and its parts, beside maps that do not look."""
+"""Does the attention lie on the object, its box or its parts? Compared with maps that ignore the image."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Localisation(NamedTuple):
     """Scores of one kind of map, percent."""
 
     inside: float  # share of the attention inside the box
-    pointing: float  # images whose most attended place lies inside the box
-    parts: float | None  # images whose most attended place lies within a cell's width of a part that is seen
+    pointing: float  # images whose most attended position lies inside the box
+    parts: float | None  # images whose most attended position lies within a cell's width of a part that is seen
     image_count: int
 
 
@@ -115,11 +115,11 @@ def covered(boxes: Tensor, side: int) -> Tensor:
 
 
 def localisation(attention: Tensor, objects: Objects) -> dict[str, Localisation]:
-    """Scores of maps `[N,S]` (S square) on objects given in fractions of the crop, beside three that do not look.
+    """Scores of maps `[N,S]` (S square) on objects given in fractions of the crop, and of three maps for comparison.
 
-    "average": the average of all the maps, laid on every image; its share inside is that of maps exchanged among the
-    images, so what a map has beyond it was found in its own image. "gaussian": centred, round, as wide as gives each
-    image's own entropy; it points at the centre. "uniform": the same everywhere; its most attended place is any.
+    None of the three looks at the image. "average": the average of all the maps; what a map scores above it was found
+    in its own image. "gaussian": centred and round, with the entropy of each image's own map; it points at the centre.
+    "uniform": the same at every position; any position counts as its most attended.
     Images without a box are left out.
     """
     known = ~objects.boxes.isnan().any(1)
@@ -134,7 +134,7 @@ def localisation(attention: Tensor, objects: Objects) -> dict[str, Localisation]
         "uniform": torch.full_like(attention, 1 / attention.shape[1]),
     }
     centres = _centres(side)
-    places = {  # [N or 1,P,2], any of P
+    peaks = {  # [N or 1,P,2], any of P
         "attention": centres[attention.argmax(1)][:, None],
         "average": centres[average.argmax(1)][:, None],
         "gaussian": torch.full((1, 1, 2), 0.5, dtype=torch.float64),
@@ -143,12 +143,12 @@ def localisation(attention: Tensor, objects: Objects) -> dict[str, Localisation]
     cells, scores = covered(boxes, side), {}
     for name, weights in maps.items():
         inside = (weights * cells).sum(1).mean().item()
-        pointing = _inside(places[name], boxes).double().mean().item()
+        pointing = _inside(peaks[name], boxes).double().mean().item()
         near = None
         if objects.parts is not None:
             parts = objects.parts[known]
             seen = ~parts.isnan().all(2).all(1)
-            near = 100 * _near(places[name], parts, 1 / side)[seen].double().mean().item() if seen.any() else None
+            near = 100 * _near(peaks[name], parts, 1 / side)[seen].double().mean().item() if seen.any() else None
         scores[name] = Localisation(100 * inside, 100 * pointing, near, len(boxes))
     return scores
 

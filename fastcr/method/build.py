@@ -75,7 +75,7 @@ class Training:
         return {name: part.state_dict() for name, part in parts.items()}  # type: ignore[attr-defined]
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Put back what `state` gave; torch's own errors if it is of another model."""
+        """Restore what `state` returned; torch's own errors if it is of another model."""
         self.model.load_state_dict(state["model"])
         # momentum comes back; the settings are today's
         groups = self.optimizer.state_dict()["param_groups"]

@@ -35,7 +35,7 @@ class MoCo(nn.Module):
         self.backbone, self.head = backbone, projection_head(channels, embedding_dim)
         self.key_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
         self.key_head = copy.deepcopy(self.head).requires_grad_(False)
-        self.key_stream: torch.cuda.Stream | None = None  # where keys are made beside the queries, if anywhere
+        self.key_stream: torch.cuda.Stream | None = None  # on which keys are encoded in parallel with the queries
         self.processes: Processes = ALONE  # that share the queue
         self.shuffle = False  # the images of keys among them
         self.register_buffer("queue", F.normalize(torch.randn(queue_size, embedding_dim), dim=1))
@@ -67,11 +67,11 @@ class MoCo(nn.Module):
         return key
 
     def own(self, keys: Tensor) -> Tensor:
-        """This process's rows `[B,D]` of what `key` gave."""
+        """The keys `[B,D]` of this process's own images, out of those of all processes."""
         return keys.chunk(self.processes.ranks)[self.processes.rank]
 
     def contrast(self, query: Tensor, keys: Tensor, temperature: float, impl: Impl = "auto") -> Tensor:
-        """InfoNCE `[B]`, nats, of unit queries `[B,D]` with their own of what `key` gave.
+        """InfoNCE `[B]`, nats, of unit queries `[B,D]`; the positive of each is the key of the same image.
 
         The negatives are the queue's keys; without a queue the other ones of `keys`.
         """

@@ -14,7 +14,8 @@ from fastcr.errors import UsageError, one_line
 from fastcr.method.backbone import STAGES, TIMM, TIMM_HEADS, TimmEncoder, create_timm, import_timm
 from fastcr.runs.checkpoint import read_state_dict
 
-# the encoder's part of other people's checkpoints, in the order they are tried ("module." is off already)
+# prefixes of the encoder's weights in checkpoints of other projects, in the order they are tried; "module." is
+# removed before
 PREFIXES = (
     "",  # torchvision, timm
     "backbone.timm.",  # fastcr, a timm encoder
@@ -34,7 +35,7 @@ def load_initial_weights(backbone: nn.Module, config: ModelConfig) -> list[str]:
     """Fill `backbone` as `config.weights` says; returns the names left random.
 
     A file may hold torchvision's or timm's own names, or one of the checkpoints of `PREFIXES`. Weights of later stages,
-    of the classifier and of other parts of such a checkpoint (heads, key encoder, queue) are passed over.
+    of the classifier and of other parts of such a checkpoint (heads, key encoder, queue) are skipped.
     Raises `UsageError` for weights that cannot be had, are foreign, or leave part of the encoder unfilled without
     `--model.allow_missing_weights True`.
     """
@@ -87,7 +88,7 @@ def torchvision_name(key: str) -> str:
 
 
 def _beyond(backbone: nn.Module, last_stage: str) -> tuple[str, ...]:
-    """First parts of the names of what comes after the encoder in the model it is taken from, or beside it."""
+    """Names of the modules that come after the encoder in the whole model, or beside it: later stages, heads."""
     if not isinstance(backbone, TimmEncoder):
         return (*STAGES[STAGES.index(last_stage) + 1 :], "fc", "branch")
     classifier = backbone.timm.pretrained_cfg["classifier"] or ()

@@ -1,4 +1,4 @@
-"""Files of a run, each replaced whole or not at all: `weights.safetensors` for others, `resume.pt` for the run.
+"""Files of a run, each replaced whole or not at all: `weights.safetensors` to use, `resume.pt` to resume the run.
 
 Both carry checksums: `resume.pt`, a zip archive, the CRC-32 of each of its parts; the other one over all of it.
 """
@@ -26,22 +26,21 @@ from fastcr.errors import UsageError
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` fill a file beside `path`, bring it to the disk, then put it in `path`'s place.
+    """Have `write` fill a temporary file, sync it to the disk, then rename it to `path`.
 
-    Whatever stops this half-way (a kill, a full disk), the old file stays whole. `OSError` is passed on as
-    `UsageError`.
+    Whatever interrupts this (a kill, a full disk), the old file stays whole. `UsageError` if it cannot be written.
     """
-    beside = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        beside.unlink(missing_ok=True)  # nobody's link is followed
-        write(beside)
-        with open(beside, "rb+") as file:
+        temporary.unlink(missing_ok=True)  # a symbolic link somebody put there is not followed
+        write(temporary)
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise UsageError(f"cannot save {path}: {error}; what was there before is untouched") from None
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def save_weights(path: Path, state: dict[str, Tensor], facts: dict[str, Any]) -> None:
@@ -134,16 +133,16 @@ def earlier(path: Path, saves: int) -> Path:
 
 
 def save_resume(path: Path, content: dict[str, Any], keep: int = 1) -> None:
-    """Write what a run needs to go on bit for bit; of earlier saves, the last `keep - 1` are kept beside it."""
+    """Write what a run needs to resume bit for bit; the last `keep - 1` earlier saves are kept as well."""
     for saves in reversed(range(1, keep)):
         newer, older = earlier(path, saves - 1), earlier(path, saves)
         if newer == path and path.exists():  # a link, so that there is a whole `path` all the time
-            beside = path.with_name(f".{older.name}.tmp")
-            beside.unlink(missing_ok=True)
+            temporary = path.with_name(f".{older.name}.tmp")
+            temporary.unlink(missing_ok=True)
             try:
-                beside.hardlink_to(path)
-                beside.replace(older)
-                beside.unlink(missing_ok=True)  # still there if both were names of one file already
+                temporary.hardlink_to(path)
+                temporary.replace(older)
+                temporary.unlink(missing_ok=True)  # still there if both were names of one file already
             except OSError:  # a file system without links
                 path.replace(older)
         elif newer.exists():
@@ -152,7 +151,7 @@ def save_resume(path: Path, content: dict[str, Any], keep: int = 1) -> None:
 
 
 def has_resume(path: Path) -> bool:
-    """Whether a run has saved anything to go on from, whole or not."""
+    """Whether a run has saved anything to resume from, whole or not."""
     return path.exists() or any(path.parent.glob(f"{path.stem}.*{path.suffix}"))
 
 
@@ -175,7 +174,7 @@ def _read_resume(path: Path) -> dict[str, Any]:
     content = load_torch(path)  # which first refuses what is no checkpoint at all, with a reason
     try:
         with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()  # torch itself does not look at the checksums it writes
+            broken = archive.testzip()  # torch itself does not check the checksums it writes
     except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, NotImplementedError, ValueError) as error:
         raise UsageError(f"{path} is broken: {error}") from None
     if broken:
@@ -196,7 +195,7 @@ def on_cpu(content: Any) -> Any:
 
 
 class Saver:
-    """Writes the checkpoints of a run folder beside its training: only the copy of the tensors takes time there."""
+    """Writes the checkpoints of a run in a background thread: training only waits for the copy of the tensors."""
 
     def __init__(self, folder: Path, facts: dict[str, Any], keep: int) -> None:
         self.folder, self.facts, self.keep = folder, facts, keep
@@ -238,7 +237,7 @@ def random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: dict[str, Any]) -> None:
-    """Put back what `random_states` gave."""
+    """Restore the states that `random_states` returned."""
     torch.set_rng_state(states["cpu"])
     if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(states["cuda"])

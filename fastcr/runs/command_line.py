@@ -32,7 +32,6 @@ def called(command: str) -> str:
     program = Path(sys.argv[0])
     if program.name == "fastcr":
         return f"fastcr {command}"
-    # another package's own __main__.py, such as pytest's, says nothing of fastcr
     return f"python -m fastcr{' ' if program.parts[-2:] == ('fastcr', '__main__.py') else '.'}{command}"
 
 
@@ -86,9 +85,9 @@ def one_line_errors(command: str) -> Iterator[None]:
 
 
 def read_command_line(args: Sequence[str]) -> tuple[Config, Path | None]:
-    """`[PRESET | --resume RUN] [--section.field value ...]` to settings and the run to go on with.
+    """`[PRESET | --resume RUN] [--section.field value ...]` to settings and the run to resume.
 
-    `PRESET --run.dir RUN --resume auto` goes on with RUN if it has saved anything, and begins it if not.
+    `PRESET --run.dir RUN --resume auto` resumes RUN if it has saved anything, and begins it if not.
     """
     args, resume = _without_resume(list(_today(args)))
     if resume:
@@ -109,7 +108,7 @@ def read_command_line(args: Sequence[str]) -> tuple[Config, Path | None]:
 
 
 def _without_resume(args: list[str]) -> tuple[list[str], Path | None]:
-    """The arguments without `--resume`, and the folder of the run to go on with, if there is one."""
+    """The arguments without `--resume`, and the folder of the run to resume, if there is one."""
     args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--resume=") else [arg])]
     if "--resume" not in args:
         return args, None

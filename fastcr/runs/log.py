@@ -130,7 +130,7 @@ def describe(record: dict[str, Any]) -> str:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSONL file, without what a kill or a bad disk left half; none if there is no file."""
+    """The records of a JSONL file, without incomplete or broken lines; none if there is no file."""
     records = []
     for line in path.read_bytes().splitlines() if path.exists() else ():
         with suppress(ValueError, RecursionError):

@@ -58,9 +58,9 @@ CONTRASTS: list[Any] = [
 ]
 OPTIONS: list[dict[str, Any]] = [
     {},
-    {"target": "sum", "cam_sign": "loss"},
+    {"target": "sum", "cam_keeps": "mismatch"},
     {"target": "sum", "pool_weight": 0.5},
-    {"cam_sign": "loss", "pool_weight": 0.5, "stop_gradient": True},
+    {"cam_keeps": "mismatch", "pool_weight": 0.5, "stop_gradient": True},
     {"stop_gradient": True},
     {"target": "uniform", "pool_weight": 0.5},
 ]
@@ -445,7 +445,7 @@ def test_custom_ops_of_pool_pass_opcheck(dtype: torch.dtype, bias: bool, images:
 @pytest.mark.parametrize(("dtype", "bias"), [(F32, True), (torch.bfloat16, False)], ids=str)
 def test_custom_ops_of_fit_pass_opcheck(dtype: torch.dtype, bias: bool, stop_gradient: bool, images: int) -> None:
     features, *others = draw(images, 20, 2, 3, 5, dtype=dtype, bias=bias).values()
-    forward = (features, *others, 0.4, "sum", "score", 0.5, stop_gradient)
+    forward = (features, *others, 0.4, "sum", "match", 0.5, stop_gradient)
     divergence, *maps = (tensor.detach() for tensor in fit_module._fused(*forward))
     upstream = torch.ones((), device=DEVICE).expand_as(divergence)
     saved = (features.detach(), others[0], others[1].detach(), *maps)

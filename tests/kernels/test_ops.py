@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastcr.kernels.info_nce import info_nce
-from fastcr.kernels.rationale_fit import CamSign, Target, rationale_fit
+from fastcr.kernels.rationale_fit import CamKeeps, Target, rationale_fit
 from fastcr.kernels.rationale_pool import rationale_pool
 
 Array = np.ndarray
@@ -22,7 +22,7 @@ F64 = torch.float64
 TOLERANCE = {F64: 1e-12, torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 DTYPES = list(TOLERANCE)
 TARGETS: list[Target] = ["max-softmax", "sum", "uniform"]
-SIGNS: list[CamSign] = ["score", "loss"]
+SIGNS: list[CamKeeps] = ["match", "mismatch"]
 TAU = 0.4
 
 # images, channels, height, width, detectors
@@ -79,8 +79,8 @@ def naive_attention(image: Array, detectors: Array, bias: Array) -> tuple[Array,
     return exponentials / exponentials.sum(), logits.argmax(0)
 
 
-def naive_target(image: Array, gradient: Array, target: Target, sign: CamSign) -> Array:
-    cam = np.maximum((1 if sign == "loss" else -1) * (gradient @ image), 0)
+def naive_target(image: Array, gradient: Array, target: Target, sign: CamKeeps) -> Array:
+    cam = np.maximum((1 if sign == "mismatch" else -1) * (gradient @ image), 0)
     if cam.max() == 0 or target == "uniform":
         return np.full(len(cam), 1 / len(cam))
     if target == "sum":
@@ -140,9 +140,9 @@ def test_pool_follows_its_equations(shape: tuple[int, ...], dtype: torch.dtype) 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_fit_follows_its_equations(shape: tuple[int, ...], dtype: torch.dtype, target: Target, sign: CamSign) -> None:
+def test_fit_follows_its_equations(shape: tuple[int, ...], dtype: torch.dtype, target: Target, sign: CamKeeps) -> None:
     features, gradient, detectors, bias = draw(*shape, dtype=dtype)
-    fit = rationale_fit(features, gradient, detectors, bias, temperature=TAU, target=target, cam_sign=sign)
+    fit = rationale_fit(features, gradient, detectors, bias, temperature=TAU, target=target, cam_keeps=sign)
     accumulation = torch.promote_types(dtype, torch.float32)
     assert {output.dtype for output in fit} == {accumulation}
     upstream = torch.randn(fit.divergence.shape, dtype=accumulation)
@@ -256,12 +256,12 @@ def test_strides_of_the_other_inputs_and_of_the_upstream_gradient_do_not_matter(
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("sign", SIGNS)
-def test_a_gradcam_of_zeros_gives_the_uniform_target(target: Target, sign: CamSign) -> None:
+def test_a_gradcam_of_zeros_gives_the_uniform_target(target: Target, sign: CamKeeps) -> None:
     features, gradient, detectors, bias = draw(3, 4, 3, 3, 5)
     features = features.detach().abs().requires_grad_()
-    gradient[1] = gradient[1].abs() * (1 if sign == "score" else -1)  # relu leaves nothing of this image
+    gradient[1] = gradient[1].abs() * (1 if sign == "match" else -1)  # relu leaves nothing of this image
     gradient[2] = 0
-    fit = rationale_fit(features, gradient, detectors, bias, target=target, cam_sign=sign)
+    fit = rationale_fit(features, gradient, detectors, bias, target=target, cam_keeps=sign)
     torch.testing.assert_close(fit.target[1:], torch.full((2, 9), 1 / 9, dtype=F64))
     fit.divergence.sum().backward()
     assert features.grad is not None
@@ -507,7 +507,7 @@ BAD_FIT: list[tuple[str, dict[str, Any]]] = [
     ("gradient", {"gradient": torch.zeros(2, 4, dtype=torch.int32)}),
     ("gradient", {"gradient": torch.zeros(2, 4, device=META)}),
     ("target", {"target": "softmax"}),
-    ("cam_sign", {"cam_sign": "both"}),
+    ("cam_keeps", {"cam_keeps": "both"}),
 ]
 BAD_CONTRAST: list[tuple[str, dict[str, Any]]] = [
     ("query", {"query": torch.zeros(2, 4, 1)}),

@@ -11,6 +11,7 @@ from urllib.error import URLError
 import pytest
 import torch
 import torchvision
+from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -20,7 +21,8 @@ from fastcr.config import ModelConfig
 from fastcr.data.views import MEAN, STD
 from fastcr.errors import UsageError
 from fastcr.method.backbone import backbone_mistake, build_backbone
-from fastcr.method.encoder import load_encoder, weights_of
+from fastcr.method.build import check_settings
+from fastcr.method.encoder import load
 from fastcr.method.weights import load_initial_weights
 from fastcr.runs.checkpoint import save_weights
 from fastcr.runs.command_line import read_command_line
@@ -124,7 +126,8 @@ def as_old_torch(path: Path, state: dict[str, Tensor]) -> Path:
 def as_ours(path: Path, state: dict[str, Tensor]) -> Path:
     backbone, channels = build_backbone("resnet18")
     backbone.load_state_dict({name: value for name, value in state.items() if not name.startswith("fc.")})
-    save_weights(path.with_suffix(".safetensors"), weights_of(backbone, nn.Linear(channels, 32)), {"detectors": 32})
+    ours = nn.ModuleDict({"backbone": backbone, "branch": nn.Linear(channels, 32)})
+    save_weights(path.with_suffix(".safetensors"), ours.state_dict(), {"detectors": 32})
     return path.with_suffix(".safetensors")
 
 
@@ -464,6 +467,11 @@ def test_timms_own_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         load_initial_weights(encoder, of_timm("timm:vit_tiny_patch32_224", "imagenet"))
 
 
+def check(*flags: str) -> None:
+    """What training does with these settings before it loads anything."""
+    check_settings(read_command_line(["cub200", *flags])[0], torch.device("cpu"), Console(quiet=True))
+
+
 @pytest.mark.parametrize(
     ("name", "last_stage", "culprits"),
     [
@@ -483,7 +491,7 @@ def test_mistaken_names_are_answered_on_one_line(name: str, last_stage: str, cul
     with pytest.raises(ValueError, match=re.escape(mistake)):
         build_backbone(name, last_stage)
     with pytest.raises(UsageError, match=re.escape(mistake)):
-        read_command_line(["cub200", "--model.backbone", name, "--model.last_stage", last_stage])
+        check("--model.backbone", name, "--model.last_stage", last_stage)
 
 
 @pytest.mark.parametrize(
@@ -505,7 +513,7 @@ def test_images_a_timm_model_cannot_take_are_refused(name: str, side: int, reaso
 def test_a_timm_model_without_timm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(UsageError, match=re.escape('timm:convnext_atto needs timm: pip install "fastcr[timm]"')):
-        read_command_line(["cub200", "--model.backbone", CNN])
+        check("--model.backbone", CNN)
     assert backbone_mistake("resnet18") is None
 
 
@@ -521,12 +529,11 @@ def test_a_timm_encoder_is_trained_saved_and_read_again(
          "--model.backbone", name, "--model.last_stage", "layer4", "--optim.batch_size", "4", "--moco.queue_size", "8"]
     )  # fmt: skip
     images = torch.randn(1, 3, SIDE, SIDE)
-    (first, _, _), (last, branch, facts) = (
-        load_encoder(run / file, torch.device("cpu")) for file in ("init.safetensors", "weights.safetensors")
-    )
-    assert (facts["backbone"], facts["image_size"]) == (name, SIDE)
-    still = [key for (key, a), b in zip(first.named_parameters(), last.parameters(), strict=True) if torch.equal(a, b)]
+    first, last = (load(run / file) for file in ("init.safetensors", "weights.safetensors"))
+    assert (last.facts["backbone"], last.image_size) == (name, SIDE)
+    pairs = zip(first.backbone.named_parameters(), last.backbone.parameters(), strict=True)
+    still = [key for (key, a), b in pairs if torch.equal(a, b)]
     assert not [key for key in still if key.endswith("weight")]
-    assert branch is not None
-    features = last.eval()(images)
-    assert branch.pool(features).attention.shape == (1, features.shape[2] * features.shape[3])
+    assert last.branch is not None
+    features = last.backbone(images)
+    assert last.branch.pool(features).attention.shape == (1, features.shape[2] * features.shape[3])

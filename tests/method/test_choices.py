@@ -1,4 +1,4 @@
-"""Choices of the method: learning rates of its parts, batch normalisation of the branch, contrast of what it pools."""
+"""Choices of the method: learning rates of its parts, what GradCAM explains, common channel weights, the queue."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 import fastcr
 from fastcr import train
 from fastcr.config import Config, DataConfig, MocoConfig, ModelConfig, OptimConfig, RationaleConfig, ReleasedConfig
 from fastcr.data.views import Batch
-from fastcr.method.build import Training, prepare
-from fastcr.method.encoder import weights_of
+from fastcr.method.build import Training, build
 from fastcr.method.moco import mean_pool
 from fastcr.method.rationale import RationaleHead, common_cam_weights
 from fastcr.method.step import NO_SCALER, contrast_losses, train_step
@@ -34,13 +33,34 @@ TINY = Config(
     model=ModelConfig(backbone="resnet18", last_stage="layer3", weights="none"),
     optim=OptimConfig(batch_size=8, lr=0.1),
     moco=MocoConfig(queue_size=20, embedding_dim=8),
-    rationale=RationaleConfig(detectors=3, cam_of="loss", cam_sign="score", cam_weights="own"),
+    rationale=RationaleConfig(detectors=3, cam_of="loss", cam_keeps="match", cam_weights="own"),
 )
 RUN = [
-    "--data.image_size", "32", "--data.loader", "torch", "--data.workers", "0", "--run.device", "cpu",
-    "--model.backbone", "resnet18", "--model.last_stage", "layer3", "--model.weights", "none", "--moco.queue_size",
-    "20", "--moco.embedding_dim", "8", "--optim.batch_size", "8", "--rationale.detectors", "3", "--run.log_every", "1",
-]  # fmt: skip
+    "--data.image_size",
+    "32",
+    "--data.loader",
+    "torch",
+    "--data.workers",
+    "0",
+    "--run.device",
+    "cpu",
+    "--model.backbone",
+    "resnet18",
+    "--model.last_stage",
+    "layer3",
+    "--model.weights",
+    "none",
+    "--moco.queue_size",
+    "20",
+    "--moco.embedding_dim",
+    "8",
+    "--optim.batch_size",
+    "8",
+    "--rationale.detectors",
+    "3",
+    "--run.log_every",
+    "1",
+]
 
 
 def batch_of(images: int = 8, seed: int = 0) -> Batch:
@@ -48,20 +68,23 @@ def batch_of(images: int = 8, seed: int = 0) -> Batch:
 
 
 def prepared(**sections: Any) -> Training:
-    return prepare(replace(TINY, **sections), CPU, Console(quiet=True))
+    return build(replace(TINY, **sections), CPU, Console(quiet=True))
 
 
 def moved(training: Training, steps: int = 1) -> dict[str, float]:
     """How far the weights of each part go in some steps."""
-    parts = {"backbone": training.moco.backbone, "head": training.moco.head, "branch": training.branch}
+    parts = {"backbone": training.moco.backbone, "head": training.moco.head, "branch": training.encoder.branch}
     before = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items() if part}
     for seed in range(steps):
         training.step(batch_of(seed=seed))
     return {
-        name: max((dict(part.named_parameters())[key] - before[name][key]).abs().max().item()
-                  for key, _ in part.named_parameters())
-        for name, part in parts.items() if part
-    }  # fmt: skip
+        name: max(
+            (dict(part.named_parameters())[key] - before[name][key]).abs().max().item()
+            for key, _ in part.named_parameters()
+        )
+        for name, part in parts.items()
+        if part
+    }
 
 
 def test_each_part_takes_its_own_learning_rate() -> None:
@@ -73,17 +96,16 @@ def test_each_part_takes_its_own_learning_rate() -> None:
     assert kept == pytest.approx({**plain, "backbone": 0.0}, rel=1e-3)
 
 
-@pytest.mark.parametrize("variant", ["loss", "logit", "pooled", "released", "plain"])
+@pytest.mark.parametrize("variant", ["loss", "similarity", "released", "plain"])
 def test_a_kept_encoder_stays_as_it_was_loaded_and_the_rest_learns_alike(variant: str) -> None:
     kept = replace(TINY, model=replace(TINY.model, batchnorm="frozen"), optim=replace(TINY.optim, backbone_lr=0.0))
-    choices = {"loss": {"stop_gradient": False}, "logit": {"cam_of": "logit"}, "pooled": {"pooled_contrast": 0.5},
-               "plain": {"enabled": False}}  # fmt: skip
+    choices = {"loss": {"stop_gradient": False}, "similarity": {"cam_of": "similarity"}, "plain": {"enabled": False}}
     kept = replace(kept, rationale=replace(TINY.rationale, **choices.get(variant, {})))
     kept = replace(kept, released=ReleasedConfig(enabled=variant == "released"))
     weights = []
     for rate in (0.0, 1e-30):  # the second carries gradients back through the backbone, in vain
         config = replace(kept, optim=replace(kept.optim, backbone_lr=rate, weight_decay=0.0))
-        training = prepare(config, CPU, Console(quiet=True))
+        training = build(config, CPU, Console(quiet=True))
         before = copy.deepcopy(training.moco.backbone.state_dict())
         moved(training, steps=3)
         torch.testing.assert_close(
@@ -96,8 +118,21 @@ def test_a_kept_encoder_stays_as_it_was_loaded_and_the_rest_learns_alike(variant
 
 def test_all_rates_fall_along_the_cosine_and_may_change_at_a_resume(flat: Path, tmp_path: Path) -> None:
     folder, own = tmp_path / "run", ["--optim.lr", "0.1", "--optim.backbone_lr", "0.01", "--rationale.lr", "0.5"]
-    train.main(["synthetic", *RUN, *own, "--optim.epochs", "2", "--data.root", str(flat), "--run.dir", str(folder),
-                "--run.steps", "9"])  # fmt: skip
+    train.main(
+        [
+            "synthetic",
+            *RUN,
+            *own,
+            "--optim.epochs",
+            "2",
+            "--data.root",
+            str(flat),
+            "--run.dir",
+            str(folder),
+            "--run.steps",
+            "9",
+        ]
+    )
 
     def rates() -> list[float]:
         groups = torch.load(folder / "resume.pt", weights_only=True)["optimizer"]["param_groups"]
@@ -129,125 +164,31 @@ def test_momentum_saved_in_one_group_finds_its_weights_again(flat: Path, tmp_pat
     assert [buffer.unique().tolist() for buffer in found] == [[number] for number in range(len(now))]
 
 
-@pytest.fixture
-def normed() -> RationaleHead:
-    torch.manual_seed(0)
-    head = RationaleHead(6, detectors=4, temperature=0.7, batchnorm=True, stop_gradient=False)
-    assert head.norm is not None
-    nn.init.normal_(head.norm.weight, 1, 0.3)
-    nn.init.normal_(head.norm.bias)
-    return head
-
-
-def attention_of(head: RationaleHead, norm: nn.BatchNorm1d, features: Tensor) -> Tensor:
-    """The equation in torch's own layers: convolution, batch normalisation, maximum, softmax."""
-    responses = norm(F.conv2d(features, head.weight[:, :, None, None], head.bias).flatten(2))
-    return torch.softmax(responses.amax(1) / head.config.temperature, dim=1)
-
-
-def test_batchnorm_of_the_branch_is_that_of_torch(normed: RationaleHead) -> None:
-    features = (3 * torch.randn(5, 6, 3, 4) + 1).requires_grad_()
-    other = copy.deepcopy(normed)
-    assert other.norm is not None
-    gradient = torch.randn(5, 6)
-    fit = normed.fit(features, gradient)
-    expected = attention_of(other, other.norm, features)
-    torch.testing.assert_close(fit.attention, expected)
-    divergence = (torch.xlogy(fit.target, fit.target) - fit.target * expected.log()).sum(1)
-    torch.testing.assert_close(fit.divergence, divergence)
-    ours = torch.autograd.grad(fit.divergence.mean(), (features, *normed.parameters()))
-    theirs = torch.autograd.grad(divergence.mean(), (features, *other.parameters()))
-    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(dict(normed.named_buffers()), dict(other.named_buffers()))
-
-    for head in (normed, other):
-        head.eval()
-    torch.testing.assert_close(normed.pool(features).attention, attention_of(other, other.norm, features))
-    torch.testing.assert_close(normed.fit(features, gradient).attention, normed.pool(features).attention)
-
-
-def test_batchnorm_of_the_branch_lets_no_gradient_past_stop_gradient() -> None:
-    head = RationaleHead(6, detectors=4, batchnorm=True)
-    features = torch.randn(5, 6, 3, 4, requires_grad=True)
-    head.fit(features, torch.randn(5, 6), pool_weight=0.0).divergence.mean().backward()
-    assert features.grad is None or not features.grad.any()
-    assert all(parameter.grad is not None for parameter in head.parameters())
-
-
-def test_effective_detectors_are_those_of_the_batch_in_training(normed: RationaleHead) -> None:
-    features = torch.randn(50, 6, 3, 4) - 5
-    before = copy.deepcopy(dict(normed.named_buffers()))
-    found = normed.effective_detectors(features)
-    torch.testing.assert_close(dict(normed.named_buffers()), before)
-    assert normed.norm is not None
-    responses = F.conv2d(features, normed.weight[:, :, None, None], normed.bias).flatten(2)
-    norm = normed.norm
-    responses = F.batch_norm(responses, None, None, norm.weight, norm.bias, training=True)
-    share = torch.bincount(responses.argmax(1).flatten(), minlength=4) / (50 * 12)
-    torch.testing.assert_close(found, torch.exp(-torch.xlogy(share, share).sum()))
-
-
-def test_weights_for_others_hold_the_normalisation_multiplied_in(normed: RationaleHead) -> None:
-    for _ in range(3):
-        normed.fit(torch.randn(5, 6, 3, 4) + 1, torch.randn(5, 6))
-    normed.eval()
-    state = weights_of(nn.Conv2d(3, 6, 1), normed)
-    assert sorted(state) == ["backbone.bias", "backbone.weight", "branch.bias", "branch.weight"]
-    plain = RationaleHead(6, detectors=4, temperature=0.7)
-    plain.load_state_dict({key.removeprefix("branch."): value for key, value in state.items() if "branch" in key})
-    features = torch.randn(5, 6, 3, 4)
-    torch.testing.assert_close(plain.pool(features), normed.pool(features))
-    torch.testing.assert_close(plain.effective_detectors(features), normed.effective_detectors(features))
-
-
 def test_a_run_with_every_choice_is_resumed_and_loaded(birds: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    choices = ["--rationale.batchnorm", "True", "--rationale.pooled_contrast", "0.5", "--rationale.target", "uniform"]
+    choices = ["--rationale.cam_keeps", "match", "--rationale.cam_weights", "own", "--rationale.target", "uniform"]
     train.main(["synthetic", *RUN, *choices, "--data.root", str(birds), "--run.dir", str(folder), "--run.steps", "3"])
     train.main(["--resume", str(folder), "--run.steps", "5"])
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
-        parts = record["contrast_loss"] + record["fit_loss"] + 0.5 * record["pooled_contrast_loss"]
-        assert record["loss"] == pytest.approx(parts, rel=1e-5)
+        assert record["loss"] == pytest.approx(record["contrast_loss"] + record["fit_loss"], rel=1e-5)
     encoder = fastcr.load(folder)
     assert {name for name, _ in encoder.branch.named_parameters()} == {"weight", "bias"}
-    training = prepared(rationale=RationaleConfig(detectors=3, batchnorm=True))
+    training = prepared(rationale=RationaleConfig(detectors=3))
     training.model.load_state_dict(torch.load(folder / "resume.pt", weights_only=True)["model"])
     training.model.eval()
     images = torch.randn(2, 3, 32, 32)
-    live = training.branch.pool(training.moco.backbone(images)).attention
+    live = training.encoder.branch.pool(training.moco.backbone(images)).attention
     torch.testing.assert_close(encoder(images).attention.flatten(1), live)
-
-
-def test_pooled_contrast_is_the_contrast_loss_of_what_the_attention_pools() -> None:
-    torch.manual_seed(0)
-    training = prepared()
-    moco, branch, batch = training.moco, training.branch, batch_of()
-    assert isinstance(branch, RationaleHead)
-    moco.eval()
-    losses = contrast_losses(moco, batch, AUTOCAST, branch=branch, temperature=0.2, pooled_contrast=True)
-    features = moco.backbone(batch.first)
-    attention = branch.pool(features).attention.detach()
-    query = moco.query((features.flatten(2) * attention[:, None]).sum(2))
-    key = F.normalize(moco.key_head(mean_pool(moco.key_backbone(batch.second))), dim=1)
-    logits = torch.cat([(query * key).sum(1, keepdim=True), query @ moco.queue.T], dim=1) / 0.2
-    expected = F.cross_entropy(logits, torch.zeros(len(query), dtype=torch.long))
-    assert losses.pooled is not None
-    torch.testing.assert_close(losses.pooled, expected)
-    encoder = [*moco.backbone.parameters(), *moco.head.parameters()]
-    ours = torch.autograd.grad(losses.pooled, encoder, retain_graph=True)
-    torch.testing.assert_close(ours, torch.autograd.grad(expected, encoder), atol=1e-6, rtol=1e-3)
-    by_branch = torch.autograd.grad(losses.pooled, list(branch.parameters()), allow_unused=True)
-    assert by_branch == (None, None)  # the attention stays what GradCAM makes of it
 
 
 @pytest.mark.parametrize("stop_gradient", [True, False])
 def test_gradcam_of_the_logit_is_the_product_before_normalisation(stop_gradient: bool) -> None:
     torch.manual_seed(0)
-    training = prepared(rationale=replace(TINY.rationale, cam_of="logit", stop_gradient=stop_gradient))
-    moco, branch, batch = training.moco.eval(), training.branch, batch_of()
+    training = prepared(rationale=replace(TINY.rationale, cam_of="similarity", stop_gradient=stop_gradient))
+    moco, branch, batch = training.moco.eval(), training.encoder.branch, batch_of()
     assert isinstance(branch, RationaleHead)
-    losses = contrast_losses(moco, batch, AUTOCAST, branch=branch, temperature=0.2, cam_of="logit")
+    losses = contrast_losses(moco, batch, AUTOCAST, branch=branch, temperature=0.2, cam_of="similarity")
     plain = contrast_losses(moco, batch, AUTOCAST, branch=None, temperature=0.2)
     torch.testing.assert_close(losses.contrast, plain.contrast)
 
@@ -256,7 +197,7 @@ def test_gradcam_of_the_logit_is_the_product_before_normalisation(stop_gradient:
     key = F.normalize(moco.key_head(mean_pool(moco.key_backbone(batch.second))), dim=1)
     (gradient,) = torch.autograd.grad(-(moco.head(pooled) * key).sum(), pooled, retain_graph=True)
     expected = branch.fit(features, gradient).divergence.mean()
-    of_the_loss = contrast_losses(moco, batch, AUTOCAST, branch=branch, temperature=0.2)
+    of_the_loss = contrast_losses(moco, batch, AUTOCAST, branch=branch, temperature=0.2, cam_of="loss")
     assert losses.fit is not None
     assert of_the_loss.fit is not None
     torch.testing.assert_close(losses.fit, expected)
@@ -267,7 +208,7 @@ def test_gradcam_of_the_logit_is_the_product_before_normalisation(stop_gradient:
     torch.testing.assert_close(ours, wanted, atol=1e-6, rtol=1e-3)
 
 
-@pytest.mark.parametrize("cam_of", ["loss", "logit"])
+@pytest.mark.parametrize("cam_of", ["loss", "similarity"])
 @pytest.mark.parametrize("stop_gradient", [True, False])
 def test_parts_and_loss_scaling_change_nothing_but_rounding(stop_gradient: bool, cam_of: Any) -> None:
     weights = []
@@ -276,68 +217,74 @@ def test_parts_and_loss_scaling_change_nothing_but_rounding(stop_gradient: bool,
         training = prepared(rationale=replace(TINY.rationale, stop_gradient=stop_gradient))
         training.moco.eval()
         optimizer = torch.optim.SGD([p for p in training.model.parameters() if p.requires_grad], lr=0.1)
-        loss_function = partial(
-            contrast_losses, branch=training.branch, temperature=0.2, cam_of=cam_of, pooled_contrast=True
-        )
+        loss_function = partial(contrast_losses, branch=training.encoder.branch, temperature=0.2, cam_of=cam_of)
         loss, losses = train_step(
-            training.moco, loss_function, optimizer, batch_of(), fit_weight=1.0, key_momentum=0.9, autocast=AUTOCAST,
-            accumulate=parts, pooled_weight=2.0, scaler=scaler,
-        )  # fmt: skip
+            training.moco,
+            loss_function,
+            optimizer,
+            batch_of(),
+            fit_weight=1.0,
+            key_momentum=0.9,
+            autocast=AUTOCAST,
+            accumulate=parts,
+            scaler=scaler,
+        )
         assert losses.fit is not None
-        assert losses.pooled is not None
-        torch.testing.assert_close(loss, (losses.contrast + losses.fit + 2 * losses.pooled).detach())
+        torch.testing.assert_close(loss, (losses.contrast + losses.fit).detach())
         weights.append(training.model.state_dict())
     for other in weights[1:]:
         torch.testing.assert_close(other, weights[0], atol=1e-5, rtol=1e-4)
 
 
-def common_weights(features: Tensor, gradient: Tensor, cam_sign: str) -> Tensor:
+def common_weights(features: Tensor, gradient: Tensor, cam_keeps: str) -> Tensor:
     """The equation picture by picture, in plain loops over fp64."""
     found = torch.zeros(features.shape[1], dtype=torch.float64)
     for maps, slope in zip(features.double().flatten(2), gradient.double(), strict=True):
-        cam = ((1 if cam_sign == "loss" else -1) * (slope @ maps)).clamp_min(0)
+        cam = ((1 if cam_keeps == "mismatch" else -1) * (slope @ maps)).clamp_min(0)
         if cam.any():
             found += maps @ (cam / cam.sum()) - maps.mean(1)
     return found
 
 
-@pytest.mark.parametrize("cam_sign", ["score", "loss"])
+@pytest.mark.parametrize("cam_keeps", ["match", "mismatch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_common_cam_weights_are_what_all_gradcams_pick(cam_sign: Any, dtype: torch.dtype) -> None:
+def test_common_cam_weights_are_what_all_gradcams_pick(cam_keeps: Any, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     features, gradient = torch.rand(6, 10, 3, 4).to(dtype), 1e-9 * torch.randn(6, 10)
-    gradient[0] = 1e-9 if cam_sign == "score" else -1e-9  # no place of this picture: it has no GradCAM
-    found = common_cam_weights(features, gradient, cam_sign)
+    gradient[0] = 1e-9 if cam_keeps == "match" else -1e-9  # no place of this picture: it has no GradCAM
+    found = common_cam_weights(features, gradient, cam_keeps)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, found[:1].expand(6, 10), rtol=0, atol=0)
-    expected = common_weights(features, gradient, cam_sign) * (1 if cam_sign == "loss" else -1)
+    expected = common_weights(features, gradient, cam_keeps) * (1 if cam_keeps == "mismatch" else -1)
     scale, eps = expected.abs().max().item(), torch.finfo(dtype).eps
     torch.testing.assert_close(found[0].double(), expected, rtol=0, atol=8 * eps * scale)
     # the fit keeps the places they speak for, of either half
     maps = features.double().flatten(2)
-    slope = torch.einsum("bcs,c->bs", maps, found[0].double()) * (1 if cam_sign == "loss" else -1)
-    own = RationaleHead(10, detectors=2, cam_sign=cam_sign, cam_weights="common", target="sum").fit(features, gradient)
+    slope = torch.einsum("bcs,c->bs", maps, found[0].double()) * (1 if cam_keeps == "mismatch" else -1)
+    own = RationaleHead(10, detectors=2, cam_keeps=cam_keeps, cam_weights="common", target="sum").fit(
+        features, gradient
+    )
     torch.testing.assert_close(
         own.target.double(), slope.clamp_min(0) / slope.clamp_min(0).sum(1, keepdim=True), rtol=0, atol=20 * eps
     )
 
 
 def test_without_any_gradcam_the_common_weights_are_nothing_and_the_target_flat() -> None:
-    head = RationaleHead(5, detectors=2, cam_sign="score", cam_weights="common")
+    head = RationaleHead(5, detectors=2, cam_keeps="match", cam_weights="common")
     fit = head.fit(torch.rand(3, 5, 2, 2), torch.ones(3, 5))
     torch.testing.assert_close(fit.target, torch.full((3, 4), 0.25))
     assert fit.divergence.isfinite().all()
 
 
-@pytest.mark.parametrize("cam_of", ["loss", "logit"])
+@pytest.mark.parametrize("cam_of", ["loss", "similarity"])
 def test_common_weights_leave_the_contrast_and_its_gradient_alone(cam_of: Any) -> None:
     torch.manual_seed(0)
     training = prepared(rationale=replace(TINY.rationale, cam_weights="common"))
-    moco, branch, batch = training.moco.eval(), training.branch, batch_of()
+    moco, branch, batch = training.moco.eval(), training.encoder.branch, batch_of()
     assert isinstance(branch, RationaleHead)
     losses = contrast_losses(moco, batch, AUTOCAST, branch=branch, temperature=0.2, cam_of=cam_of)
     plain = contrast_losses(moco, batch, AUTOCAST, branch=None, temperature=0.2)
-    own = contrast_losses(moco, batch, AUTOCAST, branch=prepared().branch, temperature=0.2, cam_of=cam_of)
+    own = contrast_losses(moco, batch, AUTOCAST, branch=prepared().encoder.branch, temperature=0.2, cam_of=cam_of)
     torch.testing.assert_close(losses.contrast, plain.contrast)
     assert losses.fit is not None
     assert own.fit is not None
@@ -347,9 +294,9 @@ def test_common_weights_leave_the_contrast_and_its_gradient_alone(cam_of: Any) -
     torch.testing.assert_close(ours, torch.autograd.grad(plain.contrast, encoder), atol=1e-6, rtol=1e-3)
 
 
-@pytest.mark.parametrize("variant", ["plain", "loss", "logit", "released"])
+@pytest.mark.parametrize("variant", ["plain", "loss", "similarity", "released"])
 def test_without_a_queue_the_negatives_are_the_other_keys_of_the_batch(variant: str) -> None:
-    choices = {"plain": {"enabled": False}, "logit": {"cam_of": "logit"}}.get(variant, {})
+    choices = {"plain": {"enabled": False}, "similarity": {"cam_of": "similarity"}}.get(variant, {})
     training = prepared(
         moco=replace(TINY.moco, queue_size=0),
         rationale=replace(TINY.rationale, **choices),

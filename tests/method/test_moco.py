@@ -109,7 +109,7 @@ def step(
     trained = [p for p in (*moco.parameters(), *(branch.parameters() if branch else ())) if p.requires_grad]
     return train_step(
         moco,
-        partial(contrast_losses, branch=branch, temperature=0.2),
+        partial(contrast_losses, branch=branch, temperature=0.2, cam_of="loss"),
         torch.optim.SGD(trained, lr=lr),
         batch,
         fit_weight=fit_weight,
@@ -195,7 +195,7 @@ def test_a_step_trains_the_query_side_and_queues_the_keys(with_branch: bool) -> 
 def test_the_contrast_loss_is_cross_entropy_against_key_and_queue(with_branch: bool) -> None:
     moco, batch = tiny(), images()
     branch = RationaleHead(6, RationaleConfig(detectors=3)) if with_branch else None
-    losses = contrast_losses(moco, batch, NO_AUTOCAST, branch=branch, temperature=0.2)
+    losses = contrast_losses(moco, batch, NO_AUTOCAST, branch=branch, temperature=0.2, cam_of="loss")
     query = F.normalize(moco.head(moco.backbone(batch.first).mean((2, 3))), dim=1)
     logits = torch.cat([(query * losses.key).sum(1, keepdim=True), query @ moco.queue.T], dim=1) / 0.2
     torch.testing.assert_close(losses.contrast, F.cross_entropy(logits, torch.zeros(5, dtype=torch.int64)))
@@ -206,7 +206,7 @@ def test_a_step_under_bf16_autocast_gives_fp32_losses_close_to_those_of_fp32() -
     branch = RationaleHead(6, RationaleConfig(detectors=3))
     results = []
     for autocast in (NO_AUTOCAST, torch.autocast("cpu", dtype=torch.bfloat16)):
-        losses = contrast_losses(copy.deepcopy(moco), batch, autocast, branch=branch, temperature=0.2)
+        losses = contrast_losses(copy.deepcopy(moco), batch, autocast, branch=branch, temperature=0.2, cam_of="loss")
         assert losses.fit is not None
         results.append(torch.stack([losses.contrast, losses.fit]))
     assert results[1].dtype == torch.float32

@@ -17,7 +17,7 @@ from fastcr.data.views import Batch
 from fastcr.errors import UsageError
 from fastcr.kernels.info_nce import info_nce
 from fastcr.method.backbone import build_backbone
-from fastcr.method.encoder import load_encoder
+from fastcr.method.encoder import load
 from fastcr.method.moco import MoCo
 from fastcr.method.released import ReleasedBranch, from_released_checkpoint, gradcam, released_losses
 from fastcr.method.step import train_step
@@ -242,14 +242,15 @@ def test_a_branch_without_an_encoder_is_refused() -> None:
 def test_a_released_checkpoint_is_evaluated_as_it_is(kind: str, tmp_path: Path) -> None:
     backbone, channels = build_backbone("resnet50", stem_maxpool=kind == "moco")
     branch = ReleasedBranch(channels, RationaleConfig(), ReleasedConfig())
-    encoder = {"moco": "module.encoder_q.", "byol": "online_encoder.0."}[kind]
-    state = {f"{encoder}{key}": value for key, value in backbone.state_dict().items()}
+    theirs = {"moco": "module.encoder_q.", "byol": "online_encoder.0."}[kind]
+    state = {f"{theirs}{key}": value for key, value in backbone.state_dict().items()}
     prefix = "module." if kind == "moco" else ""
     state[f"{prefix}conv16.weight"] = branch.conv.weight.detach()
     state |= {f"{prefix}bn16.{key}": value for key, value in branch.norm.state_dict().items()}
     torch.save({"state_dict": state} if kind == "moco" else state, tmp_path / "released.pth")
-    loaded, loaded_branch, facts = load_encoder(tmp_path / "released.pth", torch.device("cpu"))
-    assert (facts["attention"], facts["stem_maxpool"]) == ("batch-minmax", kind == "moco")
+    encoder = load(tmp_path / "released.pth")
+    loaded, loaded_branch = encoder.backbone, encoder.branch
+    assert (encoder.facts["attention"], encoder.facts["stem_maxpool"]) == ("batch-minmax", kind == "moco")
     assert isinstance(loaded_branch, ReleasedBranch)
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():

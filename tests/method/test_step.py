@@ -28,7 +28,7 @@ from fastcr.config import (
     RunConfig,
 )
 from fastcr.data.views import Batch
-from fastcr.method.build import Training, prepare
+from fastcr.method.build import Training, build
 from fastcr.method.moco import MoCo
 from fastcr.method.rationale import RationaleHead
 from fastcr.method.released import ReleasedBranch, released_losses
@@ -56,7 +56,7 @@ def one_step(
 ) -> tuple[dict[str, Tensor], Tensor, Losses]:
     """Weights, queue and statistics after a step of copies of the model; its loss and losses."""
     moco, branch = copy.deepcopy((moco, branch))
-    losses: Any = released_losses if isinstance(branch, ReleasedBranch) else contrast_losses
+    losses: Any = released_losses if isinstance(branch, ReleasedBranch) else partial(contrast_losses, cam_of="loss")
     model = nn.ModuleList([moco, branch] if branch else [moco])
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, fused=True)
     settings = {"fit_weight": 2.0, "key_momentum": 0.9, "autocast": torch.autocast("cpu", enabled=False)}
@@ -111,7 +111,7 @@ def settings_of(**run: Any) -> Config:
         moco=MocoConfig(queue_size=128),
         # GradCAM by its sum, and with it what a batch's have in common, jumps where there is next to none: rounding
         # would not stay rounding
-        rationale=RationaleConfig(stop_gradient=False, cam_of="loss", cam_sign="score", cam_weights="own"),
+        rationale=RationaleConfig(stop_gradient=False, cam_of="loss", cam_keeps="match", cam_weights="own"),
     )
 
 
@@ -126,7 +126,7 @@ def calm(training: Training) -> Training:
 
 def losses_of(config: Config, steps: int = 50) -> Tensor:
     """Contrast and fit loss of each of several steps on four batches in turn: `[steps,2]`."""
-    training = calm(prepare(config, DEVICE, Console(quiet=True)))
+    training = calm(build(config, DEVICE, Console(quiet=True)))
     if training.scaler.is_enabled():  # from 65,536 the first steps overflow, and are left out
         training.scaler.load_state_dict(training.scaler.state_dict() | {"scale": 2.0**8})
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.run.precision, torch.float32)
@@ -167,7 +167,7 @@ def test_fifty_steps_in_16_bits_stay_near_those_in_fp32(plain: Tensor, precision
 
 
 def test_steps_whose_gradient_overflows_are_left_out_from_the_first_on() -> None:
-    training = calm(prepare(settings_of(precision="fp16", compile=False), DEVICE, Console(quiet=True)))
+    training = calm(build(settings_of(precision="fp16", compile=False), DEVICE, Console(quiet=True)))
     training.scaler.load_state_dict(training.scaler.state_dict() | {"scale": 2.0**100})
     before = copy.deepcopy([training.model.state_dict(), training.optimizer.state_dict()["state"]])
     first = torch.randn(16, 3, 64, 64).to(DEVICE, torch.float16, memory_format=torch.channels_last)
@@ -220,7 +220,7 @@ def test_compiled_encoders_are_kept_where_a_reboot_leaves_them(
 @pytest.mark.parametrize("overlap_keys", [False, True])
 def test_no_step_waits_for_the_device(precision: str, overlap_keys: bool) -> None:
     config = settings_of(precision=precision, overlap_keys=overlap_keys, compile=False)
-    training = prepare(config, DEVICE, Console(quiet=True))
+    training = build(config, DEVICE, Console(quiet=True))
     views = torch.randn(32, 3, 64, 64, device=DEVICE).contiguous(memory_format=torch.channels_last).split(16)
     training.step(Batch(*views))
     torch.cuda.set_sync_debug_mode("error")
@@ -240,7 +240,7 @@ def test_replayed_and_overlapped_steps_are_those_of_eager(plain: Tensor, way: di
 
 @needs_cuda
 def test_a_replayed_step_takes_the_learning_rate_of_the_moment() -> None:
-    training = prepare(settings_of(precision="fp32", cuda_graph=True, compile=False), DEVICE, Console(quiet=True))
+    training = build(settings_of(precision="fp32", cuda_graph=True, compile=False), DEVICE, Console(quiet=True))
     views = torch.randn(32, 3, 64, 64, device=DEVICE).contiguous(memory_format=torch.channels_last).split(16)
     for _ in range(5):
         training.step(Batch(*views))

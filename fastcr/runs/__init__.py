@@ -1,0 +1,1 @@
+"""A run on a machine: its files, its processes, what it shows."""

@@ -1,0 +1,120 @@
+"""What a run watches: losses that are not finite, collapse of embeddings or attention, signals."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType, TracebackType
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from fastcr.config import Config
+from fastcr.errors import UsageError
+from fastcr.runs.checkpoint import write_whole
+from fastcr.runs.distributed import ALONE, Processes
+
+
+BAD_BATCH = "bad_batch.json"
+
+
+class LossWatch:
+    """Notices a loss, gradient or weight that is not finite, without waiting for the device at every step."""
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        step: int,
+        folder: Path,
+        files_of: Callable[[int], Sequence[str]],
+        processes: Processes = ALONE,
+    ) -> None:
+        self.parameters, self.step = parameters, step
+        self.losses, self.gradient_norms = list[Tensor](), list[Tensor]()
+        self.folder, self.files_of, self.processes = folder, files_of, processes
+
+    def add(self, loss: Tensor, gradient_norm: Tensor | None) -> None:
+        """Take note of the next step's loss, a scalar, and of its gradient's norm (None: need not be a number)."""
+        self.losses.append(loss)
+        self.gradient_norms.append(torch.zeros_like(loss) if gradient_norm is None else gradient_norm)
+
+    def check(self) -> None:
+        """Raise `UsageError`, naming the step and the last good checkpoint, if anything since the last check is bad.
+
+        The files of that step's images (`files_of`) are written to `bad_batch.json`, for the user to inspect.
+        """
+        if not self.losses:
+            return
+        what, losses = "loss", self.processes.total(torch.stack(self.losses))
+        bad = ~torch.stack([losses, torch.stack(self.gradient_norms).to(losses)]).isfinite()
+        if bad.any():
+            step = self.step + 1 + int(bad.any(0).nonzero()[0])
+            what = "loss" if bad[0, step - self.step - 1] else "gradient"
+        elif not torch.stack([p.isfinite().all() for p in self.parameters]).all():
+            step, what = self.step + len(self.losses), "weights"
+        else:
+            self.step += len(self.losses)
+            self.losses, self.gradient_norms = [], []
+            return
+        if self.processes.first:
+            content = json.dumps({"step": step, "files": list(self.files_of(step))}, indent=2)
+            write_whole(self.folder / BAD_BATCH, lambda file: file.write_text(content))
+        resume = self.folder / "resume.pt"
+        last_good = f"the last good checkpoint is {resume}" if resume.exists() else "nothing had been saved yet"
+        raise UsageError(
+            f"the {what} is not a finite number from step {step} on (try a lower --optim.lr); {last_good}; "
+            f"the step's images are listed in {self.folder / BAD_BATCH}"
+        )
+
+
+class HealthWatch:
+    """Warns, once each, of what makes further training pointless."""
+
+    def __init__(self, console: Console, config: Config) -> None:
+        self.console, self.detectors, self.said = console, config.rationale.detectors, set[str]()
+
+    def look(self, record: dict[str, float], positions: int) -> None:
+        """Print what is wrong with a step's metrics; attention maps have `positions` cells."""
+        entropy = record.get("attention_entropy", 0.5 * math.log(positions)) / max(math.log(positions), 1e-9)
+        warnings = {
+            "the embeddings have collapsed: all images get nearly the same": record["embedding_spread"] < 0.1,
+            "the attention has collapsed to a single position": positions > 1 and entropy < 0.1,
+            "the attention is the same everywhere: it pools as the mean does": positions > 1 and entropy > 0.9999,
+            f"fewer than 2 of {self.detectors} detectors are in use": record.get("effective_detectors", 2) < 2,
+        }
+        for warning in [text for text, holds in warnings.items() if holds and text not in self.said]:
+            self.said.add(warning)
+            self.console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
+
+
+class StopSignal:
+    """Turns SIGTERM, SIGUSR1 and SIGINT into a wish the loop looks at between steps; used as a context manager."""
+
+    def __init__(self) -> None:
+        self.received = 0
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received == number == signal.SIGINT:  # a second Ctrl-C does not wait for the step
+            raise KeyboardInterrupt
+        if not self.received:  # SIGTERM may come from a scheduler and from torchrun as well
+            self.received = number if number == signal.SIGINT else signal.SIGTERM  # USR1 is sent ahead of time
+
+    def __enter__(self) -> StopSignal:
+        """Listen, where signals can be (the main thread)."""
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():
+            numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+            self.before = {number: signal.signal(number, self._note) for number in numbers}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Put back the handlers that were there."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
