@@ -268,8 +268,8 @@ def test_embedding_leaves_the_encoder_as_it_was(
 def test_crop_is_torchvisions_resize_and_centre_crop(size: tuple[int, int], side: int, tmp_path: Path) -> None:
     noise = torch.randint(0, 256, (*size[::-1], 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     Image.fromarray(noise.numpy()).save(tmp_path / "noise.png")
-    crop = embedding._TestImages(ImageList(tmp_path, ("noise.png",), None, ()), side)[0]
-    assert crop is not None
-    assert crop[1] == size[::-1]
+    images = ImageList(tmp_path, ("noise.png",), None, ())
+    ((crops, sizes, _),) = embedding.load_crops([images], [[0]], image_size=side, workers=0, pin=False)
+    assert sizes.tolist() == [[*size[::-1]]]
     expected = v2.Compose([v2.PILToTensor(), v2.Resize(round(side * 8 / 7), antialias=True), v2.CenterCrop(side)])
-    assert torch.equal(crop[0].permute(2, 0, 1), expected(read_rgb(str(tmp_path / "noise.png"))))
+    assert torch.equal(crops[0].permute(2, 0, 1), expected(read_rgb(str(tmp_path / "noise.png"))))

@@ -673,7 +673,7 @@ def test_a_batch_in_parts_resumes_bit_for_bit(flat: Path, tmp_path: Path) -> Non
         (["--model.batchnorm", "sync"], "--model.batchnorm sync needs CUDA, and this run is on cpu"),
         (["--run.keep", "0"], "--run.keep must be at least 1"),
         (["--optim.accumulate", "3"], "--optim.accumulate must divide --optim.batch_size"),
-        (["--optim.accumulate", "0"], "--optim.accumulate must divide --optim.batch_size"),
+        (["--optim.accumulate", "0"], "--optim.accumulate must be at least 1"),
         (["--optim.accumulate", "8"], "--optim.accumulate must divide --optim.batch_size into parts of at least 2"),
         (
             ["--optim.accumulate", "2", "--released.enabled", "True"],
