@@ -1,15 +1,13 @@
 """Ways of doing a training step: ours and its variants, the authors' released way, lightly's, a supervised one.
 
-Each way is built from the same seed, so that encoder, head, detectors and queue start the same, and a few steps of it
-must follow the same maths done plainly, in eager fp32 (`follow`, `agrees`): a fast way that computes something else is
-found out before it is timed.
+Each way is built from the same seed, so that encoder, head, detectors and queue start the same. Before it is timed,
+`same_maths.py` compares a few of its steps with the same maths done plainly.
 """
 
 from __future__ import annotations
 
 import io
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any, Literal, NamedTuple
 
@@ -17,21 +15,11 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from fastcr.config import (
-    Config,
-    MocoConfig,
-    ModelConfig,
-    OptimConfig,
-    RationaleConfig,
-    ReleasedConfig,
-    RunConfig,
-    validate,
-)
+from fastcr.config import Config, MocoConfig, ModelConfig, OptimConfig, RationaleConfig, ReleasedConfig, RunConfig
 from fastcr.data.views import Batch
 from fastcr.method.backbone import build_backbone
-from fastcr.method.build import pick_dtype, prepare
+from fastcr.method.build import build, pick_dtype
 from fastcr.method.moco import MoCo
 
 SEED, TEMPERATURE, KEY_MOMENTUM, EMBEDDING_DIM, CLASSES = 0, MocoConfig.temperature, MocoConfig.key_momentum, 256, 1000
@@ -62,43 +50,24 @@ class Built(NamedTuple):
 
 
 def ours(
-    setting: Setting,
-    device: torch.device,
-    *,
-    compile: bool | Literal["auto"] = "auto",
-    kernels: Literal["auto", "torch"] = "auto",
-    precision: Literal["auto", "fp32"] = "auto",
-    rationale: bool = True,
-    released: bool = False,
-    overlap_keys: bool = False,
-    cuda_graph: bool = False,
+    setting: Setting, device: torch.device, *, rationale: bool = True, released: bool = False, **run: Any
 ) -> Built:
-    """The step that `fastcr.train` runs. `rationale=False` is plain MoCo v2, `released` the released code's losses."""
+    """The step that `fastcr.train` runs, with the settings `run` of `RunConfig`.
+
+    `rationale=False` is plain MoCo v2, `released` has the losses of the released code.
+    """
     config = Config(
-        run=RunConfig(
-            seed=SEED,
-            compile=compile,
-            kernels=kernels,
-            precision=precision,
-            overlap_keys=overlap_keys,
-            cuda_graph=cuda_graph,
-        ),
+        run=RunConfig(seed=SEED, **run),
         model=ModelConfig(setting.backbone, setting.last_stage, weights="none"),  # type: ignore[arg-type]
         optim=OptimConfig(batch_size=setting.batch, lr=LR),
         moco=MocoConfig(queue_size=setting.queue_size, embedding_dim=EMBEDDING_DIM),
         rationale=RationaleConfig(enabled=rationale, fit_weight=RELEASED_FIT_WEIGHT if released else 1.0),
         released=ReleasedConfig(enabled=released),
     )
-    training = prepare(validate(config), device, Console(file=io.StringIO()))
-    moco, dtype = training.moco, pick_dtype(precision, device)
-    return Built(
-        lambda batch: training.step(batch)[0],
-        moco.backbone,
-        moco.key_backbone,
-        moco.queue,
-        dtype,
-        torch.channels_last,
-    )
+    training = build(config, device, Console(file=io.StringIO()))
+    moco, dtype = training.moco, pick_dtype(config.run.precision, device)
+    step = lambda batch: training.step(batch)[0]  # noqa: E731
+    return Built(step, moco.backbone, moco.key_backbone, moco.queue, dtype, torch.channels_last)
 
 
 def beginning(setting: Setting) -> tuple[MoCo, int]:
@@ -319,61 +288,3 @@ WAYS = {
     "lightly-tuned-compile": Way(lightly, ours, {"tuned": True, "compile": True}, MOCO),
     "supervised": Way(supervised, supervised, {}, {"compile": False, "precision": "fp32"}),
 }
-
-
-def make_batches(setting: Setting, device: torch.device, built: Built, count: int) -> list[Batch]:
-    """Pictures of coarse patches, each pair alike but for noise, in the type and layout that `built` takes."""
-    random = torch.Generator(device).manual_seed(SEED)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=random, device=device)
-
-    def view(patches: Tensor) -> Tensor:
-        images = F.interpolate(patches, size=setting.image_size, mode="bilinear")
-        images += 0.3 * normal(*images.shape)
-        return images.to(dtype=built.dtype, memory_format=built.memory_format)
-
-    patches = (normal(setting.batch, 3, 8, 8) for _ in range(count))
-    return [Batch(view(coarse), view(coarse)) for coarse in patches]
-
-
-class Trajectory(NamedTuple):
-    """What a few steps did."""
-
-    losses: list[float]
-    moved: Tensor  # how far each weight of the trained encoder went, fp64 on the CPU
-
-
-def follow(built: Built, batches: Sequence[Batch], steps: int) -> Trajectory:
-    """Do `steps` steps over `batches`, round and round, with residual branches that begin at zero.
-
-    A random ResNet-50 is chaotic otherwise: two fp32 runs of it part within a step.
-    """
-
-    def weights() -> Tensor:
-        return torch.cat([parameter.detach().double().flatten() for parameter in built.encoder.parameters()]).cpu()
-
-    fill_residual_scales(built, 0.0)
-    before = weights()
-    losses = [built.step(batch) for batch in itertools.islice(itertools.cycle(batches), steps)]
-    trajectory = Trajectory([loss.item() for loss in losses], weights() - before)
-    fill_residual_scales(built, 1.0)  # as they were: zeros would be timed as such
-    return trajectory
-
-
-def fill_residual_scales(built: Built, value: float) -> None:
-    """Set the scale of each residual block's last BatchNorm, in both encoders."""
-    for encoder in filter(None, (built.encoder, built.key_encoder)):
-        for block in encoder.modules():
-            if isinstance(block, BasicBlock | Bottleneck):
-                last = block.bn3 if isinstance(block, Bottleneck) else block.bn2
-                last.weight.data.fill_(value)
-
-
-def agrees(got: Trajectory, plain: Trajectory) -> bool:
-    """Whether a way went where the plain maths went: each loss within 2 %, the weights' directions within 0.95.
-
-    On ResNet-50 at 64 px rounding to bf16 changes losses by 0.5 % at most, and the cosine to 0.99.
-    """
-    close = all(abs(a - b) <= 0.02 * abs(b) for a, b in zip(got.losses, plain.losses, strict=True))  # False for NaN
-    return close and F.cosine_similarity(got.moved, plain.moved, dim=0).item() >= 0.95

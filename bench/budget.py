@@ -38,6 +38,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from bench.timing import copy_bandwidth, matmul_rate
 from fastcr.config import Config
 from fastcr.data.views import Batch
 from fastcr.method.build import build
@@ -162,3 +163,19 @@ def step_work(config: Config, dtype: torch.dtype) -> dict[str, Work]:
         with Count(PASSES | IN_PASSING) as count:
             training.step(Batch(*views))
     return {phase: Work.total(parts) for phase, parts in count.phases.items()}
+
+
+def floors(
+    config: Config, device: torch.device, dtype: torch.dtype
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Rates of a copy and of a matrix product, measured on `device`; and each phase's least work and milliseconds.
+
+    The phase "whole step" has the work of all of them, and of what lies between.
+    """
+    ceilings, work = Ceilings(copy_bandwidth(device), matmul_rate(device, dtype)), step_work(config, dtype)
+    work = {name: each for name, each in work.items() if name} | {"whole step": Work.total(work.values())}
+    rates = {"copy_bytes_per_second": ceilings.copy, "matmul_flops_per_second": ceilings.matmul}
+    return rates, {
+        name: {"GB": each.bytes / 1e9, "GFLOP": each.flops / 1e9, "floor_ms": each.floor(ceilings) * 1e3}
+        for name, each in work.items()
+    }

@@ -1,10 +1,10 @@
-"""`python bench/ceilings.py RUN --data.boxes FILE --out FILE`: what could any map buy on a run's initial features?
+"""`python bench/ceilings.py RUN --data.boxes FILE --out FILE`: what is the best retrieval that any map could give?
 
-Pools the test images' features of RUN/init.safetensors with maps that the method cannot have, for they know the
-objects' boxes, or that need no learning at all: what a branch can reach at best, and what it must beat. Detectors of
-the branch's own form are also fitted to the boxes of the training images (Adam, 300 steps of 256 images, lr 0.02), the
-best that a maximum of so many linear detectors can do. FILE has the form of a study's evidence.json, so
-`python bench/evidence_table.py FILE` shows it; RUN is the frozen row of a study, or any run.
+The test images' features under a run's initial weights (RUN/init.safetensors) are pooled with two kinds of maps: some
+know the objects' boxes, which the method does not, and bound what a branch can reach; some need no learning at all, and
+are what it must beat. Detectors of the branch's own form are also fitted to the boxes of the training images (Adam, 300
+steps of 256 images, learning rate 0.02): the best that a maximum of so many linear detectors can do. RUN is the frozen
+row of a study, or any run. `python bench/evidence_table.py FILE` shows FILE, which has the form of an evidence.json.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import track
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastcr.config import tyro
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `bench`, when this file is run as a script
+
+from bench.crops import centre_crops
+from fastcr.config import DeviceConfig, tyro
 from fastcr.data.images import ImageList
 from fastcr.data.layouts import read_splits
-from fastcr.data.views import normalise
 from fastcr.errors import UsageError
-from fastcr.evaluate import EvaluateData, EvaluateRun
-from fastcr.measures.embeddings import BATCH_SIZE, load_crops
+from fastcr.evaluate import EvaluateData
 from fastcr.measures.localisation import Objects, covered, localisation, objects_in_crop, read_objects
 from fastcr.measures.retrieval import retrieval
-from fastcr.method.encoder import load_encoder
+from fastcr.method.encoder import Encoder, load
 from fastcr.method.rationale import RationaleHead
 from fastcr.runs.checkpoint import write_whole
-from fastcr.runs.command_line import load_config, one_line_errors, parse
+from fastcr.runs.command_line import called, load_config, one_line_errors, parse
 from fastcr.runs.machine import pick_device, pick_workers
 
 STEPS, IMAGES, RATE = 300, 256, 0.02
@@ -50,23 +50,19 @@ class Seen(NamedTuple):
 
 
 @torch.inference_mode()
-def see(backbone: nn.Module, images: ImageList, objects: Objects, size: int, workers: int, console: Console) -> Seen:
-    """Features and boxes of the images that can be read and have a box."""
-    device, numbers = next(backbone.parameters()).device, range(len(images))
-    batches = [list(numbers[start : start + BATCH_SIZE]) for start in numbers[::BATCH_SIZE]]
-    loader = load_crops([images], batches, image_size=size, workers=workers, pin=False)
-    shown = track(loader, images.root.name, len(batches), console=console, transient=True)
-    found, sizes, kept = list[Tensor](), list[Tensor](), list[int]()
-    for batch, (pixels, sizes_here, readable) in zip(batches, shown, strict=True):
-        if readable:
-            found.append(backbone(normalise(pixels.to(device), torch.float32)).flatten(2).cpu())
-            sizes.append(sizes_here)
-            kept += [batch[i] for i in readable]
-    in_crop = objects_in_crop(Objects(objects.boxes[kept], None, objects.in_pixels), torch.cat(sizes), size)
-    known = ~in_crop.boxes.isnan().any(1)
-    features, boxes = torch.cat(found)[known], in_crop.boxes[known]
+def see(encoder: Encoder, images: ImageList, objects: Objects, workers: int, console: Console) -> Seen:
+    """Features and boxes of the images that can be read and have a box. `UsageError` without labels."""
     if images.labels is None:
         raise UsageError(f"{images.root} has no labels (class folders)")
+    device, found, sizes, kept = next(encoder.parameters()).device, list[Tensor](), list[Tensor](), list[int]()
+    for crops, sizes_here, indices in centre_crops(images, encoder.image_size, device, workers, console):
+        found.append(encoder.backbone(crops).flatten(2).cpu())
+        sizes.append(sizes_here)
+        kept += indices
+    in_crop = Objects(objects.boxes[kept], None, objects.in_pixels)
+    in_crop = objects_in_crop(in_crop, torch.cat(sizes), encoder.image_size)
+    known = ~in_crop.boxes.isnan().any(1)
+    features, boxes = torch.cat(found)[known], in_crop.boxes[known]
     labels = torch.tensor(images.labels)[kept][known]
     return Seen(features, covered(boxes, round(features.shape[2] ** 0.5)).float(), Objects(boxes, None, False), labels)
 
@@ -130,13 +126,13 @@ class CeilingsConfig:
     out: Path
     """The file to write."""
     data: EvaluateData = field(default_factory=EvaluateData)
-    run: EvaluateRun = field(default_factory=EvaluateRun)
+    run: DeviceConfig = field(default_factory=DeviceConfig)
 
 
 def main(args: Sequence[str]) -> None:
     """Write what the maps buy into the file that `args` name."""
-    with one_line_errors("ceilings"):
-        config = parse(CeilingsConfig, args, prog="python bench/ceilings.py", description=__doc__)
+    with one_line_errors("bench/ceilings.py"):
+        config = parse(CeilingsConfig, args, prog=called("bench/ceilings.py"), description=__doc__)
         trained = load_config(config.source / "config.yaml")
         root = config.data.root or trained.data.root
         if root is None:
@@ -145,13 +141,13 @@ def main(args: Sequence[str]) -> None:
         if splits.test is None:
             raise UsageError(f"{root} has no test split")
         device, workers = pick_device(config.run.device), pick_workers(config.data.workers)
-        backbone, _, _ = load_encoder(config.source / "init.safetensors", device)
+        encoder = load(config.source / "init.safetensors", device)
         seen = []
         for images in (splits.train, splits.test):
             objects = read_objects(config.data.boxes, images)
             if objects is None:
                 raise UsageError(f"--data.boxes: {images.root} comes with no boxes of its own")
-            seen.append(see(backbone, images, objects, trained.data.image_size, workers, console))
+            seen.append(see(encoder, images, objects, workers, console))
         train, test = seen
         runs = {
             name: {"row": name, "seed": 0, "meaning": meaning, "flags": [], "status": "finished",

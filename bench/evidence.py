@@ -1,149 +1,41 @@
 """`python bench/evidence.py --data.root DIR --out STUDY`: which choices make the method work, as a table of runs.
 
-A run is a row (`ROWS`) with a seed: `fastcr.train`, `fastcr.evaluate` and `gradcam_inside.py`, each a process of its
-own, in the run folder STUDY/<row>-seed<N>; what they print is in the .log beside it. What follows `--` goes to every
-training, before the row's own flags: `... --out STUDY -- --optim.epochs 10 --data.image_size 112`.
+A run is a row of `evidence_rows.py` with a seed: `fastcr.train`, `fastcr.evaluate` and `gradcam_inside.py`, each in a
+process of its own, write into the run folder STUDY/<row>-seed<N> and print into the .log beside it. What follows `--`
+goes to every training, before the row's own flags: `... --out STUDY -- --optim.epochs 10 --data.image_size 112`.
 
-The same command goes on where it was stopped: a run in STUDY/evidence.json is not run again, one that was stopped
-half-way is resumed. A run that fails is recorded with its last line; a training that failed is tried again only once
-its folder is removed.
-`python bench/evidence_table.py STUDY/evidence.json` makes the tables, and with `--png FILE` a picture, from that alone.
+The same command resumes a study: a run that is in STUDY/evidence.json is not made again, a run that was stopped is
+resumed. A run that fails is recorded with the last line it printed; a training that failed is tried again only once
+its folder is removed. `python bench/evidence_table.py STUDY/evidence.json` makes tables and figures of the results.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
-import re
-import shutil
 import signal
-import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
-from dataclasses import dataclass, field
+from contextlib import closing, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import torch
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `bench`, when this file is run as a script
+
+from bench.evidence_rows import ROWS
+from bench.evidence_run import Job, Processes, Run, carry_out, training
+from fastcr.config import number
 from fastcr.errors import UsageError
 from fastcr.runs.checkpoint import write_whole
-from fastcr.runs.command_line import load_config, one_line_errors, parse, read_command_line
+from fastcr.runs.command_line import called, one_line_errors, parse, read_command_line, todays_flags
 
-ROOT = Path(__file__).resolve().parents[1]
 EVIDENCE = "evidence.json"
-READING = threading.Lock()  # tyro keeps what it parses in globals, and two runs may end at once
-FROZEN = "frozen"  # the row whose scores are those of step 0
-# the backbone learns at the rate of the rest, and keys follow slowly, unless a row says otherwise
-PRESET = (
-    *("folder", "--optim.backbone_warmup", "0"),
-    *("--optim.backbone_lr", "None", "--moco.key_momentum", "0.999"),
-)
-STOPPED = {"stopped": "fit gradient stopped at the features", "flowing": "fit gradient flows into the features"}
-FLOWS = {"stopped": "--rationale.stop_gradient True", "flowing": "--rationale.stop_gradient False"}
-CHOICES = list(itertools.product(("max-softmax", "sum"), ("score", "loss"), STOPPED))
-OF_LOSS = "--rationale.cam_of loss --rationale.cam_weights own"
-BASE = f"--rationale.target max-softmax --rationale.cam_sign loss {OF_LOSS}"
-# what GradCAM is of, which of its halves, and whose channel weights it has
-CAMS = {
-    f"{weights}-{name}": (
-        f"{whose} channel weights, GradCAM of {what}",
-        f"--rationale.target max-softmax --rationale.cam_weights {weights} {flags}",
-    )
-    for weights, whose in (("own", "each picture's own"), ("common", "the batch's common"))
-    for name, what, flags in (
-        ("loss", "the loss: places that raise it", "--rationale.cam_of loss --rationale.cam_sign loss"),
-        ("score", "the loss: places that lower it", "--rationale.cam_of loss --rationale.cam_sign score"),
-        ("logit", "the own key's logit: places that lower it", "--rationale.cam_of logit --rationale.cam_sign loss"),
-        ("raised", "the own key's logit: places that raise it", "--rationale.cam_of logit --rationale.cam_sign score"),
-    )
-}
-CARE = "--optim.backbone_warmup 3 --optim.backbone_lr 0.001 --moco.key_momentum 0.99"
-KEPT = "--optim.backbone_lr 0 --model.batchnorm frozen --moco.key_momentum 0.99"
-COMMON_LOGIT = CAMS["common-logit"][1]
-# name: (meaning, flags of fastcr.train); a first flag without dashes is the preset, else it is `folder`
-LINES = {
-    FROZEN: ("the initial weights, random detectors", "--run.steps 1"),
-    "moco": ("MoCo v2 without the branch", "--rationale.enabled False"),
-    "released": ("the variant of the authors' released code", "cub200-released"),
-    **{
-        f"uniform-{way}": (f"exactly uniform target, {meaning}", f"--rationale.target uniform {FLOWS[way]}")
-        for way, meaning in STOPPED.items()
-    },
-    **{
-        f"{target}-{sign}-{way}": (
-            f"target {target}, GradCAM of the {sign}, {STOPPED[way]}",
-            f"--rationale.target {target} --rationale.cam_sign {sign} {FLOWS[way]} {OF_LOSS}",
-        )
-        for target, sign, way in CHOICES
-    },
-    # max-softmax-loss-stopped with something else
-    "batchnorm": ("batch normalisation in the branch", f"{BASE} --rationale.batchnorm True"),
-    "batchnorm-flowing": (
-        "batch normalisation in the branch, flowing",
-        f"{BASE} --rationale.batchnorm True {FLOWS['flowing']}",
-    ),
-    "branch-lr0.1": ("learning rate 0.1 of the branch", f"{BASE} --rationale.lr 0.1"),
-    "backbone-lr0.001": ("learning rate 0.001 of the backbone", f"{BASE} --optim.backbone_lr 0.001"),
-    "key-momentum0.99": ("keys that follow faster", f"{BASE} --moco.key_momentum 0.99"),
-    **{
-        f"flowing-lambda{weight}": (
-            f"weight {weight} of the fit, flowing",
-            f"{BASE} {FLOWS['flowing']} --rationale.fit_weight {weight}",
-        )
-        for weight in ("0.01", "0.1", "10")
-    },
-    **{
-        f"{name}-plain": (f"{meaning}; the learning rates and keys of the rows above", flags)
-        for name, (meaning, flags) in CAMS.items()
-        if name.endswith(("logit", "raised"))
-    },
-    **{
-        name: (f"{meaning}; backbone held three epochs, then at rate 0.001; faster keys", f"{CARE} {flags}")
-        for name, (meaning, flags) in CAMS.items()
-    },
-    **{
-        f"kept-{name}": (f"{meaning}; the backbone stays as it was; faster keys", f"{KEPT} {flags}")
-        for name, (meaning, flags) in CAMS.items()
-    },
-    # common-logit with something else
-    **{
-        f"common-logit-{name}": (f"common-logit, {meaning}", f"{CARE} {COMMON_LOGIT} {flags}")
-        for name, meaning, flags in (
-            ("not-held", "the backbone never held", "--optim.backbone_warmup 0"),
-            ("fast", "the backbone at rate 0.01 once it learns", "--optim.backbone_lr 0.01"),
-            ("slow-keys", "keys of momentum 0.999", "--moco.key_momentum 0.999"),
-            ("pooled", "contrast also of the attention-pooled query", "--rationale.pooled_contrast 0.5"),
-            *(
-                (f"lambda{weight}", f"flowing, weight {weight}", f"{FLOWS['flowing']} --rationale.fit_weight {weight}")
-                for weight in ("0.1", "1", "10")
-            ),
-        )
-    },
-    # kept-common-logit with something else
-    **{
-        f"kept-{name}": (f"kept-common-logit, {meaning}", f"{KEPT} {COMMON_LOGIT} {flags}")
-        for name, meaning, flags in (
-            ("sum", "target sum", "--rationale.target sum"),
-            *((f"k{k}", f"{k} detectors", f"--rationale.detectors {k}") for k in (1, 8, 16, 64, 128)),
-            *((f"tau{tau}", f"temperature {tau}", f"--rationale.temperature {tau}") for tau in ("0.1", "0.2", "1.0")),
-            *((f"queue{n}", f"a queue of {n} keys", f"--moco.queue_size {n}") for n in (256, 4096, 65536)),
-            ("queue0", "no queue: the negatives are the batch's other keys", "--moco.queue_size 0"),
-            ("batchnorm", "batch normalisation in the branch", "--rationale.batchnorm True"),
-            ("branch-lr0.1", "learning rate 0.1 of the branch", "--rationale.lr 0.1"),
-        )
-    },
-}
-ROWS = {name: (meaning, tuple(flags.split())) for name, (meaning, flags) in LINES.items()}
-Run = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -154,10 +46,10 @@ class StudyData:
     """Folder of images, whatever `fastcr.train --data.root` takes."""
     boxes: Path | None = None
     """CSV of the objects' boxes, as for fastcr.evaluate."""
-    classes: int | None = None
+    classes: int | None = number(None, 1)
     """Only the first so many class folders of train/ and test/. Default: all."""
-    skip: int = 0
-    """With --data.classes: pass over so many before the first, as for a check on classes nothing was chosen on."""
+    skip: int = number(0, 0)
+    """With --data.classes: skip so many class folders first, to check a choice on classes it was not made on."""
 
 
 @dataclass(frozen=True)
@@ -168,122 +60,11 @@ class StudyConfig:
     """Folder of the study: evidence.json, run folders, logs."""
     data: StudyData
     rows: tuple[str, ...] = tuple(ROWS)
-    """Rows to run; see ROWS in bench/evidence.py."""
-    seeds: tuple[int, ...] = (0,)
+    """Rows to run; bench/evidence_rows.py describes them."""
+    seeds: tuple[int, ...] = number((0,), 0)
     """Every row is run with each; all rows with the first seed come first."""
-    jobs: int = 1
+    jobs: int = number(1, 1)
     """Runs at a time."""
-
-
-class Job(NamedTuple):
-    """One run, and what it needs to know of its study."""
-
-    row: str
-    seed: int
-    data: Path  # what it is trained on
-    boxes: Path | None
-    common: tuple[str, ...]  # flags of every run
-    folder: Path
-    threads: int
-
-
-@dataclass
-class Processes:
-    """Those that are at work; once stopped, none is begun any more."""
-
-    running: set[subprocess.Popen[bytes]] = field(default_factory=set)
-    stopped: bool = False
-
-    def run(self, command: Sequence[str], log: Path, threads: int) -> int:
-        """Exit status of fastcr's `command`, in a session of its own: a Ctrl-C reaches it once, through `stop`."""
-        packages = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONPATH": packages}
-        with log.open("ab", buffering=0) as file:
-            file.write(f"\n== {' '.join(command)}\n".encode())
-            process = subprocess.Popen(
-                [sys.executable, "-u", *command], env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file,
-                start_new_session=True,
-            )  # fmt: skip
-        self.running.add(process)
-        if self.stopped:
-            process.terminate()
-        status = process.wait()
-        self.running.discard(process)
-        return status
-
-    def stop(self) -> None:
-        """Let trainings save and end."""
-        self.stopped = True
-        for process in list(self.running):
-            process.terminate()
-
-
-def training(job: Job) -> list[str]:
-    """Arguments of `fastcr.train` for a run from its beginning."""
-    flags = ROWS[job.row][1]
-    preset = () if flags and not flags[0].startswith("-") else PRESET
-    own = ("--run.seed", str(job.seed), "--run.dir", str(job.folder), "--data.root", str(job.data))
-    return [*(preset or flags[:1]), *job.common, *(flags if preset else flags[1:]), *own]
-
-
-def measuring(job: Job) -> list[str]:
-    """Arguments that `fastcr.evaluate` and gradcam_inside.py share, for a run that has been trained."""
-    with READING:
-        config = load_config(job.folder / "config.yaml")
-    workers = [] if config.data.workers is None else ["--data.workers", str(config.data.workers)]
-    boxes = [] if job.boxes is None else ["--data.boxes", str(job.boxes)]
-    return [str(job.folder), "--run.device", config.run.device, *workers, *boxes]
-
-
-def carry_out(job: Job, processes: Processes, say: Callable[[str], None]) -> Run | None:
-    """Train, evaluate, look at the GradCAM; the run's entry of evidence.json, None if it was stopped by a signal."""
-    start, log = time.monotonic(), job.folder.with_name(f"{job.folder.name}.log")
-    meaning, flags = ROWS[job.row]
-    entry: Run = {"row": job.row, "seed": job.seed, "meaning": meaning, "flags": list(flags), "facts": facts()}
-    resumed, frozen = (job.folder / "resume.pt").exists(), job.row == FROZEN
-    train = ["--resume", str(job.folder)] if resumed else training(job)
-    steps: list[tuple[str, Callable[[], list[str]]]] = [
-        ("training", lambda: ["-m", "fastcr.train", *train]),
-        ("measuring", lambda: ["-m", "fastcr.evaluate", *measuring(job), "--linear.enabled", "False"]),
-        ("GradCAM", lambda: [str(ROOT / "bench" / "gradcam_inside.py"), *measuring(job)]),
-    ]
-    # a GradCAM needs a head and a queue that have been trained
-    for what, command in steps[:2] if frozen else steps:
-        say(what)
-        status = processes.run(command(), log, job.threads)
-        if status < 0 or status > 128:
-            return None
-        if status:
-            return entry | {"status": f"{what} failed", "error": last_line(log)}
-    # how long it took before it was stopped is not known
-    seconds = None if resumed else round(time.monotonic() - start, 1)
-    return entry | {"status": "finished", "seconds": seconds} | read_run(job.folder, frozen=frozen)
-
-
-def read_run(folder: Path, *, frozen: bool) -> Run:
-    """What evidence.json keeps of a run folder; `frozen`: of its initial weights."""
-    read: Callable[[str], Run] = partial(json.loads, parse_float=lambda number: round(float(number), 4))
-    results = read((folder / "results.json").read_text())
-    part = results["frozen_init"] if frozen else results
-    found = {key: part[key] for key in ("retrieval", "knn", "localisation") if key in part}
-    last = read((folder / "metrics.jsonl").read_text().splitlines()[-1])
-    keys = ("step", "contrast_loss", "pooled_contrast_loss", "fit_loss", "attention_entropy", "effective_detectors")
-    found |= {"images": results["images"], "last": {key: last[key] for key in keys if key in last}}
-    return found if frozen else found | {"gradcam": read((folder / "gradcam.json").read_text())}
-
-
-def last_line(log: Path) -> str:
-    """The last line that says something, its paths without their folders."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return re.sub(r"(?<!\S)[('\"]*/(?:[^\s/]+/)+", "", lines[-1])
-
-
-def facts() -> dict[str, Any]:
-    """What a run is made with."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    return {"torch": torch.__version__, "commit": commit or None, "device": device}
 
 
 def some_classes(root: Path, skip: int, count: int, out: Path) -> Path:
@@ -314,7 +95,8 @@ def open_study(config: StudyConfig, common: Sequence[str]) -> Run:
         if study[key] != value:
             raise UsageError(f"{path} was begun with other {key}: {study[key]}, now {value}; name another --out")
     for name, run in study["runs"].items():
-        if run["status"] == "finished" and run["row"] in config.rows and run["flags"] != list(ROWS[run["row"]][1]):
+        of_row = run["status"] == "finished" and run["row"] in config.rows
+        if of_row and tuple(todays_flags(run["flags"])) != ROWS[run["row"]][1]:
             raise UsageError(f"{path}: {name} was made with other flags than its row has now: {' '.join(run['flags'])}")
         run["meaning"] = ROWS.get(run["row"], [run["meaning"]])[0]
     return study
@@ -323,10 +105,12 @@ def open_study(config: StudyConfig, common: Sequence[str]) -> Run:
 def in_order(study: Run) -> str:
     """JSON of a study, its runs in the order of the rows."""
     rows = list(ROWS)
-    place = {name: (rows.index(run["row"]) if run["row"] in ROWS else len(rows), run["seed"])
-             for name, run in study["runs"].items()}  # fmt: skip
-    runs = {name: study["runs"][name] for name in sorted(place, key=place.__getitem__)}
-    return json.dumps(study | {"runs": runs}, indent=1) + "\n"
+
+    def place(named: tuple[str, Run]) -> tuple[int, int]:
+        row, seed = named[1]["row"], named[1]["seed"]
+        return rows.index(row) if row in ROWS else len(rows), seed
+
+    return json.dumps(study | {"runs": dict(sorted(study["runs"].items(), key=place))}, indent=1) + "\n"
 
 
 def plan(config: StudyConfig, common: tuple[str, ...], runs: dict[str, Run]) -> list[Job]:
@@ -348,10 +132,8 @@ def study(config: StudyConfig, common: tuple[str, ...], console: Console) -> Non
     """Make the runs that evidence.json does not have yet. `UsageError` for what cannot work."""
     if unknown := [row for row in config.rows if row not in ROWS]:
         raise UsageError(f"no row {unknown[0]!r}: there are {', '.join(ROWS)}")
-    if config.jobs < 1 or (config.data.classes or 1) < 1:
-        raise UsageError("--jobs and --data.classes must be at least 1")
-    if config.data.skip < 0 or (config.data.skip and not config.data.classes):
-        raise UsageError("--data.skip must be at least 0, and needs --data.classes")
+    if config.data.skip and not config.data.classes:
+        raise UsageError("--data.skip needs --data.classes")
     if config.data.boxes and not config.data.boxes.is_file():
         raise UsageError(f"no file {config.data.boxes}")
     config.out.mkdir(parents=True, exist_ok=True)
@@ -362,9 +144,26 @@ def study(config: StudyConfig, common: tuple[str, ...], console: Console) -> Non
     write = partial(write_whole, path, lambda file: file.write_text(in_order(found)))
     write()
     console.print(f"{len(jobs)} runs to make, {len(config.seeds) * len(config.rows) - len(jobs)} are there")
+    with closing(carried_out(jobs, config.jobs, console)) as ended:
+        for i, (job, entry, seconds) in enumerate(ended, 1):
+            if entry:
+                found["runs"][job.folder.name] = entry
+                write()
+            said = f"{entry['status']} {entry.get('error', '')}".strip() if entry else "stopped"
+            for name, scores in (entry or {}).get("retrieval", {}).items():
+                said += f"  rank-1 {name} {scores['rank1']:.2f}"
+            line = f"{i}/{len(jobs)}  {job.folder.name}  {seconds / 60:.1f} min  {said}"
+            console.print(line, highlight=False, soft_wrap=True)
+    console.print(f"results: {path}", soft_wrap=True, highlight=False)
+
+
+def carried_out(
+    jobs: Sequence[Job], at_once: int, console: Console
+) -> Generator[tuple[Job, Run | None, float], None, None]:
+    """Each run as soon as it has ended, with its entry and its seconds; whatever ends this ends the others too."""
     processes, columns = Processes(), (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     shown = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    with shown as progress, ThreadPoolExecutor(config.jobs) as pool:
+    with shown as progress, ThreadPoolExecutor(at_once) as pool:
 
         def run(job: Job) -> tuple[Job, Run | None, float]:
             name, start, task = job.folder.name, time.monotonic(), progress.add_task(job.folder.name)
@@ -373,29 +172,20 @@ def study(config: StudyConfig, common: tuple[str, ...], console: Console) -> Non
             return job, entry, time.monotonic() - start
 
         try:
-            for number, future in enumerate(as_completed([pool.submit(run, job) for job in jobs]), 1):
-                job, entry, seconds = future.result()
-                if entry:
-                    found["runs"][job.folder.name] = entry
-                    write()
-                said = f"{entry['status']} {entry.get('error', '')}".strip() if entry else "stopped"
-                for name, scores in (entry or {}).get("retrieval", {}).items():
-                    said += f"  rank-1 {name} {scores['rank1']:.2f}"
-                line = f"{number}/{len(jobs)}  {job.folder.name}  {seconds / 60:.1f} min  {said}"
-                console.print(line, highlight=False, soft_wrap=True)
+            for future in as_completed([pool.submit(run, job) for job in jobs]):
+                yield future.result()
         except BaseException:
             processes.stop()  # and the pool's end waits for them
             pool.shutdown(cancel_futures=True)
             raise
-    console.print(f"results: {path}", soft_wrap=True, highlight=False)
 
 
 def main(args: Sequence[str]) -> None:
     """Make the study that `args` describe; what follows `--` is for `fastcr.train`."""
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # as a Ctrl-C: trainings save and end
     at = args.index("--") if "--" in args else len(args)
-    with one_line_errors("evidence"):
-        config = parse(StudyConfig, args[:at], prog="python bench/evidence.py", description=__doc__)
+    with one_line_errors("bench/evidence.py"):
+        config = parse(StudyConfig, args[:at], prog=called("bench/evidence.py"), description=__doc__)
         study(config, tuple(args[at + 1 :]), Console(markup=False))
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from fastcr.config import tyro
 from fastcr.errors import UsageError
 from fastcr.runs.checkpoint import write_whole
-from fastcr.runs.command_line import one_line_errors, parse
+from fastcr.runs.command_line import called, one_line_errors, parse
 
 Run = dict[str, Any]
 FROZEN = "frozen"
@@ -206,8 +206,8 @@ class TableConfig:
 
 def main(args: Sequence[str]) -> None:
     """Show the study that `args` name."""
-    with one_line_errors("evidence_table"):
-        config = parse(TableConfig, args, prog="python bench/evidence_table.py", description=__doc__)
+    with one_line_errors("bench/evidence_table.py"):
+        config = parse(TableConfig, args, prog=called("bench/evidence_table.py"), description=__doc__)
         study = read(config.study)
         text = tables(study)
         if config.md:

@@ -1,55 +1,41 @@
-"""`python bench/on_gpu.py --out DIR --minutes 8`: all that a machine with a GPU can tell, in one command.
+"""`python bench/on_gpu.py --out DIR --minutes 8`: test and measure everything on a machine with a GPU, in one command.
 
-In this order: facts of the machine, the kernels' tests compiled for its GPU, the benchmarks of ops, step and loaders,
-a trace, a short training and a search for better launch settings. Needs torch, torchvision, Triton, pytest and
-pytest-benchmark, neither tyro nor an installed fastcr. Each stage is a process of its own, has a share of the minutes
-and is stopped at its end; what a stage does not use goes to the later ones. Every result lies in DIR as soon as it is
-there, summary.json says how each stage ended, log.txt what it printed. Exits with 1 if a stage failed, 2 for a mistake.
+In this order: facts of the machine, the kernels' tests compiled for its GPU, the benchmarks of ops, steps and loaders,
+a trace, a short training and a search for better launch settings. It needs torch, torchvision, Triton, pytest and
+pytest-benchmark, but neither tyro nor an installed fastcr. Each stage runs in a process of its own (the last three in
+`gpu_stages.py`), has a share of the minutes and is stopped when they are over; time that a stage does not use goes to
+the later ones. Results are written to DIR as they come, summary.json says how each stage ended, log.txt holds what it
+printed. Exits with 1 if a stage failed, with 2 for a mistake in the arguments.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import io
 import json
 import math
 import os
-import platform
-import re
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
-
-if TYPE_CHECKING:  # what imports torch is imported by the stages: this process only waits for them
-    from fastcr.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 GRACE = 10.0  # seconds from SIGINT to SIGKILL: pytest writes its report in between
 LEAST = 5.0  # seconds below which a stage is not begun
 SHARES = {"tests": 4, "ops": 4, "steps": 3, "loaders": 2, "trace": 2, "training": 5, "tune": 0}  # tune: what is left
-PACKAGES = (
-    *("torchvision", "numpy", "pillow", "pytest", "pytest-benchmark", "timm"),
-    *("tyro", "tensorboard", "hypothesis", "nvidia-dali-cuda130"),  # may be absent
-)
 KINDS = ("failures", "errors", "skipped")  # of tests, in pytest's report
 NAMED = 20  # of the failures
-EPOCHS, IMAGES, DRAWN = 100, 5994, 256  # the recipe on CUB-200-2011; different pictures, further files are links
-FIRST_STEP = re.compile(r"first step done ([\d.]+) s after the start")  # train() says so
 
 
 class Stage(NamedTuple):
@@ -205,7 +191,7 @@ def summary_table(outcomes: Sequence[Outcome], title: str) -> Table:
 def make_stages(out: Path, scratch: Path, *, rehearse: bool) -> list[Stage]:
     """All stages after the facts, in the order they run in; `rehearse`: their small forms for the CPU."""
     python = [sys.executable, "-u"]
-    inside = [*python, str(Path(__file__).resolve()), "--out", str(out), *["--rehearse"] * rehearse, "--inside"]
+    inside = [*python, str(ROOT / "bench" / "gpu_stages.py"), str(out), *["--rehearse"] * rehearse]
 
     def pytest(junit: Path, few: str, *args: str) -> list[str]:
         command = [*python, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", f"--junitxml={junit}", *args]
@@ -236,207 +222,6 @@ def make_stages(out: Path, scratch: Path, *, rehearse: bool) -> list[Stage]:
     ]
 
 
-def first_line(*command: str) -> str | None:
-    """What a command prints first; None where it cannot."""
-    try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        return None
-
-
-def version(package: str) -> str | None:
-    """Of an installed package."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def write_facts(out: Path, rehearse: bool) -> None:
-    """Write facts.json: the GPU, the driver, versions, the commit."""
-    import torch
-
-    from fastcr.kernels.launch import triton
-
-    gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
-    write(
-        out / "facts.json",
-        {
-            "gpu": gpu and gpu.name,
-            "gpus": torch.cuda.device_count(),
-            "capability": gpu and f"{gpu.major}.{gpu.minor}",
-            "memory_bytes": gpu and gpu.total_memory,
-            "driver": first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-            "cuda": torch.version.cuda,
-            "torch": torch.__version__,
-            "triton": triton and triton.__version__,
-            "commit": first_line("git", "describe", "--always", "--dirty", "--exclude=*"),
-            "threads": torch.get_num_threads(),
-            "cores": len(os.sched_getaffinity(0)),
-            "python": platform.python_version(),
-            "system": platform.platform(),
-            "packages": {name: version(name) for name in PACKAGES},
-            "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "rehearsal": rehearse,
-        },
-    )
-
-
-def recipe(folder: Path, rehearse: bool) -> Config:
-    """The paper's recipe with a batch of 256, ResNet-50 from random weights, on drawn birds written into `folder`.
-
-    As many as CUB-200-2011 has, of the size of its pictures, and without labels, so that nothing is evaluated.
-    """
-    import numpy as np
-
-    from fastcr.config import Config, DataConfig, MocoConfig, ModelConfig, OptimConfig, RunConfig
-    from fastcr.data.synthetic import CLASSES, draw_bird
-
-    folder.mkdir()
-    for i in range(32 if rehearse else IMAGES):
-        path = folder / f"{i:04d}.jpg"
-        if i < DRAWN:
-            picture = draw_bird(CLASSES[i % len(CLASSES)], np.random.default_rng([1, i]))
-            (picture if rehearse else picture.resize((500, 375))).save(path, quality=90)
-        else:
-            os.link(folder / f"{i % DRAWN:04d}.jpg", path)
-    if rehearse:
-        return Config(
-            preset="folder",
-            run=RunConfig(steps=4, log_every=1),
-            data=DataConfig(root=folder, image_size=64, workers=0),
-            model=ModelConfig(backbone="resnet18", last_stage="layer3", weights="none"),
-            optim=OptimConfig(epochs=EPOCHS, batch_size=16),
-            moco=MocoConfig(queue_size=32),
-        )
-    return Config(
-        preset="folder",
-        run=RunConfig(save_minutes=1e6),  # at the end only
-        data=DataConfig(root=folder),
-        model=ModelConfig(weights="none"),
-        optim=OptimConfig(epochs=EPOCHS, batch_size=256),
-    )
-
-
-def trace_steps(out: Path, rehearse: bool) -> None:
-    """Record a few steps of the recipe; phases.json says where their time goes, trace.json.gz is for a viewer."""
-    from fastcr.trace import TRACE, TraceConfig, trace
-
-    (out / TRACE).unlink(missing_ok=True)  # of an earlier run
-    with tempfile.TemporaryDirectory() as scratch:
-        config = TraceConfig(**vars(recipe(Path(scratch) / "photos", rehearse)), steps=2 if rehearse else 5, out=out)
-        trace(config, Console(markup=False, width=132))
-
-
-def training_results(records: Sequence[dict[str, Any]], printed: str) -> dict[str, Any]:
-    """What training.json says of the records in metrics.jsonl and of what `train` printed; None: not reached.
-
-    The steady rate is the median of the records after the first, which holds the compilation.
-    """
-    match, steady = FIRST_STEP.search(printed), records[1:]
-    first = float(match.group(1)) if match else None
-    rate = statistics.median(record["images_per_second"] for record in steady) if steady else None
-    return {
-        "steps": records[-1]["step"] if records else 0,
-        "seconds_to_first_step": first,  # from the start of Python, nothing compiled before
-        "pairs_per_second": rate,
-        "data_wait": statistics.median(record["data_wait"] for record in steady) if steady else None,
-        "extrapolation": {
-            "what": f"seconds to the first step, and {EPOCHS} epochs of {IMAGES} images at the steady rate after it",
-            "seconds": first + EPOCHS * IMAGES / rate if first and rate else None,
-        },
-        "records": list(records),
-    }
-
-
-def train_for(seconds: float, out: Path, rehearse: bool) -> str | None:
-    """Train the recipe for about `seconds` of this process and write training.json; what went wrong, or None.
-
-    The batch is halved until it fits.
-    """
-    import torch
-    import yaml
-
-    from fastcr.errors import UsageError
-    from fastcr.runs.log import read_records
-    from fastcr.runs.machine import process_age
-    from fastcr.train import train
-
-    started = process_age()
-    with tempfile.TemporaryDirectory() as scratch:
-        config = recipe(Path(scratch) / "photos", rehearse)
-        # a run answers SIGINT by saving and ending after the step; the grace is for what it saves
-        timer = threading.Timer(max(seconds - process_age() - GRACE, 1), os.kill, (os.getpid(), signal.SIGINT))
-        timer.daemon = True
-        timer.start()
-        fits, problem = False, None
-        while not fits:
-            batch = config.optim.batch_size
-            run = Path(scratch) / f"batch{batch}"
-            console, fits = Console(markup=False, record=True), True
-            try:
-                train(replace(config, run=replace(config.run, dir=run)), console, started=started)
-            except torch.OutOfMemoryError:
-                problem, fits = f"out of GPU memory at a batch of {batch}", batch <= 32
-                print(problem, flush=True)
-            except (SystemExit, KeyboardInterrupt):  # the time is over
-                pass
-            except UsageError as error:
-                problem = str(error)
-            if not fits:
-                problem, started = None, 0.0
-                config = replace(config, optim=replace(config.optim, batch_size=batch // 2))
-                torch.compiler.reset()
-                torch.cuda.empty_cache()
-        timer.cancel()
-        settled, cuda = run / "config.yaml", torch.cuda.is_available()
-        results = {
-            "device": torch.cuda.get_device_name() if cuda else "CPU, a rehearsal",
-            "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else None,
-            "problem": problem,
-            **training_results(read_records(run / "metrics.jsonl"), console.export_text()),
-            "settings": yaml.safe_load(settled.read_text()) if settled.exists() else None,
-        }
-    write(out / "training.json", results)
-    return problem or (None if results["steps"] else "the time was over before the first record")
-
-
-def tune(out: Path, rehearse: bool) -> str | None:
-    """Search launch settings for the rows of 16 bits; tune.json holds what is found so far. Ends with the last row."""
-    import torch
-
-    from bench import tune as search
-    from bench.timing import time_on_gpu
-    from bench.workloads import Workload
-    from fastcr.kernels import settings
-
-    device, rows = torch.device("cuda"), search.chosen_rows("16 bits")
-    timer: Callable[[Sequence[Callable[[], Any]]], float] = lambda calls: time_on_gpu(calls).median  # noqa: E731
-    if rehearse:
-        device, rows = torch.device("cpu"), search.chosen_rows("info_nce: 32 bits")[:1]
-        search.CHOICES["info_nce"] = {name: (value,) for name, value in settings.TABLE["info_nce"][rows[0][1]].items()}
-        search.CHOICES["info_nce"]["num_warps"] = (4, 8)
-
-        def timer(calls: Sequence[Callable[[], Any]]) -> float:
-            start = time.perf_counter()
-            calls[0]()
-            return time.perf_counter() - start
-
-    best = {kernel: dict(table) for kernel, table in settings.TABLE.items()}
-    found: list[dict[str, Any]] = []
-    for kernel, row in rows:
-        sizes = search.workloads(kernel, row)
-        if rehearse:
-            sizes = [Workload("contrast", "training", 3, 100, 24, dtype=torch.float32)]
-        outcome = search.search(kernel, row, sizes, device, timer, lambda: None)
-        best[kernel][row] = outcome.best
-        finite = {name: None for name in ("before", "after") if not math.isfinite(getattr(outcome, name))}
-        found.append({**outcome._asdict(), **finite})
-        write(out / "tune.json", {"rows": found, "table": best})
-        print(f"{kernel}: {row}: {search.shown(outcome.best)}, {outcome.before:.3g} s, now {outcome.after:.3g} s")
-    return None
-
-
 def read_arguments(args: Sequence[str] | None) -> argparse.Namespace:
     """The command line; exits with status 2 for a mistake."""
     parser = argparse.ArgumentParser(
@@ -448,7 +233,6 @@ def read_arguments(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=8.0, metavar="M", help="time for everything (8)")
     parser.add_argument("--only", metavar="STAGE,STAGE", help=f"some of {', '.join(SHARES)} (all)")
     parser.add_argument("--rehearse", action="store_true", help="every stage in its small form, on the CPU")
-    parser.add_argument("--inside", choices=("facts", "trace", "training", "tune"), help=argparse.SUPPRESS)
     given = parser.parse_args(args)
     given.only = given.only.split(",") if given.only else list(SHARES)
     mistake = ""
@@ -475,15 +259,6 @@ def interrupt(number: int, frame: FrameType | None) -> None:
 def main(args: Sequence[str] | None = None) -> None:
     """Command line of this file."""
     began, given = time.monotonic(), read_arguments(args)
-    if given.inside:
-        seconds = float(os.environ["FASTCR_STAGE_SECONDS"])
-        inside: dict[str, Callable[[], str | None]] = {
-            "facts": lambda: write_facts(given.out, given.rehearse),
-            "trace": lambda: trace_steps(given.out, given.rehearse),
-            "training": lambda: train_for(seconds, given.out, given.rehearse),
-            "tune": lambda: tune(given.out, given.rehearse),
-        }
-        raise SystemExit(inside[given.inside]())
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))

@@ -1,8 +1,8 @@
-"""`python -m fastcr.trace --resources`: what each Triton kernel takes of a multiprocessor, without a GPU.
+"""`python bench/resources.py [--every] [--target 90]`: registers, spills, shared memory and occupancy of each kernel.
 
-The ops run on CPU tensors of the usual sizes (`--every`: of all that have settings of their own) while a recorder
-stands in for the launch; each recorded call is then compiled for every target with the types, alignments and settings
-it was made with.
+It needs Triton's compiler and no GPU. The ops run on CPU tensors of the usual sizes (`--every`: of all sizes that have
+launch settings of their own) while a recorder takes the place of the launch; each recorded call is then compiled for
+every target, with the types, alignments and settings it was made with.
 """
 
 from __future__ import annotations
@@ -10,17 +10,22 @@ from __future__ import annotations
 import math
 import re
 import subprocess
+import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from rich.console import Console
 from rich.table import Table
 
+from fastcr.config import tyro
 from fastcr.errors import UsageError
 from fastcr.kernels import info_nce, launch, rationale_fit, rationale_pool, two_views  # noqa: F401  (they register ops)
+from fastcr.runs.command_line import called, one_line_errors, parse
 
 BATCH, CHANNELS, QUEUE = 256, 2048, 65536  # ResNet-50
 TENSOR_CORE = re.compile(r"\b(?:[HIQO]G?MMA|UTC[A-Z]*MMA)\b")  # FP64's DMMA is left out
@@ -142,7 +147,7 @@ def run_op(sizes: Sizes) -> None:
     gradient = torch.zeros(batch, CHANNELS)
     pooled, attention, winners = ops.rationale_pool(features, detectors, bias, 0.4)
     ops.rationale_pool_backward(pooled, attention, features, detectors, attention, winners, 0.4)
-    loss, *maps = ops.rationale_fit(features, gradient, detectors, bias, 0.4, sizes.target, "score", 0.0, True)
+    loss, *maps = ops.rationale_fit(features, gradient, detectors, bias, 0.4, sizes.target, "match", 0.0, True)
     for write_features in (True, False):
         ops.rationale_fit_backward(loss, features, gradient, detectors, *maps, 0.4, 0.0, write_features)
 
@@ -207,5 +212,27 @@ def resources_table(rows: Sequence[Resources]) -> Table:
         table.add_column(name, justify="left" if name in ("kernel", "shape") else "right", no_wrap=True)
     for row in rows:
         cells = map(str, (*row[:6], f"{row.shared / 1024:.1f}", row.tensor_core, f"{row.occupancy:.0%}"))
-        table.add_row(*cells, end_section=row.target == rows[-1].target)
+        table.add_row(*cells, end_section=row.target == rows[-1].target != rows[0].target)
     return table
+
+
+@dataclass(frozen=True)
+class ResourcesConfig:
+    """What to compile."""
+
+    every: tyro.conf.UseCounterAction[int] = 0
+    """Compile for every row of the launch settings and every dtype, not only for the usual sizes; minutes a target."""
+    target: tuple[int, ...] = ()
+    """Compute capabilities to compile for, 90 for 9.0. Default: all that the installed Triton compiles for."""
+
+
+def main(args: Sequence[str]) -> None:
+    """Print the resources of the kernels for the sizes and targets that `args` name."""
+    with one_line_errors("bench/resources.py"):
+        config = parse(ResourcesConfig, args, prog=called("bench/resources.py"), description=__doc__)
+        table = resources_table(resources(config.target, bool(config.every)))
+        Console(width=max(Console().width, 132)).print(table)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -20,7 +20,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import timing
-from bench.baselines import WAYS, Setting, Trajectory, Way, agrees, follow, make_batches, supervised
+from bench.baselines import WAYS, Setting, Way, supervised
+from bench.same_maths import Trajectory, agrees, follow, make_batches
 from fastcr.data.views import Batch
 from fastcr.method.backbone import build_backbone
 

@@ -1,7 +1,8 @@
-"""`python -m fastcr.tune`: time other launch settings of the kernels on the GPU at hand.
+"""`python bench/tune.py [--only TEXT] [--out FILE]`: look for faster launch settings of the kernels on this GPU.
 
-Every candidate for a row of `kernels/settings.py` runs the op at the sizes of that row. One whose results are not those
-of the fp64 reference, or that does not compile or fit, is out; the rest are timed like the benchmarks.
+Every candidate for a row of `kernels/settings.py` runs the op at the sizes of that row. A candidate that does not
+compile, does not fit or gives other results than the fp64 reference is left out; the rest are timed like the
+benchmarks.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `bench`, when this file is run as a script
+
 from bench.timing import rotation, time_on_gpu
 from bench.workloads import OPS, Workload
 from fastcr.errors import UsageError
 from fastcr.kernels import settings
 from fastcr.kernels.settings import Settings
-from fastcr.runs.command_line import one_line_errors, parse
+from fastcr.runs.command_line import called, one_line_errors, parse
 
 MAP_CHOICES = {"BLOCK_S": (32, 64), "BLOCK_C": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4)}
 CHOICES: dict[str, dict[str, tuple[int, ...]]] = {
@@ -163,11 +166,10 @@ class TuneConfig:
     """Write the whole table with the best settings here, as JSON that TABLE in kernels/settings.py takes as it is."""
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """Command line of `python -m fastcr.tune`."""
-    with one_line_errors("fastcr.tune"):
-        args = sys.argv[1:] if args is None else args
-        config = parse(TuneConfig, args, prog="python -m fastcr.tune", description="Time the kernels' settings.")
+def main(args: Sequence[str]) -> None:
+    """Time the rows that `args` name, print and write the best settings."""
+    with one_line_errors("bench/tune.py"):
+        config = parse(TuneConfig, args, prog=called("bench/tune.py"), description=__doc__)
         rows = chosen_rows(config.only)
         if not torch.cuda.is_available():
             raise UsageError("there is no GPU to time kernels on")
@@ -191,4 +193,4 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -16,55 +16,47 @@ from lightly.transforms import MoCoV2Transform
 from torch import nn
 from torchvision.models import resnet18
 
+from fastcr import RationaleHead
 from fastcr.data.synthetic import CLASSES, draw_bird
-from fastcr.method.rationale import RationaleHead
 
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--steps", type=int, default=20)
+parser.add_argument("--batch-size", type=int, default=16)
+parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+options = parser.parse_args()
+torch.manual_seed(0)
 
-def main() -> None:
-    """Train for `--steps` steps, print both losses, then embed a batch."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args()
-    torch.manual_seed(0)
-    rng = np.random.default_rng(0)
-    birds = [draw_bird(kind, rng) for kind in CLASSES * 4]  # your data set
-    transform = MoCoV2Transform(input_size=96)
+rng = np.random.default_rng(0)
+birds = [draw_bird(kind, rng) for kind in CLASSES * 4]  # your data set
+transform = MoCoV2Transform(input_size=96)
 
-    encoder = nn.Sequential(*list(resnet18().children())[:-3])  # up to layer3: a map of 6x6 at 96 px
-    projection = MoCoProjectionHead(256, 256, 128)
-    head = RationaleHead(256, detectors=32)
-    key_encoder, key_projection = deepcopy(encoder), deepcopy(projection)
-    for module in (key_encoder, key_projection):
-        deactivate_requires_grad(module)
-    criterion = NTXentLoss(temperature=0.2, memory_bank_size=(64, 128))
-    for module in (encoder, projection, head, key_encoder, key_projection, criterion):
-        module.to(options.device)
-    trained = [*encoder.parameters(), *projection.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(trained, lr=5e-4)
+encoder = nn.Sequential(*list(resnet18().children())[:-3])  # up to layer3: [B,3,96,96] to [B,256,6,6]
+projection = MoCoProjectionHead(256, 256, 128)
+head = RationaleHead(256, detectors=32)
+key_encoder, key_projection = deepcopy(encoder), deepcopy(projection)
+deactivate_requires_grad(key_encoder)
+deactivate_requires_grad(key_projection)
+criterion = NTXentLoss(temperature=0.2, memory_bank_size=(64, 128))
+model = nn.ModuleList([encoder, projection, head, key_encoder, key_projection, criterion]).to(options.device)
+optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=5e-4)
 
-    for step in range(options.steps):
-        update_momentum(encoder, key_encoder, m=0.99)
-        update_momentum(projection, key_projection, m=0.99)
-        batch = [transform(birds[i]) for i in torch.randint(len(birds), (options.batch_size,)).tolist()]
-        first, second = (torch.stack(view).to(options.device) for view in zip(*batch, strict=True))
-        features = encoder(first)  # [B,C,H,W]
-        pooled = features.mean((2, 3))  # [B,C]
-        with torch.no_grad():
-            key = key_projection(key_encoder(second).mean((2, 3)))
-        projected = projection(pooled)
-        contrast = criterion(projected, key)
-        fit = head.loss(features, pooled, -(projected * F.normalize(key, dim=1)).sum(1))  # the one new line
-        optimizer.zero_grad()
-        (contrast + fit).backward()
-        optimizer.step()
-        print(f"step {step} contrast {contrast.item():.4f} fit {fit.item():.4f}")
-
+for step in range(options.steps):
+    update_momentum(encoder, key_encoder, m=0.99)
+    update_momentum(projection, key_projection, m=0.99)
+    batch = [transform(birds[i]) for i in torch.randint(len(birds), (options.batch_size,)).tolist()]
+    first, second = (torch.stack(view).to(options.device) for view in zip(*batch, strict=True))
+    features = encoder(first)  # [B,C,H,W]
+    pooled = features.mean((2, 3))  # [B,C]
+    projected = projection(pooled)  # [B,D]
     with torch.no_grad():
-        embedding, attention = head.pool(encoder.eval()(first))
-    print(f"embedding {list(embedding.shape)} attention {list(attention.shape)}")
+        key = F.normalize(key_projection(key_encoder(second).mean((2, 3))), dim=1)
+    contrast = criterion(projected, key)
+    fit = head.loss(features, pooled, projected, key)  # the one new line
+    optimizer.zero_grad()
+    (contrast + fit).backward()
+    optimizer.step()
+    print(f"step {step} contrast {contrast.item():.4f} fit {fit.item():.4f}")
 
-
-if __name__ == "__main__":
-    main()
+with torch.no_grad():
+    embedding, attention = head.pool(encoder.eval()(first))
+print(f"embedding {list(embedding.shape)} attention {list(attention.shape)}")

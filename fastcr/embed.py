@@ -1,7 +1,7 @@
-"""`python -m fastcr.embed RUN|WEIGHTS FOLDER`: embeddings of every image of a root, in files.
+"""`fastcr embed RUN|WEIGHTS FOLDER`: embeddings of every image of a folder, in files.
 
-A command that was killed goes on where it was when it is given again (`embedding_files.py`). The batches are the same
-whatever happens, so on the CPU the files are the same bytes.
+A killed command resumes where it was when it is given again (`embedding_files.py`). The batches are the same whatever
+happens, so on the CPU the files are the same bytes.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ import hashlib
 import os
 import sys
 import time
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -21,167 +22,18 @@ from rich.progress import Progress
 from torch import Tensor
 
 from fastcr.config import DeviceConfig, WorkersConfig, tyro
-from fastcr.data.images import ImageList, Splits
+from fastcr.data.images import ImageList
 from fastcr.data.layouts import read_splits
 from fastcr.data.views import normalise
 from fastcr.errors import UsageError
-from fastcr.measures.embedding_files import Format, Partial, check_unused, put_in_place
+from fastcr.measures.embedding_files import UNREADABLE, Format, Partial, check_unused
 from fastcr.measures.embeddings import BATCH_SIZE, load_crops
 from fastcr.method.encoder import Encoder, find_weights, load
 from fastcr.runs.command_line import called, one_line_errors, parse
 from fastcr.runs.machine import pick_device, pick_workers
 
-
-class Part(NamedTuple):
-    """The images of a split."""
-
-    split: str  # train or test; empty where nothing is set aside
-    images: ImageList
-    prefix: str  # leads from the root to the images' own folder
-    before: int  # images of the splits before it
-
-    def row(self, index: int) -> tuple[str, str, str]:
-        """Path, split and label of image `index` for the table."""
-        label = "" if self.images.labels is None else self.images.classes[self.images.labels[index]]
-        return os.path.join(self.prefix, self.images.files[index]), self.split, label
-
-
-def list_parts(root: Path, splits: Splits) -> list[Part]:
-    """The splits of `root`, training images first."""
-    base = root if root.is_dir() else root.parent
-    named = [("train", splits.train), ("test", splits.test)] if splits.test else [("", splits.train)]
-    parts, before = [], 0
-    for split, images in named:
-        assert images is not None
-        prefix = os.path.relpath(images.root, base)
-        parts.append(Part(split, images, "" if prefix == "." else prefix, before))
-        before += len(images)
-    return parts
-
-
-def list_batches(parts: Sequence[Part]) -> list[tuple[Part, range]]:
-    """Images of each batch: those of evaluation, since the released branch's attention depends on the whole batch."""
-    size = BATCH_SIZE
-    return [
-        (part, range(start, min(start + size, len(part.images))))
-        for part in parts
-        for start in range(0, len(part.images), size)
-    ]
-
-
-def fingerprint(parts: Sequence[Part]) -> str:
-    """Changes when an image comes, goes, changes, or gets another label."""
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        for index in range(len(part.images)):
-            try:
-                stamp = part.images.stamp(index)
-            except OSError:
-                stamp = "missing"
-            digest.update("\0".join((stamp, *part.row(index), "")).encode(errors="surrogateescape"))
-    return digest.hexdigest()
-
-
-Encoded = tuple[dict[str, Tensor], Tensor, list[int]]  # arrays, sizes (height, width), places in the batch
-
-
-def encoded(
-    batches: Iterable[tuple[Tensor, Tensor, list[int]]],
-    encoder: Encoder,
-    *,
-    attention: bool,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Iterator[Encoded]:
-    """The arrays of each batch on the CPU. On CUDA each is fetched while the next is at work."""
-    waiting: tuple[Encoded, torch.cuda.Event | None] | None = None
-    for pixels, sizes, readable in batches:
-        arrays = {}
-        if readable:
-            images = normalise(pixels.to(device, non_blocking=True), torch.float32)
-            mean, rationale, maps = encoder.both(images, dtype)
-            arrays = {"mean": mean} | ({} if rationale is None else {"rationale": rationale})
-            if attention and maps is not None:
-                arrays["attention"] = maps.half()
-            arrays = {name: array.to("cpu", non_blocking=True) for name, array in arrays.items()}
-        fetched = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
-        if waiting:
-            yield _arrived(*waiting)
-        waiting = (arrays, sizes, readable), fetched
-    if waiting:
-        yield _arrived(*waiting)
-
-
-def _arrived(batch: Encoded, fetched: torch.cuda.Event | None) -> Encoded:
-    if fetched:
-        fetched.synchronize()
-    return batch
-
-
-@torch.inference_mode()
-def embed_folder(
-    weights: Path,
-    root: Path,
-    folder: Path,
-    *,
-    format: Format,
-    attention: bool,
-    device: torch.device,
-    workers: int,
-    console: Console,
-) -> None:
-    """Write the embeddings of every image under `root` into `folder`; takes up what a killed run left there.
-
-    Images that cannot be read are named, counted and left out.
-    Raises `UsageError` for files that cannot be used, a finished `folder`, or one begun with other weights or images.
-    """
-    check_unused(folder)
-    encoder = load(weights, device)
-    if attention and encoder.branch is None:
-        raise UsageError(f"{weights} has no rationale branch, so there is no --attention to write")
-    parts = list_parts(root, read_splits(root))
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    key = {
-        "weights": hashlib.sha256(weights.read_bytes()).hexdigest(),
-        "images": fingerprint(parts),
-        "settings": f"--attention {attention}, {dtype}, {BATCH_SIZE} images a batch",
-    }
-    partial, total = Partial(folder / "partial", key), sum(len(part.images) for part in parts)
-    state, began, first = partial.state, time.monotonic(), partial.state.rows
-    if state.batches:
-        console.print(f"going on after {state.rows + state.unreadable:,} of {total:,} images", highlight=False)
-    batches = list_batches(parts)[state.batches :]
-    loader = load_crops(
-        [part.images for part in parts],
-        [[part.before + index for index in indices] for part, indices in batches],
-        image_size=encoder.image_size,
-        workers=workers,
-        pin=device.type == "cuda",
-    )
-    found = encoded(loader, encoder, attention=attention, device=device, dtype=dtype)
-    bar = Progress(console=console, transient=True, disable=not console.is_terminal)
-    with encoder.evaluating(), bar:
-        task = bar.add_task("embedding", total=total, completed=state.rows + state.unreadable)
-        for (part, indices), (arrays, sizes, readable) in zip(batches, found, strict=True):
-            for place in sorted(set(range(len(indices))) - set(readable)):
-                path = part.images.path(indices[place])
-                console.print(f"unreadable image {path!r}: left out", soft_wrap=True, highlight=False)
-            known = zip(readable, sizes.tolist(), strict=True)
-            rows = [(*part.row(indices[place]), width, height) for place, (height, width) in known]
-            partial.add(arrays, rows, len(indices) - len(rows))
-            bar.advance(task, len(indices))
-    partial.commit()
-    if not state.rows:
-        partial.remove()
-        raise UsageError(f"none of the {total} images under {root} can be read")
-    put_in_place(
-        partial, folder, format, encoder.facts | {"weights_sha256": key["weights"], "settings": key["settings"]}
-    )
-    partial.remove()
-    speed = (state.rows - first) / (time.monotonic() - began)
-    left_out = f", {state.unreadable:,} unreadable left out" if state.unreadable else ""
-    console.print(f"{state.rows:,} images embedded{left_out} ({speed:,.0f} images/s)", highlight=False)
-    console.print(f"embeddings: {folder}", soft_wrap=True, highlight=False)
+Crops = tuple[Tensor, Tensor, list[int]]  # pixels and sizes (height, width) of the readable images, and their places
+Encoded = tuple[dict[str, Tensor], Tensor, list[int], torch.cuda.Event | None]  # arrays in place of pixels
 
 
 @dataclass(frozen=True)
@@ -202,22 +54,118 @@ class EmbedConfig:
     run: DeviceConfig = field(default_factory=DeviceConfig)
 
 
+def list_images(root: Path) -> tuple[list[ImageList], list[tuple[str, str, str]], str]:
+    """The splits of `root`, training images first; path, split and label of each image; and a digest of all that.
+
+    The digest changes when an image comes, goes, changes, or gets another label.
+    """
+    base, splits = root if root.is_dir() else root.parent, read_splits(root)
+    named = [("train", splits.train), ("test", splits.test)] if splits.test else [("", splits.train)]
+    parts, rows, digest = list[ImageList](), list[tuple[str, str, str]](), hashlib.blake2b(digest_size=16)
+    for split, images in named:
+        assert images is not None
+        parts.append(images)
+        prefix = os.path.relpath(images.root, base)
+        for index, file in enumerate(images.files):
+            label = "" if images.labels is None else images.classes[images.labels[index]]
+            rows.append((file if prefix == "." else os.path.join(prefix, file), split, label))
+            try:
+                stamp = images.stamp(index)
+            except OSError:
+                stamp = "missing"
+            digest.update("\0".join((stamp, *rows[-1], "")).encode(errors="surrogateescape"))
+    return parts, rows, digest.hexdigest()
+
+
+def encode(batches: Iterable[Crops], encoder: Encoder, dtype: torch.dtype, attention: bool) -> Iterator[Encoded]:
+    """The arrays of each batch on the CPU, by the names of their files; on CUDA they are there after the event."""
+    device = next(encoder.parameters()).device
+    for pixels, sizes, readable in batches:
+        arrays: dict[str, Tensor] = {}
+        if readable:
+            images = normalise(pixels.to(device, non_blocking=True), torch.float32)
+            mean, rationale, maps = encoder.both(images, dtype)
+            maps = maps.half() if attention and maps is not None else None
+            named = {"mean": mean, "rationale": rationale, "attention": maps}
+            arrays = {name: array.to("cpu", non_blocking=True) for name, array in named.items() if array is not None}
+        fetched = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+        yield arrays, sizes, readable, fetched
+
+
+@torch.inference_mode()
+def embed_folder(config: EmbedConfig, console: Console) -> None:
+    """Write the embeddings of every image under `config.folder`; resumes what a killed job left.
+
+    Images that cannot be read are named, counted and left out. `UsageError` for files that cannot be used, a finished
+    `config.out`, or one begun with other weights or images.
+    """
+    weights, device = find_weights(config.source), pick_device(config.run.device)
+    out = config.out or Path(f"{config.folder.resolve().name}-embeddings")
+    check_unused(out)
+    encoder = load(weights, device)
+    if config.attention and encoder.branch is None:
+        raise UsageError(f"{weights} has no rationale branch, so there is no --attention to write")
+    parts, rows, digest = list_images(config.folder)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    key = {
+        "weights": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "images": digest,
+        "settings": f"--attention {config.attention}, {dtype}, {BATCH_SIZE} images a batch",
+    }
+    # the batches of the evaluation, none of two splits: the released branch's attention depends on the whole batch
+    ends, size = [0, *accumulate(map(len, parts))], encoder.image_size
+    starts = [start for part in pairwise(ends) for start in range(*part, BATCH_SIZE)] + [len(rows)]
+    blank = torch.zeros(1, size, size, 3, dtype=torch.uint8), torch.zeros(1, 2), [0]
+    like = next(encode([blank], encoder, dtype, config.attention))[0]  # for the kinds and shapes of the arrays
+    job = Partial(out / "partial", key, like, starts)
+    began, first = time.monotonic(), job.rows
+    if job.images:
+        console.print(f"resuming after {job.images:,} of {len(rows):,} images", highlight=False)
+    batches = [list(range(*batch)) for batch in pairwise(starts) if batch[0] >= job.images]
+    workers = pick_workers(config.data.workers)
+    crops = load_crops(parts, batches, image_size=size, workers=workers, pin=device.type == "cuda")
+    fill(job, parts, batches, encode(crops, encoder, dtype, config.attention), console)
+    if not job.rows:
+        job.remove()
+        raise UsageError(f"none of the {len(rows)} images under {config.folder} can be read")
+    facts = encoder.facts | {"weights_sha256": key["weights"], "settings": key["settings"]}
+    job.finish(out, config.format, facts, rows)
+    speed = (job.rows - first) / (time.monotonic() - began)
+    left_out = f", {len(rows) - job.rows:,} unreadable left out" if job.rows < len(rows) else ""
+    console.print(f"{job.rows:,} images embedded{left_out} ({speed:,.0f} images/s)", highlight=False)
+    console.print(f"embeddings: {out}", soft_wrap=True, highlight=False)
+
+
+def fill(
+    job: Partial, parts: list[ImageList], batches: list[list[int]], found: Iterable[Encoded], console: Console
+) -> None:
+    """Add what was `found` of each batch to the job, and name the images that cannot be read."""
+    ends = [0, *accumulate(map(len, parts))]
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("embedding", total=ends[-1], completed=job.images)
+        # in pairs, so that the next batch is at work while this one is fetched and written
+        for batch, (ready, _) in zip(batches, pairwise(chain(found, [None])), strict=True):
+            assert ready is not None
+            arrays, sizes, readable, fetched = ready
+            if fetched:
+                fetched.synchronize()
+            for image in sorted(set(batch) - {batch[place] for place in readable}):
+                part = bisect_right(ends, image) - 1
+                path = parts[part].path(image - ends[part])
+                console.print(f"unreadable image {path!r}: left out", soft_wrap=True, highlight=False)
+            all_sizes = torch.full((len(batch), 2), UNREADABLE)
+            all_sizes[readable] = sizes
+            job.add(arrays, all_sizes)
+            bar.advance(task, len(batch))
+    job.commit()
+
+
 def main(args: Sequence[str] | None = None) -> None:
-    """Command line of `python -m fastcr.embed`."""
+    """Command line of `fastcr embed`."""
+    args, about = sys.argv[1:] if args is None else args, "Embeddings of every image of a folder, in files."
     with one_line_errors("embed"):
-        config = parse(
-            EmbedConfig,
-            sys.argv[1:] if args is None else args,
-            prog=called("embed"),
-            description="Embeddings of every image of a folder, in files.",
-        )
-        embed_folder(
-            find_weights(config.source),
-            config.folder,
-            config.out or Path(f"{config.folder.resolve().name}-embeddings"),
-            format=config.format,
-            attention=config.attention,
-            device=pick_device(config.run.device),
-            workers=pick_workers(config.data.workers),
-            console=Console(markup=False),
-        )
+        embed_folder(parse(EmbedConfig, args, prog=called("embed"), description=about), Console(markup=False))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""`python -m fastcr.export RUN|WEIGHTS --format safetensors|torch|onnx|hub`: a trained encoder for other tools.
+"""`fastcr export RUN|WEIGHTS --format safetensors|torch|onnx|hub`: a trained encoder for other tools.
 
 safetensors  torchvision's or timm's names for the backbone, `branch.*` for the branch
 torch        a graph for `torch.export.load`, any batch; the facts in its extra file `fastcr.json`
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from fastcr import __version__
 from fastcr.config import Config, tyro
-from fastcr.errors import UsageError
+from fastcr.errors import UsageError, one_line
 from fastcr.measures.results import results_table
 from fastcr.method.encoder import Encoder, find_weights, load
 from fastcr.runs.checkpoint import save_weights, write_whole
@@ -83,17 +83,16 @@ def graph_of(encoder: Encoder) -> torch.export.ExportedProgram:
     encoder.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload,unused-ignore]  # else a warning for each weight
     images = torch.zeros(2, 3, encoder.image_size, encoder.image_size)
     batch = {"images": {0: torch.export.Dim("batch")}}
-    with _one_line(encoder):
+    with _exporting(encoder):
         return torch.export.export(_Graph(encoder).eval(), (images,), dynamic_shapes=batch)
 
 
 @contextlib.contextmanager
-def _one_line(encoder: Encoder) -> Iterator[None]:
+def _exporting(encoder: Encoder) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # a model of timm may do what has no place in a graph; the exporters say so at length
-        reason = " ".join(str(error).split())[:200]
-        raise UsageError(f"{encoder.facts['backbone']} cannot be made a graph: {reason}") from None
+        raise UsageError(f"{encoder.facts['backbone']} cannot be made a graph: {one_line(error)}") from None
 
 
 def write_torch(encoder: Encoder, out: Path) -> None:
@@ -111,7 +110,7 @@ def write_onnx(encoder: Encoder, out: Path) -> None:
     except ImportError:
         raise UsageError('--format onnx needs onnx and onnxscript: pip install "fastcr[onnx]"') from None
     graph, outputs = graph_of(encoder), ["embedding", "attention"]
-    with _one_line(encoder):
+    with _exporting(encoder):
         program = torch.onnx.export(
             graph, dynamo=True, opset_version=OPSET, verbose=False, input_names=["images"], output_names=outputs
         )
@@ -128,7 +127,7 @@ def write_hub(encoder: Encoder, out: Path, run: Path | None, repo: str | None) -
     config = load_config(run / "config.yaml") if run and (run / "config.yaml").is_file() else None
     training = training_settings(config) if config else None
     about = {"library_name": "fastcr", "fastcr_version": __version__, "facts": encoder.facts, "training": training}
-    card = model_card(encoder, training, results_section(run), repo)
+    card = model_card(encoder, training, read_results(run), repo)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         folder = Path(scratch) / out.name
         folder.mkdir()
@@ -150,75 +149,51 @@ def training_settings(config: Config) -> dict[str, Any]:
     return {"preset": config.preset, "data": data, **settings, "run": run}
 
 
-def results_section(run: Path | None) -> str:
-    """The results of a run as Markdown, the frozen initialisation beside. `UsageError` if results.json is broken."""
+def read_results(run: Path | None) -> dict[str, Any] | None:
+    """The results of a run for the model card, if it has any. `UsageError` if results.json is broken."""
     file = run / "results.json" if run else None
     if file is None or not file.is_file():
-        return "Nothing was measured.\n"
+        return None
     try:
         results = json.loads(file.read_text())
         table, folder = results_table(results), Path(results["folder"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{file} is broken: it does not hold results ({error!r})") from None
-    name = folder.parent.name if folder.name in ("train", "test", "images") else folder.name
-    heads = [str(column.header).replace("\n", ", ") for column in table.columns]
-    rows = zip(*(map(str, column.cells) for column in table.columns), strict=True)
-    rules = [":--", *["--:"] * (len(heads) - 1)]
-    lines = "\n".join(f"| {' | '.join(row)} |" for row in (heads, rules, *rows))
-    beside = " The frozen init is the encoder before this training." * ("frozen_init" in results)
-    return f"{name}: {table.title}.{beside}\n\n{lines}\n"
-
-
-def model_card(encoder: Encoder, training: dict[str, Any] | None, results: str, repo: str | None) -> str:
-    """The README.md of a Hub repository: front matter, use, training, results, limitations."""
-    front = {
-        "library_name": "fastcr",
-        "license": "apache-2.0",
-        "pipeline_tag": "image-feature-extraction",
-        "tags": ["fastcr", "self-supervised-learning", "contrastive-learning", "fine-grained"],
+    return {
+        "name": folder.parent.name if folder.name in ("train", "test", "images") else folder.name,
+        "title": table.title,
+        "frozen": "frozen_init" in results,
+        "heads": [str(column.header).replace("\n", ", ") for column in table.columns],
+        "rows": list(zip(*(column.cells for column in table.columns), strict=True)),
     }
+
+
+def model_card(
+    encoder: Encoder, training: dict[str, Any] | None, results: dict[str, Any] | None, repo: str | None
+) -> str:
+    """The README.md of a Hub repository: front matter, use, training, results, limitations."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    tags = ["fastcr", "self-supervised-learning", "contrastive-learning", "fine-grained"]
+    front = ModelCardData(
+        library_name="fastcr", license="apache-2.0", pipeline_tag="image-feature-extraction", tags=tags
+    )
     facts, side = encoder.facts, encoder.image_size
     embedding, attention = (list(each.shape) for each in encoder(torch.zeros(1, 3, side, side)))
-    branch = f"a rationale branch of {facts['detectors']} detectors" if encoder.branch else "no rationale branch"
-    where = f'snapshot_download("{repo}")' if repo else '"path/to/this/folder"'
-    imports = "import fastcr\n" + "from huggingface_hub import snapshot_download\n" * bool(repo)
-    trained = "The settings of its training were not kept.\n"
-    if training:
-        settings = yaml.safe_dump(training, sort_keys=False)
-        trained = f"Trained without labels on {training['data']['root']}.\n\n```yaml\n{settings}```\n"
-    depends = (
-        "- The attention is scaled over the whole batch, as in the authors' released code: the embedding of an image "
-        "depends on the images beside it.\n"
-    ) * (facts["attention"] == "batch-minmax")
-    return f"""---
-{yaml.safe_dump(front, sort_keys=False)}---
-
-# Image encoder trained with fastcr
-
-{facts["backbone"]} up to {facts["last_stage"]} with {branch}, for pictures of {side} px: common rationales,
-[arXiv 2303.01669](https://arxiv.org/abs/2303.01669), as implemented by fastcr {__version__}.
-
-## Use
-
-```python
-{imports}from PIL import Image
-
-encoder = fastcr.load({where})
-picture = Image.open("picture.jpg")
-embedding, attention = encoder(encoder.transform(picture)[None])  # {embedding} of unit length, {attention}
-```
-
-## Training
-
-{trained}
-## Results
-
-{results}
-## Limitations
-
-- Meant for comparing pictures like those it was trained on; what it does with others has not been measured.
-- The attention says which places the embedding was pooled from. It is no segmentation of the object.
-{depends}"""
+    card = ModelCard.from_template(
+        front,
+        template_path=str(Path(__file__).with_name("model_card.md.jinja")),
+        facts=facts,
+        branch=f"a rationale branch of {facts['detectors']} detectors" if encoder.branch else "no rationale branch",
+        embedding=embedding,
+        attention=attention,
+        training=training,
+        settings=yaml.safe_dump(training, sort_keys=False),
+        results=results,
+        repo=repo,
+        version=__version__,
+    )
+    return f"{card}\n"
 
 
 def push(folder: Path, repo: str) -> str:
@@ -233,20 +208,18 @@ def push(folder: Path, repo: str) -> str:
         address = str(api.create_repo(repo, exist_ok=True))
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"Exported by fastcr {__version__}")
     except Exception as error:  # the client's, its HTTP library's and the system's have nothing in common
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UsageError(
-            f"{folder} is written, but not pushed to {repo}: {reason}; later: hf upload {repo} {folder}"
-        ) from None
+        later = f"later: hf upload {repo} {folder}"
+        raise UsageError(f"{folder} is written, but not pushed to {repo}: {one_line(error)}; {later}") from None
     return address
 
 
-def check_token() -> None:
-    """`UsageError` without huggingface_hub or without the user's token."""
+def check_hub(push: bool) -> None:
+    """`UsageError` without huggingface_hub, or to `push` without the user's token."""
     try:
         from huggingface_hub import get_token
     except ImportError:
-        raise UsageError('--push needs huggingface_hub: pip install "fastcr[hub]"') from None
-    if not get_token():
+        raise UsageError('--format hub needs huggingface_hub: pip install "fastcr[hub]"') from None
+    if push and not get_token():
         raise UsageError("--push needs your Hugging Face token: run hf auth login, or set HF_TOKEN")
 
 
@@ -262,7 +235,7 @@ def destination(config: ExportConfig, weights: Path) -> Path:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Command line of `python -m fastcr.export`."""
+    """Command line of `fastcr export`."""
     console = Console(markup=False)
     say = partial(console.print, soft_wrap=True, highlight=False)
     with one_line_errors("export"):
@@ -274,8 +247,8 @@ def main(args: Sequence[str] | None = None) -> None:
         )
         if config.push and config.format != "hub":
             raise UsageError("--push goes with --format hub")
-        if config.push:
-            check_token()
+        if config.format == "hub":
+            check_hub(push=bool(config.push))
         weights = find_weights(config.source)
         out, encoder = destination(config, weights), load(weights)
         out.parent.mkdir(parents=True, exist_ok=True)

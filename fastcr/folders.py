@@ -6,41 +6,41 @@ import io
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from fastcr.config import tyro
 from fastcr.data.images import ImageList
 from fastcr.data.layouts import read_splits
-from fastcr.data.shards import find_shards, list_samples, read_index, with_progress, write_index
+from fastcr.data.shards import find_shards, list_samples, read_index, write_index
 from fastcr.errors import UsageError
 from fastcr.runs.command_line import called, one_line_errors, parse
+from fastcr.runs.log import progress
 from fastcr.runs.machine import pick_workers
 
-CHUNK = 32  # images a task
 FEWEST = 5  # classes named
 
 
 class Facts(NamedTuple):
-    """Of one image."""
+    """What is found out about one image."""
 
-    kind: str = ""  # format, mode and what else decides how it is decoded; of a broken image none of these
+    kind: str = ""  # format, mode and what else decides how it is decoded; empty for a broken image
     width: int = 0  # pixels
     height: int = 0
     error: str | None = None  # why it cannot be used
 
 
 def examine(images: ImageList, index: int) -> Facts:
-    """Decode image `index` whole, by the rule training goes by."""
+    """Decode image `index` whole, as training does."""
     try:
         images.rgb(index)
     except OSError as error:
@@ -52,11 +52,9 @@ def examine(images: ImageList, index: int) -> Facts:
 
 def examine_all(images: ImageList, title: str, console: Console) -> list[Facts]:
     """Facts of every image, in order; decoded by as many threads as there are cores."""
-    chunks = [range(start, min(start + CHUNK, len(images))) for start in range(0, len(images), CHUNK)]
     with ThreadPoolExecutor(max(pick_workers(None), 1)) as threads:
-        done = threads.map(lambda chunk: [examine(images, index) for index in chunk], chunks)
-        bar = track(done, title, total=len(chunks), console=console, transient=True, disable=not console.is_terminal)
-        return [facts for chunk in bar for facts in chunk]
+        done = threads.map(partial(examine, images), range(len(images)))
+        return list(progress(done, title, len(images), console))
 
 
 def _spread(values: Sequence[float], digits: int = 0) -> str:
@@ -66,6 +64,20 @@ def _spread(values: Sequence[float], digits: int = 0) -> str:
     return " / ".join(f"{value:,.{digits}f}" for value in (min(values), float(np.median(values)), max(values)))
 
 
+def summary(images: ImageList, facts: list[Facts]) -> dict[str, str]:
+    """What the first table says of a split."""
+    good, counts = [fact for fact in facts if not fact.error], Counter(images.labels)
+    return {
+        "images": f"{len(images):,}",
+        "broken": f"{len(images) - len(good):,}",
+        "classes": f"{len(images.classes):,}" if images.labels else "no labels",
+        "images a class": _spread([counts[label] for label in range(len(images.classes))]),
+        "width, px": _spread([fact.width for fact in good]),
+        "height, px": _spread([fact.height for fact in good]),
+        "megapixels": _spread([fact.width * fact.height / 1e6 for fact in good], 2),
+    }
+
+
 def _decoding(kind: str) -> str:
     """How the loaders decode images of this kind."""
     if not kind.startswith(("JPEG RGB", "JPEG L")):
@@ -73,56 +85,36 @@ def _decoding(kind: str) -> str:
     return "fast, but not by a GPU's JPEG engine" if "progressive" in kind else "fast"
 
 
-def print_report(parts: dict[str, tuple[ImageList, list[Facts]]], console: Console) -> None:
-    """Tables of the splits and of the kinds of images; the classes with fewest images."""
-    rows: dict[str, list[str]] = {}
-    counts = {}
-    for name, (images, facts) in parts.items():
-        good = [fact for fact in facts if not fact.error]
-        counts[name] = Counter(images.labels)
-        per_class = [counts[name][label] for label in range(len(images.classes))]
-        for row, value in {
-            "images": f"{len(images):,}",
-            "broken": f"{len(images) - len(good):,}",
-            "classes": f"{len(images.classes):,}" if images.labels else "no labels",
-            "images a class": _spread(per_class),
-            "width, px": _spread([fact.width for fact in good]),
-            "height, px": _spread([fact.height for fact in good]),
-            "megapixels": _spread([fact.width * fact.height / 1e6 for fact in good], 2),
-        }.items():
-            rows.setdefault(row, []).append(value)
-    table = Table(title="minimum / median / maximum", title_style="dim")
-    for name in ("", *parts):
-        table.add_column(name, justify="right" if name else "left")
-    for row, values in rows.items():
-        table.add_row(row, *values)
-    console.print(table)
+def print_report(parts: dict[str, tuple[ImageList, list[Facts]]], console: Console, classes: bool) -> None:
+    """Tables of the splits, of the kinds of images, and of all `classes`; the classes with fewest images."""
 
-    table = Table(title="kinds of images", title_style="dim")
-    for name in ("", *parts, "decoding"):
-        table.add_column(name, justify="right" if name in parts else "left")
-    kinds = {name: Counter(fact.kind for fact in facts if not fact.error) for name, (_, facts) in parts.items()}
-    for kind in sorted(set().union(*kinds.values())):
-        table.add_row(kind, *(f"{kinds[name][kind]:,}" for name in parts), _decoding(kind))
-    if table.row_count:
-        console.print(table)
+    def show(title: str | None, first: str, rows: Iterable[Sequence[str]], *last: str) -> None:
+        table = Table(title=title, title_style="dim")
+        for name in (first, *parts, *last):
+            table.add_column(name, justify="right" if name in parts else "left")
+        for row in rows:
+            table.add_row(*row)
+        if table.row_count:
+            console.print(table)
 
+    columns = [summary(*part) for part in parts.values()]
+    show("minimum / median / maximum", "", ([row, *(column[row] for column in columns)] for row in columns[0]))
+
+    kinds = [Counter(fact.kind for fact in facts if not fact.error) for _, facts in parts.values()]
+    every = sorted(set[str]().union(*kinds))
+    rows = [[kind, *(f"{counted[kind]:,}" for counted in kinds), _decoding(kind)] for kind in every]
+    show("kinds of images", "", rows, "decoding")
+
+    counts = {name: Counter(images.labels) for name, (images, _) in parts.items()}
     for name, (images, _) in parts.items():
         fewest = sorted(range(len(images.classes)), key=lambda label: counts[name][label])[:FEWEST]
         if fewest:
-            named = ", ".join(f"{images.classes[label]} ({counts[name][label]})" for label in fewest)
-            console.print(f"fewest images in {name}: {named}")
-
-
-def print_classes(parts: dict[str, ImageList], console: Console) -> None:
-    """How many images each class has."""
-    table = Table("class")
-    for name in parts:
-        table.add_column(name, justify="right")
-    counts = [Counter(images.labels) for images in parts.values()]
-    for label, name in enumerate(parts["train"].classes or next(reversed(parts.values())).classes):
-        table.add_row(name, *(f"{count[label]:,}" for count in counts))
-    console.print(table)
+            said = ", ".join(f"{images.classes[label]} ({counts[name][label]})" for label in fewest)
+            console.print(f"fewest images in {name}: {said}")
+    if classes:
+        names = next((images.classes for images, _ in parts.values() if images.classes), ())
+        rows = [[name, *(f"{count[label]:,}" for count in counts.values())] for label, name in enumerate(names)]
+        show(None, "class", rows)
 
 
 @dataclass(frozen=True)
@@ -130,42 +122,37 @@ class CheckConfig:
     """Settings of a check."""
 
     root: tyro.conf.Positional[Path]
-    """What --data.root of the training takes; see the README."""
+    """What --data.root of the training takes; docs/data.md lists the layouts."""
     index: tyro.conf.UseCounterAction[int] = 0
-    """Write an index beside each tar shard that has none of today, and do no more."""
+    """Write an index beside each tar shard that lacks a current one, and do no more."""
     classes: tyro.conf.UseCounterAction[int] = 0
     """List every class with its number of images."""
 
 
 def check(root: Path, console: Console, *, classes: bool = False) -> int:
     """Print what `root` holds and every broken image; returns how many are broken."""
-    splits = read_splits(root)
-    start = time.perf_counter()
-    parts = {
-        name: (images, examine_all(images, f"decoding, {name}", console))
-        for name, images in (("train", splits.train), ("test", splits.test))
-        if images is not None
-    }
+    start, splits = time.perf_counter(), read_splits(root)
+    named = {name: images for name, images in (("train", splits.train), ("test", splits.test)) if images is not None}
+    parts = {name: (images, examine_all(images, f"decoding, {name}", console)) for name, images in named.items()}
     seconds = time.perf_counter() - start
-    print_report(parts, console)
-    if classes:
-        print_classes({name: images for name, (images, _) in parts.items()}, console)
-    errors = [fact.error for _, facts in parts.values() for fact in facts if fact.error]
-    for error in errors:
-        console.print(f"broken: {error}", soft_wrap=True)
-    total = sum(len(facts) for _, facts in parts.values())
-    verdict = f"{len(errors):,} of {total:,} images are broken" if errors else f"all {total:,} images are whole"
+    print_report(parts, console, classes)
+    facts = [fact for _, found in parts.values() for fact in found]
+    broken = [fact for fact in facts if fact.error]
+    for fact in broken:
+        console.print(f"broken: {fact.error}", soft_wrap=True)
+    total = len(facts)
+    verdict = f"{len(broken):,} of {total:,} images are broken" if broken else f"all {total:,} images are whole"
     console.print(f"{verdict} ({seconds:.1f} s, {total / seconds:,.0f} images/s)")
-    return len(errors)
+    return len(broken)
 
 
 def write_indexes(root: Path) -> int:
-    """Write the index of every shard in `root` that has none, or one of another day; returns how many."""
+    """Write the index of every shard in `root` that has none, or an old one; returns how many."""
     shards = [shard for part in find_shards(root) for shard in part]
     if not shards:
         raise UsageError(f"no tar shards in {root}, so there is nothing to index")
     lacking = [shard for shard in shards if read_index(shard) is None]
-    for shard in with_progress(lacking, "listing shards"):
+    for shard in progress(lacking, "listing shards"):
         write_index(shard, list_samples(shard))
     return len(lacking)
 

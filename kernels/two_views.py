@@ -51,10 +51,10 @@ def _blur(x: Tensor, sigma: float, window: int) -> Tensor:
     return F.conv2d(F.conv2d(padded, weights[None, None, None]), weights[None, None, :, None])[:, 0]
 
 
-def _view(image: Tensor, row: Sequence[float], size: int) -> Tensor:
-    """One view `[3,S,S]` of an image `[H,W,3]` in [0, 1]."""
+def _view(image: Tensor, row: Sequence[float], size: int, compute: torch.dtype) -> Tensor:
+    """One view `[3,S,S]` in [0, 1] of an image `[H,W,3]` in uint8."""
     top, left, height, width = (int(value) for value in row[:4])
-    x = image[top : top + height, left : left + width].permute(2, 0, 1)
+    x = image[top : top + height, left : left + width].permute(2, 0, 1).to(compute).div_(255)
     x = F.interpolate(x[None], (size, size), mode="bilinear", antialias=True)[0]
     for which in map(int, row[4:8]):
         x = jitter_reference(x, which, row[8 + which])
@@ -83,8 +83,8 @@ def two_views_reference(
     for b, (start, width, rows) in enumerate(zip(starts.tolist(), widths.tolist(), table.tolist(), strict=True)):
         for v, row in enumerate(rows):
             height = int(row[0] + row[2])  # what lies below the crop does not matter
-            image = pixels[start : start + 3 * height * width].view(height, width, 3).to(compute) / 255
-            out[v, b] = (_view(image, row, size) - shift) / scale
+            image = pixels[start : start + 3 * height * width].view(height, width, 3)
+            out[v, b] = (_view(image, row, size, compute) - shift) / scale
     return out
 
 

@@ -1,10 +1,10 @@
 """Embeddings in files: the numbers evaluation computes, each row the image the table names; kills cost nothing."""
 
 import csv
+import errno
 import io
 import json
 import os
-import runpy
 import shutil
 import signal
 import subprocess
@@ -20,31 +20,19 @@ from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from fastcr import embed as embed_folder
-from fastcr.config import ModelConfig, RationaleConfig, ReleasedConfig
+import fastcr
+from fastcr import embed as command
+from fastcr.config import RationaleConfig
 from fastcr.data.images import ImageList
 from fastcr.data.layouts import read_splits
 from fastcr.measures import embedding_files
-from fastcr.measures import embeddings as embedding
 from fastcr.measures.embedding_files import Partial
-from fastcr.measures.embeddings import embed, encode
-from fastcr.method.backbone import build_backbone
-from fastcr.method.encoder import build_branch, load_encoder, weights_facts, weights_of
-from fastcr.runs.checkpoint import save_weights, write_whole
+from fastcr.measures.embeddings import Embeddings, embed
+from fastcr.runs.checkpoint import write_whole
+from tests.shared import write_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = ("--run.device", "cpu", "--data.workers", "0")
-
-
-def write_weights(file: Path, *, enabled: bool = True, released: bool = False, seed: int = 0) -> Path:
-    torch.manual_seed(seed)
-    model = ModelConfig(backbone="resnet18", last_stage="layer3")
-    rationale = RationaleConfig(enabled=enabled, detectors=4)
-    backbone, channels = build_backbone(model.backbone, model.last_stage)
-    variant = ReleasedConfig(enabled=released)
-    branch = build_branch(channels, rationale, variant)
-    save_weights(file, weights_of(backbone, branch), weights_facts(model, rationale, variant, 32))
-    return file
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +42,12 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def batches_of_8(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedding, "BATCH_SIZE", 8)
+    monkeypatch.setattr(command, "BATCH_SIZE", 8)
     monkeypatch.setattr(embedding_files, "COMMIT_SECONDS", 0.0)
 
 
 def run(*args: object) -> None:
-    embed_folder.main([*map(str, args), *CPU])
+    command.main([*map(str, args), *CPU])
 
 
 def fails(capsys: pytest.CaptureFixture[str], *args: object) -> str:
@@ -82,11 +70,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {entry.name: entry.read_bytes() for entry in folder.iterdir()}
 
 
-def computed(weights: Path, images: ImageList) -> embedding.Embeddings:
-    backbone, branch, facts = load_encoder(weights, torch.device("cpu"))
+def computed(weights: Path, images: ImageList) -> Embeddings:
     console = Console(file=io.StringIO())
-    how = {"image_size": facts["image_size"], "device": torch.device("cpu"), "workers": 0}
-    return embed(backbone, branch, images, **how, console=console, title="")
+    return embed(fastcr.load(weights), images, device=torch.device("cpu"), workers=0, console=console, title="")
 
 
 class Killed(BaseException):
@@ -99,7 +85,7 @@ def killed_after_5_batches(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.M
     add = Partial.add
 
     def until(partial: Partial, *args: object) -> None:
-        if partial.state.batches == 5:
+        if partial.images == 40:
             monkeypatch.setattr(partial, "commit", lambda: None)
             add(partial, *args)
             raise Killed
@@ -118,6 +104,7 @@ def test_rows_are_what_evaluation_computes_of_the_images_the_table_names(
     run(weights, birds, "--out", tmp_path / "out", "--attention", "True")
     assert "96 images embedded (" in capsys.readouterr().out
     assert contents(tmp_path / "out").keys() == {"embeddings.safetensors", "images.csv"}
+    assert len({file.stat().st_mode for file in (tmp_path / "out").iterdir()}) == 1  # not the owner's alone
     found, rows, first = load_file(tmp_path / "out" / "embeddings.safetensors"), table(tmp_path / "out"), 0
     assert (found["attention"].shape, found["attention"].dtype) == ((96, 2, 2), torch.float16)
     for split, images in (("train", read_splits(birds).train), ("test", read_splits(birds).test)):
@@ -145,7 +132,7 @@ def test_numpy_files_hold_the_same_and_so_do_those_of_worker_processes(
     monkeypatch.chdir(tmp_path)
     run(weights, birds, "--attention", "True")
     more = ["--out", str(tmp_path / "npy"), "--format", "npy", "--attention", "True", "--data.workers", "2"]
-    embed_folder.main([str(weights), str(birds), "--run.device", "cpu", *more])
+    command.main([str(weights), str(birds), "--run.device", "cpu", *more])
     expected = load_file(tmp_path / f"{birds.name}-embeddings" / "embeddings.safetensors")  # the default of --out
     assert contents(tmp_path / "npy").keys() == {f"{name}.npy" for name in expected} | {"images.csv"}
     for name, array in expected.items():
@@ -157,7 +144,7 @@ def test_numpy_files_hold_the_same_and_so_do_those_of_worker_processes(
 def test_without_a_branch_there_is_the_mean_alone(
     birds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plain = write_weights(tmp_path / "plain.safetensors", enabled=False)
+    plain = write_weights(tmp_path / "plain.safetensors", RationaleConfig(enabled=False))
     run(plain, birds / "test", "--out", tmp_path / "out")
     assert load_file(tmp_path / "out" / "embeddings.safetensors").keys() == {"mean"}
     assert {row["split"] for row in table(tmp_path / "out")} == {""}
@@ -179,7 +166,9 @@ def test_killed_command_goes_on_and_gives_the_same_bytes(
     how = ["--attention", "True", "--format", format]
     with pytest.raises(Killed):
         run(weights, birds, "--out", tmp_path / "out", *how)
-    assert contents(tmp_path / "out" / "partial")["mean.rows"]  # that of the sixth batch too
+    begun = tmp_path / "out" / "partial" / "mean.npy"
+    assert np.load(begun)[40:48].any(axis=1).all()  # the sixth batch too
+    assert begun.stat().st_blocks * 512 >= begun.stat().st_size  # of what is still to come, too
     assert not (tmp_path / "out" / "images.csv").exists()
     killed_after_5_batches.undo()
 
@@ -193,34 +182,50 @@ def test_killed_command_goes_on_and_gives_the_same_bytes(
         patch.setattr(embedding_files, "write_whole", all_but_the_table)
         with pytest.raises(Killed):
             run(weights, birds, "--out", tmp_path / "out", *how)
-    assert "going on after 40 of 96 images" in capsys.readouterr().out
+    assert "resuming after 40 of 96 images" in capsys.readouterr().out
     run(weights, birds, "--out", tmp_path / "out", *how)
-    assert "going on after 96 of 96 images" in capsys.readouterr().out
+    assert "resuming after 96 of 96 images" in capsys.readouterr().out
     run(weights, birds, "--out", tmp_path / "whole", *how)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_kill_by_the_system_costs_nothing_either(weights: Path, birds: Path, tmp_path: Path) -> None:
-    command = f"""
+    code = f"""
 import os, signal
-from fastcr import embed, embed_folder, embedding_files
+from fastcr import embed
+from fastcr.measures import embedding_files
 embed.BATCH_SIZE, embedding_files.COMMIT_SECONDS = 8, 0
 add = embedding_files.Partial.add
 def until(partial, *args):
     add(partial, *args)
-    if partial.state.batches == 3:
+    if partial.images == 24:
         os.kill(os.getpid(), signal.SIGKILL)
 embedding_files.Partial.add = until
-embed_folder.main({[str(weights), str(birds), "--out", str(tmp_path / "out"), *CPU]!r})
+embed.main({[str(weights), str(birds), "--out", str(tmp_path / "out"), *CPU]!r})
 """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (-signal.SIGKILL, "")  # no warning of a library either
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(embedding, "BATCH_SIZE", 8)
+        patch.setattr(command, "BATCH_SIZE", 8)
         run(weights, birds, "--out", tmp_path / "out")
         run(weights, birds, "--out", tmp_path / "whole")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_full_disk_is_noticed_before_any_work(
+    weights: Path, birds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        message = fails(capsys, weights, birds, "--out", tmp_path / "out")
+    assert f"cannot write {tmp_path}/out/partial/mean.npy: No space left on device" in message
+    assert not list((tmp_path / "out").iterdir())
+    run(weights, birds, "--out", tmp_path / "out")
+    assert len(table(tmp_path / "out")) == 96
 
 
 @pytest.mark.parametrize("other", ["weights", "images", "settings"])
@@ -264,19 +269,42 @@ def test_broken_partial_folder_is_refused(
 ) -> None:
     with pytest.raises(Killed):
         run(weights, birds, "--out", tmp_path / "out")
-    os.truncate(tmp_path / "out" / "partial" / "rationale.rows", 1000)
+    os.truncate(tmp_path / "out" / "partial" / "rationale.npy", 1000)
     message = fails(capsys, weights, birds, "--out", tmp_path / "out")
-    assert f"{tmp_path}/out/partial/rationale.rows is broken: remove that folder" in message
-    (tmp_path / "out" / "partial" / "state.json").write_text("[]")
+    assert f"{tmp_path}/out/partial/rationale.npy is broken: remove that folder" in message
+    state = tmp_path / "out" / "partial" / "state.json"
+    for content in ("[]", state.read_text().replace("40", "41"), state.read_text().replace("40", '"40"')):
+        state.write_text(content)
+        assert "state.json is broken" in fails(capsys, weights, birds, "--out", tmp_path / "out")
+
+
+@pytest.mark.usefixtures("batches_of_8")
+def test_a_changed_count_of_images_is_noticed_or_harmless(
+    weights: Path,
+    birds: Path,
+    tmp_path: Path,
+    killed_after_5_batches: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(Killed):
+        run(weights, birds, "--out", tmp_path / "out")
+    killed_after_5_batches.undo()
+    state = tmp_path / "out" / "partial" / "state.json"
+    before = state.read_text()
+    state.write_text(before.replace("40", "64"))
     assert "state.json is broken" in fails(capsys, weights, birds, "--out", tmp_path / "out")
+    state.write_text(before.replace("40", "24"))
+    run(weights, birds, "--out", tmp_path / "out")
+    run(weights, birds, "--out", tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_another_process_at_it_is_noticed(
     weights: Path, birds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "partial").mkdir()
-    command = f"import fcntl; f = open({str(tmp_path / 'partial' / 'lock')!r}, 'w'); fcntl.lockf(f, 2); input(print(1))"
-    with subprocess.Popen([sys.executable, "-c", command], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+    code = f"import fcntl; f = open({str(tmp_path / 'partial' / 'lock')!r}, 'w'); fcntl.lockf(f, 2); input(print(1))"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdin
         assert other.stdout
         other.stdout.read(1)
@@ -374,17 +402,17 @@ def test_mistakes_get_one_line(
     monkeypatch.chdir(tmp_path)
     stands_for = {"ROOT": str(birds), "WEIGHTS": str(weights)}
     with pytest.raises(SystemExit) as stop:
-        embed_folder.main([stands_for.get(each, each) for each in arguments])
+        command.main([stands_for.get(each, each) for each in arguments])
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message.lower() in line.lower()
 
 
 def test_encoder_may_run_in_bf16(weights: Path) -> None:
-    backbone, branch, _ = load_encoder(weights, torch.device("cpu"))
+    encoder = fastcr.load(weights)
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode(), embedding.evaluating(backbone, branch):
-        exact, rounded = encode(backbone, branch, images), encode(backbone, branch, images, torch.bfloat16)
+    with torch.inference_mode():
+        exact, rounded = encoder.both(images), encoder.both(images, torch.bfloat16)
     for a, b in zip(exact, rounded, strict=True):
         assert a is not None
         assert b is not None
@@ -396,16 +424,14 @@ def test_encoder_may_run_in_bf16(weights: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_cuda_gives_nearly_the_same(weights: Path, birds: Path, tmp_path: Path) -> None:
     run(weights, birds, "--out", tmp_path / "cpu")
-    embed_folder.main([str(weights), str(birds), "--out", str(tmp_path / "cuda"), "--run.device", "cuda"])
+    command.main([str(weights), str(birds), "--out", str(tmp_path / "cuda"), "--run.device", "cuda"])
     cpu, cuda = (load_file(tmp_path / name / "embeddings.safetensors") for name in ("cpu", "cuda"))
     for name in ("mean", "rationale"):
         assert (cpu[name] * cuda[name]).sum(1).min() > 0.99
 
 
-@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
-def test_command_works_as_a_module(
-    weights: Path, flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["embed", str(weights), str(flat), "--out", str(tmp_path / "out"), *CPU])
-    runpy.run_module("fastcr.embed", run_name="__main__")
-    assert capsys.readouterr().out.splitlines()[-1] == f"embeddings: {tmp_path}/out"
+def test_command_works_as_a_module(weights: Path, flat: Path, tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "fastcr.embed", str(weights), str(flat), "--out", str(tmp_path / "out"), *CPU]
+    done = subprocess.run(line, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == f"embeddings: {tmp_path}/out"
+    assert done.stderr == ""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ast
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+CODE = sorted(file for file in (ROOT / "fastcr").rglob("*.py") if "kernels" not in file.relative_to(ROOT).parts)
 OPS = sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
 
 
@@ -39,7 +42,7 @@ def test_ops_depend_on_each_other_only(op: str) -> None:
     assert not {name for name in names if name.split(".")[0] == "kernels"}
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "fastcr").rglob("*.py")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", CODE, ids=lambda file: str(file.relative_to(ROOT / "fastcr")))
 def test_the_package_imports_neither_tests_nor_bench_nor_bare_kernels(file: Path) -> None:
     assert not {name for name in imports_of(file) if name.split(".")[0] in ("tests", "bench", "kernels")}
     assert len(file.read_text().splitlines()) <= 300
@@ -52,3 +55,24 @@ def test_another_package_named_kernels_wins_in_a_checkout(tmp_path: Path) -> Non
     path = f"import sys; sys.path.append({str(tmp_path)!r}); "
     output = subprocess.run([sys.executable, "-c", path + code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert output.stdout.split() == ["another", "fastcr.kernels.info_nce"]
+
+
+def test_the_wheel_holds_every_file_of_the_package_once(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools", minversion="77")
+    git = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(git, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("no checkout of git")
+    files = [name for name in listed.stdout.split("\0") if (ROOT / name).is_file() or (ROOT / name).is_symlink()]
+    for name in files:  # a copy, for a build leaves files beside the sources
+        (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, tmp_path / "source" / name, follow_symlinks=False)
+    build = ["-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(tmp_path), "."]
+    subprocess.run([sys.executable, *build], cwd=tmp_path / "source", capture_output=True, check=True)
+    (wheel,) = tmp_path.glob("fastcr-*.whl")
+    found = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
+    package = [name for name in files if name.startswith("fastcr/") and not (ROOT / name).is_symlink()]
+    kernels = [f"fastcr/{name}" for name in files if name.startswith("kernels/") and name.endswith(".py")]
+    assert sorted(found) == sorted(package + kernels)
+    assert "fastcr/py.typed" in found
+    assert all(f"fastcr/{room}/__init__.py" in found for room in ("data", "method", "measures", "runs"))

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,6 +27,17 @@ from fastcr.data.images import ImageList, Splits
 from fastcr.errors import UsageError
 
 Rows = Iterable[tuple[str, str]]  # file, name of its class
+
+
+class Part(NamedTuple):
+    """A split as an archive describes it."""
+
+    table: Path  # the file that lists its images
+    folder: Path  # where they lie
+    rows: Rows
+
+
+Archive = tuple[tuple[str, ...], Part, Part]  # classes; training and test images
 
 
 def read_archive(root: Path) -> Splits | None:
@@ -38,11 +49,12 @@ def read_archive(root: Path) -> Splits | None:
         for base in (root, *(root / home for home in homes)):
             # exists() would take a pipe, and its reader wait for ever
             if any((base / mark).is_file() or (base / mark).is_dir() for mark in marks):
-                return read(base)
+                classes, *parts = read(base)
+                return Splits(*(_split(classes, *part) for part in parts))
     return None
 
 
-def _split(root: Path, rows: Rows, classes: tuple[str, ...], table: Path) -> ImageList:
+def _split(classes: tuple[str, ...], table: Path, root: Path, rows: Rows) -> ImageList:
     """The images that `table` names, below `root`. `UsageError` if some lie elsewhere or nowhere, or in no class."""
     rows, number = sorted(rows), {name: i for i, name in enumerate(classes)}
     if not rows:
@@ -67,36 +79,27 @@ def _lines(file: Path) -> dict[str, str]:
         raise UsageError(f"{file} is missing or is not a table of '<image id> <value>'") from None
 
 
-def _cub(root: Path) -> Splits:
-    files, training, labels = (
-        _lines(root / name) for name in ("images.txt", "train_test_split.txt", "image_class_labels.txt")
-    )
+def _cub(root: Path) -> Archive:
+    names = ("images.txt", "train_test_split.txt", "image_class_labels.txt")
+    files, training, labels = (_lines(root / name) for name in names)
     if not files.keys() == training.keys() == labels.keys():
         raise UsageError(f"images.txt, train_test_split.txt and image_class_labels.txt of {root} list different ids")
-    classes = tuple(sorted({file.split("/")[0] for file in files.values()}))
-
-    def split(flag: str) -> ImageList:
-        rows = [(file, file.split("/")[0]) for id_, file in files.items() if training[id_] == flag]
-        return _split(root / "images", rows, classes, root / "train_test_split.txt")
-
-    return Splits(split("1"), split("0"))
-
-
-def _variable(file: Path, name: str) -> Any:
-    from scipy.io import loadmat
-
-    return loadmat(file, variable_names=[name], squeeze_me=True)[name]
+    rows = {id_: (file, file.split("/")[0]) for id_, file in files.items()}
+    train, test = ([row for id_, row in rows.items() if training[id_] == flag] for flag in "10")
+    table, folder = root / "train_test_split.txt", root / "images"
+    return tuple(sorted({name for _, name in rows.values()})), Part(table, folder, train), Part(table, folder, test)
 
 
 def _matlab(file: Path, name: str, *fields: str) -> Any:
     """Variable `name` of a MATLAB file: an array, of records that have `fields` if any are named."""
     try:
-        import scipy.io  # noqa: F401  # before the process that reads is forked
+        from scipy.io import loadmat
     except ImportError:
         raise UsageError('the tables of Stanford Cars need scipy: pip install "fastcr[archives]"') from None
     try:
         with ProcessPoolExecutor(1, get_context("fork")) as apart:  # broken bytes can crash scipy, and its process
-            values = np.atleast_1d(apart.submit(_variable, file, name).result())
+            found = apart.submit(loadmat, file, variable_names=[name], squeeze_me=True).result()
+        values = np.atleast_1d(found[name])
     except Exception:  # scipy raises whatever the broken bytes lead it to
         raise UsageError(f"{file} is missing or is not the archive's MATLAB file with {name!r}") from None
     if lacking := [field for field in fields if field not in (values.dtype.names or ())]:
@@ -105,29 +108,26 @@ def _matlab(file: Path, name: str, *fields: str) -> Any:
     return values
 
 
-def _cars(root: Path) -> Splits:
+def _cars(root: Path) -> Archive:
     classes = tuple(map(str, _matlab(root / "devkit" / "cars_meta.mat", "class_names")))
     test_table = root / "cars_test_annos_withlabels.mat"
     if not test_table.is_file():
         test_table = root / "devkit" / test_table.name
 
-    def split(folder: str, table: Path) -> ImageList:
+    def part(folder: str, table: Path) -> Part:
         rows = _matlab(table, "annotations", "fname", "class")
-        return _split(root / folder, _numbered(rows["fname"], rows["class"], classes, table), classes, table)
+        return Part(table, root / folder, _numbered(rows["fname"], rows["class"], classes, table))
 
-    return Splits(split("cars_train", root / "devkit" / "cars_train_annos.mat"), split("cars_test", test_table))
+    return classes, part("cars_train", root / "devkit" / "cars_train_annos.mat"), part("cars_test", test_table)
 
 
-def _cars_in_one_folder(root: Path) -> Splits:
+def _cars_in_one_folder(root: Path) -> Archive:
     table = root / "cars_annos.mat"
     classes = tuple(map(str, _matlab(table, "class_names")))
     rows = _matlab(table, "annotations", "relative_im_path", "class", "test")
-
-    def split(flag: int) -> ImageList:
-        part = rows[rows["test"].astype(int) == flag]
-        return _split(root, _numbered(part["relative_im_path"], part["class"], classes, table), classes, table)
-
-    return Splits(split(0), split(1))
+    train, test = (rows[rows["test"].astype(int) == flag] for flag in (0, 1))
+    train, test = (_numbered(part["relative_im_path"], part["class"], classes, table) for part in (train, test))
+    return classes, Part(table, root, train), Part(table, root, test)
 
 
 def _numbered(files: Any, numbers: Any, classes: tuple[str, ...], table: Path) -> Rows:
@@ -137,38 +137,37 @@ def _numbered(files: Any, numbers: Any, classes: tuple[str, ...], table: Path) -
     return [(str(file), classes[int(number) - 1]) for file, number in zip(files, numbers, strict=True)]
 
 
-def _aircraft(root: Path) -> Splits:
+def _aircraft(root: Path) -> Archive:
     try:
         classes = tuple((root / "variants.txt").read_text(encoding="utf-8").splitlines())
     except (OSError, ValueError):
         raise UsageError(f"{root / 'variants.txt'}, the list of classes, is missing or is not text") from None
 
-    def split(table: Path) -> ImageList:
-        return _split(root / "images", [(f"{id_}.jpg", name) for id_, name in _lines(table).items()], classes, table)
+    def part(table: Path) -> Part:
+        return Part(table, root / "images", [(f"{id_}.jpg", name) for id_, name in _lines(table).items()])
 
-    return Splits(split(root / "images_variant_trainval.txt"), split(root / "images_variant_test.txt"))
+    return classes, part(root / "images_variant_trainval.txt"), part(root / "images_variant_test.txt")
 
 
-def _inat(root: Path) -> Splits:
-    def table(file: Path) -> tuple[Rows, list[str]]:
+def _inat(root: Path) -> Archive:
+    def read(file: Path) -> tuple[Part, tuple[str, ...]]:
         try:
             content = json.loads(file.read_bytes())
             names = {row["id"]: str(row["name"]) for row in sorted(content["categories"], key=lambda row: row["id"])}
             files = {row["id"]: str(row["file_name"]) for row in content["images"]}
             rows = [(files[row["image_id"]], names[row["category_id"]]) for row in content["annotations"]]
-            return rows, list(names.values())
+            return Part(file, root, rows), tuple(names.values())
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             raise UsageError(
                 f"{file} is missing or does not hold images, annotations and categories of iNaturalist"
             ) from None
 
-    tables = [root / f"{split}2019.json" for split in ("train", "val")]
-    (train, classes), (test, _) = (table(file) for file in tables)
-    return Splits(_split(root, train, tuple(classes), tables[0]), _split(root, test, tuple(classes), tables[1]))
+    (train, classes), (test, _) = read(root / "train2019.json"), read(root / "val2019.json")
+    return classes, train, test
 
 
 # what the root holds, the folders the archive unpacks to, and its reader
-ARCHIVES: tuple[tuple[tuple[str, ...], tuple[str, ...], Callable[[Path], Splits]], ...] = (
+ARCHIVES: tuple[tuple[tuple[str, ...], tuple[str, ...], Callable[[Path], Archive]], ...] = (
     (("images.txt",), ("CUB_200_2011",), _cub),
     (("cars_annos.mat",), ("stanford_cars",), _cars_in_one_folder),
     (("cars_train",), ("stanford_cars",), _cars),

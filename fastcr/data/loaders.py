@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,15 +15,16 @@ from rich.console import Console
 
 from fastcr.config import Config
 from fastcr.data.cached_views import CachedViews
-from fastcr.data.images import ImageList
-from fastcr.data.pixel_cache import CachedImages, Place, fill, measure
+from fastcr.data.images import BadFiles, ImageList
+from fastcr.data.pixel_cache import Place, fill, measure
 from fastcr.data.torch_views import TorchViews
-from fastcr.data.views import BadFiles, Prefetched, Shard, Views
+from fastcr.data.views import Batch, Loading, Shard, Views
 from fastcr.errors import UsageError
 from fastcr.runs.distributed import ALONE, Processes
-from fastcr.runs.machine import free_memory, pick_workers
+from fastcr.runs.machine import cache_folder, free_memory, pick_workers
 
 GIB = 2**30
+Loader = Literal["dali", "torch", "fused"]
 
 
 def make_views(
@@ -36,63 +37,53 @@ def make_views(
 ) -> tuple[Views, Config]:
     """The loader the settings ask for, its cache filled; and the settings with every `auto` of it settled.
 
-    Each of several processes loads its share of a batch. A run goes on with the loader it began with. Raises
+    Each of several processes loads its share of a batch. A resumed run keeps the loader it began with. Raises
     `UsageError` for what is not installed or has no room.
     """
-    data, workers = config.data, pick_workers(config.data.workers, processes.local_ranks)
-    bad = BadFiles(images, data.on_corrupt)
-    place: Place | Literal["off"] = "off"
+    data, bad = config.data, BadFiles(images, config.data.on_corrupt)
+    loading = Loading(
+        image_size=data.image_size,
+        batch_size=config.optim.batch_size // processes.ranks,
+        seed=config.run.seed,
+        device=device,
+        dtype=dtype,
+        workers=pick_workers(data.workers, processes.local_ranks),
+        shard=Shard(processes.rank, processes.ranks),
+        impl=config.run.kernels,
+    )
     if data.loader == "dali" and data.cache not in ("auto", "off"):
         raise UsageError(
             f"--data.loader dali decodes files, it does not read --data.cache {data.cache}: take fused or torch"
         )
+    place: Place | Literal["off"] = "off"
     if data.loader != "dali" and data.cache != "off":
         side = data.cache_side or 2 * data.image_size
-        sizes = measure(images, side, workers, console)
-        place = choose_place(config, int(sizes.prod(1).sum()) * 3, device, console, processes)
+        sizes = measure(images, side, loading.workers, console)
+        place = choose_place(config, 3 * int(sizes.prod(1).sum()), device, console, processes)
     loader = choose_loader(config, place, device, console)
-    console.print(
-        f"loader: {loader}; cache: {place}; device: {device}; {len(images)} training images",
-        highlight=False,
-        soft_wrap=True,
-    )
-    settings: dict[str, Any] = {
-        "image_size": data.image_size,
-        "batch_size": config.optim.batch_size // processes.ranks,
-        "seed": config.run.seed,
-        "device": device,
-        "dtype": dtype,
-        "shard": Shard(processes.rank, processes.ranks),
-    }
+    said = f"loader: {loader}; cache: {place}; device: {device}; {len(images)} training images"
+    console.print(said, highlight=False, soft_wrap=True)
     if place != "off":
-        folder = data.cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastcr"
-        start = time.perf_counter()
+        start, folder = time.perf_counter(), data.cache_dir or cache_folder()
         with processes.local_first() if place == "disk" else nullcontext():  # the others find what one has written
-            cache = fill(
-                images, sizes, place, side=side, device=device, workers=workers, folder=folder, bad=bad, console=console
-            )
-        size, seconds = cache.pixels.numel() / GIB, time.perf_counter() - start
-        console.print(f"decoded once: {size:.2f} GiB in {seconds:.1f} s", highlight=False)
-        images = CachedImages(images.root, images.files, images.labels, images.classes, cache)
-    views: Any
-    if loader == "fused":
-        views = CachedViews(cache, impl=config.run.kernels, bad=bad, **settings)
-    elif loader == "dali":
-        from fastcr.data.dali_views import DaliViews
-
-        views = DaliViews(
-            images,
-            workers=workers,
-            bad=bad,
-            roi_decode=data.roi_decode,
-            hw_decoder_load=data.hw_decoder_load,
-            **settings,
-        )
-    else:
-        views = TorchViews(images, workers=workers, bad=bad, **settings)
+            images = fill(images, sizes, place, loading, console, side=side, folder=folder)
+            for index in images.broken.tolist():
+                bad.note(index)
+        seconds = time.perf_counter() - start
+        console.print(f"decoded once: {images.pixels.numel() / GIB:.2f} GiB in {seconds:.1f} s", highlight=False)
+    views: Views = loader_class(loader)(images, loading, bad)
     if device.type == "cuda":
         views = Prefetched(views, device)
     return views, replace(config, data=replace(data, loader=loader, cache=place))
+
+
+def loader_class(loader: Loader) -> Any:
+    """The class of a loader; DALI is imported only where it is asked for."""
+    if loader == "dali":
+        from fastcr.data.dali_views import DaliViews
+
+        return DaliViews
+    return {"torch": TorchViews, "fused": CachedViews}[loader]
 
 
 def choose_place(
@@ -126,16 +117,14 @@ def choose_place(
     return asked
 
 
-def choose_loader(
-    config: Config, place: str, device: torch.device, console: Console
-) -> Literal["dali", "torch", "fused"]:
+def choose_loader(config: Config, place: str, device: torch.device, console: Console) -> Loader:
     """The loader `--data.loader` asks for; auto takes the fastest that can serve."""
     asked, cuda = config.data.loader, device.type == "cuda"
     if asked == "fused" and place == "off":
         raise UsageError("--data.loader fused needs the decoded images: take --data.cache device, host or disk")
     if asked == "fused" or (asked == "auto" and cuda and place != "off"):
         return "fused"
-    if asked == "torch" or (asked == "auto" and not cuda):  # on the CPU DALI is the slower one (bench/test_loader.py)
+    if asked == "torch" or (asked == "auto" and not cuda):  # its processes cut views in parallel
         return "torch"
     if importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"):
         return "dali"
@@ -143,3 +132,33 @@ def choose_loader(
         raise UsageError('--data.loader dali needs NVIDIA DALI: pip install "fastcr[dali]"')
     console.print('DALI is not installed (pip install "fastcr[dali]"): loading with torchvision', soft_wrap=True)
     return "torch"
+
+
+class Prefetched:
+    """The same batches, each made while the one before is used: by a thread, and on a stream of its own with CUDA."""
+
+    def __init__(self, views: Views, device: torch.device) -> None:
+        self.views, self.device, self.bad = views, device, views.bad
+
+    def batches(self, start_step: int) -> Iterator[Batch]:
+        """Batches from `start_step` on, epoch after epoch, without end."""
+        batches = self.views.batches(start_step)
+        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+        def make() -> tuple[Batch, torch.cuda.Event | None]:
+            with torch.cuda.stream(stream):
+                return next(batches), stream.record_event() if stream else None
+
+        with ThreadPoolExecutor(1) as thread:
+            if stream:
+                thread.submit(torch.cuda.set_device, self.device).result()  # a thread begins on the first device
+            future = thread.submit(make)
+            while True:
+                batch, made = future.result()
+                future = thread.submit(make)
+                if made:
+                    user = torch.cuda.current_stream(self.device)
+                    user.wait_event(made)
+                    for view in batch:  # its memory may be used again only after the step
+                        view.record_stream(user)
+                yield batch

@@ -18,19 +18,19 @@ import os
 import re
 import sys
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
 from fastcr.data.images import SUFFIXES, ImageList, Splits
-from fastcr.errors import UsageError
+from fastcr.errors import UsageError, one_line
 from fastcr.runs.checkpoint import write_whole
+from fastcr.runs.command_line import called
+from fastcr.runs.log import progress
 
 VERSION = b"v1.2"
 Label = int | str
@@ -63,24 +63,24 @@ class TarImages(ImageList):
             return io.BytesIO(os.pread(file.fileno(), size, offset))
 
     def stamp(self, index: int) -> str:
-        """Changes when the shard of image `index` does. Raises `OSError` where it is gone."""
+        """Text that changes when the shard of image `index` does. Raises `OSError` where it is gone."""
         shard, offset, size = self.extents[index].tolist()
         facts = os.stat(os.path.join(self.root, self.shards[shard]))
         return f"{self.path(index)} {offset} {size} {facts.st_size} {facts.st_mtime_ns}"
 
 
 def find_shards(root: Path) -> tuple[list[Path], list[Path]]:
-    """Training and test shards of `root`; both empty where it holds none, or images to which a bare tar is an aside."""
-    train, test = (_tars(root, f"{split}-*.tar") for split in ("train", "test"))
+    """Training and test shards of `root`; none where there are images or folders and the tars have no split's name."""
+
+    def tars(pattern: str) -> list[Path]:
+        return sorted(file for file in root.glob(pattern) if not file.is_fifo())  # reading a pipe would never end
+
+    train, test = tars("train-*.tar"), tars("test-*.tar")
     if test and not train:
         raise UsageError(f"{root} has shards test-*.tar but none named train-*.tar")
     if train or any(entry.is_dir() or Path(entry.name).suffix.lower() in SUFFIXES for entry in os.scandir(root)):
         return train, test
-    return _tars(root, "*.tar"), []
-
-
-def _tars(root: Path, pattern: str) -> list[Path]:
-    return sorted(file for file in root.glob(pattern) if not file.is_fifo())  # one would be waited for, for ever
+    return tars("*.tar"), []
 
 
 def read_shards(root: Path) -> Splits | None:
@@ -88,38 +88,22 @@ def read_shards(root: Path) -> Splits | None:
 
     Raises `UsageError` if a shard is broken or holds no image, or if only some images of a split have a label.
     """
-    shards = find_shards(root)
-    if not shards[0]:
+    splits = find_shards(root)
+    if not splits[0]:
         return None
     listed, bare = {}, 0
-    for shard in with_progress([*shards[0], *shards[1]], "listing shards"):
+    for shard in progress([*splits[0], *splits[1]], "listing shards"):
         samples = read_index(shard)
         bare += samples is None
         listed[shard] = list_samples(shard) if samples is None else samples
     if bare:
-        how = f"to keep them beside the shards: python -m fastcr.folders {root} --index"
+        how = f"to keep them beside the shards: {called('folders')} {root} --index"
         print(f"fastcr: {bare} shards have no index, or an old one: made anew; {how}", file=sys.stderr)
-    parts = [_images(root, {shard: listed[shard] for shard in part}) for part in shards if part]
+    parts = [_images(root, {shard: listed[shard] for shard in split}) for split in splits if split]
     known = {label for _, labels in parts for label in labels if label is not None}
-    order = sorted(known, key=lambda label: (isinstance(label, str), label))  # numbers by their value, then names
-    number = {label: i for i, label in enumerate(order)}
-
-    def labelled(images: TarImages, labels: list[Label | None]) -> TarImages:
-        if all(label is None for label in labels):
-            return images
-        if None in labels:
-            raise UsageError(f"some images have a label and some, e.g. {images.path(labels.index(None))!r}, have none")
-        numbers = tuple(number[label] for label in labels if label is not None)
-        return replace(images, labels=numbers, classes=tuple(map(str, order)))
-
-    train, *test = (labelled(*part) for part in parts)
+    classes = sorted(known, key=lambda label: (isinstance(label, str), label))  # numbers by their value, then names
+    train, *test = (_labelled(images, labels, classes) for images, labels in parts)
     return Splits(train, test[0] if test else None)
-
-
-def with_progress(shards: Sequence[Path], title: str) -> Iterable[Path]:
-    """`shards`, with a bar on a terminal."""
-    console = Console(stderr=True)
-    return track(shards, title, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _images(root: Path, listed: dict[Path, list[Sample]]) -> tuple[TarImages, list[Label | None]]:
@@ -138,22 +122,31 @@ def _images(root: Path, listed: dict[Path, list[Sample]]) -> tuple[TarImages, li
     if not files:
         raise UsageError(f"no images in the shards of {root} (looked for {' '.join(sorted(SUFFIXES))})")
     if without:
-        print(f"fastcr: {len(without)} samples hold no image, e.g. {without[0]!r}: passed over", file=sys.stderr)
+        print(f"fastcr: {len(without)} samples hold no image, e.g. {without[0]!r}: skipped", file=sys.stderr)
     shards = tuple(shard.name for shard in listed)
     return TarImages(root, tuple(files), None, (), shards, np.array(extents, dtype=np.int64)), labels
+
+
+def _labelled(images: TarImages, labels: list[Label | None], classes: list[Label]) -> TarImages:
+    """The images with their labels as numbers, if they have any."""
+    if all(label is None for label in labels):
+        return images
+    if None in labels:
+        raise UsageError(f"some images have a label and some, e.g. {images.path(labels.index(None))!r}, have none")
+    number = {label: i for i, label in enumerate(classes)}
+    numbers = tuple(number[label] for label in labels if label is not None)
+    return replace(images, labels=numbers, classes=tuple(map(str, classes)))
 
 
 def _label(descriptor: int, shard: Path, sample: Sample) -> Label | None:
     member = min((member for member in sample if member.extension in ("cls", "json")), default=None)
     if member is None:
         return None
-    text = os.pread(descriptor, member.size, member.offset)
+    text, is_number = os.pread(descriptor, member.size, member.offset), member.extension == "cls"
     try:
-        label = int(text) if member.extension == "cls" else json.loads(text).get("label")
+        label = int(text) if is_number else json.loads(text).get("label")
     except (ValueError, AttributeError, RecursionError):
-        raise UsageError(
-            f"{shard}: {member.name!r} holds no {'number' if member.extension == 'cls' else 'object'}"
-        ) from None
+        raise UsageError(f"{shard}: {member.name!r} holds no {'number' if is_number else 'object'}") from None
     if label is not None and not isinstance(label, (int, str)):
         raise UsageError(f"{shard}: the label in {member.name!r} is neither a number nor text")
     return label
@@ -170,7 +163,7 @@ def list_samples(shard: Path) -> list[Sample]:
                 if entry.isreg() and not entry.issparse() and key and dot:
                     members.append(Member(extension, entry.offset_data, entry.size, entry.name))
     except Exception as error:  # tarfile raises whatever the broken bytes lead it to
-        raise UsageError(f"{shard} is not a whole, uncompressed tar: {error}") from None
+        raise UsageError(f"{shard} is not a whole, uncompressed tar: {one_line(error)}") from None
     return [list(sample) for _, sample in groupby(members, lambda member: member.name[: -len(member.extension) - 1])]
 
 

@@ -2,12 +2,12 @@
 
 A class is a combination of two beaks, crowns, wings and tails; it shares three of its parts with each of four
 others. All the rest (pose, size, plumage, light, scenery, clutter) is drawn alike for every class: what fills
-most of a picture says nothing about its class.
+most of an image says nothing about its class.
 """
 
 import itertools
-import os
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,12 +15,12 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
-from rich import get_console
-from rich.progress import track
 
 from fastcr.errors import UsageError
+from fastcr.runs.log import progress
+from fastcr.runs.machine import cache_folder
 
-VERSION = 1  # part of the cache folder's name: raise it whenever a drawn picture changes
+VERSION = 1  # part of the cache folder's name: raise it whenever a drawn image changes
 TRAIN, TEST = 100, 25  # images in each class
 WIDTHS, HEIGHT, SUPERSAMPLING = (96, 128), 96, 3
 Array = NDArray[np.float64]
@@ -124,11 +124,11 @@ def _backdrop(rng: Generator, size: tuple[int, int]) -> Image.Image:
     field = (1 - slope) * 0.65 * _noise(rng, (4, 3), size) + (0.47 - 0.35 * slope) * fine - 0.06
     field = field + slope * np.linspace(rng.uniform(-0.2, 0.2), rng.uniform(0.8, 1.2), size[1])[:, None]
     channels = [np.interp(field, (0, 0.5, 1), channel) for channel in zip(*ramp, strict=True)]
-    picture = Image.fromarray(np.stack(channels, -1).astype(np.uint8))
+    backdrop = Image.fromarray(np.stack(channels, -1).astype(np.uint8))
     for _ in range(rng.integers(4, 14)):
-        pen = _Pen(ImageDraw.Draw(picture), rng.random(2) * size, rng.uniform(2, 9))
+        pen = _Pen(ImageDraw.Draw(backdrop), rng.random(2) * size, rng.uniform(2, 9))
         pen.dot((0, 0), (1, 1), _shade(ramp[rng.integers(3)], rng.uniform(0.7, 1.3)))
-    return picture.filter(ImageFilter.GaussianBlur(rng.uniform(1.2, 2.5)))
+    return backdrop.filter(ImageFilter.GaussianBlur(rng.uniform(1.2, 2.5)))
 
 
 def _clutter(draw: Draw, rng: Generator, at: ArrayLike, unit: float) -> None:
@@ -192,7 +192,7 @@ def _draw_parts(body: _Pen, head: _Pen, parts: Parts, rng: Generator) -> None:
 
 
 def draw_bird(parts: Parts, rng: Generator) -> Image.Image:
-    """One RGB picture of a bird with these parts; everything else comes from `rng`."""
+    """One RGB image of a bird with these parts; everything else comes from `rng`."""
     size = int(rng.integers(WIDTHS[0], WIDTHS[1] + 1)), HEIGHT
     width, height = size[0] * SUPERSAMPLING, size[1] * SUPERSAMPLING
     canvas = _backdrop(rng, size).resize((width, height), Image.Resampling.BILINEAR)
@@ -204,7 +204,7 @@ def draw_bird(parts: Parts, rng: Generator) -> Image.Image:
     angle, stretch = np.radians(rng.uniform(-25, 25)), rng.uniform(0.85, 1.2)
     body = _Pen(draw, (0, 0), unit, angle, stretch)
     head = _Pen(draw, body.pixels(rng.uniform((0.37, -0.35), (0.47, -0.25))), unit, angle)
-    # of the largest parts, whatever parts this bird has: its place must not tell its class
+    # of the largest parts, whatever parts this bird has: its position must not tell its class
     box = [*body.pixels([(-1, -0.24), (-1, 0.34), (0, 0.42)]), *head.pixels([(0.62, 0.26), (-0.38, -0.34)])]
     low, high = 4 - np.min(box, 0), (width - 4, height - 4) - np.max(box, 0)
     shift = low + rng.random(2) * (high - low)
@@ -232,9 +232,8 @@ def draw_bird(parts: Parts, rng: Generator) -> Image.Image:
 
 
 def default_root(seed: int = 0, train_per_class: int = TRAIN, test_per_class: int = TEST) -> Path:
-    """The set's folder in the user's cache; its name holds all that the pictures depend on."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return cache / "fastcr" / f"synthetic-v{VERSION}-seed{seed}-{train_per_class}x{test_per_class}"
+    """The set's folder in the user's cache; its name holds all that the images depend on."""
+    return cache_folder() / f"synthetic-v{VERSION}-seed{seed}-{train_per_class}x{test_per_class}"
 
 
 def write_synthetic(
@@ -247,12 +246,12 @@ def write_synthetic(
     """
     root = Path(root or default_root(seed, train_per_class, test_per_class))
     images = {
-        root / split / parts.name / f"{i:04d}.jpg": (s, c, i)
+        Path(split, parts.name, f"{i:04d}.jpg"): (parts, [seed, s, c, i])
         for s, (split, count) in enumerate((("train", train_per_class), ("test", test_per_class)))
         for c, parts in enumerate(CLASSES)
         for i in range(count)
     }
-    if set(root.glob("*/*/*.jpg")) == set(images):
+    if _is_complete(root, images):
         return root
     if root.exists() and any(root.iterdir()):
         raise UsageError(f"{root} is not a complete synthetic set: remove it or name another folder")
@@ -260,18 +259,19 @@ def write_synthetic(
         root.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"cannot write the synthetic images to {root}: {error.strerror}") from None
-    # drawn beside the final place and renamed: a killed run leaves no half set, two runs at once do not meet
+    # drawn beside the final folder and renamed: a killed run leaves no half set, two runs at once do not meet
     with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as scratch:
-        draft = Path(scratch) / root.name
-        for file, (s, c, i) in track(
-            images.items(), "Drawing the synthetic birds", transient=True, disable=not get_console().is_terminal
-        ):
-            path = draft / file.relative_to(root)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            draw_bird(CLASSES[c], np.random.default_rng([seed, s, c, i])).save(path, quality=90)
+        draft = Path(scratch, root.name)
+        for file, (parts, seeds) in progress(images.items(), "drawing the synthetic birds", len(images)):
+            (draft / file).parent.mkdir(parents=True, exist_ok=True)
+            draw_bird(parts, np.random.default_rng(seeds)).save(draft / file, quality=90)
         try:
             draft.rename(root)
         except OSError:
-            if set(root.glob("*/*/*.jpg")) != set(images):
+            if not _is_complete(root, images):
                 raise
     return root
+
+
+def _is_complete(root: Path, images: Collection[Path]) -> bool:
+    return {file.relative_to(root) for file in root.glob("*/*/*.jpg")} == set(images)

@@ -1,4 +1,4 @@
-"""Files to two views with PIL and torchvision: the reference for `dali_views`, and the loader without DALI."""
+"""Files, or cached pixels, to two views with PIL and torchvision: the reference for every other loader."""
 
 from __future__ import annotations
 
@@ -10,31 +10,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as F
 
-from fastcr.data.images import ImageList, read_rgb_or_next
-from fastcr.data.views import ALONE, BadFiles, Batch, Shard, ViewParameters, draw_parameters, normalise, step_indices
+from fastcr.data.images import BadFiles, ImageList
+from fastcr.data.views import Batch, Loading, ViewParameters, draw_parameters, normalise
 from fastcr.runs.machine import leave_signals
 
 Sample = tuple[Tensor, list[int]]
+ADJUSTMENTS = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
 
 
 def augment(image: Tensor, parameters: ViewParameters, view: int, size: int) -> Tensor:
     """View `view` of one image: uint8 `[3,H,W]` to uint8 `[size,size,3]`; `parameters` are of that image alone."""
     p = ViewParameters(*(values[0, view] for values in parameters))
-    top, left, height, width = p.crop.tolist()
-    cropped = F.resized_crop(image, top, left, height, width, [size, size], antialias=True)
+    cropped = F.resized_crop(image, *p.crop.tolist(), [size, size], antialias=True)
     x = F.to_dtype(cropped, torch.float32, scale=True)
-    if p.jitter:
-        brightness, contrast, saturation, hue = p.factors.tolist()
-        for which in p.order.tolist():
-            match which:
-                case 0:
-                    x = F.adjust_brightness(x, brightness)
-                case 1:
-                    x = F.adjust_contrast(x, contrast)
-                case 2:
-                    x = F.adjust_saturation(x, saturation)
-                case 3:
-                    x = F.adjust_hue(x, hue)
+    for which in p.order[p.order >= 0].tolist() if p.jitter else ():
+        x = ADJUSTMENTS[which](x, float(p.factors[which]))
     if p.grey:
         x = F.rgb_to_grayscale(x, num_output_channels=3)
     if p.blur:
@@ -45,31 +35,17 @@ def augment(image: Tensor, parameters: ViewParameters, view: int, size: int) -> 
 
 
 class _ViewDataset(Dataset[Sample]):
-    """`(epoch, index)` to the two views of an image, uint8 `[2,S,S,3]`, and the unreadable images passed over."""
+    """`(epoch, index)` to the two views of an image, uint8 `[2,S,S,3]`, and the images skipped as unreadable."""
 
     def __init__(self, images: ImageList, size: int, seed: int) -> None:
         self.images, self.size, self.seed = images, size, seed
 
     def __getitem__(self, item: tuple[int, int]) -> Sample:
         epoch, index = item
-        picture, bad = read_rgb_or_next(self.images, index)
-        image = F.pil_to_tensor(picture)
+        rgb, bad = self.images.rgb_or_next(index)
+        image = F.pil_to_tensor(rgb)
         parameters = draw_parameters(self.seed, epoch, np.array([index]), np.array([image.shape[1:]]))
         return torch.stack([augment(image, parameters, view, self.size) for view in (0, 1)]), bad
-
-
-class _Steps:
-    """The endless list of batches from a step on, as `(epoch, index)` pairs."""
-
-    def __init__(self, images: int, batch_size: int, seed: int, start: int, shard: Shard) -> None:
-        self.images, self.batch_size, self.seed, self.start, self.shard = images, batch_size, seed, start, shard
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        step = self.start
-        while True:
-            epoch, indices = step_indices(self.images, self.batch_size, self.seed, step, self.shard)
-            yield [(epoch, int(index)) for index in indices]
-            step += 1
 
 
 def _collate(samples: list[Sample]) -> tuple[Tensor, list[int]]:
@@ -77,38 +53,25 @@ def _collate(samples: list[Sample]) -> tuple[Tensor, list[int]]:
 
 
 class TorchViews:
-    """Two views of each image through torchvision, decoded and augmented by `workers` processes."""
+    """Two views of each image through torchvision, decoded and augmented by worker processes."""
 
-    def __init__(
-        self,
-        images: ImageList,
-        *,
-        image_size: int,
-        batch_size: int,
-        seed: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        workers: int,
-        bad: BadFiles,
-        shard: Shard = ALONE,
-    ) -> None:
-        self.dataset, self.shard = _ViewDataset(images, image_size, seed), shard
-        self.batch_size, self.workers, self.device, self.dtype = batch_size, workers, device, dtype
-        self.bad = bad
+    def __init__(self, images: ImageList, loading: Loading, bad: BadFiles) -> None:
+        self.images, self.loading, self.bad = images, loading, bad
 
     def batches(self, start_step: int) -> Iterator[Batch]:
         """Batches from `start_step` on, epoch after epoch, without end."""
-        steps = _Steps(len(self.dataset.images), self.batch_size, self.dataset.seed, start_step, self.shard)
+        loading = self.loading
+        steps = loading.steps(len(self.images), start_step)
         loader = DataLoader(
-            self.dataset,
-            batch_sampler=steps,
-            num_workers=self.workers,
+            _ViewDataset(self.images, loading.image_size, loading.seed),
+            batch_sampler=([(epoch, index) for index in indices.tolist()] for epoch, indices in steps),
+            num_workers=loading.workers,
             collate_fn=_collate,
-            pin_memory=self.device.type == "cuda",
+            pin_memory=loading.device.type == "cuda",
             worker_init_fn=leave_signals,
         )
         for pixels, bad in loader:
             for index in bad:
                 self.bad.note(index)
-            first, second = pixels.to(self.device, non_blocking=True)
-            yield Batch(normalise(first, self.dtype), normalise(second, self.dtype))
+            first, second = pixels.to(loading.device, non_blocking=True)
+            yield Batch(normalise(first, loading.dtype), normalise(second, loading.dtype))

@@ -1,28 +1,25 @@
-"""The files of embeddings: rows that grow in a folder `partial` while they are made, then the final files, whole.
+"""The files of embeddings: memory-mapped arrays that fill up in a folder `partial`, then the final files, each whole.
 
-A job that was killed goes on after the rows that `state.json` counts. Row i of every array is row i of `images.csv`.
+A killed job resumes after the images that `state.json` counts. Row i of every array is row i of `images.csv`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import dataclasses
 import fcntl
-import io
 import json
-import math
 import os
 import shutil
-import struct
 import time
-import zlib
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
+import safetensors.torch
+import torch
+from numpy.lib.format import open_memmap
 from torch import Tensor
 
 from fastcr.errors import UsageError
@@ -31,167 +28,160 @@ from fastcr.runs.checkpoint import write_whole
 COMMIT_SECONDS = 5.0  # work that a kill may cost
 COLUMNS = ("row", "path", "split", "label", "width", "height")
 TABLE = "images.csv"
-DTYPES = {"mean": "<f4", "rationale": "<f4", "attention": "<f2"}
-SAFETENSORS_DTYPES = {"<f4": "F32", "<f2": "F16"}
+FINAL = (TABLE, "embeddings.safetensors", "mean.npy", "rationale.npy", "attention.npy")
+UNREADABLE = -1  # height and width of an image that cannot be read; 0 before it is tried
+ANEW = "remove that folder to begin anew, or name another --out"
 Format = Literal["safetensors", "npy"]
-
-
-@dataclass
-class State:
-    """How far a job has come, as `state.json` keeps it."""
-
-    key: dict[str, str]  # what the job is of
-    batches: int = 0
-    rows: int = 0  # images that could be read
-    unreadable: int = 0
-    shapes: dict[str, list[int]] = field(default_factory=dict)  # of a row of each array
-    lengths: dict[str, int] = field(default_factory=dict)  # bytes of each growing file
+Array = np.ndarray[Any, Any]
 
 
 class Partial:
-    """The files of a job that grow, and what they held when they were last brought to the disk.
+    """The unfinished arrays of a job, in a folder that a later process can resume from.
 
-    Raises `UsageError` if the folder is of another job, or another process is at it.
+    Attributes:
+        arrays: `[N,...]` for N images, of which the first `rows` rows are filled: those of the readable images; and
+            `sizes`, `[N,2]`: height and width of each image in pixels, or `UNREADABLE`.
+        images, rows: how many images are done, and how many of those could be read.
     """
 
-    def __init__(self, folder: Path, key: dict[str, str]) -> None:
-        self.folder, self.files, self._handles = folder, dict[str, IO[bytes]](), contextlib.ExitStack()
+    def __init__(self, folder: Path, key: dict[str, str], row: dict[str, Tensor], starts: Sequence[int]) -> None:
+        """Resume the job in `folder`, or begin it.
+
+        `key` says what the job is of, `row` holds one row `[1,...]` of each array, `starts` the number of images before
+        each batch, and N. `UsageError` if the folder is broken or of another job, another process writes into it, or
+        the disk is too full.
+        """
+        self.folder, self.key = folder, key
         folder.mkdir(parents=True, exist_ok=True)
-        lock = self._handles.enter_context((folder / "lock").open("w"))
+        self._lock = (folder / "lock").open("w")
         try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when this process ends, however it does
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when this process ends, however it does
         except OSError:
             raise UsageError(f"another process is writing into {folder}") from None
-        self.state = State(key)
-        if (folder / "state.json").exists():
-            anew = "remove that folder to begin anew, or name another --out"
+        row = row | {"sizes": torch.zeros(1, 2, dtype=torch.int32)}
+        self._like = {
+            folder / f"{name}.npy": np.broadcast_to(first.numpy(), (starts[-1], *first.shape[1:]))
+            for name, first in row.items()
+        }
+        self.images = self._resumed(starts)
+        if self.images:
+            self._map("r")  # first, for "r+" would lengthen files that are too short
+        else:
             try:
-                self.state = State(**_unsealed((folder / "state.json").read_text()))
-                files = [(self.path(name), length) for name, length in self.state.lengths.items()]
-            except (ValueError, TypeError, LookupError, RecursionError):
-                raise UsageError(f"{folder / 'state.json'} is broken: {anew}") from None
-            if short := [file for file, length in files if not file.is_file() or file.stat().st_size < length]:
-                raise UsageError(f"{short[0]} is broken: {anew}")
-            if other := [name for name in key if self.state.key.get(name) != key[name]]:
-                raise UsageError(f"{folder} was begun with other {' and other '.join(other)}: {anew}")
-        for name in self.state.lengths:
-            self._open(name)
+                for file, like in self._like.items():
+                    allocate(file, like)
+            except OSError as error:
+                self.remove()  # what is allocated already would fill the disk for nothing
+                raise UsageError(f"cannot write {file}: {error.strerror}") from None
+        self._map("r+")
+        heights = self.arrays["sizes"][: self.images, 0]
+        if not heights.all():
+            raise UsageError(f"{folder / 'state.json'} is broken, it counts images that are not there: {ANEW}")
+        self.rows = int((heights != UNREADABLE).sum())
+
+    def _resumed(self, starts: Sequence[int]) -> int:
+        """How many images are done. Too small a number costs time only; too large a one shows in their sizes."""
+        file = self.folder / "state.json"
+        if not file.exists():
+            return 0
+        try:
+            state = json.loads(file.read_text())
+            key, images = dict(state["key"]), state["images"]
+            if type(images) is not int or images not in starts:
+                raise ValueError
+        except (ValueError, TypeError, LookupError, RecursionError):
+            raise UsageError(f"{file} is broken: {ANEW}") from None
+        if other := [name for name in self.key if key.get(name) != self.key[name]]:
+            raise UsageError(f"{self.folder} was begun with other {' and other '.join(other)}: {ANEW}")
+        return images
+
+    def _map(self, mode: Literal["r", "r+"]) -> None:
+        self.arrays = {file.stem: _open(file, mode, like) for file, like in self._like.items()}
         self._committed = time.monotonic()
 
-    def path(self, name: str) -> Path:
-        """The growing file of an array, or of the table."""
-        return self.folder / f"{name}.rows"
-
-    def _open(self, name: str) -> None:
-        self.files[name] = file = self._handles.enter_context(self.path(name).open("ab"))
-        file.truncate(self.state.lengths.get(name, 0))  # what came after the last commit is made again
-        file.seek(0, os.SEEK_END)
-
-    def _append(self, name: str, content: bytes | memoryview) -> None:
-        if name not in self.files:
-            self._open(name)
-        self.files[name].write(content)
-
-    def add(self, arrays: dict[str, Tensor], rows: list[tuple[Any, ...]], unreadable: int) -> None:
-        """Append a batch: arrays `[n,...]` on the CPU, and n rows of the table."""
+    def add(self, arrays: dict[str, Tensor], sizes: Tensor) -> None:
+        """Fill in the next batch of B images: their `sizes [B,2]`, and the rows of the readable ones, on the CPU."""
+        readable = int((sizes[:, 0] != UNREADABLE).sum())
         for name, array in arrays.items():
-            self.state.shapes[name] = list(array.shape[1:])
-            self._append(name, array.contiguous().numpy().data.cast("B"))
-        self._append(TABLE, _csv([(self.state.rows + i, *row) for i, row in enumerate(rows)]))
-        self.state.rows += len(rows)
-        self.state.unreadable += unreadable
-        self.state.batches += 1
+            self.arrays[name][self.rows : self.rows + readable] = array
+        self.arrays["sizes"][self.images : self.images + len(sizes)] = sizes
+        self.images, self.rows = self.images + len(sizes), self.rows + readable
         if time.monotonic() - self._committed >= COMMIT_SECONDS:
             self.commit()
 
     def commit(self) -> None:
-        """Bring everything to the disk, then say so in `state.json`."""
-        for name, file in self.files.items():
-            file.flush()
-            os.fsync(file.fileno())
-            self.state.lengths[name] = file.tell()
-        text = _sealed(dataclasses.asdict(self.state))
+        """Bring the arrays to the disk, then count their images in `state.json`."""
+        for array in self.arrays.values():
+            array.flush()
+        text = json.dumps({"key": self.key, "images": self.images})
         write_whole(self.folder / "state.json", lambda file: file.write_text(text))
-        self._committed = time.monotonic()
+        self._map("r+")  # anew, so that what is written no longer counts as memory of this process
 
     def remove(self) -> None:
         """Remove the folder."""
-        self._handles.close()
+        self._lock.close()
         shutil.rmtree(self.folder)
 
+    def finish(
+        self, folder: Path, format: Format, facts: dict[str, Any], images: Sequence[tuple[str, str, str]]
+    ) -> None:
+        """Write the final files, each whole or not at all and none held in memory, the table last; remove the others.
 
-def _sealed(state: dict[str, Any]) -> str:
-    """Text of `state.json`: the files are cut to what it says, so it carries a checksum."""
-    return json.dumps({"state": state, "crc32": zlib.crc32(json.dumps(state).encode())})
+        `images` are path, split and label of each image.
+        """
+        arrays = {name: array[: self.rows] for name, array in self.arrays.items() if name != "sizes"}
+        if format == "safetensors":
+            write_whole(folder / "embeddings.safetensors", partial(self._save_tensors, arrays=arrays, facts=facts))
+        else:
+            for name, array in arrays.items():
+                write_whole(folder / f"{name}.npy", partial(allocate, like=array, copy=True))
+        write_whole(folder / TABLE, partial(self._save_table, images=images))
+        self.remove()
 
+    def _save_tensors(self, file: Path, arrays: dict[str, Array], facts: dict[str, Any]) -> None:
+        made = self.folder / "embeddings.safetensors"  # save_file, if it is killed, leaves a scratch file beside it
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        safetensors.torch.save_file(tensors, made, {"fastcr": json.dumps(facts)})
+        shutil.copymode(self.folder / "sizes.npy", made)  # save_file makes it readable to its owner only
+        os.replace(made, file)
 
-def _unsealed(text: str) -> dict[str, Any]:
-    """What `_sealed` was given. `ValueError` if that is not what it says."""
-    content = json.loads(text)
-    if content["crc32"] != zlib.crc32(json.dumps(content["state"]).encode()):
-        raise ValueError("checksum")
-    return dict(content["state"])
-
-
-def _csv(rows: Iterable[Sequence[Any]]) -> bytes:
-    """Lines of the table: text in quotes, with the bytes it has on the disk."""
-    text = io.StringIO(newline="")
-    csv.writer(text, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n").writerows(rows)
-    return text.getvalue().encode("utf-8", "surrogateescape")
-
-
-def _joined(header: bytes, *files: Path) -> Callable[[Path], None]:
-    """For `write_whole`: write `header`, then copy the files."""
-
-    def write(target: Path) -> None:
-        with open(target, "wb") as joined:
-            joined.write(header)
-            for file in files:
-                with open(file, "rb") as part:
-                    shutil.copyfileobj(part, joined, 1 << 24)
-
-    return write
+    def _save_table(self, file: Path, images: Sequence[tuple[str, str, str]]) -> None:
+        with file.open("w", encoding="utf-8", errors="surrogateescape", newline="") as text:
+            table = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
+            table.writerow(COLUMNS)
+            sized = zip(images, self.arrays["sizes"].tolist(), strict=True)
+            read = ((*image, width, height) for image, (height, width) in sized if height != UNREADABLE)
+            table.writerows((row, *image) for row, image in enumerate(read))
 
 
-def _npy_header(dtype: str, shape: Sequence[int]) -> bytes:
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": dtype, "fortran_order": False, "shape": tuple(shape)})
-    return header.getvalue()
+def allocate(file: Path, like: Array, *, copy: bool = False) -> None:
+    """Write a .npy file of the dtype and shape of `like`, of zeros or a `copy` of it, without holding it in memory.
+
+    Its space on the disk is taken first, for a process that writes into a mapped file without space is ended (SIGBUS).
+    `OSError` if there is too little.
+    """
+    array = open_memmap(file, "w+", like.dtype, like.shape)
+    with file.open("rb+") as opened:
+        os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+    if copy:
+        array[:] = like
 
 
-def _safetensors_header(shapes: dict[str, list[int]], facts: dict[str, Any]) -> bytes:
-    """Its own `save_file` would want every array in memory at once."""
-    header: dict[str, Any] = {"__metadata__": {"fastcr": json.dumps(facts)}}
-    start = 0
-    for name, shape in shapes.items():
-        end = start + math.prod(shape) * np.dtype(DTYPES[name]).itemsize
-        header[name] = {"dtype": SAFETENSORS_DTYPES[DTYPES[name]], "shape": shape, "data_offsets": [start, end]}
-        start = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
-
-
-def put_in_place(partial: Partial, folder: Path, format: Format, facts: dict[str, Any]) -> None:
-    """Turn the rows into the final files, each whole or not at all, the table last."""
-    shapes = {
-        name: [partial.state.rows, *partial.state.shapes[name]] for name in DTYPES if name in partial.state.shapes
-    }
-    if format == "safetensors":
-        rows = [partial.path(name) for name in shapes]
-        write_whole(folder / "embeddings.safetensors", _joined(_safetensors_header(shapes, facts), *rows))
-    else:
-        for name, shape in shapes.items():
-            write_whole(folder / f"{name}.npy", _joined(_npy_header(DTYPES[name], shape), partial.path(name)))
-    write_whole(folder / TABLE, _joined(_csv([COLUMNS]), partial.path(TABLE)))
+def _open(file: Path, mode: Literal["r", "r+"], like: Array) -> np.memmap[Any, Any]:
+    try:
+        array: np.memmap[Any, Any] = open_memmap(file, mode)
+        if (array.dtype, array.shape) != (like.dtype, like.shape):
+            raise ValueError
+    except (OSError, ValueError, OverflowError):
+        raise UsageError(f"{file} is broken: {ANEW}") from None
+    return array
 
 
 def check_unused(folder: Path) -> None:
     """`UsageError` if the folder holds embeddings already."""
-    partial = folder / "partial"
-    names = [TABLE, "embeddings.safetensors", *(f"{name}.npy" for name in DTYPES)]
-    found = [name for name in names if (folder / name).exists()]
+    unfinished = folder / "partial"
+    found = [name for name in FINAL if (folder / name).exists()]
     if found[:1] == [TABLE]:  # the last file to be written: nothing is left to do
-        shutil.rmtree(partial, ignore_errors=True)
-    if found and not partial.exists():
+        shutil.rmtree(unfinished, ignore_errors=True)
+    if found and not unfinished.exists():
         raise UsageError(f"{folder / found[0]} is there already: remove it, or name another --out")

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
@@ -17,6 +16,7 @@ from fastcr.data.views import normalise
 from fastcr.errors import UsageError
 from fastcr.method.encoder import Encoder
 from fastcr.runs.distributed import ALONE, Processes
+from fastcr.runs.log import progress
 from fastcr.runs.machine import leave_signals
 
 BATCH_SIZE = 128
@@ -97,11 +97,8 @@ def embed(
     columns: list[Tensor] = []
     sizes, kept = [torch.empty(0, 2, dtype=torch.int64)], list[int]()
     with encoder.evaluating():
-        for indices, (pixels, sizes_here, readable) in zip(
-            batches,
-            track(loader, f"embedding, {title}", console=console, transient=True, disable=not console.is_terminal),
-            strict=True,
-        ):
+        shown = progress(loader, f"embedding, {title}", console=console)
+        for indices, (pixels, sizes_here, readable) in zip(batches, shown, strict=True):
             sizes.append(sizes_here)
             kept += [indices[i] for i in readable]
             if readable:

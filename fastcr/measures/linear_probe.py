@@ -12,13 +12,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from fastcr.data.images import ImageList
 from fastcr.data.views import normalise
+from fastcr.runs.log import progress
 from fastcr.runs.machine import leave_signals
 
 LEARNING_RATE, EPOCHS, MILESTONES, BATCH = 30.0, 100, (60, 80), 256
@@ -60,8 +60,7 @@ def fit_augmented(
         persistent_workers=workers > 0, generator=torch.Generator().manual_seed(0), worker_init_fn=leave_signals,
     )  # fmt: skip
     fitted: dict[str, tuple[nn.Linear, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]] = {}
-    shown = track(range(epochs), "linear probe", console=console, transient=True, disable=not console.is_terminal)
-    for _ in shown:
+    for _ in progress(range(epochs), "linear probe", console=console):
         for pixels, labels in loader:
             with torch.no_grad():
                 embeddings = encode(normalise(pixels.to(device), torch.float32))

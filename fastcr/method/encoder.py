@@ -10,6 +10,8 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from operator import methodcaller
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,7 +84,8 @@ class Encoder(nn.Module):
         """
         features = self.backbone(images)
         if self.branch is None:
-            uniform = features.new_full((len(features), *features.shape[2:]), 1 / features[0, 0].numel())
+            # of the features' own shape: len() would fix the batch size of an exported graph
+            uniform = torch.full_like(features[:, 0], 1 / features[0, 0].numel())
             return Encoded(F.normalize(mean_pool(features), dim=1), uniform)
         pooled, attention = self.branch.pool(features)
         return Encoded(F.normalize(pooled, dim=1), attention.unflatten(1, features.shape[2:]))
@@ -115,9 +118,9 @@ class Encoder(nn.Module):
     @property
     def transform(self) -> Callable[[Image.Image], Tensor]:
         """PIL image of any mode to `[3,S,S]` as in `fastcr.evaluate`: shorter side to `round(S*8/7)`, centre crop."""
-        cut = v2.Lambda(lambda image: centre_crop(image, self.image_size).permute(2, 0, 1))
+        cut = partial(centre_crop, size=self.image_size), methodcaller("permute", 2, 0, 1)  # both can be pickled
         scale = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.mean, self.std)]
-        return v2.Compose([to_rgb, cut, *scale])
+        return v2.Compose([to_rgb, *cut, *scale])
 
 
 def describe(config: Config) -> dict[str, Any]:

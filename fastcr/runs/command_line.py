@@ -28,7 +28,12 @@ GONE = ("rationale.batchnorm", "rationale.pooled_contrast", "data.roi_decode", "
 
 
 def called(command: str) -> str:
-    """How the user calls `command`, for help and messages: `fastcr train` or `python -m fastcr.train`."""
+    """How the user calls `command`, for help and messages: `fastcr train` or `python -m fastcr.train`.
+
+    The path of a script gives `python bench/tune.py`.
+    """
+    if command.endswith(".py"):
+        return f"python {command}"
     program = Path(sys.argv[0])
     if program.name == "fastcr":
         return f"fastcr {command}"
@@ -78,7 +83,8 @@ def one_line_errors(command: str) -> Iterator[None]:
     except (UsageError, OSError) as error:  # OSError: a full disk, a folder taken away
         # names of files may hold anything: what is not printable is shown as Python writes it
         message = "".join(each if each.isprintable() else repr(each)[1:-1] for each in str(error))
-        print(f"{called(command).removeprefix('python -m ')}: error: {message}", file=sys.stderr)
+        program = called(command).removeprefix("python ").removeprefix("-m ")
+        print(f"{program}: error: {message}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
@@ -89,7 +95,7 @@ def read_command_line(args: Sequence[str]) -> tuple[Config, Path | None]:
 
     `PRESET --run.dir RUN --resume auto` resumes RUN if it has saved anything, and begins it if not.
     """
-    args, resume = _without_resume(list(_today(args)))
+    args, resume = _without_resume(list(todays_flags(args)))
     if resume:
         default = load_config(resume / "config.yaml")
     else:
@@ -139,7 +145,7 @@ def _pairs(args: Sequence[str]) -> Iterator[tuple[str, str | None]]:
             yield flag, value if equals else after
 
 
-def _today(args: Sequence[str]) -> Iterator[str]:
+def todays_flags(args: Sequence[str]) -> Iterator[str]:
     """The arguments, with flags and values of older versions by today's names."""
     values: dict[str, str] = {}
     for arg in args:

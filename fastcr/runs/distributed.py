@@ -9,9 +9,7 @@ import contextlib
 import os
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
@@ -20,10 +18,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from fastcr.errors import UsageError
-
 
 T = TypeVar("T")
 
@@ -162,10 +158,6 @@ def _places(ranks: int, batch: int, device: torch.device) -> Tensor:
     parts = [torch.arange(r * batch, (r + 1) * batch).split(_shares(r, ranks, batch)[0]) for r in range(ranks)]
     gathered = torch.cat([parts[sender][receiver] for receiver in range(ranks) for sender in range(ranks)])
     return gathered.argsort().to(device)
-
-
-
-
 
 
 @contextlib.contextmanager

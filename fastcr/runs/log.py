@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
-import signal
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, TextIO
+from types import TracebackType
+from typing import Any, TextIO, TypeVar
 
-import torch
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import (
@@ -24,15 +20,13 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
+    track,
 )
 from rich.text import Text
-from torch import Tensor
 
 from fastcr.runs.checkpoint import write_whole
-from fastcr.config import Config
-from fastcr.errors import UsageError
-from fastcr.runs.distributed import ALONE, Processes
 
+T = TypeVar("T")
 SHOWN = {  # metric: its name on the bar's second line, and format
     "images_per_second": ("images/s", "{:.0f}"),
     "data_wait": ("waiting for data", "{:.0%}"),
@@ -129,6 +123,12 @@ def describe(record: dict[str, Any]) -> str:
     return "  ".join(f"{label} {form.format(record[key])}" for key, (label, form) in SHOWN.items() if key in record)
 
 
+def progress(items: Iterable[T], title: str, total: int | None = None, console: Console | None = None) -> Iterable[T]:
+    """The items, with a bar that disappears at the end; none where there is no terminal. Default: on stderr."""
+    console = console or Console(stderr=True)
+    return track(items, title, total, console=console, transient=True, disable=not console.is_terminal)
+
+
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The records of a JSONL file, without incomplete or broken lines; none if there is no file."""
     records = []
@@ -170,9 +170,3 @@ class Meter:
         values = {"images_per_second": self.images / elapsed, "data_wait": self.waited / elapsed}
         self.reset()
         return values
-
-
-
-
-
-

@@ -73,9 +73,13 @@ def process_age() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started
 
 
+def cache_folder() -> Path:
+    """fastcr's folder in the user's cache: `$XDG_CACHE_HOME/fastcr`, or else `~/.cache/fastcr`; it may not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastcr"
+
+
 def keep_compiled() -> None:
     """Let compiled encoders outlive a reboot: unless the user says where, torch.compile keeps them in /tmp."""
     name, default = "TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / "torchinductor_")
     if os.environ.get(name, default).startswith(default):  # torch may have set it on import
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        os.environ[name] = str(cache / "fastcr" / "compiled")
+        os.environ[name] = str(cache_folder() / "compiled")

@@ -19,7 +19,6 @@ from fastcr.errors import UsageError
 from fastcr.runs.checkpoint import write_whole
 from fastcr.runs.distributed import ALONE, Processes
 
-
 BAD_BATCH = "bad_batch.json"
 
 

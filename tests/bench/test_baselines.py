@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
-from bench import baselines
-from bench.baselines import WAYS, Built, Released, Setting, Trajectory, agrees, fill_residual_scales, follow, ours
+from bench import baselines, same_maths
+from bench.baselines import WAYS, Built, Released, Setting, ours
+from bench.same_maths import Trajectory, agrees, fill_residual_scales, follow
 from fastcr.config import Config, MocoConfig, ModelConfig, OptimConfig, RunConfig
 from fastcr.data.views import Batch
 from fastcr.kernels.info_nce import info_nce
-from fastcr.method.build import prepare
+from fastcr.method.build import build
 
 CPU = torch.device("cpu")
 TINY = Setting("resnet18", "layer2", 32, 4, 16)  # up to layer2
@@ -36,7 +37,7 @@ def plain(way: str) -> Built:
 
 
 def batches(of: Built, count: int = 2) -> list[Batch]:
-    return baselines.make_batches(TINY, CPU, of, count)
+    return same_maths.make_batches(TINY, CPU, of, count)
 
 
 def flat(module: torch.nn.Module) -> Tensor:
@@ -112,7 +113,7 @@ def test_ours_is_the_step_that_training_prepares() -> None:
         optim=OptimConfig(batch_size=4, lr=baselines.LR),
         moco=MocoConfig(queue_size=16),
     )
-    step = prepare(config, CPU, Console(file=io.StringIO())).step
+    step = build(config, CPU, Console(file=io.StringIO())).step
     for _ in range(2):
         assert mine.step(batch) == step(batch)[0]
 

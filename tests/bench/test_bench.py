@@ -1,6 +1,5 @@
 """The benchmarks' statistics and their report, on made-up figures; the workloads under the interpreter."""
 
-import importlib.util
 import json
 import sys
 from functools import partial
@@ -11,15 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from bench import timing
+from bench import report, timing
+from bench.report_tables import keep, tables
 from bench.workloads import OPS, REFERENCES, Workload
-
-spec = importlib.util.spec_from_file_location("report", Path(__file__).parents[2] / "bench" / "report.py")
-assert spec is not None
-assert spec.loader is not None
-report = importlib.util.module_from_spec(spec)
-sys.modules["report"] = report  # dataclasses look their module up
-spec.loader.exec_module(report)
 
 MACHINE = {
     "cpu": {"brand_raw": "Some CPU"},
@@ -45,7 +38,7 @@ def entry(
 def printed(entries: list[dict[str, Any]], folder: Path, machine: dict[str, Any] = MACHINE) -> list[str]:
     path = folder / "report.json"
     path.write_text(json.dumps({"machine_info": machine, "benchmarks": entries}))
-    return report.tables(path).splitlines()
+    return tables(path).splitlines()
 
 
 def test_the_table_shows_times_rates_and_ratios(tmp_path: Path) -> None:
@@ -161,9 +154,9 @@ def test_a_kept_report_is_named_after_what_it_holds_and_has_no_raw_samples(tmp_p
             }
         )
     )
-    kept = report.keep(path, tmp_path / "results")
+    kept = keep(path, tmp_path / "results")
     assert kept == tmp_path / "results" / "ops-step_some-gpu_2.15_2026-11-23.json"
-    assert report.tables(kept) == report.tables(path)
+    assert tables(kept) == tables(path)
     text = kept.read_text()
     assert not any(word in text for word in ("data", "flags", "name-of-a-machine"))
 
@@ -196,7 +189,7 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: Any, monkeypatch: pytest.
         error = capsys.readouterr().err
         assert stop.value.code == 2
         assert said in error
-        assert error.startswith("report: error: ")
+        assert error.startswith("bench/report.py: error: ")
         assert error.count("\n") == 1
 
 

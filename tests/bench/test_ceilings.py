@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,12 +11,8 @@ import torch.nn.functional as F
 
 from bench import ceilings, evidence_table
 from fastcr import train
-from fastcr.config import ModelConfig, RationaleConfig, ReleasedConfig
 from fastcr.measures.localisation import Objects
-from fastcr.method.backbone import build_backbone
-from fastcr.method.encoder import weights_facts, weights_of
-from fastcr.method.rationale import RationaleHead
-from fastcr.runs.checkpoint import save_weights
+from tests.shared import write_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -51,13 +46,6 @@ def test_maps_of_a_run_are_measured_as_its_own_is(
     assert "End of the training" not in shown  # nothing was trained
 
 
-def tiny_weights() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    model = ModelConfig(backbone="resnet18", last_stage="layer3")
-    backbone, channels = build_backbone("resnet18", "layer3")
-    facts = weights_facts(model, RationaleConfig(detectors=3), ReleasedConfig(), 32)
-    return weights_of(backbone, RationaleHead(channels, detectors=3)), facts
-
-
 def test_fitted_detectors_find_what_a_channel_tells() -> None:
     torch.manual_seed(0)
     features = torch.randn(40, 6, 9)
@@ -77,7 +65,7 @@ def test_what_is_missing_is_said(
     birds: Path, flat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], wanted: str
 ) -> None:
     (tmp_path / "config.yaml").write_text("preset: folder\n")
-    save_weights(tmp_path / "init.safetensors", *tiny_weights())
+    write_weights(tmp_path / "init.safetensors")
     root = {"--data.boxes": ["--data.root", str(birds)], "test split": ["--data.root", str(flat)]}.get(wanted, [])
     with pytest.raises(SystemExit) as stop:
         ceilings.main([str(tmp_path), "--out", str(tmp_path / "out"), "--data.workers", "0", *root])

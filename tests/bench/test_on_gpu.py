@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -16,21 +15,10 @@ import pytest
 import torch
 from rich.console import Console
 
+from bench import conftest, gpu_stages, on_gpu
 from fastcr.config import Config, OptimConfig
 from fastcr.runs.command_line import save_config
 
-
-def load(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(f"bench_{name}", Path(__file__).parents[2] / "bench" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where its NamedTuples look for their module
-    spec.loader.exec_module(module)
-    return module
-
-
-on_gpu = load("on_gpu")
 SCRIPT = [sys.executable, on_gpu.__file__]
 WAIT = "import time; time.sleep(60)"
 
@@ -142,7 +130,7 @@ def test_benchmarks_finished_before_a_kill_are_kept(
     benchmark.extra_info["work"] = "fit"
     benchmark.pedantic(lambda: None, rounds=3)
     monkeypatch.setenv("FASTCR_BENCH_LINES", str(lines))
-    load("conftest").pytest_runtest_teardown(request.node)
+    conftest.pytest_runtest_teardown(request.node)
     with lines.open("a") as file:
         file.write('{"name": "cut o')
     on_gpu.salvage(on_gpu.Stage("ops", [], result, lines=lines), {"gpu": "Some GPU"})
@@ -159,18 +147,18 @@ def test_benchmarks_finished_before_a_kill_are_kept(
 def test_the_steady_rate_leaves_the_first_record_out() -> None:
     records = [{"step": 10 * i, "images_per_second": rate, "data_wait": 0.1 * i} for i, rate in ((1, 5), (2, 90))]
     records += [{"step": 30, "images_per_second": 100, "data_wait": 0.3}]
-    results = on_gpu.training_results(records, "first step done 42.5 s after the start, 40.0 s of it the step")
+    results = gpu_stages.training_results(records, "first step done 42.5 s after the start, 40.0 s of it the step")
     assert (results["steps"], results["seconds_to_first_step"], results["pairs_per_second"]) == (30, 42.5, 95)
     assert results["data_wait"] == pytest.approx(0.25)
     assert results["extrapolation"]["seconds"] == pytest.approx(42.5 + 100 * 5994 / 95)
     for reached in (records[:1], []):
-        assert on_gpu.training_results(reached, "")["extrapolation"]["seconds"] is None
+        assert gpu_stages.training_results(reached, "")["extrapolation"]["seconds"] is None
 
 
 def test_a_batch_that_does_not_fit_is_halved_and_the_end_of_the_time_is_no_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def train(config: Config, console: Console, *, started: float) -> None:
+    def train(config: Config, *, console: Console, started: float) -> None:
         if config.optim.batch_size > 64:
             raise torch.OutOfMemoryError
         console.print("first step done 9.0 s after the start, 1.0 s of it the step")
@@ -181,9 +169,9 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_end_of_the_time_is_no_failu
         (config.run.dir / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
         raise SystemExit(130)
 
-    monkeypatch.setattr("fastcr.train.train", train)
-    monkeypatch.setattr(on_gpu, "recipe", lambda *_: Config(optim=OptimConfig(batch_size=256)))
-    assert on_gpu.train_for(600.0, tmp_path, True) is None
+    monkeypatch.setattr(gpu_stages, "train", train)
+    monkeypatch.setattr(gpu_stages, "recipe", lambda *_: Config(optim=OptimConfig(batch_size=256)))
+    assert gpu_stages.train_for(600.0, tmp_path, True) is None
     results = json.loads((tmp_path / "training.json").read_text())
     assert results["problem"] is None
     assert results["settings"]["optim"]["batch_size"] == 64

@@ -109,7 +109,7 @@ def test_a_mistake_is_one_line(
         tune.main(args)
     error = capsys.readouterr().err
     assert stop.value.code == 2
-    assert error.startswith(f"fastcr.tune: error: {message}")
+    assert error.startswith(f"bench/tune.py: error: {message}")
     assert error.count("\n") == 1
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,19 +20,19 @@ from torch import Tensor
 from fastcr.config import Config
 from fastcr.data import loaders, pixel_cache
 from fastcr.data.cached_views import CachedViews
-from fastcr.data.images import ImageList
+from fastcr.data.images import BadFiles, ImageList
 from fastcr.data.layouts import read_splits
-from fastcr.data.loaders import choose_loader, choose_place, make_views
-from fastcr.data.pixel_cache import PixelCache, bounded_size, fill, measure
+from fastcr.data.loaders import Prefetched, choose_loader, choose_place, loader_class, make_views
+from fastcr.data.pixel_cache import CachedImages, bounded_size, fill, measure
 from fastcr.data.torch_views import TorchViews
-from fastcr.data.views import STD, BadFiles, Prefetched, Shard
+from fastcr.data.views import STD, Loading, Shard
 from fastcr.errors import UsageError
 from fastcr.runs.command_line import parse
 from fastcr.runs.machine import free_memory
 
 CPU = torch.device("cpu")
 QUIET = Console(file=io.StringIO())
-SETTINGS: dict[str, Any] = {"image_size": 32, "batch_size": 4, "seed": 3, "device": CPU, "dtype": torch.float32}
+LOADING = Loading(image_size=32, batch_size=4, seed=3, device=CPU, dtype=torch.float32, workers=2, impl="torch")
 
 
 @pytest.fixture
@@ -46,20 +47,17 @@ def photos(tmp_path: Path) -> ImageList:
     return read_splits(tmp_path / "photos").train
 
 
-def cached(images: ImageList, place: Any = "host", side: int = 500, **changes: Any) -> PixelCache:
-    settings: dict[str, Any] = {
-        "device": CPU, "workers": 2, "folder": images.root.parent / "cache", "bad": BadFiles(images, "skip"),
-        "console": QUIET,
-    }  # fmt: skip
-    return fill(images, measure(images, side, 2, QUIET), place, side=side, **settings | changes)
+def cached(images: ImageList, place: Any = "host", side: int = 500) -> CachedImages:
+    folder = images.root.parent / "cache"
+    return fill(images, measure(images, side, 2, QUIET), place, LOADING, QUIET, side=side, folder=folder)
 
 
-def picture(cache: PixelCache, index: int) -> np.ndarray:
+def picture(cache: CachedImages, index: int) -> np.ndarray:
     start, (height, width) = cache.starts[index], cache.sizes[index]
     return cache.pixels[start : start + 3 * height * width].view(height, width, 3).numpy()
 
 
-def assert_same_pictures(ours: PixelCache, theirs: PixelCache) -> None:
+def assert_same_pictures(ours: CachedImages, theirs: CachedImages) -> None:
     """The bytes of a broken image belong to no picture: they are whatever was in memory."""
     for index in range(len(ours.starts)):
         np.testing.assert_array_equal(picture(ours, index), picture(theirs, index))
@@ -67,12 +65,13 @@ def assert_same_pictures(ours: PixelCache, theirs: PixelCache) -> None:
 
 @pytest.mark.parametrize("place", ["host", "disk"])
 def test_the_cache_holds_what_the_files_hold(photos: ImageList, place: str) -> None:
-    bad = BadFiles(photos, "skip")
-    cache = cached(photos, place, bad=bad)
+    cache = cached(photos, place)
     for index in range(12):
         np.testing.assert_array_equal(picture(cache, index), np.array(photos.rgb(6 if index == 5 else index)))
     assert cache.broken.tolist() == [5]
-    assert bad.files == [photos.path(5)]
+    flags = ("--data.cache", place, "--data.cache_dir", str(photos.root.parent / "other"))
+    views, _ = make_views(settings_of(*flags), photos, CPU, torch.float32, QUIET)
+    assert views.bad.files == [photos.path(5)]
 
 
 def test_large_images_are_reduced_and_no_others(photos: ImageList) -> None:
@@ -94,9 +93,7 @@ def test_the_disk_is_taken_up_again_until_a_file_changes(photos: ImageList, monk
         patch.setattr(ImageList, "rgb", lambda *args: pytest.fail("decoded again"))
         again = cached(photos, "disk")
     assert_same_pictures(first, again)
-    bad = BadFiles(photos, "skip")
-    cached(photos, "disk", bad=bad)
-    assert bad.files == [photos.path(5)]  # named by every run
+    assert again.broken.tolist() == [5]  # named by every run
     Image.new("RGB", photos.rgb(0).size, "red").save(photos.path(0))
     assert (picture(cached(photos, "disk"), 0) == (255, 0, 0)).all()
 
@@ -140,7 +137,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(photos: ImageList, monkeypat
 
 def test_nothing_readable_and_fail_are_errors(photos: ImageList, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"unreadable image .*05\.png"):
-        cached(photos, bad=BadFiles(photos, "fail"))
+        take(photos, "--data.on_corrupt", "fail")
     for name in ("a.jpg", "b.jpg"):
         (tmp_path / name).write_bytes(b"")
     for place in ("host", "disk"):
@@ -177,9 +174,8 @@ def test_fused_views_are_torchvisions_but_for_rounding(photos: ImageList) -> Non
 
 def test_rows_are_brought_to_a_device_that_lacks_them(photos: ImageList, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = cached(photos)
-    whole = CachedViews(cache, impl="torch", bad=BadFiles(photos, "skip"), **SETTINGS)
-    parts = CachedViews(cache, impl="torch", bad=BadFiles(photos, "skip"), **SETTINGS)
-    parts.cache = cache._replace(pixels=_Elsewhere(cache.pixels))  # type: ignore[arg-type]
+    elsewhere = replace(cache, pixels=_Elsewhere(cache.pixels))
+    whole, parts = (CachedViews(images, LOADING, BadFiles(photos, "skip")) for images in (cache, elsewhere))
     for a, b in zip(islice(whole.batches(0), 4), islice(parts.batches(0), 4), strict=True):
         assert torch.equal(torch.stack(a), torch.stack(b))
 
@@ -229,41 +225,29 @@ def sharded(
     """Batches of each rank."""
     found = []
     for rank in range(ranks):
-        settings = SETTINGS | {"batch_size": batch_size, "shard": Shard(rank, ranks), "bad": BadFiles(images, "skip")}
-        views: Any
-        if loader == "fused":
-            views = CachedViews(cached(images), impl="torch", **settings)
-        elif loader == "torch":
-            views = TorchViews(images, workers=0, **settings)
-        else:
-            from fastcr.data.dali_views import DaliViews
-
-            views = DaliViews(images, workers=2, **settings)
+        loading = replace(LOADING, batch_size=batch_size, shard=Shard(rank, ranks), workers=2 * (loader != "torch"))
+        source = cached(images) if loader == "fused" else images
+        views = loader_class(loader)(source, loading, BadFiles(images, "skip"))  # type: ignore[arg-type]
         found.append([torch.stack(batch) for batch in islice(views.batches(start), count)])
     return found
 
 
-def test_dali_may_decode_only_and_leave_the_views_to_the_kernel(photos: ImageList) -> None:
-    """What runs on a GPU, on the CPU: DALI's decoder, then the op; with and without decoding just what is shown."""
-    pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
-    from fastcr.data.dali_views import DaliViews
-
+def test_dali_s_views_are_cut_by_the_op_from_the_same_pixels(photos: ImageList) -> None:
+    """Whole PNGs: no decoder differs by a rounding."""
+    dali = pytest.importorskip("fastcr.data.dali_views", reason="NVIDIA DALI is not installed")
     expected = sharded(photos, "fused", 1, 0, 3, batch_size=4)[0]
-    for roi in (False, True):
-        bad = BadFiles(photos, "skip")
-        views = DaliViews(photos, workers=2, bad=bad, roi_decode=roi, **SETTINGS)
-        views.decode_only = True
-        for ours, theirs in zip(islice(views.batches(0), 3), expected, strict=True):
-            torch.testing.assert_close(torch.stack(list(ours)), theirs, atol=1e-5, rtol=0)
-        assert bad.files == [photos.path(5)]
+    views = dali.DaliViews(photos, LOADING, BadFiles(photos, "skip"))
+    for ours, theirs in zip(islice(views.batches(0), 3), expected, strict=True):
+        torch.testing.assert_close(torch.stack(list(ours)), theirs, atol=1e-5, rtol=0)
+    assert views.bad.files == [photos.path(5)]
 
 
 def test_prefetched_batches_are_the_same_and_errors_come_through(photos: ImageList) -> None:
-    plain = CachedViews(cached(photos), impl="torch", bad=BadFiles(photos, "skip"), **SETTINGS)
+    plain = CachedViews(cached(photos), LOADING, BadFiles(photos, "skip"))
     ahead = Prefetched(plain, CPU)
     for ours, theirs in zip(islice(ahead.batches(1), 4), islice(plain.batches(1), 4), strict=True):
         assert torch.equal(ours.first, theirs.first)
-    failing = TorchViews(photos, workers=0, bad=BadFiles(photos, "fail"), **SETTINGS)
+    failing = TorchViews(photos, replace(LOADING, workers=0), BadFiles(photos, "fail"))
     with pytest.raises(UsageError, match=r"unreadable image .*05\.png"):
         list(islice(Prefetched(failing, CPU).batches(0), 4))
 

@@ -17,12 +17,12 @@ import torch
 from rich.console import Console
 from torch.utils.data import DataLoader
 
-from fastcr.data.images import ImageList, read_rgb_or_next
+from fastcr.data.images import BadFiles, ImageList
 from fastcr.data.layouts import read_splits
 from fastcr.data.pixel_cache import measure
 from fastcr.data.shards import index_of, list_samples, read_index, write_index
 from fastcr.data.torch_views import TorchViews
-from fastcr.data.views import BadFiles, Batch
+from fastcr.data.views import Batch, Loading
 from fastcr.errors import UsageError
 from fastcr.folders import main
 
@@ -111,11 +111,11 @@ def test_views_are_those_of_the_files_from_any_step_on(packed: Path, birds: Path
         from fastcr.data.dali_views import DaliViews as Views
     else:
         Views = TorchViews  # type: ignore[misc, assignment]  # noqa: N806
-    settings = {"image_size": 32, "batch_size": 8, "seed": 3, "dtype": torch.float32, "workers": 2}
+    loading = Loading(image_size=32, batch_size=8, seed=3, device=torch.device("cpu"), dtype=torch.float32, workers=2)
 
     def batches(root: Path, start: int) -> Iterator[Batch]:
         images = read_splits(root).train
-        views = Views(images, device=torch.device("cpu"), bad=BadFiles(images, "fail"), **settings)  # type: ignore[arg-type]
+        views = Views(images, loading, BadFiles(images, "fail"))
         return islice(views.batches(start), 10 - start)
 
     for tar, file in zip(batches(packed, 6), list(batches(birds, 0))[6:], strict=True):  # into the second epoch
@@ -262,6 +262,6 @@ def test_a_broken_image_in_a_shard_is_named_and_replaced(tmp_path: Path, birds: 
     shards = read_splits(tmp_path).train
     with pytest.raises(OSError, match=r"a.tar/1.jpg' is not a readable image"):
         shards.rgb(1)
-    picture, bad = read_rgb_or_next(shards, 1)
+    picture, bad = shards.rgb_or_next(1)
     assert bad == [1, 2]
     assert picture.tobytes() == images.rgb(3).tobytes()

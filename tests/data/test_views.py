@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,14 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from fastcr.data.images import ImageList
+from fastcr.data.images import BadFiles, ImageList
 from fastcr.data.torch_views import TorchViews, augment
 from fastcr.data.views import (
     CROP_AREA,
     CROP_RATIO,
     MEAN,
     STD,
-    BadFiles,
+    Loading,
     ViewParameters,
     draw_parameters,
     epoch_order,
@@ -53,23 +54,18 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> ImageList:
     return ImageList(root, names, None, ())
 
 
-def make_dali(images: ImageList, **settings: Any) -> Any:
+def make_dali(images: ImageList, on_corrupt: str = "skip", **settings: Any) -> Any:
     pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
     from fastcr.data.dali_views import DaliViews
 
-    bad = BadFiles(images, settings.pop("on_corrupt", "skip"))
-    return DaliViews(images, bad=bad, **SETTINGS | settings)
+    return DaliViews(images, replace(LOADING, **settings), BadFiles(images, on_corrupt))
 
 
-def make_torch(images: ImageList, **settings: Any) -> TorchViews:
-    bad = BadFiles(images, settings.pop("on_corrupt", "skip"))
-    return TorchViews(images, bad=bad, **SETTINGS | settings)
+def make_torch(images: ImageList, on_corrupt: str = "skip", **settings: Any) -> TorchViews:
+    return TorchViews(images, replace(LOADING, **settings), BadFiles(images, on_corrupt))
 
 
-SETTINGS: dict[str, Any] = {
-    "image_size": 48, "batch_size": 6, "seed": 3, "device": CPU, "dtype": torch.float32,
-    "workers": 0,
-}  # fmt: skip
+LOADING = Loading(image_size=48, batch_size=6, seed=3, device=CPU, dtype=torch.float32)
 BOTH = pytest.mark.parametrize("make", [make_torch, make_dali], ids=["torch", "dali"])
 
 

@@ -16,31 +16,18 @@ from PIL import Image
 from torch import Tensor, nn
 
 import fastcr
-from fastcr.config import ModelConfig, RationaleConfig, ReleasedConfig
+from fastcr.config import RationaleConfig, ReleasedConfig
 from fastcr.data.images import ImageList
 from fastcr.data.views import normalise
 from fastcr.errors import UsageError
-from fastcr.measures import embeddings as embedding
-from fastcr.measures.embeddings import encode
-from fastcr.method.backbone import build_backbone
-from fastcr.method.encoder import Encoder, build_branch, load_encoder, weights_facts, weights_of
+from fastcr.measures import embeddings
+from fastcr.method.encoder import Encoder
 from fastcr.method.released import ReleasedBranch
-from fastcr.runs.checkpoint import save_weights
+from fastcr.runs.checkpoint import load_weights, save_weights
+from tests.shared import write_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WITHIN: dict[str, Any] = {"atol": 1e-4, "rtol": 0}
-
-
-def write_weights(file: Path, *, branch: bool = True) -> Path:
-    """A weights file of a random ResNet-18 up to layer3."""
-    torch.manual_seed(0)
-    model, rationale = ModelConfig(backbone="resnet18", last_stage="layer3"), RationaleConfig(enabled=branch)
-    backbone, channels = build_backbone(model.backbone, model.last_stage)
-    built = build_branch(channels, rationale, ReleasedConfig())
-    facts = weights_facts(model, rationale, ReleasedConfig(), 32)
-    file.parent.mkdir(exist_ok=True)
-    save_weights(file, weights_of(backbone, built), facts)
-    return file
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +55,11 @@ def test_importing_the_package_alone_imports_no_torch() -> None:
 @pytest.mark.parametrize("given", ["folder", "file", "text"])
 def test_a_run_folder_and_its_file_give_the_embeddings_of_the_evaluation(given: str, weights: Path) -> None:
     encoder = fastcr.load({"folder": weights.parent, "file": weights, "text": str(weights.parent)}[given])
-    backbone, branch, facts = load_encoder(weights, torch.device("cpu"))
-    with embedding.evaluating(backbone, branch):
-        mean, rationale, attention = encode(backbone, branch, images(3))
+    _, facts = load_weights(weights)
+    mean, rationale, attention = encoder.both(images(3))
     found = encoder(images(3))
     torch.testing.assert_close(found.embedding, rationale)
-    torch.testing.assert_close(found.attention.flatten(1), attention)
+    torch.testing.assert_close(found.attention, attention)
     torch.testing.assert_close(encoder.mean_embedding(images(3)), mean)
     assert not torch.allclose(found.embedding, mean, atol=1e-4)
     assert (encoder.image_size, encoder.ignored, encoder.facts["detectors"]) == (32, (), facts["detectors"])
@@ -99,7 +85,7 @@ def test_an_encoder_comes_frozen_and_in_eval_mode_and_can_be_tuned(weights: Path
 
 
 def test_without_a_branch_the_attention_is_uniform_and_the_embedding_the_mean_one(tmp_path: Path) -> None:
-    encoder = fastcr.load(write_weights(tmp_path / "plain.safetensors", branch=False))
+    encoder = fastcr.load(write_weights(tmp_path / "plain.safetensors", RationaleConfig(enabled=False)))
     embeddings, attention = encoder(images(2))
     assert torch.equal(attention, torch.full((2, 2, 2), 0.25))
     assert torch.equal(embeddings, encoder.mean_embedding(images(2)))
@@ -133,7 +119,7 @@ def test_the_transform_takes_pictures_of_any_mode(mode: str, encoder: Encoder, t
 
 
 def same_as_the_evaluation(encoder: Encoder, file: Path) -> None:
-    crop = embedding._TestImages(ImageList(file.parent, (file.name,), None, ()), 32)[0]
+    crop = embeddings._Crops(ImageList(file.parent, (file.name,), None, ()), 32)[0]
     assert crop is not None
     with Image.open(file) as picture:
         pixels = encoder.transform(picture)

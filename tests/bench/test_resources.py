@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from bench import resources
-from fastcr import trace
 from fastcr.kernels import settings
 
 triton = pytest.importorskip("triton")
@@ -25,7 +24,7 @@ MULTIPLYING = {"_partial_kernel", "_pool_kernel", "_fit_kernel", "_spread_kernel
 OTHERS = {"_combine_kernel", "_attention_gradient_kernel", "_cut_kernel", "_colour_kernel", "_blur_kernel"}
 RESOURCES = """
 import json, sys
-from fastcr.resources import resources
+from bench.resources import resources
 print(json.dumps([row._asdict() for row in resources([int(sys.argv[1])], every=sys.argv[2] == "every")]))
 """
 
@@ -81,23 +80,23 @@ def test_every_row_of_the_launch_settings_is_compiled() -> None:
 
 
 def test_the_command_prints_the_table() -> None:
-    done = python("-m", "fastcr.trace", "--resources", "--target", "80")
+    done = python("bench/resources.py", "--target", "80")
     assert done.returncode == 0, done.stderr[-2000:]
     assert all(name.split()[0] in done.stdout for name in MULTIPLYING | OTHERS)
     assert all(word in done.stdout for word in ("registers", "spilled", "shared KB", "tensor ops", "occupancy"))
 
 
 def test_under_the_interpreter_it_is_one_line() -> None:
-    done = python("-m", "fastcr.trace", "--resources", TRITON_INTERPRET="1")
-    message = "fastcr.trace: error: TRITON_INTERPRET=1 takes the place of Triton's compiler: unset it\n"
+    done = python("bench/resources.py", TRITON_INTERPRET="1")
+    message = "bench/resources.py: error: TRITON_INTERPRET=1 takes the place of Triton's compiler: unset it\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", message)
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--resources", "--target", "90", "70"], "--target 70: this Triton's are 80, "),
-        (["--every"], "--every and --target go with --resources"),
+        (["--target", "90", "70"], "--target 70: this Triton's are 80, "),
+        (["--targets", "90"], "Unrecognized options: --targets"),
     ],
 )
 def test_a_mistake_is_one_line(
@@ -105,10 +104,10 @@ def test_a_mistake_is_one_line(
 ) -> None:
     monkeypatch.setattr("fastcr.kernels.launch.INTERPRET", False)
     with pytest.raises(SystemExit) as stop:
-        trace.main(args)
+        resources.main(args)
     error = capsys.readouterr().err
     assert stop.value.code == 2
-    assert error.startswith(f"fastcr.trace: error: {message}")
+    assert error.startswith(f"bench/resources.py: error: {message}")
     assert error.count("\n") == 1
 
 
