@@ -34,7 +34,7 @@ from fastcr.method.encoder import load
 from fastcr.runs.checkpoint import write_whole
 from fastcr.runs.command_line import called, load_config, one_line_errors, parse
 from fastcr.runs.log import read_records
-from fastcr.runs.machine import pick_device, pick_workers
+from fastcr.runs.machine import cache_folder, pick_device, pick_workers
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # no script is run, nothing is fetched
 GENERATOR = '<meta name="generator" content="fastcr.report">'
@@ -168,8 +168,8 @@ def main(args: Sequence[str] | None = None) -> None:
         description = "A run, or several compared, as one HTML page."
         args = sys.argv[1:] if args is None else args
         config = parse(ReportConfig, args, prog=called("report"), description=description)
-        console, cache = Console(markup=False), Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        os.environ.setdefault("MPLCONFIGDIR", str(cache / "fastcr" / "matplotlib"))  # its list of fonts, made only once
+        console = Console(markup=False)
+        os.environ.setdefault("MPLCONFIGDIR", str(cache_folder() / "matplotlib"))  # its list of fonts, made only once
         console.print(f"report: {write_report(config, console)}", soft_wrap=True, highlight=False)
 
 

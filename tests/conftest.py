@@ -7,7 +7,7 @@ import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -65,3 +65,22 @@ def flat(birds: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i, picture in enumerate(sorted((birds / "train").glob("*/*.jpg"))):
         shutil.copyfile(picture, root / f"{i:03d}.jpg")
     return root
+
+
+@pytest.fixture
+def refused(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """The one line that a command ends with for bad input: `refused(train.main, "--optim.lr", 0)`."""
+
+    def call(main: Callable[[Sequence[str]], None], *args: object) -> str:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main([str(arg) for arg in args])
+        assert stop.value.code == 2
+        errors = capfd.readouterr().err
+        (line,) = errors.splitlines()
+        assert line.startswith(f"{main.__module__}: error: ")
+        assert "Traceback" not in line
+        assert "object has no attribute" not in line  # Python's words, not the user's
+        return line
+
+    return call

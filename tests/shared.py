@@ -1,7 +1,13 @@
 """What tests of several files build on."""
 
 import base64
+import json
+import os
 import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -9,8 +15,11 @@ from xml.etree import ElementTree
 import torch
 
 from fastcr.config import Config, DataConfig, ModelConfig, RationaleConfig, ReleasedConfig
+from fastcr.method.backbone import build_backbone
 from fastcr.method.encoder import new_encoder
 from fastcr.runs.checkpoint import save_weights
+
+ROOT = Path(__file__).parent.parent
 
 
 def write_weights(
@@ -53,3 +62,65 @@ def curves_of(chart: ElementTree.Element) -> list[list[tuple[float, float]]]:
     paths = [group.find(f"{SVG}path") for group in groups]
     found = [re.findall(r"[ML] (\S+) (\S+)", path.get("d", "")) for path in paths if path is not None]
     return [[(float(x), float(y)) for x, y in points] for points in found]
+
+
+# a run that takes a second; what is named again after it counts
+TINY = [
+    "--data.image_size", "32", "--data.loader", "torch", "--data.workers", "0", "--run.device", "cpu",
+    "--model.backbone", "resnet18", "--model.last_stage", "layer3", "--model.weights", "none",
+    "--optim.batch_size", "8", "--moco.queue_size", "16", "--run.log_every", "1",
+]  # fmt: skip
+SHORT = ["--optim.epochs", "4", "--moco.queue_size", "20", "--moco.embedding_dim", "16", "--rationale.detectors", "4"]
+
+
+def start(*command: object, session: bool = False, **environment: str) -> subprocess.Popen[str]:
+    """`python COMMAND...` in a process of its own, with one thread: sums in another order would be other sums."""
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=session,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},
+    )
+
+
+def wait_for(holds: Callable[[], object], *processes: subprocess.Popen[str], seconds: float = 120) -> None:
+    """Return when `holds` does; an error, with what they have said, if one of the processes ends before."""
+    deadline = time.monotonic() + seconds
+    while not holds() and time.monotonic() < deadline and all(process.poll() is None for process in processes):
+        time.sleep(0.01)
+    if not holds():
+        raise AssertionError([process.communicate(timeout=10) for process in processes if process.poll() is not None])
+
+
+def records(folder: Path) -> list[dict[str, float]]:
+    """What a run has logged; nothing before it has begun."""
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def write_calm_weights(file: Path) -> Path:
+    """Write, and return, weights with which rounding stays rounding: small residual branches, few ReLUs at their kink.
+
+    From the default random weights training itself makes 1e-2 out of a change of 1e-7 in the queries, in five steps.
+    """
+    torch.manual_seed(0)
+    backbone, _ = build_backbone("resnet18", "layer3")
+    for name, module in backbone.named_modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            closes_a_block = name.endswith("bn2")
+            torch.nn.init.constant_(module.weight, 0.1 if closes_a_block else 1)
+            torch.nn.init.constant_(module.bias, 0 if closes_a_block else 3)
+    torch.save(backbone.state_dict(), file)
+    return file
+
+
+class Trap:
+    """Pickles to a call of `os.mkdir`: what a file with code in it looks like."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)

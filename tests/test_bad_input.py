@@ -21,15 +21,11 @@ from PIL import Image
 from fastcr import evaluate, train
 from fastcr import folders as check
 from fastcr.method import build as training
+from tests.shared import TINY, Trap
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-TINY = [
-    "--data.image_size", "32", "--data.loader", "torch", "--data.workers", "0", "--run.device", "cpu",
-    "--model.backbone", "resnet18", "--model.last_stage", "layer3", "--model.weights", "none",
-    "--optim.batch_size", "8", "--moco.queue_size", "16", "--run.steps", "1", "--run.log_every", "1",
-    "--linear.enabled", "False",
-]  # fmt: skip
 IMAGES = 16
+NO_PROBES = ["--linear.enabled", "False"]
 Args = Sequence[object]
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 with_dali = pytest.mark.skipif(
@@ -51,7 +47,7 @@ class Scene(NamedTuple):
 
     def training(self, *more: object) -> list[object]:
         """Arguments of a new run on `images`; what is named again counts."""
-        return [*TINY[:-2], "--data.root", self.images, "--run.dir", self.run, *more]
+        return [*TINY, "--run.steps", 1, "--data.root", self.images, "--run.dir", self.run, *more]
 
     def copied(self) -> Path:
         """`finished`, made at its first use."""
@@ -59,7 +55,7 @@ class Scene(NamedTuple):
 
     def measuring(self, *more: object) -> list[object]:
         """Arguments of an evaluation of `finished` on the birds."""
-        return [self.copied(), "--data.root", self.birds, "--data.workers", 0, *TINY[-2:], *more]
+        return [self.copied(), "--data.root", self.birds, "--data.workers", 0, *NO_PROBES, *more]
 
     def resumed(self, *more: object) -> list[object]:
         """Arguments that let `finished` go on to its second step."""
@@ -184,16 +180,6 @@ def of_100_megapixels(scene: Scene) -> Args:
 
 
 # checkpoints
-
-
-class Trap:
-    """Pickles to a call of `os.mkdir`: what a checkpoint with code in it looks like."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.folder),)
 
 
 def trapped(file: Path, scene: Scene, **more: object) -> Path:
@@ -327,7 +313,7 @@ def triton_without_gpu(scene: Scene) -> Args:
 
 
 NAMED = tuple(f"unreadable image '{{images}}/{name}': its neighbour is used instead" for name in BROKEN.values())
-COUNTED = f"{len(BROKEN)} unreadable training images were passed over"
+COUNTED = f"{len(BROKEN)} unreadable training images were skipped"
 ROWS = {
     "missing folder": Row(lambda s: s.training("--data.root", s.tmp / "none"), ("no folder {tmp}/none",)),
     "missing folder, evaluate": Row(
@@ -400,7 +386,7 @@ ROWS = {
     ),
     "killed while saving": works(killed_half_way, after=nothing_half_written),
     "SIGTERM": Row(
-        terminated, status=143, says=("to go on: python -m fastcr.train --resume {run}",), begun=True,
+        terminated, status=143, says=("resume with: python -m fastcr.train --resume {run}",), begun=True,
         after=goes_on,
     ),
     "loss that is no number": Row(
@@ -437,7 +423,7 @@ def row(name: str) -> Any:
 def one_step(flat: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one step; not to be changed."""
     folder = tmp_path_factory.mktemp("runs") / "one step"
-    assert command(train.main, [*TINY[:-2], "--data.root", flat, "--run.dir", folder]) == 0
+    assert command(train.main, [*TINY, "--run.steps", 1, "--data.root", flat, "--run.dir", folder]) == 0
     return folder
 
 

@@ -4,10 +4,8 @@ import contextlib
 import io
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +22,10 @@ from fastcr.measures import embeddings as embedding
 from fastcr.measures import evaluation as measuring
 from fastcr.measures.embeddings import Embeddings, embed
 from fastcr.measures.linear_probe import fit_augmented
-from fastcr.method.encoder import load_encoder
+from fastcr.method.encoder import Encoder, load
+from tests.shared import TINY, start
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-TINY = [
-    "--data.image_size", "32", "--data.loader", "torch", "--data.workers", "0", "--run.device", "cpu",
-    "--run.steps", "3", "--model.weights", "none", "--model.backbone", "resnet18",
-    "--model.last_stage", "layer3", "--optim.batch_size", "8", "--moco.queue_size", "24",
-]  # fmt: skip
 SECTIONS = {
     "retrieval": {"rank1", "rank5", "mAP"},
     "knn": {"top1"},
@@ -45,7 +39,9 @@ CPU = ("--run.device", "cpu", "--data.workers", "0")
 def finished(birds: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "finished"
     with contextlib.redirect_stdout(io.StringIO()):
-        train.main([*TINY, "--data.root", str(birds), "--run.dir", str(folder)])
+        train.main(
+            [*TINY, "--moco.queue_size", "24", "--run.steps", "3", "--data.root", str(birds), "--run.dir", str(folder)]
+        )
     return folder
 
 
@@ -67,18 +63,11 @@ def results(folder: Path) -> dict[str, Any]:
     return content
 
 
-def embed_with(weights: Path, images: ImageList) -> Embeddings:
-    backbone, branch, facts = load_encoder(weights, torch.device("cpu"))
-    return embed(
-        backbone,
-        branch,
-        images,
-        image_size=facts["image_size"],
-        device=torch.device("cpu"),
-        workers=0,
-        console=Console(file=io.StringIO()),
-        title="test",
-    )
+def embed_with(encoder: Path | Encoder, images: ImageList) -> Embeddings:
+    if isinstance(encoder, Path):
+        encoder = load(encoder)
+    console = Console(file=io.StringIO())
+    return embed(encoder, images, device=torch.device("cpu"), workers=0, console=console, title="test")
 
 
 def test_run_folder_gives_the_results_of_the_runs_end_and_more(
@@ -158,33 +147,25 @@ def test_boxes_say_where_the_attention_lies(
     [
         (["--knn.k", "0"], "--knn.k must be at least 1"),
         (["--knn.temperature", "0"], "--knn.temperature must be above 0"),
-        (["--linear.few", "0", "5"], "--linear.few must be percentages, 1 to 100"),
+        (["--linear.few", "0", "5"], "--linear.few must lie in [1, 100]"),
         (["--linear.epochs", "0"], "--linear.epochs must be at least 1"),
         (["--data.boxes", "no.csv"], "no.csv holds no boxes"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(
-    copied: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
+    copied: Path, refused: Callable[..., str], more: list[str], message: str
 ) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        evaluate.main([str(copied), *CPU, *more])
-    (line,) = capsys.readouterr().err.splitlines()
-    assert message in line
+    assert message in refused(evaluate.main, copied, *CPU, *more)
 
 
 def test_command_works_as_a_module(copied: Path) -> None:
     before = results(copied)
     (copied / "results.json").unlink()
-    done = subprocess.run(
-        [sys.executable, "-m", "fastcr.evaluate", str(copied), *CPU, "--linear.epochs", "2"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (0, "")  # no warning of a library either
+    process = start("-m", "fastcr.evaluate", copied, *CPU, "--linear.epochs", "2")
+    output, errors = process.communicate()
+    assert (process.returncode, errors) == (0, "")  # no warning of a library either
     assert results(copied)["retrieval"] == before["retrieval"]
-    assert done.stdout.splitlines()[-1] == f"results: {copied}/results.json"
+    assert output.splitlines()[-1] == f"results: {copied}/results.json"
 
 
 def test_bare_weights_give_the_same_scores_without_the_frozen_init(finished: Path, birds: Path, tmp_path: Path) -> None:
@@ -218,16 +199,11 @@ def test_unreadable_image_is_named_left_out_and_counted(
     assert broken_scores == results(copied)["retrieval"]
 
 
-def test_none_of_the_images_can_be_read(
-    copied: Path, birds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_none_of_the_images_can_be_read(copied: Path, birds: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     root = Path(shutil.copytree(birds, tmp_path / "birds"))
     for picture in (root / "test").glob("*/*.jpg"):
         picture.write_bytes(b"")
-    with pytest.raises(SystemExit) as stop:
-        evaluate.main([str(copied), "--data.root", str(root), *CPU])
-    assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = refused(evaluate.main, copied, "--data.root", root, *CPU)
     assert f"none of the 32 images under {root}/test can be read" in line
 
 
@@ -275,29 +251,16 @@ def test_unreadable_images_are_told_apart_across_batches(
 def test_embedding_leaves_the_encoder_as_it_was(
     training: bool, fails: bool, finished: Path, images: ImageList, tmp_path: Path
 ) -> None:
-    backbone, branch, _ = load_encoder(finished / "weights.safetensors", torch.device("cpu"))
-    assert branch is not None
-    backbone.train(training)
-    branch.train(training)
-    before = {key: value.clone() for key, value in backbone.state_dict().items()}
+    encoder = load(finished / "weights.safetensors").train(training)
+    before = {key: value.clone() for key, value in encoder.state_dict().items()}
     if fails:  # with nothing to embed
         images = ImageList(tmp_path, images.files, images.labels, images.classes)
-    outcome = pytest.raises(Exception, match="can be read") if fails else contextlib.nullcontext()
-    console = Console(file=io.StringIO())
-    with outcome:
-        embed(
-            backbone,
-            branch,
-            images,
-            image_size=32,
-            device=torch.device("cpu"),
-            workers=0,
-            console=console,
-            title="",
-        )
-    assert {module.training for model in (backbone, branch) for module in model.modules()} == {training}
+    with pytest.raises(Exception, match="can be read") if fails else contextlib.nullcontext():
+        embed_with(encoder, images)
+    assert encoder.branch is not None
+    assert {module.training for module in encoder.modules()} == {training}
     # BatchNorm in training mode would have moved its statistics
-    assert all(torch.equal(value, before[key]) for key, value in backbone.state_dict().items())
+    assert all(torch.equal(value, before[key]) for key, value in encoder.state_dict().items())
 
 
 @pytest.mark.parametrize("size", [(96, 128), (128, 96), (20, 37), (500, 60), (36, 36)])
@@ -305,8 +268,8 @@ def test_embedding_leaves_the_encoder_as_it_was(
 def test_crop_is_torchvisions_resize_and_centre_crop(size: tuple[int, int], side: int, tmp_path: Path) -> None:
     noise = torch.randint(0, 256, (*size[::-1], 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     Image.fromarray(noise.numpy()).save(tmp_path / "noise.png")
-    crop = embedding._TestImages(ImageList(tmp_path, ("noise.png",), None, ()), side)[0]
-    assert crop is not None
-    assert crop[1] == size[::-1]
+    images = ImageList(tmp_path, ("noise.png",), None, ())
+    ((crops, sizes, _),) = embedding.load_crops([images], [[0]], image_size=side, workers=0, pin=False)
+    assert sizes.tolist() == [[*size[::-1]]]
     expected = v2.Compose([v2.PILToTensor(), v2.Resize(round(side * 8 / 7), antialias=True), v2.CenterCrop(side)])
-    assert torch.equal(crop[0].permute(2, 0, 1), expected(read_rgb(str(tmp_path / "noise.png"))))
+    assert torch.equal(crops[0].permute(2, 0, 1), expected(read_rgb(str(tmp_path / "noise.png"))))

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,40 +34,11 @@ from fastcr.measures.gallery import Gallery, Query, Shown
 from fastcr.measures.summary import Run
 from fastcr.report import POLICY, page
 from fastcr.runs.checkpoint import save_weights
+from tests.shared import ROOT, TINY, Trap
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ROOT = Path(__file__).parent.parent
-TINY = [
-    "--data.image_size", "32", "--data.loader", "torch", "--data.workers", "0", "--run.device", "cpu",
-    "--model.backbone", "resnet18", "--model.last_stage", "layer3", "--model.weights", "none",
-    "--optim.batch_size", "8", "--moco.queue_size", "16", "--run.steps", "1", "--run.log_every", "1",
-]  # fmt: skip
+ONE_STEP = [*TINY, "--run.steps", "1"]
 CLASS, FILE = "<script>alert(1)", "\"><img src=x onerror=alert('2')>&amp;.jpg"
-
-
-class Trap:
-    """Pickles to a call of `os.mkdir`: code in a file of data."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.folder),)
-
-
-@pytest.fixture
-def refused(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """The one line of a command that refuses its input."""
-
-    def call(main: Callable[[Sequence[str]], None], *args: object) -> str:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main([str(arg) for arg in args])
-        assert stop.value.code == 2
-        (line,) = capfd.readouterr().err.splitlines()
-        return line
-
-    return call
 
 
 # no code from data, no shell: what the source does not contain
@@ -150,7 +121,7 @@ def test_settings_with_python_objects_are_refused(tmp_path: Path, refused: Calla
 
 
 def test_pickled_objects_in_the_cache_are_refused(flat: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
-    args = [*TINY, "--data.root", flat, "--data.cache", "disk", "--data.cache_dir", tmp_path / "cache"]
+    args = [*ONE_STEP, "--data.root", flat, "--data.cache", "disk", "--data.cache_dir", tmp_path / "cache"]
     train.main([*map(str, args), "--run.dir", str(tmp_path / "first")])
     (index,) = (tmp_path / "cache").glob("*.npz")
     np.savez(index, starts=np.array([Trap(tmp_path / "trap")]), sizes=np.zeros(1), broken=np.zeros(1))
@@ -171,7 +142,7 @@ def test_code_in_downloaded_weights_is_refused(
     file = tmp_path / "hub" / "checkpoints" / url.rsplit("/", 1)[1]
     file.parent.mkdir(parents=True)
     torch.save({"conv1.weight": Trap(tmp_path / "trap")}, file)
-    args = [*TINY, "--data.root", flat, "--run.dir", tmp_path / "run", "--model.weights", "imagenet"]
+    args = [*ONE_STEP, "--data.root", flat, "--run.dir", tmp_path / "run", "--model.weights", "imagenet"]
     try:
         assert str(file) in refused(train.main, *args)
     finally:
@@ -261,7 +232,7 @@ def watched(birds: Path, tmp_path_factory: pytest.TempPathFactory) -> Watched:
         (place / name).mkdir()
     cpu = ["--data.workers", "0", "--run.device", "cpu"]
     commands = [
-        ("train", [*TINY, "--data.root", root, "--run.dir", run, "--data.workers", "1", "--data.cache", "disk"]),
+        ("train", [*ONE_STEP, "--data.root", root, "--run.dir", run, "--data.workers", "1", "--data.cache", "disk"]),
         ("evaluate", [run, *cpu, "--linear.enabled", "False"]),
         ("report", [run, *cpu]),
         ("visualize", [run, "--run.device", "cpu"]),
@@ -422,7 +393,7 @@ def test_members_of_a_shard_stay_inside_it(hostile_shard: Path, tmp_path: Path) 
     assert secret not in [images.read(i) for i in range(8)]
     check.main([str(hostile_shard), "--index"])
     assert read_index(hostile_shard / "train-0.tar") == list_samples(hostile_shard / "train-0.tar")
-    train.main([*TINY, "--data.root", str(hostile_shard), "--run.dir", str(tmp_path / "run")])
+    train.main([*ONE_STEP, "--data.root", str(hostile_shard), "--run.dir", str(tmp_path / "run")])
 
 
 @pytest.mark.parametrize(("offset", "size"), [(512, 2**50), (2**50, 10), (-512, 10), (512, -1)])
@@ -441,7 +412,7 @@ def test_a_label_nested_without_end_is_refused(flat: Path, tmp_path: Path, refus
         add(tar, "a.jpg", next(flat.iterdir()).read_bytes())
         add(tar, "a.json", b"[" * 200_000)
     check.main([str(tmp_path), "--index"])  # without one, that would be said too
-    line = refused(train.main, *TINY, "--data.root", tmp_path, "--run.dir", tmp_path / "run")
+    line = refused(train.main, *ONE_STEP, "--data.root", tmp_path, "--run.dir", tmp_path / "run")
     assert "'a.json' holds no object" in line
 
 

@@ -10,8 +10,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,15 +32,10 @@ from fastcr.runs import checkpoint
 from fastcr.runs.checkpoint import load_weights
 from fastcr.runs.command_line import load_config
 from fastcr.runs.watch import HealthWatch
+from tests.shared import SHORT, TINY, records, start, wait_for, write_calm_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # 64 training images make 8 steps an epoch; a queue of 20 is no multiple of the batch
-TINY = [
-    "--data.image_size", "32", "--data.loader", "torch", "--data.workers", "0", "--run.device", "cpu",
-    "--run.log_every", "1", "--model.backbone", "resnet18", "--model.last_stage", "layer3",
-    "--model.weights", "none", "--optim.epochs", "4", "--optim.batch_size", "8", "--moco.queue_size", "20",
-    "--moco.embedding_dim", "16", "--rationale.detectors", "4",
-]  # fmt: skip
 STEPS_PER_EPOCH, STEPS = 8, 13
 METRICS = {
     *("step", "epoch", "loss", "contrast_loss", "fit_loss", "lr", "images_per_second", "data_wait"),
@@ -69,7 +62,7 @@ class Finished(NamedTuple):
 
 
 def flags(root: Path, folder: Path, *more: str) -> list[str]:
-    return [*TINY, "--data.root", str(root), "--run.dir", str(folder), *more]
+    return [*TINY, *SHORT, "--data.root", str(root), "--run.dir", str(folder), *more]
 
 
 def run(root: Path, folder: Path, *more: str, preset: str = "synthetic") -> Records:
@@ -80,10 +73,6 @@ def run(root: Path, folder: Path, *more: str, preset: str = "synthetic") -> Reco
 def resume(folder: Path, *more: str) -> Records:
     train.main(["--resume", str(folder), *more])
     return records(folder)
-
-
-def records(folder: Path) -> Records:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def losses(run: Records) -> list[tuple[float, ...]]:
@@ -104,16 +93,6 @@ def facts(file: Path) -> dict[str, Any]:
 
 def names(folder: Path) -> set[str]:
     return {entry.name for entry in folder.iterdir() if "tfevents" not in entry.name}
-
-
-def refused(call: Callable[[], object], capsys: pytest.CaptureFixture[str]) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        call()
-    (line,) = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2
-    assert line.startswith("fastcr.train: error: ")
-    return line
 
 
 @pytest.fixture(scope="module")
@@ -306,31 +285,24 @@ def interrupted(flat: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     """Three real commands, stopped in the first epoch: SIGKILL with either loader, and SIGTERM. Started together,
     because most of their time goes into imports."""
     runs = tmp_path_factory.mktemp("interrupted")
-    # OMP_NUM_THREADS: as `one_thread` here, for sums in another order would be other sums
     plans = {"torch": signal.SIGKILL, "dali": signal.SIGKILL, "term": signal.SIGTERM}
     processes = {}
     for name in plans:
         loader = "dali" if name == "dali" else "torch"
         more = ("--data.loader", loader, "--run.save_minutes", "0", "--run.steps", str(STEPS))
-        command = [sys.executable, "-m", "fastcr.train", "synthetic", *flags(flat, runs / name, *more)]
-        handle = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+        handle = start("-m", "fastcr.train", "synthetic", *flags(flat, runs / name, *more))
         processes[name] = Process(runs / name, handle)
-    waiting, deadline = dict(processes), time.monotonic() + 120
-    while waiting and time.monotonic() < deadline:
+    waiting = dict(processes)
+
+    def all_stopped() -> bool:
         for name, (folder, handle) in list(waiting.items()):
-            metrics = folder / "metrics.jsonl"
             # the first step has been saved once the third is in the log: the second save waited for it
-            begun = metrics.exists() and len(metrics.read_text().splitlines()) >= 3
-            if begun or handle.poll() is not None:
+            if len(records(folder)) >= 3 or handle.poll() is not None:
                 handle.send_signal(plans[name])
                 del waiting[name]
-        time.sleep(0.005)
+        return not waiting
+
+    wait_for(all_stopped)
     yield processes
     for _, handle in processes.values():
         handle.kill()
@@ -358,7 +330,7 @@ def test_sigterm_saves_says_how_to_go_on_and_exits_143(
     assert handle.returncode == 143
     assert errors == ""  # no warning of a library either
     stopped = state(folder)["step"]
-    assert f"stopped at step {stopped}; to go on: python -m fastcr.train --resume {folder}" in output
+    assert f"stopped at step {stopped}; resume with: python -m fastcr.train --resume {folder}" in output
     assert [record["step"] for record in records(folder)] == list(range(1, stopped + 1))
     assert losses(resume(folder)) == losses(records(uninterrupted("torch")))
     weights = (uninterrupted("torch") / "weights.safetensors").read_bytes()
@@ -415,19 +387,8 @@ def test_signal_to_the_whole_job_spares_the_loaders_processes(flat: Path, tmp_pa
     """As a terminal sends Ctrl-C, and torchrun and Slurm send SIGTERM: the last step still gets its batch."""
     folder = tmp_path / "run"
     more = ("--data.workers", "2", "--data.cache", "off", "--optim.epochs", "1000")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fastcr.train", "synthetic", *flags(flat, folder, *more)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    deadline = time.monotonic() + 120
-    while not (folder / "metrics.jsonl").exists() or not records(folder):
-        assert time.monotonic() < deadline
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
+    process = start("-m", "fastcr.train", "synthetic", *flags(flat, folder, *more), session=True)
+    wait_for(lambda: records(folder), process)
     os.killpg(process.pid, signal.SIGTERM)
     output, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (143, "")
@@ -467,11 +428,11 @@ def test_resume_needs_nothing_of_the_initial_weights(flat: Path, tmp_path: Path)
     [(("--rationale.detectors", "5"), "branch.weight"), (("--moco.queue_size", "16"), "moco.queue")],
 )
 def test_resume_with_another_shape_is_refused(
-    flag: tuple[str, str], culprit: str, evaluated: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    flag: tuple[str, str], culprit: str, evaluated: Finished, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     folder = Path(shutil.copytree(evaluated.folder, tmp_path / "run"))
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    line = refused(lambda: resume(folder, *flag), capsys)
+    line = refused(train.main, "--resume", folder, *flag)
     assert f"{folder}/resume.pt does not fit the settings of this run" in line
     assert culprit in line
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
@@ -486,11 +447,11 @@ def tensors(content: Any) -> Iterator[torch.Tensor]:
 
 
 def test_diverging_run_stops_and_keeps_the_last_good_checkpoint(
-    flat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    flat: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     folder = tmp_path / "run"
     run(flat, folder, "--run.steps", "2")
-    line = refused(lambda: resume(folder, "--run.steps", "8", "--optim.lr", "1e38", "--run.log_every", "8"), capsys)
+    line = refused(train.main, "--resume", folder, "--run.steps", "8", "--optim.lr", "1e38", "--run.log_every", "8")
     # the learning rate blows up the weights of step 3; whether its own loss or the next is named depends on them
     assert "not a finite number from step 3 " in line or "not a finite number from step 4 " in line
     assert f"the last good checkpoint is {folder}/resume.pt" in line
@@ -501,7 +462,7 @@ def test_diverging_run_stops_and_keeps_the_last_good_checkpoint(
 
 
 def test_loss_that_is_no_number_is_named_though_it_is_seldom_read(
-    flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
 ) -> None:
     steps = iter(range(1, 100))
 
@@ -510,7 +471,7 @@ def test_loss_that_is_no_number_is_named_though_it_is_seldom_read(
         return (loss * torch.nan if next(steps) == 3 else loss), parts
 
     monkeypatch.setattr(training, "train_step", third_is_nan)
-    line = refused(lambda: run(flat, tmp_path / "run", "--run.log_every", "7"), capsys)
+    line = refused(train.main, *flags(flat, tmp_path / "run", "--run.log_every", "7"))
     assert "not a finite number from step 3 on" in line
     assert "nothing had been saved yet" in line
     assert str(tmp_path / "run" / "bad_batch.json") in line
@@ -525,7 +486,7 @@ def test_loss_that_is_no_number_is_named_though_it_is_seldom_read(
 
 
 def test_gradient_that_is_no_number_is_named_with_its_own_step(
-    flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
 ) -> None:
     """The loss of that step is a number, and the next one's is not: without the gradient the next would be blamed."""
     steps = iter(range(1, 100))
@@ -539,13 +500,17 @@ def test_gradient_that_is_no_number_is_named_with_its_own_step(
         return results
 
     monkeypatch.setattr(training, "train_step", third_is_nan)
-    line = refused(lambda: run(flat, tmp_path / "run", "--run.log_every", "7"), capsys)
+    line = refused(train.main, *flags(flat, tmp_path / "run", "--run.log_every", "7"))
     assert "the gradient is not a finite number from step 3 on" in line
     assert json.loads((tmp_path / "run" / "bad_batch.json").read_text())["step"] == 3
 
 
 def test_resume_auto_begins_and_goes_on(
-    flat: Path, tmp_path: Path, uninterrupted: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+    flat: Path,
+    tmp_path: Path,
+    uninterrupted: Callable[[str], Path],
+    capfd: pytest.CaptureFixture[str],
+    refused: Callable[..., str],
 ) -> None:
     """One command for all times: a new folder, one without a save, one with one, one whose newest save is damaged."""
     folder = tmp_path / "run"
@@ -558,23 +523,23 @@ def test_resume_auto_begins_and_goes_on(
     newest = bytearray((folder / "resume.pt").read_bytes())
     newest[len(newest) // 2] ^= 4
     (folder / "resume.pt").write_bytes(newest)
-    capsys.readouterr()
+    capfd.readouterr()
     train.main([*command, "--run.steps", str(STEPS)])
-    assert f"{folder}/resume.pt is missing or broken: going on from resume.1.pt, step 6" in capsys.readouterr().out
+    assert f"{folder}/resume.pt is missing or broken: resuming from resume.1.pt, step 6" in capfd.readouterr().out
     assert losses(records(folder)) == losses(records(uninterrupted("torch")))
     for save in folder.glob("resume*.pt"):
         save.write_bytes(b"")
-    line = refused(lambda: train.main(command), capsys)  # what is damaged is not begun again, and not overwritten
+    line = refused(train.main, *command)  # what is damaged is not begun again, and not overwritten
     assert "resume.pt" in line
     for wrong in (["--resume", "auto"], ["--resume", "auto", "--run.dir"]):
-        assert "--run.dir" in refused(lambda wrong=wrong: train.main(["synthetic", *wrong]), capsys)
+        assert "--run.dir" in refused(train.main, "synthetic", *wrong)
 
 
 @pytest.mark.parametrize(
     ("metrics", "words"),
     [
         ({"embedding_spread": 0.05}, "the embeddings have collapsed"),
-        ({"attention_entropy": 0.1}, "the attention has collapsed to a single place"),
+        ({"attention_entropy": 0.1}, "the attention has collapsed to a single position"),
         ({"attention_entropy": math.log(49)}, "the attention is the same everywhere"),
         ({"effective_detectors": 1.2}, "fewer than 2 of 32 detectors are in use"),
         ({}, ""),
@@ -608,7 +573,7 @@ def test_frozen_statistics_stay_as_they_were(birds: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("broken", ["torch.save", "safetensors.torch.save", "os.replace", "os.fsync"])
 def test_full_disk_leaves_the_last_good_files_and_nothing_else(
-    broken: str, flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    broken: str, flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
 ) -> None:
     folder = tmp_path / "run"
     run(flat, folder, "--run.steps", "1")
@@ -623,7 +588,7 @@ def test_full_disk_leaves_the_last_good_files_and_nothing_else(
 
     with monkeypatch.context() as patch:
         patch.setattr(broken, full)
-        line = refused(lambda: resume(folder, "--run.steps", "2"), capsys)
+        line = refused(train.main, "--resume", folder, "--run.steps", "2")
     # a run that goes on writes its settings first
     culprit = {"torch.save": "resume.pt", "safetensors.torch.save": "weights.safetensors"}.get(broken, "config.yaml")
     assert f"cannot save {folder / culprit}: [Errno 28] No space left on device" in line
@@ -632,13 +597,13 @@ def test_full_disk_leaves_the_last_good_files_and_nothing_else(
     assert [record["step"] for record in resume(folder, "--run.steps", "3")] == [1, 2, 3]
 
 
-def test_resume_refuses_other_images(flat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resume_refuses_other_images(flat: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     images = tmp_path / "images"
     shutil.copytree(flat, images)
     run(images, tmp_path / "run", "--run.steps", "1")
     first = sorted(images.iterdir())[0]
     first.rename(first.with_name("zz.jpg"))
-    assert "the training images are not those" in refused(lambda: resume(tmp_path / "run", "--run.steps", "2"), capsys)
+    assert "the training images are not those" in refused(train.main, "--resume", tmp_path / "run", "--run.steps", "2")
 
 
 def test_run_stopped_between_its_last_two_saves_ends_well(flat: Path, tmp_path: Path) -> None:
@@ -652,24 +617,7 @@ def test_run_stopped_between_its_last_two_saves_ends_well(flat: Path, tmp_path: 
     assert order[-2:] == ["weights.safetensors", "resume.pt"]
 
 
-@pytest.fixture
-def calm_encoder(tmp_path: Path) -> Path:
-    """Weights with which rounding stays rounding: small residual branches, and few ReLUs near their kink.
-
-    From the default random weights training itself makes 1e-2 out of a change of 1e-7 in the queries, in five steps.
-    """
-    torch.manual_seed(0)
-    backbone, _ = build_backbone("resnet18", "layer3")
-    for name, module in backbone.named_modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            closes_a_block = name.endswith("bn2")
-            torch.nn.init.constant_(module.weight, 0.1 if closes_a_block else 1)
-            torch.nn.init.constant_(module.bias, 0 if closes_a_block else 3)
-    torch.save(backbone.state_dict(), tmp_path / "calm.pt")
-    return tmp_path / "calm.pt"
-
-
-def test_triton_kernels_train_as_the_references_do(flat: Path, tmp_path: Path, calm_encoder: Path) -> None:
+def test_triton_kernels_train_as_the_references_do(flat: Path, tmp_path: Path) -> None:
     """20 steps in fp32, the fit's gradient in the encoder too; 1 % off in that of query, features or detectors shows.
 
     The bias hardly moves the losses here, nor does the choice among detectors: one soon wins everywhere.
@@ -677,7 +625,14 @@ def test_triton_kernels_train_as_the_references_do(flat: Path, tmp_path: Path, c
     if not launch.INTERPRET and not torch.cuda.is_available():
         pytest.skip("needs a GPU or Triton's interpreter")
     settings = (
-        *("--model.weights", str(calm_encoder), "--data.image_size", "64", "--optim.lr", "0.0003"),
+        *(
+            "--model.weights",
+            str(write_calm_weights(tmp_path / "calm.pt")),
+            "--data.image_size",
+            "64",
+            "--optim.lr",
+            "0.0003",
+        ),
         *("--rationale.stop_gradient", "False", "--run.steps", "20"),
     )
 
@@ -718,7 +673,7 @@ def test_a_batch_in_parts_resumes_bit_for_bit(flat: Path, tmp_path: Path) -> Non
         (["--model.batchnorm", "sync"], "--model.batchnorm sync needs CUDA, and this run is on cpu"),
         (["--run.keep", "0"], "--run.keep must be at least 1"),
         (["--optim.accumulate", "3"], "--optim.accumulate must divide --optim.batch_size"),
-        (["--optim.accumulate", "0"], "--optim.accumulate must divide --optim.batch_size"),
+        (["--optim.accumulate", "0"], "--optim.accumulate must be at least 1"),
         (["--optim.accumulate", "8"], "--optim.accumulate must divide --optim.batch_size into parts of at least 2"),
         (
             ["--optim.accumulate", "2", "--released.enabled", "True"],
@@ -727,9 +682,9 @@ def test_a_batch_in_parts_resumes_bit_for_bit(flat: Path, tmp_path: Path) -> Non
     ],
 )
 def test_ways_of_doing_a_step_that_cannot_work_are_refused(
-    flat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
+    flat: Path, tmp_path: Path, refused: Callable[..., str], more: list[str], message: str
 ) -> None:
-    assert message in refused(lambda: run(flat, tmp_path / "run", *more), capsys)
+    assert message in refused(train.main, *flags(flat, tmp_path / "run", *more))
     assert not (tmp_path / "run").exists()
 
 

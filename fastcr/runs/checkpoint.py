@@ -57,15 +57,18 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     state, facts = read_state_dict(path), {}
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
-            facts = _facts(file.metadata())
+            facts = _facts(path, file.metadata())
     return state, {key: value for key, value in facts.items() if key != "crc32"}
 
 
-def _facts(metadata: dict[str, str] | None) -> dict[str, Any]:
+def _facts(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
+    """The facts in a file's metadata; none for a file of another kind."""
     facts: Any = None
     with suppress(ValueError, RecursionError):
         facts = json.loads((metadata or {}).get("fastcr", "{}"))
-    return facts if isinstance(facts, dict) else {}
+    if not isinstance(facts, dict):
+        raise UsageError(f"{path} is broken: what it says of the encoder cannot be read")
+    return facts
 
 
 def checksum(tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> str:
@@ -91,7 +94,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         try:
             with safe_open(path, "pt") as file:
                 content = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
-                facts = _facts(file.metadata())
+                facts = _facts(path, file.metadata())
         except (SafetensorError, OSError) as error:
             raise UsageError(f"{path} is not a whole safetensors file: {error}") from None
         if "crc32" in facts and facts["crc32"] != checksum(content, facts):

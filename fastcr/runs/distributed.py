@@ -193,7 +193,8 @@ def processes_of_torchrun(command: str, timeout: timedelta | None = None) -> Ite
         lost = "onnection closed" in reason or "onnection reset" in reason or "onnection refused" in reason
         what = "another process of this job ended" if lost else f"the processes lost each other ({reason[:300]})"
         if not _said(store, "lost"):
-            print(f"{command}: error: {what}, so all of them end", file=sys.stderr)
+            program = command.removeprefix("python -m ")  # as other mistakes are signed
+            print(f"{program}: error: {what}, so all of them end", file=sys.stderr)
         raise SystemExit(1) from None
     finally:
         dist.destroy_process_group()  # however it ends: gloo's threads could abort an interpreter that shuts down

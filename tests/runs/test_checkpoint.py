@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from fastcr.errors import UsageError
-from fastcr.method.encoder import load_encoder
+from fastcr.method.encoder import load
 from fastcr.runs import checkpoint
 from fastcr.runs.checkpoint import (
     Saver,
@@ -158,7 +158,7 @@ def test_state_dict_is_found_and_unwrapped(wrap: Callable[[Any], Any], suffix: s
 def test_foreign_weights_are_refused_with_their_keys(tmp_path: Path) -> None:
     safetensors.torch.save_file({"other.weight": torch.ones(1)}, tmp_path / "w.safetensors")
     with pytest.raises(UsageError, match=r"no fastcr metadata.*other\.weight"):
-        load_encoder(tmp_path / "w.safetensors", torch.device("cpu"))
+        load(tmp_path / "w.safetensors")
 
 
 def test_resume_state_comes_back_and_so_do_the_random_numbers(tmp_path: Path) -> None:
@@ -262,7 +262,7 @@ WRITERS = """
 import os, sys
 from pathlib import Path
 import torch
-from fastcr.checkpoint import save_resume, save_weights
+from fastcr.runs.checkpoint import save_resume, save_weights
 folder = Path(sys.argv[1])
 torch.set_num_threads(1)
 for first in map(int, sys.stdin):

@@ -7,7 +7,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,22 +20,13 @@ from fastcr import train
 from fastcr.config import Config, OptimConfig, ReleasedConfig, RunConfig
 from fastcr.errors import UsageError
 from fastcr.measures import embeddings as embed
-from fastcr.method.backbone import build_backbone
-from fastcr.method.build import check_device
+from fastcr.method.build import check_settings
 from fastcr.runs.distributed import Processes, _places, _shares
 from fastcr.runs.machine import pick_device
+from tests.shared import SHORT, TINY, records, start, wait_for, write_calm_weights
 
 DRIVER = Path(__file__).with_name("two_processes.py")
-TINY = [
-    "--data.image_size", "32", "--data.loader", "torch", "--data.workers", "0", "--run.device", "cpu",
-    "--run.log_every", "1", "--model.backbone", "resnet18", "--model.last_stage", "layer3", "--optim.lr", "0.001",
-    "--optim.epochs", "4", "--optim.batch_size", "8", "--moco.queue_size", "20", "--moco.embedding_dim", "16",
-    "--rationale.detectors", "4", "--model.batchnorm", "frozen",
-]  # fmt: skip
-
-
-def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(DRIVER.parents[2]), **more}
+FLAGS = [*TINY, *SHORT, "--optim.lr", "0.001", "--model.batchnorm", "frozen"]
 
 
 def free_port() -> str:
@@ -48,16 +38,7 @@ def free_port() -> str:
 def launch(*command: str) -> list[subprocess.Popen[str]]:
     """The command in two processes that know of each other, as torchrun would start them."""
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    return [
-        subprocess.Popen(
-            [sys.executable, *command],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment(RANK=rank, LOCAL_RANK=rank, **shared),
-        )
-        for rank in ("0", "1")
-    ]
+    return [start(*command, RANK=rank, LOCAL_RANK=rank, **shared) for rank in ("0", "1")]
 
 
 def finish(processes: list[subprocess.Popen[str]], timeout: float = 100) -> list[tuple[int, str, str]]:
@@ -70,27 +51,13 @@ def finish(processes: list[subprocess.Popen[str]], timeout: float = 100) -> list
     return [(process.returncode, *output) for process, output in zip(processes, ended, strict=True)]
 
 
-def records(folder: Path) -> list[dict[str, float]]:
-    path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def table(found: list[dict[str, float]], *names: str) -> torch.Tensor:
     return torch.tensor([[record[name] for name in names] for record in found], dtype=torch.float64)
 
 
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights from which training does not magnify rounding: small residual branches, few ReLUs near their kink."""
-    torch.manual_seed(0)
-    backbone, _ = build_backbone("resnet18", "layer3")
-    for name, module in backbone.named_modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.constant_(module.weight, 0.1 if name.endswith("bn2") else 1)
-            torch.nn.init.constant_(module.bias, 0 if name.endswith("bn2") else 3)
-    path = tmp_path_factory.mktemp("weights") / "calm.pt"
-    torch.save(backbone.state_dict(), path)
-    return path
+    return write_calm_weights(tmp_path_factory.mktemp("weights") / "calm.pt")
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +79,7 @@ def one_and_two(data: Path, calm: Path, tmp_path_factory: pytest.TempPathFactory
     """What came of the driver in one process, and in two."""
     out = tmp_path_factory.mktemp("found")
     commands = {name: (str(DRIVER), str(data), str(calm), str(out / name)) for name in ("one", "two")}
-    alone = subprocess.Popen(
-        [sys.executable, *commands["one"]], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
-    )
+    alone = start(*commands["one"])
     for status, _, errors in finish([alone, *launch(*commands["two"])], 200):
         assert status == 0, errors
     one, two = (json.loads((out / name).read_text()) for name in ("one", "two"))
@@ -207,7 +172,7 @@ def test_alone_nothing_is_exchanged() -> None:
 
 def test_a_command_in_two_processes_leaves_one_run(birds: Path, calm: Path, tmp_path: Path) -> None:
     """The whole command: rank 0 alone prints and writes; taken up by one process it goes on as if nothing was."""
-    flags = [*TINY, "--data.root", str(birds), "--model.weights", str(calm), "--run.eval_every", "1"]
+    flags = [*FLAGS, "--data.root", str(birds), "--model.weights", str(calm), "--run.eval_every", "1"]
     command = ("-m", "fastcr.train", "synthetic", *flags, "--run.dir", str(tmp_path / "two"), "--run.steps", "9")
     (status, output, errors), *other = finish(launch(*command))
     assert (status, errors) == (0, "")
@@ -235,7 +200,7 @@ def test_a_command_in_two_processes_leaves_one_run(birds: Path, calm: Path, tmp_
     ],
 )
 def test_a_mistake_is_said_once(more: list[str], words: str, birds: Path, tmp_path: Path) -> None:
-    flags = [*TINY, "--model.weights", "none", "--data.root", str(birds), "--run.dir", str(tmp_path / "run"), *more]
+    flags = [*FLAGS, "--model.weights", "none", "--data.root", str(birds), "--run.dir", str(tmp_path / "run"), *more]
     ended = finish(launch("-m", "fastcr.train", "synthetic", *flags))
     assert [status for status, *_ in ended] == [2, 2]
     (line,) = "".join(errors for *_, errors in ended).splitlines()
@@ -247,20 +212,12 @@ def test_a_mistake_is_said_once(more: list[str], words: str, birds: Path, tmp_pa
 def job(flat: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list[subprocess.Popen[str]]]]:
     """Two processes that have trained for some steps, and go on for long."""
     folder = tmp_path_factory.mktemp("job") / "run"
-    flags = [*TINY, "--data.root", str(flat), "--model.weights", "none", "--run.save_minutes", "0"]
+    flags = [*FLAGS, "--data.root", str(flat), "--model.weights", "none", "--run.save_minutes", "0"]
     started = launch("-m", "fastcr.train", "synthetic", *flags, "--run.dir", str(folder), "--optim.epochs", "1000")
-    wait_for(lambda: len(records(folder)) >= 3, started)
+    wait_for(lambda: len(records(folder)) >= 3, *started)
     yield folder, started
     for process in started:
         process.kill()
-
-
-def wait_for(holds: Any, processes: list[subprocess.Popen[str]], seconds: float = 100) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds() and time.monotonic() < deadline and all(process.poll() is None for process in processes):
-        time.sleep(0.02)
-    if not holds():
-        raise AssertionError([process.communicate(timeout=10) for process in processes if process.poll() is not None])
 
 
 def test_when_one_process_is_killed_the_other_says_so_and_ends(job: tuple[Path, list[subprocess.Popen[str]]]) -> None:
@@ -276,9 +233,9 @@ def test_when_one_process_is_killed_the_other_says_so_and_ends(job: tuple[Path, 
 
 
 def test_sigterm_to_either_process_saves_and_ends_both(flat: Path, tmp_path: Path) -> None:
-    flags = [*TINY, "--data.root", str(flat), "--model.weights", "none", "--optim.epochs", "1000"]
+    flags = [*FLAGS, "--data.root", str(flat), "--model.weights", "none", "--optim.epochs", "1000"]
     started = launch("-m", "fastcr.train", "synthetic", *flags, "--run.dir", str(tmp_path / "run"))
-    wait_for(lambda: len(records(tmp_path / "run")) >= 2, started)
+    wait_for(lambda: len(records(tmp_path / "run")) >= 2, *started)
     started[1].send_signal(signal.SIGTERM)
     (status, output, errors), (other, *silence) = finish(started)
     assert (status, other, errors, silence) == (143, 143, "", ["", ""])
@@ -290,24 +247,18 @@ def test_sigterm_to_either_process_saves_and_ends_both(flat: Path, tmp_path: Pat
 def test_torchrun_restarts_a_killed_process_and_goes_on_sample(flat: Path, tmp_path: Path) -> None:
     """The words of the README: `--max-restarts` with `--resume auto`."""
     folder = tmp_path / "run"
-    flags = [*TINY, "--data.root", str(flat), "--model.weights", "none", "--run.save_minutes", "0", "--run.steps", "60"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
+    flags = [*FLAGS, "--data.root", flat, "--model.weights", "none", "--run.save_minutes", "0", "--run.steps", "60"]
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
     command += ["--max-restarts", "2", "-m", "fastcr.train", "synthetic", "--run.dir", str(folder), "--resume", "auto"]
-    torchrun = subprocess.Popen(
-        [*command, *flags, "--optim.epochs", "100"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-    )
+    torchrun = start(*command, *flags, "--optim.epochs", "100")
     steps = 0
     for which in (-1, 0):  # whichever it is
-        wait_for(lambda before=steps: len(records(folder)) >= before + 3, [torchrun])
+        wait_for(lambda before=steps: len(records(folder)) >= before + 3, torchrun)
         children = subprocess.run(["pgrep", "-P", str(torchrun.pid)], capture_output=True, text=True).stdout.split()
         os.kill(int(children[which]), signal.SIGKILL)
         killed, steps = time.monotonic(), len(records(folder))
         time.sleep(2)
-        wait_for(lambda before=steps: len(records(folder)) > before, [torchrun])
+        wait_for(lambda before=steps: len(records(folder)) > before, torchrun)
         assert time.monotonic() - killed < 60
     ((status, output, errors),) = finish([torchrun])
     assert status == 0, errors
@@ -333,4 +284,4 @@ def test_devices_of_several_processes() -> None:
 )
 def test_what_several_processes_cannot_do(config: Config, words: str) -> None:
     with pytest.raises(UsageError, match=words):
-        check_device(config, torch.device("cpu"), Console(quiet=True), Processes(0, 2, 0, 2))
+        check_settings(config, torch.device("cpu"), Console(quiet=True), Processes(0, 2, 0, 2))

@@ -6,7 +6,6 @@ The first process writes what came of it to OUT.
 import json
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from fastcr.config import Config, DataConfig, MocoConfig, ModelConfig, OptimConf
 from fastcr.data.layouts import read_splits
 from fastcr.data.loaders import make_views
 from fastcr.measures.embeddings import embed
-from fastcr.method.build import Training, prepare
+from fastcr.method.build import Training, build
 from fastcr.runs.distributed import Processes, processes_of_torchrun
 
 CPU = torch.device("cpu")
@@ -36,7 +35,7 @@ def settings(root: Path, weights: Path, **more: Any) -> Config:
 
 
 def losses_of(config: Config, processes: Processes, steps: int) -> tuple[list[dict[str, float]], Training]:
-    training = prepare(config, CPU, QUIET, processes=processes)
+    training = build(config, CPU, QUIET, processes=processes)
     views, _ = make_views(config, read_splits(config.data.root).train, CPU, torch.float32, QUIET, processes)
     batches, found = views.batches(0), []
     for _ in range(steps):
@@ -82,8 +81,8 @@ def main() -> None:
 
         test = read_splits(root).test
         assert test
-        measured = partial(embed, moco.backbone, training.branch, test, image_size=32, device=CPU, workers=0)
-        found = measured(console=QUIET, title="", processes=processes)
+        how = {"device": CPU, "workers": 0, "console": QUIET, "title": "", "processes": processes}
+        found = embed(training.encoder, test, **how)
         results["kept"], results["unreadable"] = found.kept.tolist(), found.unreadable
         results["embeddings"] = [each.double().sum(1).tolist() for each in found[:3]]
         results["sizes"] = found.sizes.tolist()

@@ -1,0 +1,152 @@
+"""Broken checkpoints: what is read of them is what was saved, or they are refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import strategies as st
+from PIL import Image
+
+from fastcr.method.encoder import load
+from fastcr.runs.checkpoint import load_resume, load_weights, random_states, read_state_dict, save_resume, save_weights
+from tests.fuzz.damage import ARCHIVED, JSON, SAFETENSORS, Damage, Header
+from tests.fuzz.properties import REFUSED, attempt, fuzzed, reading
+from tests.shared import write_weights
+
+FACTS = {"backbone": "resnet18", "detectors": 4, "mean": [0.5, 0.25, 0.125], "temperature": 0.4}
+
+
+def same(first: Any, second: Any) -> bool:
+    if isinstance(first, torch.Tensor):
+        return isinstance(second, torch.Tensor) and first.dtype == second.dtype and torch.equal(first, second)
+    if type(first) is not type(second):
+        return False
+    if isinstance(first, dict):
+        return list(first) == list(second) and all(same(first[key], second[key]) for key in first)
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(same, first, second))
+    return bool(first == second)
+
+
+@cache
+def checkpoints() -> tuple[dict[str, bytes], dict[str, Any], dict[str, torch.Tensor]]:
+    """Checkpoints of every kind by their names, and what resume.pt and weights.safetensors hold."""
+    generator = torch.Generator().manual_seed(0)
+    state = {
+        "a": torch.randn(8, 4, generator=generator),
+        "b.num": torch.tensor(7),
+        "c": torch.randn(40, generator=generator),
+    }
+    optimizer = {"state": {0: {"momentum_buffer": state["a"] * 2}}, "param_groups": []}
+    content = {"step": 5, "model": state, "optimizer": optimizer, "scaler": {}, "random": random_states(), "images": 9}
+    halves = {f"module.{key}": value.half() for key, value in state.items()}
+    released = {"conv16.weight": torch.ones(4, 2, 1, 1), "encoder_q.conv1.weight": torch.ones(2)}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save_resume(folder / "resume.pt", content)
+        save_weights(folder / "weights.safetensors", state, FACTS)
+        torch.save({"state_dict": halves, "epoch": 3}, folder / "a.pth")
+        torch.save(state, folder / "old.pth", _use_new_zipfile_serialization=False)
+        safetensors.torch.save_file({"backbone.a": torch.ones(3)}, folder / "foreign.safetensors")
+        torch.save(released, folder / "released.pth")
+        write_weights(folder / "encoder.safetensors")
+        return {file.name: file.read_bytes() for file in folder.iterdir()}, content, state
+
+
+def broken(name: str) -> st.SearchStrategy[tuple[str, Damage]]:
+    """A checkpoint's name, and the damage to it."""
+    return st.tuples(st.just(name), SAFETENSORS if name.endswith(".safetensors") else ARCHIVED)
+
+
+def written(folder: Path, name: str, damage: Damage) -> Path:
+    (folder / name).write_bytes(damage(checkpoints()[0][name]))
+    return folder / name
+
+
+@fuzzed(sample=30, count=400, damage=ARCHIVED)
+def test_resume_pt(folder: Path, damage: Damage) -> None:
+    file = written(folder, "resume.pt", damage)
+    loaded = reading(lambda: load_resume(file), folder)
+    assert loaded is REFUSED or same(checkpoints()[1], loaded[0]), "accepted, but not what was saved"
+
+
+@fuzzed(sample=30, count=400, damage=SAFETENSORS)
+def test_weights_safetensors(folder: Path, damage: Damage) -> None:
+    file = written(folder, "weights.safetensors", damage)
+    loaded = reading(lambda: load_weights(file), folder)
+    if loaded is not REFUSED and re.search(
+        b'"fastcr".*crc32', file.read_bytes(), re.DOTALL
+    ):  # it says it is one of ours
+        (found, facts), state = loaded, checkpoints()[2]
+        assert found.keys() == state.keys(), "accepted with other keys"
+        assert all(same(state[key], found[key]) for key in state), "accepted, but the weights are not what was saved"
+        assert facts == FACTS, f"accepted, but the facts are not what was saved: {facts}"
+
+
+@fuzzed(
+    sample=30,
+    count=400,
+    spoilt=st.one_of(*map(broken, ["a.pth", "a.pth", "old.pth", "foreign.safetensors", "released.pth"])),
+)
+def test_foreign_weights(folder: Path, spoilt: tuple[str, Damage]) -> None:
+    file = written(folder, *spoilt)
+    state = reading(lambda: read_state_dict(file), folder)
+    if state is not REFUSED:
+        assert all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items())
+
+
+class Facts(NamedTuple):
+    """Damage to the facts in the header of a weights file, without the checksum that would notice."""
+
+    damage: Damage
+
+    def __call__(self, header: bytes) -> bytes:
+        described = json.loads(header)
+        facts = json.loads(described["__metadata__"]["fastcr"])
+        facts.pop("crc32")
+        described["__metadata__"]["fastcr"] = self.damage(json.dumps(facts).encode()).decode(errors="replace")
+        return json.dumps(described).encode()
+
+
+IN_HEADER = st.one_of(JSON, JSON.map(Facts), JSON.map(Facts)).map(Header)
+REFUSED_SOON = ["released.pth", "foreign.safetensors", "weights.safetensors", "a.pth"]
+
+
+@fuzzed(
+    sample=5,
+    count=100,
+    spoilt=st.one_of(*map(broken, REFUSED_SOON)) | st.tuples(st.just("encoder.safetensors"), IN_HEADER),
+    by_folder=st.booleans(),
+)
+def test_encoder(folder: Path, spoilt: tuple[str, Damage], by_folder: bool) -> None:
+    file = written(folder, *spoilt)
+    if by_folder and file.suffix == ".safetensors":
+        file = file.rename(folder / "weights.safetensors")
+
+    def work() -> None:
+        encoder = load(folder if by_folder else file)
+        image = encoder.transform(Image.new("RGB", (50, 40)))
+        assert image.shape == (3, encoder.image_size, encoder.image_size)
+        assert encoder(image[None]).embedding.shape[0] == 1
+
+    reading(work, folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"backbone": 5}, {"detectors": 10**7}, {"image_size": -1}, {"std": [1]}, {"temperature": "1"}, {"mean": 0}],
+)
+def test_facts_that_no_encoder_can_have_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    file = tmp_path / "weights.safetensors"
+    file.write_bytes(checkpoints()[0]["encoder.safetensors"])
+    state, facts = load_weights(file)
+    save_weights(file, state, facts | change)
+    assert attempt(lambda: load(tmp_path)) is REFUSED

@@ -1,0 +1,193 @@
+"""What `import fastcr` and the command `fastcr` offer, and what they do without; runs of older versions."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import fastcr
+from fastcr import __main__ as program
+from fastcr.config import Config, DataConfig, MocoConfig, ModelConfig, OptimConfig, RunConfig
+from fastcr.runs.command_line import load_config, read_command_line
+from fastcr.train import train
+from tests.shared import records, start
+
+HEAVY = ("torch", "torchvision", "numpy", "PIL", "rich", "tyro", "yaml", "triton", "safetensors")
+FOLDER = Path(fastcr.__file__).parent
+# what the version before wrote of its preset `synthetic`, trained for 20 steps
+OLD_CONFIG = """\
+preset: synthetic
+run: {dir: runs/old, seed: 0, steps: 20, device: cpu, kernels: auto, compile: auto, cuda_graph: false,
+  overlap_keys: false, precision: auto, log_every: 10, eval_every: 0, save_minutes: 5.0, keep: 2}
+data: {root: null, loader: torch, cache: auto, cache_side: null, cache_dir: null, image_size: 64, workers: 0,
+  on_corrupt: skip, roi_decode: true, hw_decoder_load: 0.65}
+model: {backbone: resnet18, last_stage: layer3, weights: none, allow_missing_weights: false, batchnorm: local}
+optim: {epochs: 8, batch_size: 64, accumulate: 1, lr: 0.03, backbone_lr: null, backbone_warmup: 0.0, momentum: 0.9,
+  weight_decay: 0.0001}
+moco: {queue_size: 256, temperature: 0.2, key_momentum: 0.99, embedding_dim: 128}
+rationale: {enabled: true, fit_weight: 1.0, detectors: 32, batchnorm: false, target: max-softmax, cam_of: logit,
+  cam_sign: loss, cam_weights: common, temperature: 0.4, stop_gradient: true, lr: null, pooled_contrast: 0.0}
+released: {enabled: false, detach_target: false, fit_axis: rows, stem_maxpool: true}
+"""
+
+
+def modules_after(code: str) -> set[str]:
+    """The modules a fresh Python has after `code`."""
+    process = start("-c", f"{code}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))")
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return set(json.loads(output.splitlines()[-1]))
+
+
+def test_importing_fastcr_imports_nothing_heavy_until_it_is_asked_for() -> None:
+    assert not {"torch", "numpy", "tyro"} & modules_after("import fastcr")
+    assert "torch" in modules_after("import fastcr\nfastcr.load")
+
+
+@pytest.mark.parametrize("name", fastcr.__all__)
+def test_every_public_name_is_there(name: str) -> None:
+    assert getattr(fastcr, name) is not None
+    assert name in dir(fastcr)
+    assert fastcr._HOMES.keys() == set(fastcr.__all__)
+
+
+def test_other_names_are_not() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        fastcr.nothing  # noqa: B018
+
+
+def test_presets_by_name() -> None:
+    assert fastcr.preset("cub200").preset == "cub200"
+    with pytest.raises(fastcr.UsageError, match="no preset 'nope'"):
+        fastcr.preset("nope")
+    with pytest.raises(fastcr.UsageError, match="did you mean cub200"):
+        fastcr.preset("cub20")
+
+
+def test_train_works_with_a_config_alone(flat: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config = Config(
+        run=RunConfig(dir=tmp_path / "run", device="cpu", steps=1),
+        data=DataConfig(root=flat, loader="torch", image_size=32, workers=0),
+        model=ModelConfig(backbone="resnet18", last_stage="layer3", weights="none"),
+        optim=OptimConfig(batch_size=8),
+        moco=MocoConfig(queue_size=16),
+    )
+    assert train(config) == tmp_path / "run"
+    assert f"run folder: {tmp_path}/run" in capfd.readouterr().out
+    more = dataclasses.replace(config, run=dataclasses.replace(config.run, steps=2))
+    with pytest.raises(fastcr.UsageError, match="already holds a run"):
+        train(more)
+    assert train(more, resume=tmp_path / "run") == tmp_path / "run"
+    assert [record["step"] for record in records(tmp_path / "run")] == [1, 2]
+    with pytest.raises(fastcr.UsageError, match=r"--optim\.lr must be above 0"):
+        train(dataclasses.replace(config, optim=OptimConfig(batch_size=8, lr=0.0)))
+
+
+# --- the command ---
+
+
+def test_help_lists_every_command_with_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    doors = {file.stem for file in FOLDER.glob("*.py") if "def main(" in file.read_text()} - {"__main__"}
+    assert len(doors) >= 8
+    shown = []
+    for args in ([], ["-h"], ["--help"]):
+        program.main(args)
+        shown.append(capsys.readouterr().out)
+    assert shown == [shown[0]] * 3
+    listed = [line.split(maxsplit=1) for line in shown[0].splitlines() if line.startswith("  ")]
+    assert {command for command, _ in listed} == doors
+    assert all(len(line) > 10 for _, line in listed)
+
+
+def test_help_and_mistakes_import_nothing_heavy() -> None:
+    for call in ("main(['--help'])", "main(['--version'])"):
+        assert not set(HEAVY) & modules_after(f"from fastcr.__main__ import main\n{call}")
+
+
+@pytest.mark.parametrize(
+    ("command", "hint"), [("trian", "did you mean train?"), ("xyz", "fastcr --help lists the commands")]
+)
+def test_an_unknown_command_is_a_mistake_of_one_line(command: str, hint: str) -> None:
+    process = start("-m", "fastcr", command)
+    output, errors = process.communicate()
+    assert (process.returncode, output) == (2, "")
+    assert errors == f"fastcr: error: no command {command!r} ({hint})\n"
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    program.main(["--version"])
+    assert capsys.readouterr().out == f"{fastcr.__version__}\n"
+
+
+@pytest.mark.parametrize("command", program.COMMANDS)
+def test_each_command_has_help_and_says_how_it_was_called(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ways = {"/usr/bin/fastcr": "fastcr {}", f"{FOLDER}/__main__.py": "python -m fastcr {}",
+            f"{FOLDER}/{command}.py": "python -m fastcr.{}", "pytest/__main__.py": "python -m fastcr.{}"}  # fmt: skip
+    for argument, called in ways.items():
+        monkeypatch.setattr(sys, "argv", [argument])
+        with pytest.raises(SystemExit) as stop:
+            program.main([command, "--help"])
+        assert stop.value.code == 0
+        assert f"usage: {called.format(command)} " in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_script_for_bash_completes_commands_and_flags(tmp_path: Path) -> None:
+    (tmp_path / "completion").write_text(program.completion())
+    for words, at, found in (("fastcr ev", 1, "evaluate"), ("fastcr train --optim.l", 2, "--optim.lr")):
+        ask = f"source completion; COMP_WORDS=({words}); COMP_CWORD={at}; _fastcr; echo ${{COMPREPLY[@]}}"
+        answer = subprocess.run(["bash", "-c", ask], cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert found in answer.stdout.split()
+
+
+# --- runs of older versions ---
+
+
+def test_a_config_of_the_version_before_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(OLD_CONFIG)
+    config = load_config(file)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"fastcr: {file}: settings of an older version are left out: ")
+    for gone in ("rationale.batchnorm", "rationale.pooled_contrast", "data.roi_decode", "data.hw_decoder_load"):
+        assert gone in line
+    preset = fastcr.preset("synthetic")
+    assert config == dataclasses.replace(
+        preset,
+        run=RunConfig(dir=Path("runs/old"), steps=20, device="cpu"),
+        data=dataclasses.replace(preset.data, loader="torch", workers=0),
+    )
+    assert (config.rationale.cam_of, config.rationale.cam_keeps) == ("similarity", "mismatch")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("cam_sign: score", "match"), ("cam_sign: loss", "mismatch"), ("cam_keeps: match", "match")]
+)
+def test_renamed_settings_are_translated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], old: str, new: str
+) -> None:
+    (tmp_path / "config.yaml").write_text(f"rationale:\n  {old}\n  cam_of: loss\n")
+    config = load_config(tmp_path / "config.yaml")
+    assert (config.rationale.cam_keeps, config.rationale.cam_of) == (new, "loss")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_old_names_on_the_command_line(joined: bool) -> None:
+    pairs = {"--rationale.cam_sign": "score", "--rationale.cam_of": "logit"}
+    args = (
+        [f"{flag}={value}" for flag, value in pairs.items()] if joined else [x for pair in pairs.items() for x in pair]
+    )
+    config, _ = read_command_line(["synthetic", *args, "--run.steps", "3"])
+    assert (config.rationale.cam_keeps, config.rationale.cam_of, config.run.steps) == ("match", "similarity", 3)
+
+
+def test_gone_names_on_the_command_line_are_a_mistake(refused: Callable[..., str]) -> None:
+    from fastcr import train as door
+
+    assert "--rationale.pooled_contrast" in refused(door.main, "--rationale.pooled_contrast", "1")
