@@ -10,7 +10,6 @@ import os
 import platform
 import re
 import shlex
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -166,7 +165,6 @@ def main(args: Sequence[str] | None = None) -> None:
     """Command line of `fastcr report`."""
     with one_line_errors("report"):
         description = "A run, or several compared, as one HTML page."
-        args = sys.argv[1:] if args is None else args
         config = parse(ReportConfig, args, prog=called("report"), description=description)
         console = Console(markup=False)
         os.environ.setdefault("MPLCONFIGDIR", str(cache_folder() / "matplotlib"))  # its list of fonts, made only once

@@ -6,7 +6,6 @@ map depends on which other images are shown.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -149,7 +148,6 @@ def main(args: Sequence[str] | None = None) -> None:
     """Command line of `fastcr visualize`."""
     with one_line_errors("visualize"):
         description = "Contact sheets of the attention and of the detectors."
-        args = sys.argv[1:] if args is None else args
         config = parse(VisualizeConfig, args, prog=called("visualize"), description=description)
         visualize(config, Console(markup=False))
 
