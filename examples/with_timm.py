@@ -1,6 +1,6 @@
 """Common rationales on a vision transformer of timm's, whose patch tokens are the feature map.
 
-`--model NAME` takes others (timm.list_models()); `python -m fastcr.train --model.backbone timm:NAME` does it all.
+`--model NAME` takes others (timm.list_models()); `fastcr train --model.backbone timm:NAME` does it all.
 pip install "fastcr[timm]"; python examples/with_timm.py --steps 20
 """
 

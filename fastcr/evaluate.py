@@ -1,4 +1,4 @@
-"""`python -m fastcr.evaluate RUN|WEIGHTS`: measure both embeddings, and those of the frozen initialisation."""
+"""`fastcr evaluate RUN|WEIGHTS`: measure both embeddings, and those of the frozen initialisation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m fastcr.folders ROOT`: what a root holds, and which of its images are broken."""
+"""`fastcr folders ROOT`: what a folder of images holds, and which of them are broken."""
 
 from __future__ import annotations
 

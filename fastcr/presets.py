@@ -1,4 +1,4 @@
-"""One preset per data set: `python -m fastcr.train NAME`, every flag can be overridden after it.
+"""One preset per data set: `fastcr train NAME`; every setting can be overridden after it.
 
 Each docstring states what to expect. Where a figure has not been measured with this code it says so.
 """

@@ -1,4 +1,4 @@
-"""`python -m fastcr.trace [PRESET] [--section.field value ...]`: where the time of a training step goes.
+"""`fastcr trace [PRESET] [--section.field value ...]`: where the time of a training step goes.
 
 PyTorch's profiler records a few steps of the run that `fastcr train` would make. The times are added up by phase (the
 ranges that the step names with `record_function`) and by kernel, on the CPU by operator. From a checkout each phase is

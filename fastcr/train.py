@@ -1,4 +1,4 @@
-"""`python -m fastcr.train [PRESET] [--section.field value ...]`, `python -m fastcr.train --resume RUN`.
+"""`fastcr train [PRESET] [--section.field value ...]`, `fastcr train --resume RUN`: train an encoder.
 
 In several processes: `torchrun --nproc-per-node N -m fastcr.train ...`. In Python: `train(preset("cub200"))`.
 """
