@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 import time
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
@@ -162,9 +161,10 @@ def fill(
 
 def main(args: Sequence[str] | None = None) -> None:
     """Command line of `fastcr embed`."""
-    args, about = sys.argv[1:] if args is None else args, "Embeddings of every image of a folder, in files."
     with one_line_errors("embed"):
-        embed_folder(parse(EmbedConfig, args, prog=called("embed"), description=about), Console(markup=False))
+        description = "Embeddings of every image of a folder, in files."
+        config = parse(EmbedConfig, args, prog=called("embed"), description=description)
+        embed_folder(config, Console(markup=False))
 
 
 if __name__ == "__main__":

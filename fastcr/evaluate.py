@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -45,7 +45,7 @@ class EvaluateConfig:
     linear: LinearConfig = field(default_factory=LinearConfig)
 
 
-def read_arguments(args: Sequence[str]) -> tuple[EvaluateConfig, Path, Path | None, Path | None]:
+def read_arguments(args: Sequence[str] | None) -> tuple[EvaluateConfig, Path, Path | None, Path | None]:
     """Settings, the weights to measure, the frozen initialisation if there is one, and the images' root."""
     config = parse(
         EvaluateConfig,
@@ -69,7 +69,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Command line of `fastcr evaluate`."""
     with one_line_errors("evaluate"), processes_of_torchrun(called("evaluate"), PATIENCE) as processes:
         console = Console(markup=False, quiet=not processes.first)
-        config, weights, frozen, root = processes.once(lambda: read_arguments(sys.argv[1:] if args is None else args))
+        config, weights, frozen, root = processes.once(partial(read_arguments, args))
         splits = read_splits(root or write_synthetic())
         images = test_images(splits)
         if images is None:

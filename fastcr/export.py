@@ -13,7 +13,6 @@ import dataclasses
 import io
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -239,12 +238,8 @@ def main(args: Sequence[str] | None = None) -> None:
     console = Console(markup=False)
     say = partial(console.print, soft_wrap=True, highlight=False)
     with one_line_errors("export"):
-        config = parse(
-            ExportConfig,
-            sys.argv[1:] if args is None else args,
-            prog=called("export"),
-            description="Write a trained encoder for other tools.",
-        )
+        description = "Write a trained encoder for other tools."
+        config = parse(ExportConfig, args, prog=called("export"), description=description)
         if config.push and config.format != "hub":
             raise UsageError("--push goes with --format hub")
         if config.format == "hub":

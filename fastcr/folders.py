@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -158,9 +157,8 @@ def write_indexes(root: Path) -> int:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Command line of `python -m fastcr.folders`; exit status 1 if images are broken."""
+    """Command line of `fastcr folders`; exit status 1 if images are broken."""
     with one_line_errors("folders"):
-        args = sys.argv[1:] if args is None else args
         description = "What a folder of images holds, and which of them are broken."
         config = parse(CheckConfig, args, prog=f"{called('folders')} ROOT", description=description)
         console = Console(markup=False, highlight=False)

@@ -1,11 +1,15 @@
-"""`python -m fastcr.report RUN [RUN ...]`: a run, or several compared, as one HTML page that needs nothing else."""
+"""`fastcr report RUN [RUN ...]`: a run, or several compared, as one HTML page that needs nothing else.
+
+The words and the looks of the page, and that every name is escaped, are up to `report.html.jinja`.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
-import sys
+import re
+import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -13,53 +17,28 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.console import Console
 
 import fastcr
-from fastcr.config import Config, tyro
+from fastcr.config import Config, DeviceConfig, ImagesConfig, number, tyro
 from fastcr.data.layouts import read_splits
 from fastcr.data.synthetic import write_synthetic
 from fastcr.errors import UsageError
+from fastcr.measures.charts import can_draw
 from fastcr.measures.embeddings import embed
-from fastcr.measures.gallery import Pictures, Thumbnails, attended, neighbours
+from fastcr.measures.gallery import Gallery, Thumbnails, attended, neighbours
+from fastcr.measures.summary import SECTIONS, Run, by_name, compare, data_name, differing, is_number, losses, scores_of
 from fastcr.method.encoder import load
-from fastcr.report_html import Html, Line, chart, heading, is_report, page, table, tag
-from fastcr.report_page import (
-    CURVES,
-    Key,
-    Run,
-    by_name,
-    data_name,
-    is_number,
-    measure,
-    measured_on,
-    points,
-    run_sections,
-    scores_of,
-    settings,
-)
 from fastcr.runs.checkpoint import write_whole
 from fastcr.runs.command_line import called, load_config, one_line_errors, parse
 from fastcr.runs.log import read_records
-from fastcr.runs.machine import pick_device, pick_workers
+from fastcr.runs.machine import cache_folder, pick_device, pick_workers
 
-
-@dataclass(frozen=True)
-class ReportData:
-    """The images to show."""
-
-    root: Path | None = None
-    """Folder of images. Default: the one each run was trained on."""
-    workers: int | None = None
-    """Loader processes. Default: one per core."""
-
-
-@dataclass(frozen=True)
-class ReportRun:
-    """How the images are embedded."""
-
-    device: str = "auto"
-    """auto (CUDA when there is one, else the CPU), cpu, cuda or cuda:N."""
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # no script is run, nothing is fetched
+GENERATOR = '<meta name="generator" content="fastcr.report">'
+# what no page may hold: control characters, and halves of characters from file names that are not UTF-8
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 @dataclass(frozen=True)
@@ -70,26 +49,86 @@ class ReportConfig:
     """Run folders."""
     out: Path | None = None
     """The page. Default: report.html in the run's folder; of several runs, in this one."""
-    gallery: int = 12
+    gallery: int = number(12, 0)
     """Test images shown with their attention; 0: none."""
-    queries: int = 6
+    queries: int = number(6, 0)
     """Test images shown with their nearest neighbours; 0: none. Without either, no image is read."""
-    data: ReportData = field(default_factory=ReportData)
-    run: ReportRun = field(default_factory=ReportRun)
+    data: ImagesConfig = field(default_factory=ImagesConfig)
+    run: DeviceConfig = field(default_factory=DeviceConfig)
 
 
-def validate(config: ReportConfig) -> None:
-    """Raise `UsageError` naming the first flag whose value cannot work."""
-    checks = {
-        "name a run folder": len(config.runs) > 0,
-        "a run is named twice": len({run.resolve() for run in config.runs}) == len(config.runs),
-        "--gallery must be at least 0": config.gallery >= 0,
-        "--queries must be at least 0": config.queries >= 0,
-        "--data.workers must be at least 0": config.data.workers is None or config.data.workers >= 0,
-    }
-    for message, holds in checks.items():
-        if not holds:
-            raise UsageError(message)
+def gallery_of(folder: Path, name: str, trained: Config, config: ReportConfig, console: Console) -> Gallery:
+    """The run's images, embedded by its weights as they are now."""
+    weights, root = folder / "weights.safetensors", config.data.root or trained.data.root
+    if not (config.gallery or config.queries):
+        return Gallery("None were asked for (--gallery 0 --queries 0).")
+    if not weights.exists():
+        return Gallery("The run has not saved weights yet, so no images are shown.")
+    of = data_name(root)
+    try:
+        splits = read_splits(root or write_synthetic())
+    except UsageError as error:
+        if config.data.root:
+            raise
+        console.print(f"no images of {name} at hand: {error}", soft_wrap=True, highlight=False)
+        return Gallery(f"The images ({of}) were not at hand when this page was made; --data.root says where they are.")
+    device, images = pick_device(config.run.device), splits.test or splits.train
+    encoder, workers = load(weights, device), pick_workers(config.data.workers)
+    found = embed(encoder, images, device=device, workers=workers, console=console, title=name)
+    thumbnails = Thumbnails(images, encoder.image_size)
+    lost = f"; {len(found.unreadable)} cannot be read" if found.unreadable else ""
+    note = f"{'Test' if splits.test else 'Training'} images of {of}, evenly spread over {len(images):,}{lost}."
+    return Gallery(
+        note if images.labels else f"{note} They have no labels.",
+        attended(found, thumbnails, config.gallery),
+        neighbours(found, thumbnails, config.queries),
+        "mean" if encoder.branch is None else "rationale",
+    )
+
+
+def read_run(folder: Path, name: str, trained: Config, config: ReportConfig, console: Console) -> Run:
+    """All that a report says of the run in `folder`, whose settings are `trained`. `UsageError` for a broken file."""
+    path, results = folder / "results.json", {}
+    if path.exists():
+        try:
+            results = json.loads(path.read_text())
+        except (ValueError, OSError, RecursionError) as error:
+            raise UsageError(f"{path} is broken: {error}") from None
+        if not isinstance(results, dict):
+            raise UsageError(f"{path} is broken: it holds no results")
+    every = read_records(folder / "metrics.jsonl")
+    numbers = [{key: value for key, value in record.items() if is_number(value)} for record in every]
+    records = [record for record in numbers if "step" in record]
+    return Run(name, trained, records, results, gallery_of(folder, name, trained, config, console))
+
+
+def versions(device: str) -> dict[str, str]:
+    """Of what made the page; runs do not record their own."""
+    found = {"fastcr": fastcr.__version__, "Python": platform.python_version()}
+    for name in ("torch", "triton", "torchvision"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    where = pick_device(device)
+    found["device"] = torch.cuda.get_device_name(where) if where.type == "cuda" else f"CPU ({platform.machine()})"
+    return found
+
+
+def page(runs: Sequence[Run], device: str = "cpu") -> str:
+    """The whole page. It says who made it, so that a report is only ever written over another report."""
+    environment = Environment(
+        loader=PackageLoader("fastcr", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.globals |= {"by_name": by_name, "called": called, "can_draw": can_draw(), "compare": compare,
+                            "data_name": data_name, "differing": differing, "losses": losses,
+                            "quote": shlex.quote, "scores_of": scores_of, "sections": SECTIONS}  # fmt: skip
+    template = environment.get_template("report.html.jinja")
+    text = template.render(runs=runs, policy=POLICY, versions=versions(device))
+    return UNPRINTABLE.sub("\ufffd", text)
 
 
 def check_out(out: Path) -> None:
@@ -100,180 +139,35 @@ def check_out(out: Path) -> None:
         if not out.is_file():
             raise UsageError(f"{out} is no file")
         with out.open("rb") as file:
-            if not is_report(file.read(1000)):
+            if GENERATOR.encode() not in file.read(1000):
                 raise UsageError(f"{out} is not a report of fastcr, so it is left as it is: name another --out")
 
 
-def pictures_of(folder: Path, name: str, trained: Config, config: ReportConfig, console: Console) -> Pictures:
-    """The run's images, embedded by its weights as they are now."""
-    weights, root = folder / "weights.safetensors", config.data.root or trained.data.root
-    if not (config.gallery or config.queries):
-        return Pictures("None were asked for (--gallery 0 --queries 0).")
-    if not weights.exists():
-        return Pictures("The run has not saved weights yet, so no images are shown.")
-    of = by_name(config.data.root.absolute()) if config.data.root else data_name(trained)
-    try:
-        splits = read_splits(root or write_synthetic())
-    except UsageError as error:
-        if config.data.root:
-            raise
-        console.print(f"no images of {name} at hand: {error}", soft_wrap=True, highlight=False)
-        return Pictures(f"The images ({of}) were not at hand when this page was made; --data.root says where they are.")
-    device, images = pick_device(config.run.device), splits.test or splits.train
-    encoder = load(weights, device)
-    found = embed(
-        encoder,
-        images,
-        device=device,
-        workers=pick_workers(config.data.workers),
-        console=console,
-        title=name,
-    )
-    thumbnails = Thumbnails(images, encoder.image_size)
-    lost = f"; {len(found.unreadable)} cannot be read" if found.unreadable else ""
-    return Pictures(
-        f"{'Test' if splits.test else 'Training'} images of {of}, evenly spread over {len(images):,}{lost}."
-        + ("" if images.labels else " They have no labels."),
-        attended(found, thumbnails, config.gallery),
-        neighbours(found, thumbnails, config.queries),
-        "mean" if encoder.branch is None else "rationale",
-    )
-
-
-def read_run(folder: Path, name: str, config: ReportConfig, console: Console) -> Run:
-    """All that a report says of the run in `folder`. `UsageError` if it is no run folder or holds broken files."""
-    own = load_config(folder / "config.yaml")
-    path, results = folder / "results.json", {}
-    if path.exists():
-        try:
-            results = json.loads(path.read_text())
-        except (ValueError, OSError, RecursionError) as error:
-            raise UsageError(f"{path} is broken: {error}") from None
-        if not isinstance(results, dict):
-            raise UsageError(f"{path} is broken: it holds no results")
-    found = [record for record in read_records(folder / "metrics.jsonl") if isinstance(record, dict)]
-    records = [{key: value for key, value in record.items() if is_number(value)} for record in found]
-    records = [record for record in records if "step" in record]
-    return Run(name, own, records, results, pictures_of(folder, name, own, config, console))
-
-
-def run_names(folders: Sequence[Path]) -> list[str]:
-    """Names of the folders, told apart by a number where they are the same."""
-    names = [Path(os.path.abspath(folder)).name for folder in folders]
-    return [name if names.count(name) == 1 else f"{name} ({names[:i].count(name) + 1})" for i, name in enumerate(names)]
-
-
-def comparison(runs: Sequence[Run]) -> list[Html]:
-    """One table of all results, the settings that differ, the losses over each other."""
-    parts = [tag("h2", "Results"), *compared_results([run for run in runs if run.results])]
-    if lacking := [run.name for run in runs if not run.results]:
-        parts.append(tag("p", f"Not measured yet (python -m fastcr.evaluate RUN): {', '.join(lacking)}."))
-    every = [settings(run.config) for run in runs]
-    rows = [[flag, *(tag("td", each[flag], class_="plain") for each in every)]
-            for flag in every[0] if len({each[flag] for each in every}) > 1]  # fmt: skip
-    head = [[heading("setting"), *(heading(run.name, class_="plain") for run in runs)]]
-    parts += [
-        tag("h2", "Settings that differ"),
-        table(head, rows, "All others are the same") if rows else tag("p", "None."),
-    ]
-    losses = ("contrast_loss", "fit_loss")
-    drawn = [chart(CURVES[name][0], [Line(run.name, points(run, name, "epoch")) for run in runs], "epoch")
-             for name in losses]  # fmt: skip
-    return [
-        *parts,
-        tag("h2", "Losses"),
-        tag("div", *drawn, class_="charts") if any(drawn) else tag("p", "None logged."),
-    ]
-
-
-def compared_results(runs: Sequence[Run]) -> list[Html]:
-    """A row a run and a row a frozen initialisation; the best of a column is marked where all saw the same images."""
-    if not runs:
-        return [tag("p", "No run has been measured.")]
-    rows = [(run.name, measured_on(run), scores_of(run.results), list[str]()) for run in runs]
-    for run in runs:  # those that began alike share a row
-        frozen = scores_of(run.results.get("frozen_init"))
-        alike = next((row for row in rows if row[3] and row[1:3] == (measured_on(run), frozen)), None)
-        if alike:
-            alike[3].append(run.name)
-        elif frozen:
-            rows.append(("frozen init", measured_on(run), frozen, [run.name]))
-    columns: dict[tuple[str, str], list[str]] = {}
-    for section, name, key in dict.fromkeys(key for _, _, scores, _ in rows for key in scores):
-        if name not in ("average", "gaussian", "uniform"):  # these maps do not look
-            columns.setdefault((section, key), []).append(name)
-    keys = [(section, name, key) for (section, key), names in columns.items() for name in names]
-    same = len({where for _, where, _, _ in rows}) == 1
-    best = {key: max(scores[key] for _, _, scores, _ in rows if key in scores) for key in keys}
-
-    def cell(scores: dict[Key, float], key: Key) -> Html:
-        if key not in scores:
-            return tag("td", "–")
-        wins = same and len(rows) > 1 and scores[key] == best[key]
-        return tag("td", f"{'★ ' * wins}{scores[key]:.2f}", class_="best" if wins else None)
-
-    cells = [
-        [
-            f"frozen init of {', '.join(of)}" if of else name,
-            *(cell(scores, key) for key in keys),
-            *([tag("td", where, class_="plain")] * (not same)),
-        ]
-        for name, where, scores, of in rows
-    ]
-    above = [heading(measure(*column), len(names)) for column, names in columns.items()]
-    head = [[tag("td", ""), *above], [heading("run"), *(heading(name) for _, name, _ in keys)]]
-    if not same:
-        head = [[*head[0], tag("td", "")], [*head[1], heading("measured on", class_="plain")]]
-    caption = f"{rows[0][1]}; percent; ★ is the best of its column" if same else "percent"
-    other = "These were not measured on the same images: no best is marked, and differences may be of the images."
-    return [table(head, cells, caption), *([] if same else [tag("p", other, class_="warning")])]
-
-
-def versions(device: str) -> Html:
-    """Of what made the page; runs do not record their own."""
-    found = {"fastcr": fastcr.__version__, "Python": platform.python_version()}
-    for name in ("torch", "triton", "torchvision"):
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    where = pick_device(device)
-    found["device"] = torch.cuda.get_device_name(where) if where.type == "cuda" else f"CPU ({platform.machine()})"
-    caption = "Where this page was made; a run does not record its own"
-    return table(
-        [[heading("what"), heading("version", class_="plain")]],
-        [(name, tag("td", each, class_="plain")) for name, each in found.items()],
-        caption,
-    )
-
-
 def write_report(config: ReportConfig, console: Console) -> Path:
-    """Write the page and return where. `UsageError` for runs, images or a place that cannot be used."""
-    validate(config)
+    """Write the page and return where. `UsageError` for runs, images or a path that cannot be used."""
+    if not config.runs:
+        raise UsageError("name a run folder")
+    if len({run.resolve() for run in config.runs}) < len(config.runs):
+        raise UsageError("a run is named twice")
     out = config.out or (config.runs[0] if len(config.runs) == 1 else Path()) / "report.html"
-    for folder in config.runs:
-        load_config(folder / "config.yaml")  # a wrong name is noticed before anything is embedded
+    trained = [load_config(folder / "config.yaml") for folder in config.runs]
     check_out(out)
-    names = run_names(config.runs)
-    runs = [read_run(folder, name, config, console) for folder, name in zip(config.runs, names, strict=True)]
-    if len(runs) == 1:
-        title, parts = f"{names[0]}: training on {data_name(runs[0].config)}", run_sections(runs[0], 2)
-    else:
-        folded = [tag("details", tag("summary", tag("h2", run.name)), *run_sections(run, 3)) for run in runs]
-        title, parts = f"{len(runs)} runs compared", [*comparison(runs), tag("h2", "Each run"), *folded]
-    content = page(title, *parts, tag("h2", "Versions"), versions(config.run.device))
+    names = [Path(os.path.abspath(folder)).name for folder in config.runs]
+    numbers = [f" ({names[: i + 1].count(name)})" if names.count(name) > 1 else "" for i, name in enumerate(names)]
+    names = [name + number for name, number in zip(names, numbers, strict=True)]
+    runs = [read_run(*run, config, console) for run in zip(config.runs, names, trained, strict=True)]
+    content = page(runs, config.run.device)
     write_whole(out, lambda file: file.write_text(content, encoding="utf-8"))
     return out
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Command line of `python -m fastcr.report`."""
+    """Command line of `fastcr report`."""
     with one_line_errors("report"):
-        config = parse(
-            ReportConfig,
-            sys.argv[1:] if args is None else args,
-            prog=called("report"),
-            description="A run, or several compared, as one HTML page.",
-        )
+        description = "A run, or several compared, as one HTML page."
+        config = parse(ReportConfig, args, prog=called("report"), description=description)
         console = Console(markup=False)
+        os.environ.setdefault("MPLCONFIGDIR", str(cache_folder() / "matplotlib"))  # its list of fonts, made only once
         console.print(f"report: {write_report(config, console)}", soft_wrap=True, highlight=False)
 
 

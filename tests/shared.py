@@ -1,13 +1,16 @@
 """What tests of several files build on."""
 
+import base64
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import torch
 
@@ -41,6 +44,24 @@ def write_weights(
     file.parent.mkdir(parents=True, exist_ok=True)
     save_weights(file, encoder.state_dict(), encoder.facts)
     return file
+
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def decoded(uri: str | None, kind: str) -> bytes:
+    """Content of a data URI of an image."""
+    start, _, content = (uri or "").partition(",")
+    assert start == f"data:image/{kind};base64"
+    return base64.b64decode(content, validate=True)
+
+
+def curves_of(chart: ElementTree.Element) -> list[list[tuple[float, float]]]:
+    """The points of each curve of a chart, in its own units."""
+    groups = [group for group in chart.iter(f"{SVG}g") if group.get("id", "").startswith("curve")]
+    paths = [group.find(f"{SVG}path") for group in groups]
+    found = [re.findall(r"[ML] (\S+) (\S+)", path.get("d", "")) for path in paths if path is not None]
+    return [[(float(x), float(y)) for x, y in points] for points in found]
 
 
 # a run that takes a second; what is named again after it counts

@@ -11,35 +11,24 @@ import torch
 from PIL import Image, ImageChops, ImageFont
 
 from fastcr import visualize
-from fastcr.config import Config, DataConfig, ModelConfig, RationaleConfig, ReleasedConfig
+from fastcr.config import Config, DataConfig, RationaleConfig, ReleasedConfig
 from fastcr.data.layouts import read_splits
 from fastcr.data.views import normalise
-from fastcr.measures.embeddings import _TestImages, encode, evaluating
-from fastcr.measures.overlays import FONT_SIZE, GAP, LINE, Tile, contact_sheet, fitted, overlay
-from fastcr.method.backbone import build_backbone
-from fastcr.method.encoder import build_branch, load_encoder, weights_facts, weights_of
-from fastcr.runs.checkpoint import save_weights
+from fastcr.measures.embeddings import load_crops
+from fastcr.measures.overlays import FONT_SIZE, GAP, LINE, Tile, as_evaluated, contact_sheet, fitted, overlay
+from fastcr.method.encoder import build_branch, load
 from fastcr.runs.command_line import save_config
-from fastcr.visualize import Picture, crop_picture, detector_maps, detector_sheet, responses
+from fastcr.visualize import detector_sheet
+from tests.shared import write_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIDE, TILE = 112, 2 * 112 + GAP
 ROW = SIDE + LINE + GAP
 
 
-def write_weights(file: Path, rationale: RationaleConfig, *, released: bool = False) -> Path:
-    torch.manual_seed(0)
-    model = ModelConfig(backbone="resnet18", last_stage="layer3")
-    backbone, channels = build_backbone(model.backbone, model.last_stage)
-    variant = ReleasedConfig(enabled=released)
-    branch = build_branch(channels, rationale, variant)
-    save_weights(file, weights_of(backbone, branch), weights_facts(model, rationale, variant, SIDE))
-    return file
-
-
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_weights(tmp_path_factory.mktemp("weights") / "weights.safetensors", RationaleConfig(detectors=4))
+    return write_weights(tmp_path_factory.mktemp("weights") / "weights.safetensors", image_size=SIDE)
 
 
 def run(*args: object) -> None:
@@ -80,10 +69,10 @@ def test_overlay_covers_where_the_map_is_high_and_only_there() -> None:
 def test_crop_is_that_of_evaluation(size: tuple[int, int], tmp_path: Path) -> None:
     Image.effect_noise(size, 90).convert("RGB").save(tmp_path / "noise.png")
     images = read_splits(tmp_path).train
-    found, expected = crop_picture(images.rgb(0), SIDE), _TestImages(images, SIDE)[0]
-    assert expected
+    found = as_evaluated(images.rgb(0), SIDE)
+    ((pixels, _, _),) = load_crops([images], [[0]], image_size=SIDE, workers=0, pin=False)
     assert found.size == (SIDE, SIDE)
-    assert found.tobytes() == bytes(expected[0].flatten().tolist())
+    assert found.tobytes() == bytes(pixels.flatten().tolist())
 
 
 def test_each_picture_stands_beside_its_attention(weights: Path, birds: Path, tmp_path: Path) -> None:
@@ -92,18 +81,18 @@ def test_each_picture_stands_beside_its_attention(weights: Path, birds: Path, tm
     sheet, images = Image.open(tmp_path / "attention.png"), read_splits(birds).test
     assert images
     assert sheet.size == (GAP + 3 * TILE, GAP + 2 * ROW)
-    backbone, branch, _ = load_encoder(weights, torch.device("cpu"))
+    encoder = load(weights)
     for place, index in enumerate([0, 6, 12, 19, 25]):  # evenly spread over 32
-        crop = crop_picture(images.rgb(index), SIDE)
+        crop = as_evaluated(images.rgb(index), SIDE)
         pixels = torch.tensor(bytearray(crop.tobytes())).view(1, SIDE, SIDE, 3)
-        with torch.inference_mode(), evaluating(backbone, branch):
-            _, _, attention = encode(backbone, branch, normalise(pixels, torch.float32))
+        with torch.inference_mode():
+            attention = encoder.both(normalise(pixels, torch.float32)).attention
         assert attention is not None
         left, top = GAP + place % 3 * TILE, GAP + place // 3 * ROW
         shown = sheet.crop((left, top, left + SIDE, top + SIDE))
         assert shown.tobytes() == crop.tobytes()
         over = sheet.crop((left + SIDE, top, left + 2 * SIDE, top + SIDE))
-        assert difference(over, overlay(crop, attention.view(7, 7))).max() <= 2
+        assert difference(over, overlay(crop, attention[0])).max() <= 2
     before = (tmp_path / "attention.png").read_bytes()
     run(weights, birds, "--out", tmp_path, "--limit", 5, "--columns", 3)
     assert (tmp_path / "attention.png").read_bytes() == before
@@ -181,8 +170,8 @@ def test_captions_are_cut_to_their_width() -> None:
         assert 200 < font.getlength(cut) <= 224
 
 
-def test_detectors_stand_by_their_share_of_the_places(headings: list[tuple[str, Sequence[Tile]]]) -> None:
-    pictures = [Picture(Image.new("RGB", (112, 112), (40 * i, 0, 0)), f"picture {i}") for i in range(6)]
+def test_detectors_stand_by_their_share_of_the_positions(headings: list[tuple[str, Sequence[Tile]]]) -> None:
+    pictures = [(f"picture {i}", Image.new("RGB", (112, 112), (40 * i, 0, 0))) for i in range(6)]
     answers = torch.zeros(6, 4, 2, 2)
     answers[:, 0], answers[:, 3] = -1, 1  # 0 never wins, 3 nearly everywhere
     answers[4, 1, 0, 0], answers[2, 1, 1, 1], answers[5, 2, 0, 1] = 9, 8, 7
@@ -191,15 +180,15 @@ def test_detectors_stand_by_their_share_of_the_places(headings: list[tuple[str, 
     maps[4, 1, 0, 0] = 1
     detector_sheet(pictures, answers, maps)
     assert [heading for heading, _ in headings] == [
-        "detector 3: wins 87.5 % of the places",
-        "detector 1: wins 8.3 % of the places",
-        "detector 2: wins 4.2 % of the places",
+        "detector 3: wins 87.5 % of the positions",
+        "detector 1: wins 8.3 % of the positions",
+        "detector 2: wins 4.2 % of the positions",
     ]
     assert all(len(tiles) == 5 for _, tiles in headings)
     assert headings[0][1][0].caption == "picture 3"
     assert [tile.caption for tile in headings[1][1][:2]] == ["picture 4", "picture 2"]
-    picture, over = headings[1][1][0].pictures
-    assert picture is pictures[4].crop
+    picture, over = headings[1][1][0].images
+    assert picture is pictures[4][1]
     assert difference(over, picture)[:20, :20].min() > 0
     assert difference(over, picture)[90:, 90:].max() == 0
 
@@ -212,10 +201,10 @@ def test_maximum_of_the_responses_is_what_the_branch_attends_to(released: bool) 
     branch.eval()
     features = torch.randn(3, 16, 4, 4)
     with torch.inference_mode():
-        found, attention = responses(branch, features), branch.pool(features).attention.view(3, 4, 4)
+        found, attention = branch.responses(features), branch.pool(features).attention.view(3, 4, 4)
         best = found.amax(1, keepdim=True)
-        alone = detector_maps(branch, best)[:, 0]
-        maps = detector_maps(branch, found)
+        alone = branch.alone(best)[:, 0]
+        maps = branch.alone(found)
     assert found.shape == maps.shape == (3, 5, 4, 4)
     if released:
         alone = (alone - alone.amin()) / (alone.amax() - alone.amin())
@@ -224,7 +213,8 @@ def test_maximum_of_the_responses_is_what_the_branch_attends_to(released: bool) 
 
 @pytest.mark.parametrize("released", [True, False])
 def test_detector_sheet_is_written_if_wanted(released: bool, birds: Path, tmp_path: Path) -> None:
-    file = write_weights(tmp_path / "w.safetensors", RationaleConfig(detectors=3), released=released)
+    rationale = RationaleConfig(detectors=3)
+    file = write_weights(tmp_path / "w.safetensors", rationale, released=released, image_size=SIDE)
     run(file, birds / "test", "--detectors", "True")
     width, height = Image.open(tmp_path / "detectors.png").size
     assert width == GAP + 5 * TILE

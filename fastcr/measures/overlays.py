@@ -1,4 +1,4 @@
-"""Attention drawn over the picture it belongs to, and sheets of such pictures."""
+"""Attention drawn over the image it belongs to, and sheets of such images."""
 
 from __future__ import annotations
 
@@ -8,33 +8,40 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
+from fastcr.data.crops import centre_crop
+
 COLD, WARM, HOT = "#1b1044", "#e0483e", "#fdf3a0"
-STRENGTH = 0.75  # how far the most attended place is covered
+STRENGTH = 0.75  # how far the most attended position is covered
 LEAST_SIDE, GAP, LINE, FONT_SIZE = 112, 8, 20, 14  # of a sheet, pixels
 
 
-def overlay(picture: Image.Image, attention: Tensor) -> Image.Image:
-    """`picture` with a map `[H,W]` of the same cut over it: warm where the map is high, bare where it is low.
+def as_evaluated(image: Image.Image, image_size: int) -> Image.Image:
+    """What evaluation sees of an RGB image: a square of `image_size` pixels from its centre."""
+    return Image.fromarray(centre_crop(image, image_size).contiguous().numpy())
+
+
+def overlay(image: Image.Image, attention: Tensor) -> Image.Image:
+    """`image` with a map `[H,W]` of the same crop over it: warm where the map is high, bare where it is low.
 
     The map is scaled to its own maximum, so that flat maps look flat and warm throughout.
     """
     scaled = attention.detach().cpu().double() / attention.max().clamp_min(1e-12).item()
     heat = Image.fromarray((scaled * 255).round().byte().numpy())
-    heat = heat.resize(picture.size, Image.Resampling.BICUBIC)
+    heat = heat.resize(image.size, Image.Resampling.BICUBIC)
     colours = ImageOps.colorize(heat, black=COLD, mid=WARM, white=HOT)
-    return Image.composite(colours, picture.convert("RGB"), heat.point(lambda value: round(value * STRENGTH)))
+    return Image.composite(colours, image.convert("RGB"), heat.point(lambda value: round(value * STRENGTH)))
 
 
 class Tile(NamedTuple):
-    """Square pictures side by side, all of one size, with a caption below."""
+    """Square images side by side, all of one size, with a caption below."""
 
     caption: str
-    pictures: Sequence[Image.Image]
+    images: Sequence[Image.Image]
 
 
 def contact_sheet(rows: Sequence[tuple[str, Sequence[Tile]]]) -> Image.Image:
     """Rows of tiles on white, each below its heading, if it has one. Captions are cut to the width of their tile."""
-    first = rows[0][1][0].pictures
+    first = rows[0][1][0].images
     side = max(first[0].width, LEAST_SIDE)
     tile_width, row_height = side * len(first), side + LINE + GAP
     width = GAP + max(len(tiles) for _, tiles in rows) * (tile_width + GAP)
@@ -47,8 +54,8 @@ def contact_sheet(rows: Sequence[tuple[str, Sequence[Tile]]]) -> Image.Image:
             top += LINE
         for column, tile in enumerate(tiles):
             left = GAP + column * (tile_width + GAP)
-            for i, picture in enumerate(tile.pictures):
-                sheet.paste(picture.resize((side, side), Image.Resampling.BICUBIC), (left + i * side, top))
+            for i, image in enumerate(tile.images):
+                sheet.paste(image.resize((side, side), Image.Resampling.BICUBIC), (left + i * side, top))
             draw.text((left, top + side + 2), fitted(tile.caption, font, tile_width), "black", font)
         top += row_height
     return sheet

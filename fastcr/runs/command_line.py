@@ -40,8 +40,10 @@ def called(command: str) -> str:
     return f"python -m fastcr{' ' if program.parts[-2:] == ('fastcr', '__main__.py') else '.'}{command}"
 
 
-def parse(cls: type[C], args: Sequence[str], *, default: C | None = None, prog: str, description: str | None) -> C:
-    """`tyro.cli` with each mistake on one line; the settings it returns are validated.
+def parse(
+    cls: type[C], args: Sequence[str] | None, *, default: C | None = None, prog: str, description: str | None
+) -> C:
+    """`tyro.cli` with each mistake on one line; the settings it returns are validated. No `args`: those of the process.
 
     Raises `UsageError` for a flag or value it cannot use, or without tyro; prints and exits 0 for `--help`.
     """
