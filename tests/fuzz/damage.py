@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 from hypothesis import strategies as st
@@ -66,7 +67,7 @@ class Json(NamedTuple):
 
     def __call__(self, content: bytes) -> bytes:
         tree = [json.loads(content)]
-        for kind, path, value in self.edits:
+        for kind, path, value in deepcopy(self.edits):  # a later edit may change what an earlier one has set
             holder: Any = tree
             key: Any = 0
             for step in path:

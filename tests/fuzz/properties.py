@@ -94,16 +94,16 @@ def fuzzed(*, sample: int, count: int, **drawn: Any) -> Callable[[Callable[..., 
                 os.chmod(folder, 0o755)  # for a user without privileges, too
                 check(Path(folder), **values)
 
-        checked = given(values=st.fixed_dictionaries(drawn))(once)
-        if not hasattr(checked, "hypothesis"):
-            return pytest.mark.slow(checked)  # skipped, for hypothesis is not installed: see conftest.py
+        inputs_of = given(values=st.fixed_dictionaries(drawn))
+        if isinstance(inputs_of, pytest.MarkDecorator):
+            return pytest.mark.slow(inputs_of(once))  # skipped, for hypothesis is not installed: see conftest.py
         how = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck), print_blob=True)
 
         @pytest.mark.slow
         @pytest.mark.usefixtures("one_thread")
         @pytest.mark.parametrize("inputs", [pytest.param(sample, id="sample"), pytest.param(count, id="all")])
         def test(inputs: int) -> None:
-            settings(how, max_examples=inputs, derandomize=inputs == sample)(checked)()
+            settings(how, max_examples=inputs, derandomize=inputs == sample)(inputs_of(once))()
 
         return test
 

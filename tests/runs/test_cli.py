@@ -119,6 +119,7 @@ def unlabelled_file(root: Path) -> None:
 
 def only_test(root: Path) -> None:
     (root / "test" / "crow").mkdir(parents=True)
+    (root / "test" / "crow" / "0.jpg").write_bytes(b"")
 
 
 @pytest.mark.parametrize(
