@@ -125,7 +125,7 @@ def test_a_tie_counts_against_the_query_only_between_classes() -> None:
 MEASURE = """
 import resource
 import torch
-from fastcr.retrieval import retrieval
+from fastcr.measures.retrieval import retrieval
 random = torch.Generator().manual_seed(0)
 labels = torch.randint(1000, (COUNT,), generator=random)
 embeddings = torch.randn(1000, 512, generator=random)[labels] + 2 * torch.randn(COUNT, 512, generator=random)
