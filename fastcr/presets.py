@@ -19,7 +19,7 @@ GENTLE_MOCO = MocoConfig(key_momentum=0.99)
 def synthetic() -> Config:
     """Drawn birds, 16 classes that differ only in small parts; ResNet-18 from random weights at 64 px.
 
-    A minute and a half on two CPU cores shows every part at work: both losses fall. It is far too short for features
+    Two to four minutes on two CPU cores show every part at work: both losses fall. That is far too short for features
     fine enough to tell the classes: retrieval stays near chance (rank-1 6.25 %).
     """
     return Config(
