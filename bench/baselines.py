@@ -74,7 +74,7 @@ def beginning(setting: Setting) -> tuple[MoCo, int]:
     """Encoders, heads and queue as `ours` begins with them, and the channels of the features."""
     torch.manual_seed(SEED)
     backbone, channels = build_backbone(setting.backbone, setting.last_stage)
-    return MoCo(backbone, channels, embedding_dim=EMBEDDING_DIM, queue_size=setting.queue_size), channels
+    return MoCo(backbone, channels, MocoConfig(embedding_dim=EMBEDDING_DIM, queue_size=setting.queue_size)), channels
 
 
 class Released(nn.Module):

@@ -40,6 +40,8 @@ from fastcr.measures.localisation import Objects, localisation, objects_in_crop,
 from fastcr.measures.retrieval import retrieval
 from fastcr.method.build import build
 from fastcr.method.moco import MoCo, mean_pool
+from fastcr.method.objectives import build_objective
+from fastcr.method.objectives.contract import Objective
 from fastcr.method.rationale import common_cam_weights, mismatch_gradient
 from fastcr.method.step import CamOf
 from fastcr.runs.checkpoint import load_torch, write_whole
@@ -51,7 +53,7 @@ def slopes(
     moco: MoCo,
     images: Tensor,
     features: Tensor,
-    temperature: float,
+    objective: Objective,
     cam_of: CamOf = "loss",
     common: CamKeeps | None = None,
 ) -> Tensor:
@@ -62,10 +64,12 @@ def slopes(
     """
     key = moco.key(images.flip(3), torch.autocast(images.device.type, enabled=False))
     pooled = mean_pool(features).requires_grad_()
+    projected = moco.project(pooled)
+    compared = objective(F.normalize(projected, dim=1), moco.keys(key))
     if cam_of == "similarity":
-        gradient = mismatch_gradient(pooled, moco.head(pooled), key)
+        gradient = mismatch_gradient(pooled, projected, compared.positive)
     else:
-        (gradient,) = torch.autograd.grad(moco.contrast(moco.query(pooled), key, temperature).sum(), pooled)
+        (gradient,) = torch.autograd.grad(compared.loss.sum(), pooled)
     if common:
         gradient = common_cam_weights(features, gradient, common)
     return torch.einsum("bcs,bc->bs", features.flatten(2), gradient)
@@ -108,7 +112,7 @@ def gradcam_inside(
             if branch:
                 attention.append(branch.pool(seen).attention.cpu())
                 features.append(seen.flatten(2).half().cpu())
-        found.append(slopes(moco, crops, seen, config.moco.temperature, cam_of, common))
+        found.append(slopes(moco, crops, seen, build_objective(config.moco), cam_of, common))
         sizes.append(sizes_here)
         kept += indices
     boxes = Objects(objects.boxes[kept], None, objects.in_pixels)

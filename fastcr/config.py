@@ -92,13 +92,37 @@ class ModelConfig:
     """imagenet (torchvision's IMAGENET1K_V1, timm's default), none (random), or a .safetensors, .pt or .pth file."""
     allow_missing_weights: bool = False
     """Accept a weights file that does not fill the whole encoder; the missing weights are random, and listed."""
-    batchnorm: Literal["local", "sync", "frozen"] = "local"
-    """BatchNorm's statistics: of each process's own images, of all processes' images (CUDA only), or as loaded."""
+    batchnorm: Literal["auto", "frozen", "local", "sync"] = "auto"
+    """BatchNorm's statistics: as loaded (frozen), of each process's own images (local), or of all processes' images
+    (sync, CUDA only). auto: frozen, or local from random weights; a few thousand augmented views ruin loaded ones."""
+
+    @property
+    def norms(self) -> Literal["frozen", "local", "sync"]:
+        """What `batchnorm` means for these weights."""
+        return self.batchnorm if self.batchnorm != "auto" else "local" if self.weights == "none" else "frozen"
+
+
+@dataclass(frozen=True)
+class ViewsConfig:
+    """The two random views of an image: one for the query, one for the key. The defaults are MoCo v2's."""
+
+    crop: float = number(0.2, 0, 1, above=True)
+    """Smallest share of the image's area in a view; the largest is 1."""
+    jitter: float = number(1.0, 0, 2.5)
+    """Strength of the colour jitter, 0 for none; at 1, brightness, contrast and saturation change by up to 0.4."""
+    grey: float = number(0.2, 0, 1)
+    """Share of the views without colour."""
+    blur: float = number(0.5, 0, 1)
+    """Share of the views that are blurred."""
+    key: Literal["same", "weak"] = "same"
+    """The key's view: drawn as the query's, or weak: a crop (--views.key_crop) and a flip, nothing else."""
+    key_crop: float = number(0.5, 0, 1, above=True)
+    """Smallest share of the image's area in a weak view."""
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """SGD with a cosine schedule."""
+    """SGD or AdamW with a cosine schedule."""
 
     epochs: int = number(100, 1)
     """Passes over the training images; the learning rate reaches 0 at their end."""
@@ -106,26 +130,40 @@ class OptimConfig:
     """Images (pairs of views) a step, over all processes together."""
     accumulate: int = number(1, 1)
     """Split each batch into this many parts to save memory; BatchNorm and common channel weights see one at a time."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """SGD with momentum, or AdamW, whose learning rates are hundreds of times smaller."""
     lr: float = number(0.03, 0, above=True)
     """Learning rate at the start."""
     backbone_lr: float | None = number(None, 0)
     """Learning rate of the backbone; 0 with --model.batchnorm frozen leaves it unchanged. Default: --optim.lr."""
+    head_lr: float | None = number(None, 0, above=True)
+    """Learning rate of the projection head. Default: --optim.lr."""
     backbone_warmup: float = number(0.0, 0)
     """Epochs at the start in which only head and branch are trained, not the backbone."""
     momentum: float = number(0.9, 0, 1)
-    """Momentum of SGD."""
+    """Momentum of SGD; AdamW's beta1."""
     weight_decay: float = number(1e-4, 0)
     """Weight decay, on every parameter."""
 
 
 @dataclass(frozen=True)
 class MocoConfig:
-    """Momentum contrast (MoCo v2)."""
+    """Query encoder, key encoder and queue of keys, and what the query is trained to be."""
 
+    objective: Literal["infonce", "neighbour", "relational", "byol"] = "infonce"
+    """infonce (MoCo v2): tell the own key from the queue's. neighbour: be like the queue's keys nearest to the own key.
+    relational: be as similar to the queue's keys as the own key is. byol: predict the own key, without a queue."""
     queue_size: int = number(4096, 0)
-    """Keys kept as negatives; at most as many as there are images. 0: the other keys of the batch are the negatives."""
+    """Keys kept to compare with; at most as many as there are images. 0, of infonce and byol only: no queue, and
+    infonce tells the own key from the batch's others."""
     temperature: float = number(0.2, 0, above=True)
-    """Temperature of InfoNCE."""
+    """Temperature of the query's similarities (not of byol)."""
+    key_temperature: float = number(0.04, 0, above=True)
+    """Temperature of the key's similarities, of relational; below --moco.temperature."""
+    neighbours: int = number(1, 1)
+    """Nearest keys that are positives, of neighbour."""
+    head: Literal["mlp", "linear"] = "mlp"
+    """Projection head: two layers as in MoCo v2, or one, from an orthogonal matrix. byol has its own."""
     key_momentum: float = number(0.999, 0, 1)
     """Each step, key encoder = key_momentum * key encoder + (1 - key_momentum) * query encoder."""
     embedding_dim: int = number(256, 1)
@@ -185,6 +223,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    views: ViewsConfig = field(default_factory=ViewsConfig)
     moco: MocoConfig = field(default_factory=MocoConfig)
     rationale: RationaleConfig = field(default_factory=RationaleConfig)
     released: ReleasedConfig = field(default_factory=ReleasedConfig)
@@ -263,7 +302,8 @@ def _check_numbers(section: Any, name: str) -> None:
 
 def _conflicts(config: Config) -> dict[str, bool]:
     """What settings must be true of each other, by the message that says so."""
-    data, optim = config.data, config.optim
+    data, optim, moco = config.data, config.optim, config.moco
+    queued = moco.objective in ("neighbour", "relational")
     return {
         "--data.cache_side must be at least --data.image_size": (data.cache_side or math.inf) >= data.image_size,
         "--optim.momentum must be below 1": optim.momentum < 1,
@@ -272,6 +312,12 @@ def _conflicts(config: Config) -> dict[str, bool]:
         ),
         "--optim.accumulate: the released attention depends on the whole batch": (
             not config.released.enabled or optim.accumulate == 1
+        ),
+        f"--moco.objective {moco.objective} needs a queue of more than --moco.neighbours {moco.neighbours} keys": (
+            not queued or moco.queue_size > moco.neighbours
+        ),
+        "--released.enabled needs --moco.objective infonce": (
+            not config.released.enabled or moco.objective == "infonce"
         ),
         "--released.enabled needs --rationale.enabled True": config.rationale.enabled or not config.released.enabled,
     }

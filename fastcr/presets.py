@@ -52,6 +52,7 @@ def cub200_released() -> Config:
     """
     return Config(
         preset="cub200-released",
+        model=ModelConfig(batchnorm="local"),
         moco=MocoConfig(queue_size=65536),
         rationale=RationaleConfig(fit_weight=0.01),
         released=ReleasedConfig(enabled=True),

@@ -25,8 +25,10 @@ from fastcr.data.synthetic import write_synthetic
 from fastcr.data.views import Views, step_indices
 from fastcr.errors import UsageError, one_line
 from fastcr.measures.evaluation import HISTORY, TrainingEvaluation
+from fastcr.measures.health import EncoderHealth
 from fastcr.method.build import Schedule, Training, build, check_settings, compiles, pick_dtype, trained
 from fastcr.method.encoder import describe
+from fastcr.method.objectives import QUEUED
 from fastcr.method.rationale import attention_entropy
 from fastcr.method.step import Losses, cosine_lr
 from fastcr.runs.checkpoint import (
@@ -96,6 +98,7 @@ def run_steps(run: Run, evaluation: TrainingEvaluation, began: float) -> int:
     files_of = partial(files_of_step, config, run.splits.train)
     watch = LossWatch(trained(training.optimizer), run.start, run.folder, files_of, processes)
     health, saver = HealthWatch(run.console, config), Saver(run.folder, describe(config), config.run.keep)
+    before = encoder_health(run)
     log = RunLog(
         run.folder,
         run.console,
@@ -106,6 +109,8 @@ def run_steps(run: Run, evaluation: TrainingEvaluation, began: float) -> int:
         writes=processes.first,
     )
     with log, StopSignal() as stop:
+        if not run.start and config.moco.objective in QUEUED:  # with views that no step will see
+            training.fill_queue(run.views.batches(schedule.total))
         batches, meter, ready = run.views.batches(run.start), Meter(), time.monotonic()
         for step in range(run.start + 1, schedule.last + 1):
             with meter.waiting():
@@ -128,10 +133,13 @@ def run_steps(run: Run, evaluation: TrainingEvaluation, began: float) -> int:
                 measured = processes.mean({"loss": loss.item()} | metrics_of(losses, training) | meter.read())
                 lr = cosine_lr(config.optim.lr, step - 1, schedule.total)
                 record = {"step": step, "epoch": step / epoch_steps, "lr": lr} | measured
+                if epoch_ends and before:
+                    record |= before.measure(training.encoder)
+                    meter.reset()
                 log.record(record)
                 if epoch_ends:
                     log.epoch_done(record, epoch)
-                    health.look(record, losses.features[0, 0].numel())
+                    health.look(record, losses.features[0, 0].numel(), before.first_rank if before else 0.0)
 
             saver.check()
             evaluates = every and epoch_ends and epoch % every == 0 and step < schedule.last
@@ -149,6 +157,14 @@ def run_steps(run: Run, evaluation: TrainingEvaluation, began: float) -> int:
         how = f"stopped at step {step}; resume with: {called('train')} --resume {run.folder}"
         run.console.print(how, soft_wrap=True, highlight=False)
     return stopped
+
+
+def encoder_health(run: Run) -> EncoderHealth | None:
+    """The watch on what the encoder keeps of its initial weights, in the first process; None for random ones."""
+    if run.config.model.weights == "none" or not run.processes.first:
+        return None
+    workers = pick_workers(run.config.data.workers, run.processes.local_ranks)
+    return EncoderHealth(run.splits.train, run.folder / "init.safetensors", run.device, workers)
 
 
 def open_run(config: Config, resume: Path | None, console: Console, processes: Processes) -> Run:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from fastcr.data.views import Batch, draw_parameters, normalise, step_indices
 from fastcr.method.backbone import build_backbone
 from fastcr.method.encoder import Encoder, describe
 from fastcr.method.moco import MoCo, mean_pool
+from fastcr.method.objectives import build_objective
 from fastcr.method.rationale import RationaleHead, common_cam_weights, mismatch_gradient
 from fastcr.method.step import contrast_losses, train_step
 
@@ -59,19 +61,18 @@ def shapes() -> Iterator[tuple[str, Any]]:
     with torch.device("meta"):  # shapes without arithmetic
         resnet, channels = build_backbone(config.model.backbone, config.model.last_stage)
         features = resnet(torch.empty(batch.first.shape))
-    moco = MoCo(
-        Stub(features.shape), channels, embedding_dim=config.moco.embedding_dim, queue_size=config.moco.queue_size
-    )
+    moco, objective = MoCo(Stub(features.shape), channels, config.moco), build_objective(config.moco)
     branch, autocast = RationaleHead(channels, config.rationale), torch.autocast("cpu", enabled=False)
     yield "features", features
     features = moco.backbone(batch.first)
     pooled = mean_pool(features)
-    projected, key = moco.head(pooled), moco.key(batch.second, autocast)
+    projected, key = moco.project(pooled), moco.key(batch.second, autocast)
     query = moco.query(pooled)
     yield from {"pooled": pooled, "projected": projected, "query": query, "key": key, "queue": moco.queue}.items()
 
-    gradient = mismatch_gradient(pooled, projected, key)
-    yield "contrast", moco.contrast(query, key, config.moco.temperature)
+    compared = objective(query, moco.keys(key))
+    gradient = mismatch_gradient(pooled, projected, compared.positive)
+    yield from {"contrast": compared.loss, "positive": compared.positive}.items()
     yield "gradient", gradient
     yield "common", common_cam_weights(features, gradient, config.rationale.cam_keeps)
     divergence, attention, target = branch.fit(features, gradient)
@@ -81,7 +82,7 @@ def shapes() -> Iterator[tuple[str, Any]]:
     optimizer = torch.optim.SGD([*moco.parameters(), *branch.parameters()], lr=0.1)
     loss, _ = train_step(
         moco,
-        lambda moco, part, autocast, *, scale: contrast_losses(moco, part, autocast, branch=branch, temperature=0.2),
+        partial(contrast_losses, branch=branch, objective=objective),
         optimizer,
         batch,
         fit_weight=1.0,

@@ -59,7 +59,7 @@ class CachedViews:
         images, loading = self.images, self.loading
         for epoch, indices in loading.steps(len(images), start_step):
             sizes, starts, pixels = images.sizes[indices], images.starts[indices], images.pixels
-            table = view_table(draw_parameters(loading.seed, epoch, indices, sizes))
+            table = view_table(draw_parameters(loading.seed, epoch, indices, sizes, loading.views))
             if pixels.device != loading.device:
                 pixels, starts = self._bring(starts, sizes[:, 1], table)
             yield cut_views(pixels, starts, sizes[:, 1], table, loading)

@@ -93,7 +93,7 @@ class DaliViews:
         epoch, indices = next(loading.steps(len(self.images), step))
         sizes = np.array([image.shape[:2] for image in pixels])
         lengths = 3 * sizes.prod(1)
-        table = view_table(draw_parameters(loading.seed, epoch, indices, sizes))
+        table = view_table(draw_parameters(loading.seed, epoch, indices, sizes, loading.views))
         in_a_row = torch.cat([image.flatten() for image in pixels])
         return cut_views(in_a_row, lengths.cumsum() - lengths, sizes[:, 1], table, loading)
 

@@ -50,6 +50,7 @@ def make_views(
         workers=pick_workers(data.workers, processes.local_ranks),
         shard=Shard(processes.rank, processes.ranks),
         impl=config.run.kernels,
+        views=config.views,
     )
     if data.loader == "dali" and data.cache not in ("auto", "off"):
         raise UsageError(

@@ -37,15 +37,16 @@ def augment(image: Tensor, parameters: ViewParameters, view: int, size: int) -> 
 class _ViewDataset(Dataset[Sample]):
     """`(epoch, index)` to the two views of an image, uint8 `[2,S,S,3]`, and the images skipped as unreadable."""
 
-    def __init__(self, images: ImageList, size: int, seed: int) -> None:
-        self.images, self.size, self.seed = images, size, seed
+    def __init__(self, images: ImageList, loading: Loading) -> None:
+        self.images, self.loading = images, loading
 
     def __getitem__(self, item: tuple[int, int]) -> Sample:
         epoch, index = item
         rgb, bad = self.images.rgb_or_next(index)
         image = F.pil_to_tensor(rgb)
-        parameters = draw_parameters(self.seed, epoch, np.array([index]), np.array([image.shape[1:]]))
-        return torch.stack([augment(image, parameters, view, self.size) for view in (0, 1)]), bad
+        loading, size = self.loading, np.array([image.shape[1:]])
+        parameters = draw_parameters(loading.seed, epoch, np.array([index]), size, loading.views)
+        return torch.stack([augment(image, parameters, view, loading.image_size) for view in (0, 1)]), bad
 
 
 def _collate(samples: list[Sample]) -> tuple[Tensor, list[int]]:
@@ -63,7 +64,7 @@ class TorchViews:
         loading = self.loading
         steps = loading.steps(len(self.images), start_step)
         loader = DataLoader(
-            _ViewDataset(self.images, loading.image_size, loading.seed),
+            _ViewDataset(self.images, loading),
             batch_sampler=([(epoch, index) for index in indices.tolist()] for epoch, indices in steps),
             num_workers=loading.workers,
             collate_fn=_collate,

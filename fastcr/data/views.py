@@ -16,17 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastcr.config import ViewsConfig
 from fastcr.data.images import BadFiles
 from fastcr.kernels.launch import Impl
 
-# MoCo v2, as torchvision names them
-CROP_AREA = (0.2, 1.0)
+# what no setting changes of MoCo v2's augmentation, as torchvision names it
 CROP_RATIO = (3 / 4, 4 / 3)
-JITTER = np.array([(0.6, 1.4), (0.6, 1.4), (0.6, 1.4), (-0.1, 0.1)])  # brightness, contrast, saturation; hue, turns
-JITTER_CHANCE, GREY_CHANCE, BLUR_CHANCE, FLIP_CHANCE = 0.8, 0.2, 0.5, 0.5
+JITTER = np.array([0.4, 0.4, 0.4, 0.1])  # brightness, contrast, saturation: about 1; hue, turns: about 0
+JITTER_CHANCE, FLIP_CHANCE = 0.8, 0.5
 BLUR_SIGMA = (0.1, 2.0)
 BLUR_REACH = 3.0  # sigmas on either side of a pixel that the blur takes in
 
+DEFAULT = ViewsConfig()
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
@@ -77,6 +78,7 @@ class Loading:
     workers: int = 0  # processes or threads that decode
     shard: Shard = ALONE
     impl: Impl = "auto"  # of the op that cuts decoded images into views
+    views: ViewsConfig = DEFAULT  # how they are drawn
 
     def steps(self, images: int, start: int) -> Iterator[tuple[int, np.ndarray]]:
         """Epoch and image indices `[batch_size]` of each step from `start` on, without end."""
@@ -110,19 +112,25 @@ def epoch_order(images: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(images)
 
 
-def draw_parameters(seed: int, epoch: int, indices: np.ndarray, sizes: np.ndarray) -> ViewParameters:
+def draw_parameters(
+    seed: int, epoch: int, indices: np.ndarray, sizes: np.ndarray, views: ViewsConfig = DEFAULT
+) -> ViewParameters:
     """Augmentation parameters of images `indices` `[n]` with `sizes` `[n,2]` (height, width, pixels)."""
     uniforms = np.stack([_uniforms(seed, epoch, int(index)) for index in indices])
     areas, ratios, rest = np.split(uniforms, [CROP_TRIES, 2 * CROP_TRIES], axis=2)
     top, left, jitter, *factors, order, grey, blur, sigma, flip = np.moveaxis(rest, 2, 0)
     sigma = _between(*BLUR_SIGMA, sigma)
+    weak = views.key == "weak"
+    smallest = np.array([[views.crop], [views.key_crop if weak else views.crop]])  # share of the area in either view
+    strong = np.array([True, not weak])
+    width, middle = views.jitter * JITTER, np.array([1, 1, 1, 0])
     return ViewParameters(
-        crop=_crop_boxes(sizes.astype(np.float64), areas, ratios, top, left),
-        jitter=jitter < JITTER_CHANCE,
-        factors=_between(JITTER[:, 0], JITTER[:, 1], np.stack(factors, axis=2)).astype(np.float32),
+        crop=_crop_boxes(sizes.astype(np.float64), _between(smallest, 1.0, areas), ratios, top, left),
+        jitter=(jitter < JITTER_CHANCE) & strong & (views.jitter > 0),
+        factors=_between(middle - width, middle + width, np.stack(factors, axis=2)).astype(np.float32),
         order=_ORDERS[(order * len(_ORDERS)).astype(np.int64)],
-        grey=grey < GREY_CHANCE,
-        blur=blur < BLUR_CHANCE,
+        grey=(grey < views.grey) & strong,
+        blur=(blur < views.blur) & strong,
         sigma=sigma.astype(np.float32),
         window=(2 * np.ceil(BLUR_REACH * sigma) + 1).astype(np.int32),
         flip=flip < FLIP_CHANCE,
@@ -142,13 +150,13 @@ def _between(low: Any, high: Any, uniform: np.ndarray) -> np.ndarray:
 def _crop_boxes(
     sizes: np.ndarray, areas: np.ndarray, ratios: np.ndarray, top: np.ndarray, left: np.ndarray
 ) -> np.ndarray:
-    """Crops int32 `[n,2,4]` as torchvision's RandomResizedCrop draws them, from uniform numbers.
+    """Crops int32 `[n,2,4]` as torchvision's RandomResizedCrop draws them, from shares of the area and uniform numbers.
 
     `areas` and `ratios` `[n,2,CROP_TRIES]` are of the tries: the first box that fits into the image counts; where none
     does, it is the largest central one with an allowed ratio. `top` and `left` `[n,2]` place the box in the image.
     """
     height, width = sizes[:, None, 0], sizes[:, None, 1]
-    area = _between(*CROP_AREA, areas) * (height * width)[..., None]
+    area = areas * (height * width)[..., None]
     ratio = np.exp(_between(np.log(CROP_RATIO[0]), np.log(CROP_RATIO[1]), ratios))
     w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
     fits = (w > 0) & (w <= width[..., None]) & (h > 0) & (h <= height[..., None])

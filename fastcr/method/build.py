@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from fastcr.kernels import launch
 from fastcr.method.backbone import backbone_mistake, build_backbone
 from fastcr.method.encoder import Branch, Encoder, build_branch, describe
 from fastcr.method.moco import MoCo
+from fastcr.method.objectives import build_objective
 from fastcr.method.parallel import Synchronised
 from fastcr.method.released import released_losses
 from fastcr.method.step import Losses, LossFunction, Replayed, contrast_losses, cosine_lr, train_step
@@ -54,7 +55,18 @@ class Training:
     optimizer: torch.optim.Optimizer
     rates: list[float]  # learning rate at the start of each of its groups: backbone, head, branch
     scaler: torch.amp.GradScaler
+    autocast: torch.autocast
     step: Step
+
+    @torch.no_grad()
+    def fill_queue(self, batches: Iterator[Batch]) -> None:
+        """Fill the queue with the keys of images, by the encoder as it is."""
+        keys = 0
+        while keys < len(self.moco.queue):
+            key = self.moco.key(next(batches).second, self.autocast)
+            self.moco.wait_for_keys()
+            self.moco.enqueue(key)
+            keys += len(key)
 
     def set_learning_rates(self, step: int, schedule: Schedule, warmup: float) -> None:
         """Half a cosine from each group's rate to 0; the backbone is held for the first `warmup` epochs."""
@@ -112,6 +124,7 @@ def build(
         torch.manual_seed(config.run.seed + processes.rank)  # for what a model draws in training, such as dropout
     dtype = pick_dtype(config.run.precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
     step: Step = partial(
         train_step,
         moco,
@@ -119,13 +132,13 @@ def build(
         optimizer,
         fit_weight=config.rationale.fit_weight,
         key_momentum=config.moco.key_momentum,
-        autocast=torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32),
+        autocast=autocast,
         scaler=scaler,
         accumulate=config.optim.accumulate,
         **options,
     )
     step = Replayed(step) if config.run.cuda_graph else step
-    return Training(encoder, moco, model, optimizer, rates, scaler, step)
+    return Training(encoder, moco, model, optimizer, rates, scaler, autocast, step)
 
 
 def _modules(
@@ -144,14 +157,15 @@ def _modules(
         names = ", ".join(sorted(missing))
         console.print(f"{len(missing)} weights stay random: {names}", highlight=False, soft_wrap=True)
     backbone.requires_grad_(config.optim.backbone_lr != 0)  # if it is not trained, no gradient has to pass through it
-    moco = MoCo(backbone, channels, embedding_dim=config.moco.embedding_dim, queue_size=config.moco.queue_size)
+    moco = MoCo(backbone, channels, config.moco)
     branch = build_branch(channels, config.rationale, config.released, config.run.kernels, processes)
-    norms = [module for module in moco.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    encoders = nn.ModuleList([moco.backbone, moco.key_backbone])
+    norms = [module for module in encoders.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     moco.processes = processes
-    moco.shuffle = processes.ranks > 1 and config.model.batchnorm == "local" and bool(norms)
-    if config.model.batchnorm == "sync":
+    moco.shuffle = processes.ranks > 1 and config.model.norms == "local" and bool(norms)
+    if config.model.norms == "sync":
         nn.SyncBatchNorm.convert_sync_batchnorm(moco)
-    elif config.model.batchnorm == "frozen":
+    elif config.model.norms == "frozen":
         for norm in norms:
             norm.eval()
     return moco, branch
@@ -160,32 +174,30 @@ def _modules(
 def _optimizer(
     config: Config, moco: MoCo, branch: Branch | None, device: torch.device
 ) -> tuple[torch.optim.Optimizer, list[float]]:
-    """SGD with a group each for backbone, head and branch, and the groups' learning rates at the start."""
-    own = {moco.backbone: config.optim.backbone_lr, moco.head: None, branch: config.rationale.lr}
-    parts = {part: config.optim.lr if rate is None else rate for part, rate in own.items() if part is not None}
-    optimizer = torch.optim.SGD(  # rates are tensors, so that a CUDA graph sees them change
-        [{"params": part.parameters(), "lr": torch.tensor(rate, device=device)} for part, rate in parts.items()],
-        momentum=config.optim.momentum,
-        weight_decay=config.optim.weight_decay,
-        fused=True,
-    )
+    """A group each for backbone, head (and predictor) and branch, and the groups' learning rates at the start."""
+    optim = config.optim
+    heads = nn.ModuleList([moco.head, *([moco.predictor] if moco.predictor else [])])
+    own = {moco.backbone: optim.backbone_lr, heads: optim.head_lr, branch: config.rationale.lr}
+    parts = {part: optim.lr if rate is None else rate for part, rate in own.items() if part is not None}
+    # rates are tensors, so that a CUDA graph sees them change
+    groups = [{"params": part.parameters(), "lr": torch.tensor(rate, device=device)} for part, rate in parts.items()]
+    rates = list(parts.values())
+    if optim.optimizer == "adamw":
+        betas = optim.momentum, 0.999
+        return torch.optim.AdamW(groups, betas=betas, weight_decay=optim.weight_decay, fused=True), rates
+    optimizer = torch.optim.SGD(groups, momentum=optim.momentum, weight_decay=optim.weight_decay, fused=True)
     for parameter in trained(optimizer):
         # torch leaves it uninitialised where the scaler skips the first step; from 0 the sum is the same
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer, list(parts.values())
+    return optimizer, rates
 
 
 def _loss_function(config: Config, branch: Any) -> LossFunction:
     """The method's losses, or those of the released code."""
+    objective = build_objective(config.moco, config.run.kernels)
     if config.released.enabled:
-        return partial(released_losses, branch=branch, temperature=config.moco.temperature)
-    return partial(
-        contrast_losses,
-        branch=branch,
-        temperature=config.moco.temperature,
-        cam_of=config.rationale.cam_of,
-        impl=config.run.kernels,
-    )
+        return partial(released_losses, branch=branch, objective=objective)
+    return partial(contrast_losses, branch=branch, objective=objective, cam_of=config.rationale.cam_of)
 
 
 def trained(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
@@ -217,7 +229,7 @@ def check_settings(config: Config, device: torch.device, console: Console, proce
         raise UsageError("--released.enabled works in one process only: its attention depends on the whole batch")
     if config.run.cuda_graph and processes.ranks > 1:
         raise UsageError("--run.cuda_graph works in one process only")
-    if model.batchnorm == "sync" and device.type != "cuda":
+    if model.norms == "sync" and device.type != "cuda":
         raise UsageError(f"--model.batchnorm sync needs CUDA, and this run is on {device}: take local or frozen")
     for flag in ("cuda_graph", "overlap_keys"):
         if getattr(config.run, flag) and device.type != "cuda":

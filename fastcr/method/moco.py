@@ -1,4 +1,7 @@
-"""MoCo v2: a query encoder, a key encoder that follows it, and a queue of keys (arXiv 1911.05722, 2003.04297)."""
+"""A query encoder, a key encoder that follows it, and a queue of keys: what MoCo v2 trains, and its kin.
+
+Momentum contrast is arXiv 1911.05722 and 2003.04297; `objectives/` has what the query is trained to be.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from fastcr.kernels.info_nce import info_nce
-from fastcr.kernels.launch import Impl
+from fastcr.config import MocoConfig
+from fastcr.method.objectives.byol import byol_head
+from fastcr.method.objectives.contract import Keys
 from fastcr.runs.distributed import ALONE, Processes
 
 
-def projection_head(channels: int, embedding_dim: int) -> nn.Sequential:
-    """Two-layer head of MoCo v2: `[B,channels]` to `[B,embedding_dim]`."""
-    return nn.Sequential(nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, embedding_dim))
+def projection_head(channels: int, config: MocoConfig) -> nn.Sequential:
+    """`[B,channels]` to `[B,embedding_dim]`: MoCo v2's two layers, BYOL's, or one that keeps all angles it can."""
+    if config.objective == "byol":
+        return byol_head(channels, config.embedding_dim)
+    if config.head == "mlp":
+        return nn.Sequential(nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, config.embedding_dim))
+    linear = nn.Linear(channels, config.embedding_dim, bias=False)
+    nn.init.orthogonal_(linear.weight)
+    return nn.Sequential(linear)
 
 
 def mean_pool(features: Tensor) -> Tensor:
@@ -25,25 +35,32 @@ def mean_pool(features: Tensor) -> Tensor:
 
 
 class MoCo(nn.Module):
-    """Query encoder (`backbone`, `head`), EMA key encoder and the queue of keys `[N,D]`, N 0 for none."""
+    """Query encoder (`backbone`, `head`, BYOL's `predictor`), EMA key encoder, queue of keys `[N,D]`, N 0 for none."""
 
     queue: Tensor
     queue_position: Tensor
 
-    def __init__(self, backbone: nn.Module, channels: int, *, embedding_dim: int, queue_size: int) -> None:
+    def __init__(self, backbone: nn.Module, channels: int, config: MocoConfig) -> None:
         super().__init__()
-        self.backbone, self.head = backbone, projection_head(channels, embedding_dim)
+        dim, byol = config.embedding_dim, config.objective == "byol"
+        self.backbone, self.head = backbone, projection_head(channels, config)
+        self.predictor = byol_head(dim, dim) if byol else None
         self.key_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
         self.key_head = copy.deepcopy(self.head).requires_grad_(False)
         self.key_stream: torch.cuda.Stream | None = None  # on which keys are encoded in parallel with the queries
         self.processes: Processes = ALONE  # that share the queue
         self.shuffle = False  # the images of keys among them
-        self.register_buffer("queue", F.normalize(torch.randn(queue_size, embedding_dim), dim=1))
+        self.register_buffer("queue", F.normalize(torch.randn(0 if byol else config.queue_size, dim), dim=1))
         self.register_buffer("queue_position", torch.zeros((), dtype=torch.int64))
+
+    def project(self, pooled: Tensor) -> Tensor:
+        """Pooled features `[B,C]` to queries `[B,D]` before they are normalised."""
+        projected = self.head(pooled)
+        return self.predictor(projected) if self.predictor else projected
 
     def query(self, pooled: Tensor) -> Tensor:
         """Pooled features `[B,C]` to unit queries `[B,D]`."""
-        return F.normalize(self.head(pooled), dim=1)
+        return F.normalize(self.project(pooled), dim=1)
 
     @torch.no_grad()
     def key(self, images: Tensor, autocast: torch.autocast) -> Tensor:
@@ -66,19 +83,10 @@ class MoCo(nn.Module):
             key.record_stream(torch.cuda.current_stream())
         return key
 
-    def own(self, keys: Tensor) -> Tensor:
-        """The keys `[B,D]` of this process's own images, out of those of all processes."""
-        return keys.chunk(self.processes.ranks)[self.processes.rank]
-
-    def contrast(self, query: Tensor, keys: Tensor, temperature: float, impl: Impl = "auto") -> Tensor:
-        """InfoNCE `[B]`, nats, of unit queries `[B,D]`; the positive of each is the key of the same image.
-
-        The negatives are the queue's keys; without a queue the other ones of `keys`.
-        """
-        if len(self.queue):
-            return info_nce(query, self.own(keys), self.queue, temperature=temperature, impl=impl)
-        own = torch.arange(len(query), device=query.device) + len(query) * self.processes.rank
-        return F.cross_entropy(query @ keys.T / temperature, own, reduction="none")
+    def keys(self, key: Tensor) -> Keys:
+        """What a batch of queries is compared with; `key` `[B*ranks,D]` are those of all processes."""
+        rank, own = self.processes.rank, key.chunk(self.processes.ranks)
+        return Keys(own[rank], key, self.queue, first=rank * len(own[rank]))
 
     def wait_for_keys(self) -> None:
         """Let what the device does next wait for the keys."""

@@ -24,6 +24,7 @@ from fastcr.data.views import Batch
 from fastcr.errors import UsageError
 from fastcr.kernels.rationale_pool import RationalePool
 from fastcr.method.moco import MoCo, mean_pool
+from fastcr.method.objectives.contract import Objective
 from fastcr.method.rationale import effective_number
 from fastcr.method.step import Losses, Scale
 from fastcr.method.weights import torchvision_name
@@ -93,7 +94,7 @@ def released_losses(
     autocast: torch.autocast,
     *,
     branch: ReleasedBranch,
-    temperature: float,
+    objective: Objective,
     scale: Scale = lambda loss: loss,
 ) -> Losses:
     """Losses of one batch as the released code computes them; the fit loss is a sum over the batch.
@@ -108,7 +109,7 @@ def released_losses(
         pooled = mean_pool(features)
         if not pooled.requires_grad:  # the backbone is kept
             pooled.requires_grad_()
-        contrast = moco.contrast(moco.query(pooled), key, temperature).mean()
+        contrast = objective(moco.query(pooled), moco.keys(key)).loss.mean()
         (gradient,) = torch.autograd.grad(
             contrast, pooled, retain_graph=True, create_graph=not branch.released.detach_target
         )

@@ -1,4 +1,4 @@
-"""One training step, top to bottom: contrastive loss, GradCAM, the fit of the attention to it, and the updates."""
+"""One training step, top to bottom: the objective's loss, GradCAM, the fit of the attention to it, and the updates."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from fastcr.data.views import Batch
-from fastcr.kernels.launch import Impl
 from fastcr.method.moco import MoCo, mean_pool
+from fastcr.method.objectives.contract import Objective
 from fastcr.method.rationale import RationaleHead, mismatch_gradient
 
 Scale = Callable[[Tensor], Tensor]
@@ -25,7 +25,7 @@ NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)  # hands everything on as
 class Losses(NamedTuple):
     """What one batch gives; `attention`, `features` and `key` are for the log only."""
 
-    contrast: Tensor  # scalar, nats
+    contrast: Tensor  # scalar, the objective's loss
     fit: Tensor | None  # scalar, nats, unweighted; None without a branch
     attention: Tensor | None  # [B,S]
     features: Tensor  # [B,C,H,W]
@@ -46,16 +46,15 @@ def contrast_losses(
     autocast: torch.autocast,
     *,
     branch: RationaleHead | None,
-    temperature: float,
+    objective: Objective,
     cam_of: CamOf = "similarity",
-    impl: Impl = "auto",
     scale: Scale = lambda loss: loss,
 ) -> Losses:
-    """Contrastive loss of a batch and the fit of the branch to its GradCAM; without a branch, plain MoCo v2.
+    """The objective's loss of a batch and the fit of the branch to its GradCAM; without a branch, the first alone.
 
-    `cam_of` says what GradCAM explains: the contrastive loss, or the similarity of the unnormalised query to its own
-    key. `scale` is what the caller does to the loss before backward (loss scaling, accumulation): part of the gradient
-    does not pass through the loss.
+    `cam_of` says what GradCAM explains: that loss, or the similarity of the unnormalised query to the objective's
+    positive. `scale` is what the caller does to the loss before backward (loss scaling, accumulation): part of the
+    gradient does not pass through the loss.
     """
     key = moco.key(batch.second, autocast)
     with record_function("query forward"), autocast:
@@ -63,7 +62,7 @@ def contrast_losses(
     moco.wait_for_keys()
     if branch is None:
         with record_function("contrast"):
-            contrast = moco.contrast(moco.query(mean_pool(features)), key, temperature, impl).mean()
+            contrast = objective(moco.query(mean_pool(features)), moco.keys(key)).loss.mean()
         return Losses(contrast, None, None, features.detach(), key)
 
     with record_function("contrast"):
@@ -73,13 +72,13 @@ def contrast_losses(
         pooled = mean_pool(features.detach() if shared else features)
         if not pooled.requires_grad:  # cut off, or the backbone is not trained
             pooled.requires_grad_()
-        projected = moco.head(pooled)
-        contrast = moco.contrast(F.normalize(projected, dim=1), key, temperature, impl)
+        projected = moco.project(pooled)
+        compared = objective(F.normalize(projected, dim=1), moco.keys(key))
         if cam_of == "similarity":
-            gradient = mismatch_gradient(pooled, projected, moco.own(key))
+            gradient = mismatch_gradient(pooled, projected, compared.positive)
         else:
-            (gradient,) = torch.autograd.grad(contrast.sum(), pooled, retain_graph=True)
-        contrast = contrast.mean()
+            (gradient,) = torch.autograd.grad(compared.loss.sum(), pooled, retain_graph=True)
+        contrast = compared.loss.mean()
     with record_function("fit"):  # GradCAM is normalised, so only a shared gradient has to have its size
         pool_weight = 1 / len(pooled) if shared else 0.0
         divergence, attention, _ = branch.fit(features, scale(gradient), pool_weight=pool_weight)
@@ -99,7 +98,7 @@ def train_step(
     accumulate: int = 1,
     no_sync: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> tuple[Tensor, Losses]:
-    """Losses, backward, SGD, EMA of the key encoder, enqueue; returns the weighted loss. Never waits for the device.
+    """Losses, backward, optimiser, EMA of the keys, enqueue; returns the weighted loss. Never waits for the device.
 
     `accumulate` splits the batch into that many equal parts, whose gradients add up to those of the whole but for
     BatchNorm, which sees a part at a time. `scaler` scales the loss for fp16. Of several processes each has its share

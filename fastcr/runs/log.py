@@ -34,6 +34,8 @@ SHOWN = {  # metric: its name on the bar's second line, and format
     "fit_loss": ("fit", "{:.4f}"),
     "attention_entropy": ("entropy", "{:.2f}"),
     "effective_detectors": ("detectors", "{:.1f}"),
+    "effective_rank": ("rank", "{:.0f}"),
+    "kept_neighbours": ("neighbours kept", "{:.0%}"),
 }
 
 
@@ -56,6 +58,7 @@ class RunLog:
         writes: bool = True,
     ) -> None:
         self.console, self.steps_per_epoch, self.epochs = console, steps_per_epoch, epochs
+        self.shown: dict[str, Any] = {}  # the latest of each metric: some come once an epoch
         self.writer: Any = None
         self.file: TextIO | None = None
         if writes:
@@ -111,7 +114,8 @@ class RunLog:
         for name, value in record.items():
             if self.writer and name not in ("step", "epoch"):
                 self.writer.add_scalar(name, value, record["step"])
-        self.status.plain = describe(record)
+        self.shown |= record
+        self.status.plain = describe(self.shown)
 
     def epoch_done(self, record: dict[str, Any], epoch: int) -> None:
         """Leave a line behind for a finished epoch."""

@@ -77,13 +77,22 @@ class HealthWatch:
     def __init__(self, console: Console, config: Config) -> None:
         self.console, self.detectors, self.said = console, config.rationale.detectors, set[str]()
 
-    def look(self, record: dict[str, float], positions: int) -> None:
-        """Print what is wrong with a step's metrics; attention maps have `positions` cells."""
+    def look(self, record: dict[str, float], positions: int, first_rank: float = 0.0) -> None:
+        """Print what is wrong with a step's metrics.
+
+        Attention maps have `positions` cells; `first_rank` is the effective rank of the initial embeddings.
+        """
         entropy = record.get("attention_entropy", 0.5 * math.log(positions)) / max(math.log(positions), 1e-9)
         warnings = {
             "the embeddings have collapsed: all images get nearly the same": record["embedding_spread"] < 0.1,
             "the attention has collapsed to a single position": positions > 1 and entropy < 0.1,
             "the attention is the same everywhere: it pools as the mean does": positions > 1 and entropy > 0.9999,
+            "the embeddings use less than half of the dimensions they used at the start: this training forgets": (
+                record.get("effective_rank", first_rank) < first_rank / 2
+            ),
+            "more than half of the images' nearest neighbours are others than at the start: compare with evaluate": (
+                record.get("kept_neighbours", 1) < 0.5
+            ),
             f"fewer than 2 of {self.detectors} detectors are in use": record.get("effective_detectors", 2) < 2,
         }
         for warning in [text for text, holds in warnings.items() if holds and text not in self.said]:

@@ -333,13 +333,17 @@ def test_slopes_are_the_gradient_along_the_features(cam_of: Any) -> None:
     import torch
     from torch import nn
 
+    from fastcr.config import MocoConfig
     from fastcr.kernels.info_nce import info_nce
     from fastcr.method.moco import MoCo, mean_pool
+    from fastcr.method.objectives import build_objective
 
     torch.manual_seed(0)
-    moco = MoCo(nn.Conv2d(3, 8, 4, stride=4), 8, embedding_dim=4, queue_size=16).eval()
+    settings = MocoConfig(embedding_dim=4, queue_size=16)
+    moco = MoCo(nn.Conv2d(3, 8, 4, stride=4), 8, settings).eval()
     images = torch.randn(2, 3, 12, 12)
-    slope = gradcam_inside.slopes(moco, images, moco.backbone(images).detach(), temperature=0.2, cam_of=cam_of)
+    features = moco.backbone(images).detach()
+    slope = gradcam_inside.slopes(moco, images, features, build_objective(settings), cam_of=cam_of)
     with torch.no_grad():
         key = moco.key(images.flip(3), torch.autocast("cpu", enabled=False))
         features = moco.backbone(images)

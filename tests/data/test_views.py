@@ -19,8 +19,8 @@ from torchvision.transforms import v2
 from fastcr.data.images import BadFiles, ImageList
 from fastcr.data.torch_views import TorchViews, augment
 from fastcr.data.views import (
-    CROP_AREA,
     CROP_RATIO,
+    DEFAULT,
     MEAN,
     STD,
     Loading,
@@ -88,7 +88,7 @@ def test_parameters_depend_on_image_epoch_and_seed_only() -> None:
 def test_crop_boxes_have_torchvisions_distribution(size: tuple[int, int]) -> None:
     drawn = draw_parameters(0, 0, np.arange(DRAWS), np.tile(size, (DRAWS, 1))).crop[:, 0].astype(float)
     torch.manual_seed(0)
-    transform = v2.RandomResizedCrop(8, scale=CROP_AREA, ratio=CROP_RATIO)
+    transform = v2.RandomResizedCrop(8, scale=(DEFAULT.crop, 1.0), ratio=CROP_RATIO)
     image = torch.zeros(3, *size)
     oracle = [transform.make_params([image]) for _ in range(DRAWS)]
     theirs = np.array([[box[key] for key in ("top", "left", "height", "width")] for box in oracle], dtype=float)

@@ -22,11 +22,13 @@ from fastcr.config import Config, DataConfig, MocoConfig, ModelConfig, OptimConf
 from fastcr.data.views import Batch
 from fastcr.method.build import Training, build
 from fastcr.method.moco import mean_pool
+from fastcr.method.objectives.infonce import infonce
 from fastcr.method.rationale import RationaleHead, common_cam_weights
 from fastcr.method.step import NO_SCALER, contrast_losses, train_step
 from fastcr.runs.distributed import ALONE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+INFONCE = partial(infonce, temperature=0.2)
 CPU, AUTOCAST = torch.device("cpu"), torch.autocast("cpu", enabled=False)
 TINY = Config(
     data=DataConfig(image_size=32),
@@ -188,8 +190,8 @@ def test_gradcam_of_the_logit_is_the_product_before_normalisation(stop_gradient:
     training = prepared(rationale=replace(TINY.rationale, cam_of="similarity", stop_gradient=stop_gradient))
     moco, branch, batch = training.moco.eval(), training.encoder.branch, batch_of()
     assert isinstance(branch, RationaleHead)
-    losses = contrast_losses(moco, batch, AUTOCAST, branch=branch, temperature=0.2, cam_of="similarity")
-    plain = contrast_losses(moco, batch, AUTOCAST, branch=None, temperature=0.2)
+    losses = contrast_losses(moco, batch, AUTOCAST, branch=branch, objective=INFONCE, cam_of="similarity")
+    plain = contrast_losses(moco, batch, AUTOCAST, branch=None, objective=INFONCE)
     torch.testing.assert_close(losses.contrast, plain.contrast)
 
     features = moco.backbone(batch.first)
@@ -197,7 +199,7 @@ def test_gradcam_of_the_logit_is_the_product_before_normalisation(stop_gradient:
     key = F.normalize(moco.key_head(mean_pool(moco.key_backbone(batch.second))), dim=1)
     (gradient,) = torch.autograd.grad(-(moco.head(pooled) * key).sum(), pooled, retain_graph=True)
     expected = branch.fit(features, gradient).divergence.mean()
-    of_the_loss = contrast_losses(moco, batch, AUTOCAST, branch=branch, temperature=0.2, cam_of="loss")
+    of_the_loss = contrast_losses(moco, batch, AUTOCAST, branch=branch, objective=INFONCE, cam_of="loss")
     assert losses.fit is not None
     assert of_the_loss.fit is not None
     torch.testing.assert_close(losses.fit, expected)
@@ -217,7 +219,7 @@ def test_parts_and_loss_scaling_change_nothing_but_rounding(stop_gradient: bool,
         training = prepared(rationale=replace(TINY.rationale, stop_gradient=stop_gradient))
         training.moco.eval()
         optimizer = torch.optim.SGD([p for p in training.model.parameters() if p.requires_grad], lr=0.1)
-        loss_function = partial(contrast_losses, branch=training.encoder.branch, temperature=0.2, cam_of=cam_of)
+        loss_function = partial(contrast_losses, branch=training.encoder.branch, objective=INFONCE, cam_of=cam_of)
         loss, losses = train_step(
             training.moco,
             loss_function,
@@ -282,9 +284,9 @@ def test_common_weights_leave_the_contrast_and_its_gradient_alone(cam_of: Any) -
     training = prepared(rationale=replace(TINY.rationale, cam_weights="common"))
     moco, branch, batch = training.moco.eval(), training.encoder.branch, batch_of()
     assert isinstance(branch, RationaleHead)
-    losses = contrast_losses(moco, batch, AUTOCAST, branch=branch, temperature=0.2, cam_of=cam_of)
-    plain = contrast_losses(moco, batch, AUTOCAST, branch=None, temperature=0.2)
-    own = contrast_losses(moco, batch, AUTOCAST, branch=prepared().encoder.branch, temperature=0.2, cam_of=cam_of)
+    losses = contrast_losses(moco, batch, AUTOCAST, branch=branch, objective=INFONCE, cam_of=cam_of)
+    plain = contrast_losses(moco, batch, AUTOCAST, branch=None, objective=INFONCE)
+    own = contrast_losses(moco, batch, AUTOCAST, branch=prepared().encoder.branch, objective=INFONCE, cam_of=cam_of)
     torch.testing.assert_close(losses.contrast, plain.contrast)
     assert losses.fit is not None
     assert own.fit is not None
@@ -312,8 +314,8 @@ def test_without_a_queue_the_negatives_are_the_other_keys_of_the_batch(variant: 
     assert moco.queue.shape == (0, 8)
     assert moco.queue_position == 0
     training.step(batch)  # and goes on
-    images = torch.rand(12, 8)
-    assert moco.contrast(F.normalize(images[4:8], dim=1), F.normalize(images[4:8], dim=1), 1e-3).max() < 1e-3
+    images = F.normalize(torch.rand(12, 8), dim=1)
+    assert infonce(images[4:8], moco.keys(images[4:8]), temperature=1e-3).loss.max() < 1e-3
 
 
 def test_the_backbone_is_held_for_the_epochs_of_its_warm_up(flat: Path, tmp_path: Path) -> None:

@@ -12,12 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fastcr.config import RationaleConfig
+from fastcr.config import MocoConfig, RationaleConfig
 from fastcr.data.views import Batch
 from fastcr.method.moco import MoCo, mean_pool
+from fastcr.method.objectives.infonce import infonce
 from fastcr.method.rationale import RationaleHead, attention_entropy
 from fastcr.method.step import Losses, contrast_losses, cosine_lr, train_step
 
+INFONCE = partial(infonce, temperature=0.2)
 NO_AUTOCAST = torch.autocast("cpu", enabled=False)
 
 
@@ -29,7 +31,7 @@ def _seed() -> None:
 def tiny(queue_size: int = 10) -> MoCo:
     first = nn.Conv2d(3, 8, 3, stride=2, bias=False)
     backbone = nn.Sequential(first, nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU())
-    return MoCo(backbone, 6, embedding_dim=4, queue_size=queue_size)
+    return MoCo(backbone, 6, MocoConfig(embedding_dim=4, queue_size=queue_size))
 
 
 def images(count: int = 5) -> Batch:
@@ -109,7 +111,7 @@ def step(
     trained = [p for p in (*moco.parameters(), *(branch.parameters() if branch else ())) if p.requires_grad]
     return train_step(
         moco,
-        partial(contrast_losses, branch=branch, temperature=0.2, cam_of="loss"),
+        partial(contrast_losses, branch=branch, objective=INFONCE, cam_of="loss"),
         torch.optim.SGD(trained, lr=lr),
         batch,
         fit_weight=fit_weight,
@@ -195,7 +197,7 @@ def test_a_step_trains_the_query_side_and_queues_the_keys(with_branch: bool) -> 
 def test_the_contrast_loss_is_cross_entropy_against_key_and_queue(with_branch: bool) -> None:
     moco, batch = tiny(), images()
     branch = RationaleHead(6, RationaleConfig(detectors=3)) if with_branch else None
-    losses = contrast_losses(moco, batch, NO_AUTOCAST, branch=branch, temperature=0.2, cam_of="loss")
+    losses = contrast_losses(moco, batch, NO_AUTOCAST, branch=branch, objective=INFONCE, cam_of="loss")
     query = F.normalize(moco.head(moco.backbone(batch.first).mean((2, 3))), dim=1)
     logits = torch.cat([(query * losses.key).sum(1, keepdim=True), query @ moco.queue.T], dim=1) / 0.2
     torch.testing.assert_close(losses.contrast, F.cross_entropy(logits, torch.zeros(5, dtype=torch.int64)))
@@ -206,7 +208,7 @@ def test_a_step_under_bf16_autocast_gives_fp32_losses_close_to_those_of_fp32() -
     branch = RationaleHead(6, RationaleConfig(detectors=3))
     results = []
     for autocast in (NO_AUTOCAST, torch.autocast("cpu", dtype=torch.bfloat16)):
-        losses = contrast_losses(copy.deepcopy(moco), batch, autocast, branch=branch, temperature=0.2, cam_of="loss")
+        losses = contrast_losses(copy.deepcopy(moco), batch, autocast, branch=branch, objective=INFONCE, cam_of="loss")
         assert losses.fit is not None
         results.append(torch.stack([losses.contrast, losses.fit]))
     assert results[1].dtype == torch.float32

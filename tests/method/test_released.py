@@ -12,16 +12,18 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from fastcr.config import RationaleConfig, ReleasedConfig
+from fastcr.config import MocoConfig, RationaleConfig, ReleasedConfig
 from fastcr.data.views import Batch
 from fastcr.errors import UsageError
 from fastcr.kernels.info_nce import info_nce
 from fastcr.method.backbone import build_backbone
 from fastcr.method.encoder import load
 from fastcr.method.moco import MoCo
+from fastcr.method.objectives.infonce import infonce
 from fastcr.method.released import ReleasedBranch, from_released_checkpoint, gradcam, released_losses
 from fastcr.method.step import train_step
 
+INFONCE = partial(infonce, temperature=0.2)
 NO_AUTOCAST = torch.autocast("cpu", enabled=False)
 
 
@@ -95,7 +97,7 @@ def tiny() -> tuple[MoCo, Batch]:
     torch.manual_seed(0)
     backbone, channels = build_backbone("resnet18", "layer3")
     first, second = torch.randn(2, 4, 3, 64, 64)
-    return MoCo(backbone, channels, embedding_dim=16, queue_size=32), Batch(first, second)
+    return MoCo(backbone, channels, MocoConfig(embedding_dim=16, queue_size=32)), Batch(first, second)
 
 
 def gradients_of(detach_target: bool) -> tuple[float, dict[str, Tensor]]:
@@ -103,7 +105,7 @@ def gradients_of(detach_target: bool) -> tuple[float, dict[str, Tensor]]:
     moco, batch = tiny()
     config = ReleasedConfig(enabled=True, detach_target=detach_target)
     branch = ReleasedBranch(256, RationaleConfig(detectors=8), config)
-    losses = released_losses(moco, batch, NO_AUTOCAST, branch=branch, temperature=0.2)
+    losses = released_losses(moco, batch, NO_AUTOCAST, branch=branch, objective=INFONCE)
     assert losses.fit is not None
     losses.fit.backward()
     named = nn.ModuleDict({"moco": moco, "branch": branch}).named_parameters()
@@ -144,7 +146,7 @@ def test_a_step_takes_the_released_losses() -> None:
     before = [parameter.detach().clone() for parameter in parameters]
     loss, losses = train_step(
         moco,
-        partial(released_losses, branch=branch, temperature=0.2),
+        partial(released_losses, branch=branch, objective=INFONCE),
         torch.optim.SGD(parameters, lr=0.1),
         batch,
         fit_weight=0.01,

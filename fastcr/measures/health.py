@@ -1,0 +1,66 @@
+"""Whether training still keeps what the initial weights knew: two measures without labels, on a sample of images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastcr.data.images import ImageList
+from fastcr.data.views import normalise
+from fastcr.measures.embeddings import load_crops
+from fastcr.method.encoder import Encoder, load
+
+SAMPLE = 512  # images, decoded once
+NEIGHBOURS = 10
+BATCH_SIZE = 64
+
+
+def effective_rank(embeddings: Tensor) -> float:
+    """How many dimensions embeddings `[N,C]` use: RankMe (arXiv 2210.02885), 1 to min(N, C).
+
+    exp(entropy) of the singular values' shares of their sum.
+    """
+    values = torch.linalg.svdvals(embeddings.double())
+    shares = values / values.sum().clamp(min=1e-30)
+    return torch.special.entr(shares).sum().exp().item()
+
+
+def nearest(embeddings: Tensor, count: int) -> Tensor:
+    """Indices `[N,count]` of each row's nearest other rows, by the dot product of unit rows `[N,C]`."""
+    return (embeddings @ embeddings.T).fill_diagonal_(-torch.inf).topk(count, dim=1).indices
+
+
+def kept_neighbours(before: Tensor, after: Tensor) -> float:
+    """Share of the neighbours `before [N,k]` that are among those `after [N,k]`, 0 to 1; about k/N by chance."""
+    return (before[:, :, None] == after[:, None, :]).any(2).double().mean().item()
+
+
+class EncoderHealth:
+    """Effective rank of an encoder's mean embeddings, and how many nearest neighbours of its start it has kept."""
+
+    def __init__(self, images: ImageList, initial: Path, device: torch.device, workers: int) -> None:
+        """Take the sample evenly from `images`, and measure the encoder in the weights file `initial`."""
+        encoder, self.device = load(initial).to(device), device
+        count = min(SAMPLE, len(images))
+        chosen = (torch.arange(count) * len(images) // count).split(BATCH_SIZE)
+        batches = [indices.tolist() for indices in chosen]
+        crops = load_crops([images], batches, image_size=encoder.image_size, workers=workers, pin=False)
+        self.crops = [pixels for pixels, _, readable in crops if readable]
+        embeddings = self._embed(encoder)
+        self.count = min(NEIGHBOURS, len(embeddings) - 1)
+        self.first_rank, self.before = effective_rank(embeddings), nearest(embeddings, self.count)
+
+    @torch.inference_mode()
+    def _embed(self, encoder: Encoder) -> Tensor:
+        with encoder.evaluating():
+            parts = [encoder.mean_embedding(normalise(each.to(self.device), torch.float32)) for each in self.crops]
+        return torch.cat(parts).cpu()
+
+    def measure(self, encoder: Encoder) -> dict[str, float]:
+        """`effective_rank`, and `kept_neighbours` of the start, 0 to 1."""
+        with torch.compiler.set_stance("force_eager"):  # not worth compiling for eval mode and another batch size
+            embeddings = self._embed(encoder)
+        kept = kept_neighbours(self.before, nearest(embeddings, self.count))
+        return {"effective_rank": effective_rank(embeddings), "kept_neighbours": kept}
