@@ -62,7 +62,9 @@ class Measured:
         self.graph = bool(way.options.get("cuda_graph"))
         self.built = way.build(setting(batch), DEVICE, **way.options)
         batches = make_batches(setting(batch), DEVICE, self.built, ROTATED)
-        self.spare_bytes = (ROTATED - 1) * sum(view.nbytes for view in batches[0])  # for the rotation's sake only
+        self.spare_bytes = (ROTATED - 1) * sum(
+            each.nbytes for each in batches[0].tensors()
+        )  # for the rotation's sake only
         self.batches: Iterator[Batch] = itertools.cycle(batches)
         self.correct = agrees(follow(self.built, batches, CHECKED), plain)
         self.samples: list[float] = []

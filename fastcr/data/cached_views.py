@@ -32,11 +32,14 @@ def view_table(p: ViewParameters) -> np.ndarray:
     return np.concatenate(columns, axis=2, dtype=np.float32)
 
 
-def cut_views(pixels: Tensor, starts: np.ndarray, widths: np.ndarray, table: np.ndarray, loading: Loading) -> Batch:
+def cut_views(
+    pixels: Tensor, starts: np.ndarray, widths: np.ndarray, table: np.ndarray, indices: np.ndarray, loading: Loading
+) -> Batch:
     """Two views of each image of a batch, normalised as encoders trained on ImageNet expect.
 
     `pixels` uint8 `[bytes]` on the device of `loading` holds the images, `[H,W,3]` each: image b begins at byte
-    `starts[b]`, its rows are `widths[b]` pixels. `table` is that of `view_table`.
+    `starts[b]`, its rows are `widths[b]` pixels. `table` is that of `view_table`, `indices` `[n]` which
+    images they are.
     """
 
     def send(values: np.ndarray) -> Tensor:
@@ -45,7 +48,8 @@ def cut_views(pixels: Tensor, starts: np.ndarray, widths: np.ndarray, table: np.
 
     size, dtype, impl = loading.image_size, loading.dtype, loading.impl
     tensors = send(starts), send(widths), send(table)
-    return Batch(*two_views(pixels, *tensors, size, mean=MEAN, std=STD, dtype=dtype, impl=impl))
+    first, second = two_views(pixels, *tensors, size, mean=MEAN, std=STD, dtype=dtype, impl=impl)
+    return Batch(first, second, send(indices))
 
 
 class CachedViews:
@@ -62,7 +66,7 @@ class CachedViews:
             table = view_table(draw_parameters(loading.seed, epoch, indices, sizes, loading.views))
             if pixels.device != loading.device:
                 pixels, starts = self._bring(starts, sizes[:, 1], table)
-            yield cut_views(pixels, starts, sizes[:, 1], table, loading)
+            yield cut_views(pixels, starts, sizes[:, 1], table, indices, loading)
 
     def _bring(self, starts: np.ndarray, widths: np.ndarray, table: np.ndarray) -> tuple[Tensor, np.ndarray]:
         """Copy the rows that the crops touch to the device; moves the crops' `top` in `table` to match."""

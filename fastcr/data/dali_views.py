@@ -95,7 +95,7 @@ class DaliViews:
         lengths = 3 * sizes.prod(1)
         table = view_table(draw_parameters(loading.seed, epoch, indices, sizes, loading.views))
         in_a_row = torch.cat([image.flatten() for image in pixels])
-        return cut_views(in_a_row, lengths.cumsum() - lengths, sizes[:, 1], table, loading)
+        return cut_views(in_a_row, lengths.cumsum() - lengths, sizes[:, 1], table, indices, loading)
 
     def _pipeline(self, step: int) -> Any:
         device = self.loading.device

@@ -160,6 +160,6 @@ class Prefetched:
                 if made:
                     user = torch.cuda.current_stream(self.device)
                     user.wait_event(made)
-                    for view in batch:  # its memory may be used again only after the step
-                        view.record_stream(user)
+                    for tensor in batch.tensors():  # their memory may be used again only after the step
+                        tensor.record_stream(user)
                 yield batch

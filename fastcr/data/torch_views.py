@@ -71,8 +71,10 @@ class TorchViews:
             pin_memory=loading.device.type == "cuda",
             worker_init_fn=leave_signals,
         )
-        for pixels, bad in loader:
+        numbers = (indices for _, indices in loading.steps(len(self.images), start_step))
+        for (pixels, bad), indices in zip(loader, numbers, strict=False):
             for index in bad:
                 self.bad.note(index)
             first, second = pixels.to(loading.device, non_blocking=True)
-            yield Batch(normalise(first, loading.dtype), normalise(second, loading.dtype))
+            images = torch.from_numpy(indices).to(loading.device)
+            yield Batch(normalise(first, loading.dtype), normalise(second, loading.dtype), images)

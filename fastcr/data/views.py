@@ -54,6 +54,17 @@ class Batch(NamedTuple):
 
     first: Tensor
     second: Tensor
+    images: Tensor | None = None
+    """Which images they are, int64 `[B]`: their indices in the list; None where nobody needs to know."""
+
+    def tensors(self) -> list[Tensor]:
+        """Those that are there."""
+        return [each for each in self if each is not None]
+
+    def split(self, parts: int) -> list[Batch]:
+        """This many equal parts."""
+        images = [None] * parts if self.images is None else self.images.chunk(parts)
+        return [Batch(*part) for part in zip(self.first.chunk(parts), self.second.chunk(parts), images, strict=True)]
 
 
 class Shard(NamedTuple):

@@ -63,9 +63,10 @@ class Training:
         """Fill the queue with the keys of images, by the encoder as it is."""
         keys = 0
         while keys < len(self.moco.queue):
-            key = self.moco.key(next(batches).second, self.autocast)
+            batch = next(batches)
+            key = self.moco.key(batch.second, self.autocast)
             self.moco.wait_for_keys()
-            self.moco.enqueue(key)
+            self.moco.enqueue(key, [batch.images])
             keys += len(key)
 
     def set_learning_rates(self, step: int, schedule: Schedule, warmup: float) -> None:
@@ -88,7 +89,8 @@ class Training:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned; torch's own errors if it is of another model."""
-        self.model.load_state_dict(state["model"])
+        unknown = torch.full_like(self.moco.queue_images, -1)  # of a run begun before this was kept
+        self.model.load_state_dict({"moco.queue_images": unknown, **state["model"]})
         # momentum comes back; the settings are today's
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})

@@ -6,6 +6,7 @@ Momentum contrast is arXiv 1911.05722 and 2003.04297; `objectives/` has what the
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,7 @@ class MoCo(nn.Module):
     """Query encoder (`backbone`, `head`, BYOL's `predictor`), EMA key encoder, queue of keys `[N,D]`, N 0 for none."""
 
     queue: Tensor
+    queue_images: Tensor  # [N]: the index of the image that each key is of; -1: unknown
     queue_position: Tensor
 
     def __init__(self, backbone: nn.Module, channels: int, config: MocoConfig) -> None:
@@ -51,6 +53,7 @@ class MoCo(nn.Module):
         self.processes: Processes = ALONE  # that share the queue
         self.shuffle = False  # the images of keys among them
         self.register_buffer("queue", F.normalize(torch.randn(0 if byol else config.queue_size, dim), dim=1))
+        self.register_buffer("queue_images", torch.full((len(self.queue),), -1))
         self.register_buffer("queue_position", torch.zeros((), dtype=torch.int64))
 
     def project(self, pooled: Tensor) -> Tensor:
@@ -83,10 +86,11 @@ class MoCo(nn.Module):
             key.record_stream(torch.cuda.current_stream())
         return key
 
-    def keys(self, key: Tensor) -> Keys:
-        """What a batch of queries is compared with; `key` `[B*ranks,D]` are those of all processes."""
+    def keys(self, key: Tensor, images: Tensor | None = None) -> Keys:
+        """What a batch of queries, of `images` `[B]`, is compared with; `key` `[B*ranks,D]` are of all processes."""
         rank, own = self.processes.rank, key.chunk(self.processes.ranks)
-        return Keys(own[rank], key, self.queue, first=rank * len(own[rank]))
+        mine = None if images is None else images[:, None] == self.queue_images
+        return Keys(own[rank], key, self.queue, rank * len(own[rank]), mine)
 
     def wait_for_keys(self) -> None:
         """Let what the device does next wait for the keys."""
@@ -102,12 +106,26 @@ class MoCo(nn.Module):
             torch._foreach_lerp_(keys, queries, 1 - momentum)
 
     @torch.no_grad()
-    def enqueue(self, keys: Tensor) -> None:
-        """Replace the oldest keys; any batch size, written on the device without waiting for it."""
+    def enqueue(self, keys: Tensor, images: Sequence[Tensor | None] = ()) -> None:
+        """Replace the oldest keys; any batch size, written on the device without waiting for it.
+
+        `keys` `[B*ranks,D]` are those of all processes; `images` are the indices of this one's, in the parts in which
+        the keys were made.
+        """
         if not (size := len(self.queue)):
             return
         skipped = max(len(keys) - size, 0)  # a batch beyond the queue leaves only its last keys
         with record_function("queue"):
-            slots = torch.arange(skipped, len(keys), device=keys.device) + self.queue_position
-            self.queue.index_copy_(0, slots % size, keys[skipped:].to(self.queue.dtype))
+            slots = (torch.arange(skipped, len(keys), device=keys.device) + self.queue_position) % size
+            self.queue.index_copy_(0, slots, keys[skipped:].to(self.queue.dtype))
+            self.queue_images.index_copy_(0, slots, self._everyones(images, len(keys))[skipped:])
             self.queue_position.add_(len(keys)).remainder_(size)
+
+    def _everyones(self, images: Sequence[Tensor | None], count: int) -> Tensor:
+        """The indices `[count]` of the images of all processes' keys; -1 where they are not known."""
+        known = [part for part in images if part is not None]
+        if not known:
+            return self.queue_images.new_full((count,), -1)
+        if self.processes.ranks > 1:
+            known = [self.processes.gather_keys(part[:, None], shuffled=False)[:, 0] for part in known]
+        return torch.cat(known)

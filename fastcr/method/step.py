@@ -62,7 +62,7 @@ def contrast_losses(
     moco.wait_for_keys()
     if branch is None:
         with record_function("contrast"):
-            contrast = objective(moco.query(mean_pool(features)), moco.keys(key)).loss.mean()
+            contrast = objective(moco.query(mean_pool(features)), moco.keys(key, batch.images)).loss.mean()
         return Losses(contrast, None, None, features.detach(), key)
 
     with record_function("contrast"):
@@ -73,7 +73,7 @@ def contrast_losses(
         if not pooled.requires_grad:  # cut off, or the backbone is not trained
             pooled.requires_grad_()
         projected = moco.project(pooled)
-        compared = objective(F.normalize(projected, dim=1), moco.keys(key))
+        compared = objective(F.normalize(projected, dim=1), moco.keys(key, batch.images))
         if cam_of == "similarity":
             gradient = mismatch_gradient(pooled, projected, compared.positive)
         else:
@@ -109,8 +109,8 @@ def train_step(
         return scaler.scale(loss / accumulate if accumulate > 1 else loss)
 
     optimizer.zero_grad(set_to_none=True)
-    parts: list[tuple[Tensor, Losses]] = []
-    for part in map(Batch, batch.first.chunk(accumulate), batch.second.chunk(accumulate)):
+    split, parts = batch.split(accumulate), list[tuple[Tensor, Losses]]()
+    for part in split:
         with nullcontext() if len(parts) == accumulate - 1 else no_sync():
             losses = loss_function(moco, part, autocast, scale=scale)
             loss = losses.contrast if losses.fit is None else losses.contrast + fit_weight * losses.fit
@@ -122,7 +122,7 @@ def train_step(
         scaler.update()
     loss, losses = parts[0] if accumulate == 1 else _merged(parts)
     moco.update_key_encoder(key_momentum)
-    moco.enqueue(losses.key)
+    moco.enqueue(losses.key, [part.images for part in split])
     return loss, losses
 
 
@@ -161,12 +161,12 @@ class Replayed:
             caller.wait_stream(self.stream)
             return results
         if self.calls == self.WARM_UP + 1:
-            self.inputs = Batch(*map(torch.empty_like, batch))
+            self.inputs = Batch(*map(torch.empty_like, batch.tensors()))
             # the loader's thread goes on allocating meanwhile
             with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.results = self.step(self.inputs)
-        for static, view in zip(self.inputs, batch, strict=True):
-            static.copy_(view)
+        for static, tensor in zip(self.inputs.tensors(), batch.tensors(), strict=True):
+            static.copy_(tensor)
         self.graph.replay()
         loss, losses = self.results
         return loss.clone(), losses
