@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
+from fastcr.config import ViewsConfig
 from fastcr.data.images import BadFiles, ImageList
 from fastcr.data.torch_views import TorchViews, augment
 from fastcr.data.views import (
@@ -70,7 +71,7 @@ BOTH = pytest.mark.parametrize("make", [make_torch, make_dali], ids=["torch", "d
 
 
 def take(views: Any, start: int, count: int) -> list[Tensor]:
-    return [torch.stack(batch) for batch in islice(views.batches(start), count)]
+    return [torch.stack(batch[:2]) for batch in islice(views.batches(start), count)]
 
 
 def test_parameters_depend_on_image_epoch_and_seed_only() -> None:
@@ -113,6 +114,24 @@ def test_jitter_and_flags_have_moco_v2s_distribution() -> None:
     _, counts = np.unique(p.order.reshape(-1, 4), axis=0, return_counts=True)
     assert len(counts) == 24
     assert counts.min() > 0.5 * 2 * DRAWS / 24
+
+
+def test_settings_of_the_views_do_what_they_say() -> None:
+    sizes = np.full((DRAWS, 2), 100)
+    settings = ViewsConfig(crop=0.4, jitter=0.5, grey=0.7, blur=0.0, key="weak", key_crop=0.8)
+    p, plain = (draw_parameters(1, 0, np.arange(DRAWS), sizes, each) for each in (settings, DEFAULT))
+    share = p.crop[..., 2:].prod(2) / 1e4
+    for view, smallest in ((0, 0.4), (1, 0.8)):
+        assert smallest - 0.02 <= share[:, view].min() < smallest + 0.02
+        assert share[:, view].max() <= 1
+    np.testing.assert_allclose(p.factors.max((0, 1)), [1.2, 1.2, 1.2, 0.05], atol=2e-3)
+    assert abs(p.grey[:, 0].mean() - 0.7) < 0.03
+    assert not p.blur.any()
+    assert not p.jitter[:, 1].any()  # the view of the key is weak
+    assert not p.grey[:, 1].any()
+    np.testing.assert_array_equal(p.jitter[:, 0], plain.jitter[:, 0])
+    np.testing.assert_array_equal(p.flip, plain.flip)
+    assert not draw_parameters(1, 0, np.arange(9), sizes[:9], ViewsConfig(jitter=0.0)).jitter.any()
 
 
 def test_jitter_is_torchvisions_color_jitter() -> None:
@@ -162,6 +181,12 @@ def test_batches_are_reproducible_and_resume_anywhere(photos: ImageList, make: M
     assert whole[0][0].is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(take(make(photos), 2, 3)[1], whole[3])
     assert not torch.equal(take(make(photos, seed=4), 0, 1)[0], whole[0])
+
+
+@BOTH
+def test_batches_say_which_images_they_are(photos: ImageList, make: Make) -> None:
+    for step, batch in zip(range(1, 5), make(photos, workers=1).batches(1), strict=False):
+        assert batch.images.tolist() == step_indices(20, 6, 3, step)[1].tolist()
 
 
 def test_torch_workers_change_nothing(photos: ImageList) -> None:

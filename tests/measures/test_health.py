@@ -1,0 +1,96 @@
+"""What an encoder keeps of its start, measured without labels."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from rich.console import Console
+
+from fastcr import train
+from fastcr.config import Config
+from fastcr.data.images import ImageList
+from fastcr.measures.health import EncoderHealth, effective_rank, kept_neighbours, nearest
+from fastcr.method.encoder import load
+from fastcr.runs.watch import HealthWatch
+from tests.shared import SHORT, TINY, records, write_weights
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> ImageList:
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    files = [f"{i:02d}.png" for i in range(24)]
+    for file in files:
+        coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+        coarse.resize((40, 36)).save(folder / file)
+    (folder / "10.png").write_bytes(b"broken")
+    return ImageList(folder, tuple(files), None, ())
+
+
+def test_effective_rank_counts_directions() -> None:
+    """RankMe of orthogonal rows is their number; of rows with singular values s it is exp of the entropy of s."""
+    assert effective_rank(torch.eye(7)) == pytest.approx(7)
+    assert effective_rank(torch.ones(5, 3)) == pytest.approx(1)
+    assert effective_rank(torch.diag(torch.tensor([3.0, 1.0]))) == pytest.approx(
+        math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
+    )
+
+
+def test_kept_neighbours_are_those_of_a_loop() -> None:
+    torch.manual_seed(0)
+    first, second = (F.normalize(torch.randn(12, 4), dim=1) for _ in range(2))
+    kept = 0
+    for row in range(12):
+        sets = []
+        for each in (first, second):
+            order = sorted((n for n in range(12) if n != row), key=lambda n: -float(each[row] @ each[n]))
+            sets.append(set(order[:3]))
+        kept += len(sets[0] & sets[1])
+    assert kept_neighbours(nearest(first, 3), nearest(second, 3)) == pytest.approx(kept / 36)
+
+
+def test_an_untouched_encoder_keeps_everything_and_another_does_not(images: ImageList, tmp_path: Path) -> None:
+    device = torch.device("cpu")
+    start, other = (write_weights(tmp_path / f"{seed}.safetensors", seed=seed) for seed in (0, 1))
+    health = EncoderHealth(images, start, device, 0)
+    assert sum(map(len, health.crops)) == 23  # one cannot be read
+    same = health.measure(load(start))
+    assert same == {"effective_rank": pytest.approx(health.first_rank), "kept_neighbours": 1}
+    assert health.measure(load(other))["kept_neighbours"] < 1
+    collapsed = load(start)
+    for parameter in collapsed.backbone.parameters():
+        torch.nn.init.zeros_(parameter)
+    assert health.measure(collapsed)["effective_rank"] < 1.01
+
+
+def test_half_lost_is_said_once_in_a_line() -> None:
+    said = io.StringIO()
+    watch = HealthWatch(Console(file=said, width=200), Config())
+    healthy = {"embedding_spread": 0.8, "effective_rank": 60.0, "kept_neighbours": 0.6}
+    watch.look(healthy, 49, first_rank=100)
+    assert said.getvalue() == ""
+    for _ in range(2):
+        watch.look(healthy | {"effective_rank": 49.0, "kept_neighbours": 0.49}, 49, first_rank=100)
+    lines = said.getvalue().splitlines()
+    assert len(lines) == 2
+    assert "dimensions" in lines[0]
+    assert "neighbours" in lines[1]
+
+
+def test_runs_from_pretrained_weights_log_it_each_epoch(images: ImageList, tmp_path: Path) -> None:
+    weights = write_weights(tmp_path / "weights.safetensors")
+    for start, logged in ((str(weights), True), ("none", False)):
+        folder = tmp_path / f"run-{logged}"
+        flags = ["--data.root", str(images.root), "--model.weights", start, "--run.dir", str(folder)]
+        train.main(["folder", *TINY, *SHORT, *flags])
+        found = [record for record in records(folder) if "kept_neighbours" in record]
+        assert len(found) == (4 if logged else 0)
+        for record in found:
+            assert 0 < record["kept_neighbours"] <= 1
+            assert record["effective_rank"] > 1

@@ -1,0 +1,205 @@
+"""What queries are trained to be: values against plain loops in fp64, gradients, and a whole step with each."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import Tensor, nn
+
+from fastcr.config import Config, DataConfig, MocoConfig, ModelConfig, OptimConfig, RationaleConfig, validate
+from fastcr.data.views import Batch
+from fastcr.errors import UsageError
+from fastcr.method.build import Training, build
+from fastcr.method.moco import mean_pool, projection_head
+from fastcr.method.objectives import QUEUED, build_objective
+from fastcr.method.objectives.contract import Keys
+
+CPU, CONSOLE = torch.device("cpu"), Console(quiet=True)
+OBJECTIVES = ("infonce", "neighbour", "relational", "byol")
+SMALL = Config(
+    data=DataConfig(image_size=32),
+    model=ModelConfig(backbone="resnet18", last_stage="layer3", weights="none", batchnorm="frozen"),
+    optim=OptimConfig(batch_size=8, lr=0.01),
+    moco=MocoConfig(queue_size=24, embedding_dim=8),
+    rationale=RationaleConfig(detectors=3),
+)
+
+
+def unit(*shape: int, seed: int = 0) -> Tensor:
+    values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return F.normalize(values, dim=-1)
+
+
+def prepared(objective: Any, **sections: Any) -> Training:
+    moco = replace(SMALL.moco, objective=objective, **sections.pop("moco", {}))
+    return build(replace(SMALL, moco=moco, **sections), CPU, CONSOLE)
+
+
+def batch_of(seed: int = 0, images: range | None = range(8)) -> Batch:
+    views = torch.randn(2, 8, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+    return Batch(*views, None if images is None else torch.tensor(images))
+
+
+def softmax(values: list[float]) -> list[float]:
+    powers = [math.exp(value - max(values)) for value in values]
+    return [power / sum(powers) for power in powers]
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["any key", "own keys left out"])
+def test_losses_and_positives_are_those_of_plain_loops(known: bool) -> None:
+    query, own, queue = unit(4, 6), unit(4, 6, seed=1), unit(10, 6, seed=2)
+    mine = torch.zeros(4, 10, dtype=torch.bool)
+    for row in range(4) if known else ():  # the nearest key of each is an earlier one of its own
+        mine[row, int((own @ queue.T)[row].argmax())] = True
+    keys = Keys(own, own, queue, 0, mine if known else None)
+    for row in range(4):
+        others = [n for n in range(10) if not mine[row, n]]
+        to_key, to_query = ([float(each[row] @ queue[n]) for n in others] for each in (own, query))
+        target = softmax([value / 0.05 for value in to_key])
+        learned = softmax([value / 0.3 for value in to_query])
+        nearest = sorted(range(len(others)), key=lambda n: -to_key[n])[:3]
+        expected = {
+            "relational": (
+                -sum(p * math.log(q) for p, q in zip(target, learned, strict=True)),
+                sum(p * queue[n] for p, n in zip(target, others, strict=True)),
+            ),
+            "neighbour": (
+                -sum(math.log(learned[n]) for n in nearest) / 3,
+                sum(queue[others[n]] for n in nearest),
+            ),
+            "byol": (float((query[row] - own[row]).square().sum()), own[row]),
+        }
+        for name, (loss, positive) in expected.items():
+            settings = MocoConfig(objective=name, temperature=0.3, key_temperature=0.05, neighbours=3)  # type: ignore[arg-type]
+            found = build_objective(settings)(query, keys)
+            assert float(found.loss[row]) == pytest.approx(loss, rel=1e-9), name
+            torch.testing.assert_close(found.positive[row], F.normalize(torch.as_tensor(positive), dim=0))
+
+
+def test_infonce_compares_with_all_processes_keys_where_there_is_no_queue() -> None:
+    query, everyones = unit(3, 6), unit(9, 6, seed=1)
+    keys = Keys(everyones[3:6], everyones, torch.empty(0, 6, dtype=torch.float64), first=3)
+    found = build_objective(MocoConfig(temperature=0.5))(query, keys)
+    for row in range(3):
+        probabilities = softmax([float(query[row] @ key) / 0.5 for key in everyones])
+        assert float(found.loss[row]) == pytest.approx(-math.log(probabilities[3 + row]), rel=1e-9)
+    assert found.positive is keys.own
+
+
+def test_a_query_that_resembles_what_its_key_resembles_is_left_alone() -> None:
+    """At equal temperatures the gradient of `relational` by the similarities is q - p: none for the key itself."""
+    settings = MocoConfig(objective="relational", temperature=0.1, key_temperature=0.1)
+    own, queue = unit(4, 6), unit(10, 6, seed=1)
+    for query, still in ((own.clone(), True), (unit(4, 6, seed=2), False)):
+        query.requires_grad_()
+        build_objective(settings)(query, Keys(own, own, queue)).loss.sum().backward()
+        assert query.grad is not None
+        assert (query.grad.abs().max() < 1e-12) == still
+
+
+@pytest.mark.parametrize("cam_of", ["similarity", "loss"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_step_trains_every_part_and_gradcam_is_of_what_the_table_says(objective: str, cam_of: Any) -> None:
+    rationale = replace(SMALL.rationale, cam_of=cam_of, cam_weights="own")
+    training = prepared(objective, rationale=rationale)
+    moco, branch, batch = training.moco, training.encoder.branch, batch_of(images=None)
+    assert branch is not None
+
+    with torch.no_grad():
+        pooled = mean_pool(moco.backbone(batch.first))
+        keys = moco.keys(moco.key(batch.second, training.autocast))
+    pooled.requires_grad_()
+    projected = moco.project(pooled)  # in training mode: BYOL's heads normalise over the batch
+    compared = build_objective(training_config(objective))(F.normalize(projected, dim=1), keys)
+    of = compared.loss if cam_of == "loss" else -(projected * compared.positive).sum(1)
+    (gradient,) = torch.autograd.grad(of.sum(), pooled)
+    features = moco.backbone(batch.first).detach()
+    expected = branch.fit(features, gradient).divergence.mean()  # type: ignore[operator,union-attr]
+
+    before = {name: value.clone() for name, value in training.model.named_parameters()}
+    _, losses = training.step(batch)
+    torch.testing.assert_close(losses.fit, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(losses.contrast, compared.loss.mean().detach(), rtol=1e-4, atol=1e-5)
+    for part in ("moco.backbone.", "moco.head.", "branch.", *(["moco.predictor."] if objective == "byol" else [])):
+        assert any((value != before[name]).any() for name, value in training.model.named_parameters()
+                   if name.startswith(part)), part  # fmt: skip
+
+
+def training_config(objective: Any) -> MocoConfig:
+    return replace(SMALL.moco, objective=objective)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_ten_steps_on_one_batch_lower_the_loss(objective: str) -> None:
+    training = prepared(objective, rationale=RationaleConfig(enabled=False))
+    training.fill_queue(iter([batch_of(seed=seed, images=range(100, 108)) for seed in (1, 2, 3)]))
+    losses = [float(training.step(batch_of())[0]) for _ in range(10)]
+    assert losses[-1] < losses[0]
+
+
+def test_the_queue_is_filled_with_the_initial_encoders_keys_and_knows_their_images() -> None:
+    training = prepared("relational")
+    batches = [batch_of(seed=seed, images=range(8 * seed, 8 * seed + 8)) for seed in range(4)]
+    expected = [training.moco.key(batch.second, training.autocast) for batch in batches]
+    training.fill_queue(iter(batches))
+    torch.testing.assert_close(training.moco.queue, torch.cat(expected[:3]))
+    assert training.moco.queue_images.tolist() == list(range(24))
+    assert "neighbour" in QUEUED
+    keys = training.moco.keys(expected[0], torch.arange(4, 12))
+    assert keys.mine is not None
+    assert keys.mine.nonzero()[:, 1].tolist() == list(range(4, 12))
+
+
+def test_the_queue_keeps_images_with_their_keys_when_a_batch_is_taken_in_parts() -> None:
+    training = prepared("neighbour", optim=replace(SMALL.optim, accumulate=2))
+    training.fill_queue(iter([batch_of(seed=seed, images=range(100, 108)) for seed in (1, 2, 3)]))
+    training.step(batch_of())
+    training.step(batch_of(images=None))
+    assert training.moco.queue_images.tolist() == [*range(8), *[-1] * 8, *range(100, 108)]
+
+
+def test_heads_are_those_of_the_settings() -> None:
+    linear = projection_head(16, MocoConfig(head="linear", embedding_dim=8))
+    weight = next(linear.parameters())
+    torch.testing.assert_close(weight @ weight.T, torch.eye(8))  # orthogonal: angles between inputs are kept
+    assert [type(layer) for layer in projection_head(16, MocoConfig(embedding_dim=8))] == [
+        nn.Linear,
+        nn.ReLU,
+        nn.Linear,
+    ]
+    byol = prepared("byol").moco
+    assert byol.predictor is not None
+    assert len(byol.queue) == 0
+    assert prepared("infonce").moco.predictor is None
+
+
+def test_settings_that_cannot_work_are_refused_in_one_line() -> None:
+    for objective in QUEUED:
+        with pytest.raises(UsageError, match="needs a queue of more than"):
+            validate(replace(SMALL, moco=replace(SMALL.moco, objective=objective, queue_size=1)))  # type: ignore[arg-type]
+
+
+def test_adamw_takes_the_steps_of_torchs_own() -> None:
+    rates = OptimConfig(batch_size=8, optimizer="adamw", lr=1e-3, backbone_lr=1e-4, head_lr=1e-2, weight_decay=0.1)
+    training = prepared("infonce", optim=rates, rationale=replace(SMALL.rationale, lr=1e-1))
+    assert training.rates == [1e-4, 1e-2, 1e-1]
+    parts = [training.moco.backbone, training.moco.head, training.encoder.branch]
+    copies = [[p.detach().clone().requires_grad_() for p in part.parameters()] for part in parts if part]
+    groups = [{"params": copy, "lr": rate} for copy, rate in zip(copies, training.rates, strict=True)]
+    oracle = torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=0.1)
+    for seed in range(3):
+        training.step(batch_of(seed=seed))
+        for part, copy in zip(parts, copies, strict=True):
+            assert part is not None
+            for own, theirs in zip(part.parameters(), copy, strict=True):
+                theirs.grad = own.grad
+        oracle.step()
+        for part, copy in zip(parts, copies, strict=True):
+            assert part is not None
+            torch.testing.assert_close(list(part.parameters()), copy, rtol=1e-5, atol=1e-6)
