@@ -27,6 +27,7 @@ from fastcr.kernels import launch
 from fastcr.method import build as training
 from fastcr.method import step
 from fastcr.method.backbone import build_backbone
+from fastcr.method.encoder import load
 from fastcr.presets import PRESETS
 from fastcr.runs import checkpoint
 from fastcr.runs.checkpoint import load_weights
@@ -167,12 +168,19 @@ def test_evaluation_during_training_is_printed_kept_and_in_the_results(evaluated
     (entry,) = map(json.loads, (evaluated.folder / "evaluations.jsonl").read_text().splitlines())
     results = json.loads((evaluated.folder / "results.json").read_text())
     assert entry["epoch"] == 1
-    assert results["best_epoch"] == entry
+    assert results["best_epoch"] == entry | {"weights": "best.safetensors"}
     for name in ("mean", "rationale"):
         now, frozen = entry["retrieval"][name]["rank1"], results["frozen_init"]["retrieval"][name]["rank1"]
         (line,) = (line for line in evaluated.output.splitlines() if line.startswith(f"  rank-1 {name} "))
         assert f"{now:.2f} (frozen init {frozen:.2f})" in line
         assert ("below the frozen init" in line) == (now < frozen)
+
+
+def test_the_best_evaluations_weights_are_kept(evaluated: Finished) -> None:
+    best, last = (load_weights(evaluated.folder / f"{name}.safetensors")[0] for name in ("best", "weights"))
+    assert best.keys() == last.keys()
+    assert any(not torch.equal(best[name], last[name]) for name in last)
+    assert load(evaluated.folder / "best.safetensors").image_size == 32
 
 
 def test_metrics_are_whole_and_consistent(uninterrupted: Callable[[str], Path]) -> None:

@@ -29,11 +29,12 @@ from fastcr.measures.results import (
     split_of,
 )
 from fastcr.method.encoder import Encoder, load
-from fastcr.runs.checkpoint import write_whole
+from fastcr.runs.checkpoint import save_weights, write_whole
 from fastcr.runs.distributed import ALONE, Processes
 from fastcr.runs.log import read_records
 
 HISTORY = "evaluations.jsonl"  # of a run: one object for each evaluation during training
+BEST = "best.safetensors"  # the weights of the best of them
 
 
 class Classifiers(NamedTuple):
@@ -146,11 +147,12 @@ class Evaluation:
         }
         if frozen is not None:
             results["frozen_init"] = frozen
-        if best := self._best(read_records(weights.parent / HISTORY)):
-            results["best_epoch"] = best
+        if best := self.best(read_records(weights.parent / HISTORY)):
+            kept = {"weights": BEST} if (weights.parent / BEST).is_file() else {}
+            results["best_epoch"] = best | kept
         return results
 
-    def _best(self, history: list[dict[str, Any]]) -> dict[str, Any] | None:
+    def best(self, history: list[dict[str, Any]]) -> dict[str, Any] | None:
         """The evaluation during training, on these images, with the highest rank-1."""
         ranked = {}
         for number, entry in enumerate(history):
@@ -193,6 +195,9 @@ class TrainingEvaluation:
         with (self.folder / HISTORY).open("a") as file:
             folder = str(self.evaluation.images.root)
             file.write(json.dumps({"epoch": epoch, "folder": folder, "retrieval": scores}) + "\n")
+        best = self.evaluation.best(read_records(self.folder / HISTORY))
+        if best is None or best["epoch"] == epoch:
+            save_weights(self.folder / BEST, encoder.state_dict(), encoder.facts)
         for name, values in scores.items():
             line = f"  rank-1 {name} {values['rank1']:.2f} (frozen init {frozen[name]['rank1']:.2f})"
             below = "  warning: below the frozen init" if values["rank1"] < frozen[name]["rank1"] else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from fastcr.method.encoder import Branch, Encoder, build_branch, describe
 from fastcr.method.moco import MoCo
 from fastcr.method.objectives import build_objective
 from fastcr.method.parallel import Synchronised
-from fastcr.method.released import released_losses
+from fastcr.method.released import load_byol_heads, released_losses
 from fastcr.method.step import Losses, LossFunction, Replayed, contrast_losses, cosine_lr, train_step
 from fastcr.method.weights import load_initial_weights
 from fastcr.runs.distributed import ALONE, Processes
@@ -160,6 +161,8 @@ def _modules(
         console.print(f"{len(missing)} weights stay random: {names}", highlight=False, soft_wrap=True)
     backbone.requires_grad_(config.optim.backbone_lr != 0)  # if it is not trained, no gradient has to pass through it
     moco = MoCo(backbone, channels, config.moco)
+    if initial_weights:
+        load_byol_heads(moco, Path(config.model.weights))
     branch = build_branch(channels, config.rationale, config.released, config.run.kernels, processes)
     encoders = nn.ModuleList([moco.backbone, moco.key_backbone])
     norms = [module for module in encoders.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]

@@ -12,6 +12,7 @@ The released code also keeps a second head and queue on masked features that nev
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from fastcr.method.objectives.contract import Objective
 from fastcr.method.rationale import effective_number
 from fastcr.method.step import Losses, Scale
 from fastcr.method.weights import torchvision_name
+from fastcr.runs.checkpoint import read_state_dict
 
 KL_TEMPERATURE = {"rows": 1.0, "all": 0.4}
 # the released step runs the branch three times on like features, and each run moves BatchNorm's statistics by 0.1
@@ -131,6 +133,28 @@ def released_facts(state: dict[str, Tensor]) -> dict[str, Any]:
         "attention": "batch-minmax",
         "image_size": 224,
     }
+
+
+def load_byol_heads(moco: MoCo, file: Path) -> bool:
+    """Fill BYOL's projector and predictor from a released BYOL checkpoint; False, and nothing, from any other file.
+
+    Their layers are BYOL's, whatever they are called: tensors are taken in their order. `UsageError` if they are of
+    other sizes (`--moco.embedding_dim`).
+    """
+    if moco.predictor is None or not file.is_file():
+        return False
+    state, parts = read_state_dict(file), {"online_encoder.1.": moco.head, "online_predictor.": moco.predictor}
+    for prefix, part in parts.items():
+        values = [value for key, value in state.items() if key.startswith(prefix)]
+        own = part.state_dict()
+        if not values:
+            return False
+        if [value.shape for value in values] != [value.shape for value in own.values()]:
+            dim = moco.queue.shape[1]
+            raise UsageError(f"{file}: {prefix}* do not fit this encoder and --moco.embedding_dim {dim}")
+        part.load_state_dict(dict(zip(own, values, strict=True)))
+    moco.key_head.load_state_dict(moco.head.state_dict())
+    return True
 
 
 def from_released_checkpoint(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """The released variant: the numbers of the authors' code, the gradients it lets flow, the checkpoints it reads."""
 
 import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -20,7 +21,13 @@ from fastcr.method.backbone import build_backbone
 from fastcr.method.encoder import load
 from fastcr.method.moco import MoCo
 from fastcr.method.objectives.infonce import infonce
-from fastcr.method.released import ReleasedBranch, from_released_checkpoint, gradcam, released_losses
+from fastcr.method.released import (
+    ReleasedBranch,
+    from_released_checkpoint,
+    gradcam,
+    load_byol_heads,
+    released_losses,
+)
 from fastcr.method.step import train_step
 
 INFONCE = partial(infonce, temperature=0.2)
@@ -199,6 +206,24 @@ def released_moco() -> dict[str, Tensor]:
     others |= {"conv16_2.weight": torch.zeros(1), "bn16_2.bias": torch.zeros(1), "fc.weight": torch.zeros(1)}
     keys = {f"encoder_k.{name}": value - 1 for name, value in encoder.items()}
     return {f"encoder_q.{name}": value for name, value in encoder.items()} | keys | others | branch_state()
+
+
+def test_training_goes_on_from_the_heads_of_a_released_byol_checkpoint(tmp_path: Path) -> None:
+    settings, file = MocoConfig(objective="byol", embedding_dim=8), tmp_path / "byol.pt"
+    theirs, ours = (MoCo(nn.Conv2d(3, 4, 3), 4, settings) for _ in range(2))
+    assert theirs.predictor is not None
+    heads = {"online_encoder.1.net": theirs.head, "online_predictor.net": theirs.predictor}
+    state = {f"{name}.{key}": value for name, head in heads.items() for key, value in head.state_dict().items()}
+    torch.save({"online_encoder.0.conv1.weight": torch.zeros(1), **state}, file)
+    assert load_byol_heads(ours, file)
+    for name in ("head", "predictor", "key_head"):
+        expected = theirs.predictor if name == "predictor" else theirs.head
+        torch.testing.assert_close(getattr(ours, name).state_dict(), expected.state_dict())
+    with pytest.raises(UsageError, match="embedding_dim 16"):
+        load_byol_heads(MoCo(nn.Conv2d(3, 4, 3), 4, replace(settings, embedding_dim=16)), file)
+    torch.save({"conv1.weight": torch.zeros(1)}, file)
+    assert not load_byol_heads(ours, file)
+    assert not load_byol_heads(MoCo(nn.Conv2d(3, 4, 3), 4, MocoConfig(embedding_dim=8)), file)
 
 
 def released_byol(*, numbered: bool) -> dict[str, Tensor]:
