@@ -14,9 +14,8 @@ from fastcr.config import DeviceConfig, ImagesConfig, KnnConfig, LinearConfig, t
 from fastcr.data.layouts import read_splits
 from fastcr.data.synthetic import write_synthetic
 from fastcr.errors import UsageError
-from fastcr.measures.evaluation import Classifiers, Evaluation, test_images, write_results
+from fastcr.measures.evaluation import Classifiers, Evaluation, show, test_images, write_results
 from fastcr.measures.localisation import read_objects
-from fastcr.measures.results import results_table
 from fastcr.method.encoder import find_weights
 from fastcr.runs.command_line import called, load_config, one_line_errors, parse
 from fastcr.runs.distributed import processes_of_torchrun
@@ -81,7 +80,7 @@ def main(args: Sequence[str] | None = None) -> None:
         evaluation = Evaluation(splits, images, device, workers, console, classifiers, objects, processes)
         scores = evaluation.measure_file(frozen, "frozen init").scores if frozen else None
         results = evaluation.results(weights, scores)
-        console.print(results_table(results))
+        show(results, console)
         if processes.first:
             write_results(weights.parent / "results.json", results)
         console.print(f"results: {weights.parent / 'results.json'}", soft_wrap=True, highlight=False)

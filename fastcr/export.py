@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from fastcr import __version__
 from fastcr.config import Config, tyro
 from fastcr.errors import UsageError, one_line
-from fastcr.measures.results import results_table
+from fastcr.measures.results import retrieval_table
 from fastcr.method.encoder import Encoder, find_weights, load
 from fastcr.runs.checkpoint import save_weights, write_whole
 from fastcr.runs.command_line import called, load_config, one_line_errors, parse
@@ -155,7 +155,7 @@ def read_results(run: Path | None) -> dict[str, Any] | None:
         return None
     try:
         results = json.loads(file.read_text())
-        table, folder = results_table(results), Path(results["folder"])
+        table, folder = retrieval_table(results), Path(results["folder"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{file} is broken: it does not hold results ({error!r})") from None
     return {

@@ -79,13 +79,23 @@ def test_run_folder_gives_the_results_of_the_runs_end_and_more(
     captured, found = capsys.readouterr(), results(copied)
     assert captured.err == ""
     assert found["retrieval"] == before["retrieval"]
+    baselines = {"mean", "rationale", "gem", "norm", "gaussian", "scda", "ddt"}
     for part in (found, found["frozen_init"]):
+        assert part["retrieval"].keys() == part["retrieval_centred"].keys() == baselines
         for section, keys in SECTIONS.items():
-            assert part[section].keys() == {"mean", "rationale"}
+            assert section == "retrieval" or part[section].keys() == {"mean", "rationale"}
             for scores in part[section].values():
                 assert scores.keys() == keys
                 assert all(0 <= score <= 100 and f"{score:.2f}" in captured.out for score in scores.values())
     assert found["linear"]["mean"]["top5"] > found["linear"]["mean"]["top1"]
+    best = {name: each["rank1"] for name, each in found["best"].items()}
+    sections = ("retrieval", "retrieval_centred")
+    assert best["trained"] == max(each["rank1"] for section in sections for each in found[section].values())
+    assert best["baseline"] == max(
+        each["rank1"] for section in sections for name, each in found["frozen_init"][section].items()
+        if name != "rationale"
+    )  # fmt: skip
+    assert f"{abs(best['trained'] - best['baseline']):.2f} points" in captured.out
 
 
 def test_what_is_not_wanted_is_not_measured(copied: Path) -> None:

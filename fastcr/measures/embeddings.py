@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
@@ -14,12 +15,16 @@ from fastcr.data.crops import centre_crop
 from fastcr.data.images import ImageList
 from fastcr.data.views import normalise
 from fastcr.errors import UsageError
+from fastcr.measures.poolings import Pooling
+from fastcr.method.ddt import Axis, Moments
 from fastcr.method.encoder import Encoder
 from fastcr.runs.distributed import ALONE, Processes
 from fastcr.runs.log import progress
 from fastcr.runs.machine import leave_signals
 
 BATCH_SIZE = 128
+AXIS_IMAGES = 2048  # whose positions DDT's axis is of: far more than it takes
+NO_POOLINGS: Mapping[str, Pooling] = {}
 Crop = tuple[Tensor, tuple[int, int]]
 
 
@@ -32,6 +37,7 @@ class Embeddings(NamedTuple):
     sizes: Tensor  # [N,2] height and width of the images, pixels
     kept: Tensor  # [N] indices into the image list
     unreadable: list[str]  # files left out
+    others: dict[str, Tensor] = {}  # noqa: RUF012  # [N,C'] fp32: by the further poolings that were asked for
 
 
 class _Crops(Dataset[Crop | None]):
@@ -84,8 +90,9 @@ def embed(
     console: Console,
     title: str,
     processes: Processes = ALONE,
+    poolings: Mapping[str, Pooling] = NO_POOLINGS,
 ) -> Embeddings:
-    """Both embeddings and the attention of each image from one pass, the encoder in eval mode.
+    """Both embeddings, the attention and `poolings` of each image from one pass, the encoder in eval mode.
 
     Several processes share the batches, which are the same however many there are; the first one gets everything, the
     others their own share. `UsageError` if no image can be read.
@@ -102,19 +109,52 @@ def embed(
             sizes.append(sizes_here)
             kept += [indices[i] for i in readable]
             if readable:
-                found = encoder.both(normalise(pixels.to(device), torch.float32))
-                rows = [each.flatten(1) for each in found if each is not None]
+                features = encoder.features(normalise(pixels.to(device), torch.float32))
+                rows = [each.flatten(1) for each in encoder.pooled(features) if each is not None]
+                rows += [F.normalize(pool(features), dim=1) for pool in poolings.values()]
                 columns = columns or [torch.empty(sum(map(len, batches)), each.shape[1]) for each in rows]
                 for column, part in zip(columns, rows, strict=True):
                     column[len(kept) - len(readable) : len(kept)] = part
     if not processes.most(len(kept))[0]:
         raise UsageError(f"none of the {len(images)} images under {images.root} can be read")
-    columns = columns or [torch.empty(0, 0)] * (3 if encoder.branch else 1)
-    return _gathered([each[: len(kept)] for each in columns], torch.cat(sizes), kept, images, processes)
+    columns = columns or [torch.empty(0, 0)] * ((3 if encoder.branch else 1) + len(poolings))
+    rows = [each[: len(kept)] for each in columns]
+    return _gathered(rows, [*poolings], torch.cat(sizes), kept, images, processes)
+
+
+@torch.inference_mode()
+def ddt_axis(
+    encoder: Encoder,
+    images: ImageList,
+    *,
+    device: torch.device,
+    workers: int,
+    console: Console,
+    processes: Processes = ALONE,
+) -> Axis:
+    """DDT's axis of an encoder's features of `images`, or of `AXIS_IMAGES` of them taken evenly."""
+    count = min(len(images), AXIS_IMAGES)
+    chosen = (torch.arange(count) * len(images) // count).tolist()
+    batches = [chosen[first : first + BATCH_SIZE] for first in range(0, count, BATCH_SIZE)]
+    own = batches[processes.rank :: processes.ranks]
+    loader = load_crops([images], own, image_size=encoder.image_size, workers=workers, pin=device.type == "cuda")
+    moments: Moments | None = None
+    with encoder.evaluating():
+        for pixels, _, readable in progress(loader, "axis of DDT", len(own), console=console):
+            if readable:
+                features = encoder.features(normalise(pixels.to(device), torch.float32))
+                moments = moments or Moments(features.shape[1], device)
+                moments.add(features)
+    if not (channels := processes.most(len(moments.products) if moments else 0)[0]):
+        raise images.none_readable()
+    moments = moments or Moments(channels, device)
+    for name in ("inside", "border", "products"):
+        setattr(moments, name, processes.total(getattr(moments, name)))
+    return moments.axis()
 
 
 def _gathered(
-    columns: list[Tensor], sizes: Tensor, kept: list[int], images: ImageList, processes: Processes
+    columns: list[Tensor], poolings: list[str], sizes: Tensor, kept: list[int], images: ImageList, processes: Processes
 ) -> Embeddings:
     """The rows of all processes in the order of the images, in the first process."""
     shares = processes.gather(kept) or [kept]
@@ -131,8 +171,10 @@ def _gathered(
                 whole[where] = part
         return whole
 
-    mean, *others = map(together, columns)
+    own = len(columns) - len(poolings)
+    mean, *others = map(together, columns[:own])
     rationale, attention = others or (None, None)
+    further = dict(zip(poolings, map(together, columns[own:]), strict=True))
     read = sorted(i for share in shares for i in share)
     unreadable = [images.path(i) for i in sorted(set(range(len(images))) - set(read))]
-    return Embeddings(mean, rationale, attention, together(sizes), torch.tensor(read), unreadable)
+    return Embeddings(mean, rationale, attention, together(sizes), torch.tensor(read), unreadable, further)

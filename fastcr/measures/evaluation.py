@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,20 +15,23 @@ from torch import Tensor, nn
 
 from fastcr.config import KnnConfig, LinearConfig
 from fastcr.data.images import ImageList, Splits
-from fastcr.measures.embeddings import Embeddings, embed
+from fastcr.measures.embeddings import NO_POOLINGS, Embeddings, ddt_axis, embed
 from fastcr.measures.linear_probe import fit_augmented
 from fastcr.measures.localisation import Objects
+from fastcr.measures.poolings import Pooling, without_training
 from fastcr.measures.results import (
     Scores,
+    best_pooling,
     few_label_probe_scores,
     knn_scores,
     linear_probe_scores,
     linear_scores,
     localisation_scores,
-    results_table,
+    results_tables,
     retrieval_scores,
     split_of,
 )
+from fastcr.method.ddt import Axis
 from fastcr.method.encoder import Encoder, load
 from fastcr.runs.checkpoint import save_weights, write_whole
 from fastcr.runs.distributed import ALONE, Processes
@@ -71,30 +75,35 @@ class Evaluation:
     objects: Objects | None = None  # in `images`
     processes: Processes = ALONE  # that share the work of the encoder; the rest is the first one's
 
-    def measure(self, encoder: Encoder, title: str) -> Measured:
-        """Every score of an encoder."""
+    def measure(self, encoder: Encoder, title: str, *, baselines: bool = True) -> Measured:
+        """Every score of an encoder; with `baselines`, retrieval by each pooling that needs no training too."""
         train = self.splits.train
         classified = self.classifiers is not None and self.splits.test is not None and train.labels is not None
-        found = self._embed(encoder, self.images, title)
+        poolings = without_training(self._axis(encoder)) if baselines else {}
+        found = self._embed(encoder, self.images, title, poolings)
         known = self._embed(encoder, train, f"{title}, training images") if classified else None
         return self.processes.once(lambda: self._scores(encoder, found, known))
 
-    def _embed(self, encoder: Encoder, images: ImageList, title: str) -> Embeddings:
-        return embed(
-            encoder,
-            images,
-            device=self.device,
-            workers=self.workers,
-            console=self.console,
-            title=title,
-            processes=self.processes,
-        )
+    def _work(self) -> dict[str, Any]:
+        names = ("device", "workers", "console", "processes")
+        return {name: getattr(self, name) for name in names}
+
+    def _axis(self, encoder: Encoder) -> Axis:
+        return ddt_axis(encoder, self.splits.train, **self._work())
+
+    def _embed(
+        self, encoder: Encoder, images: ImageList, title: str, poolings: Mapping[str, Pooling] = NO_POOLINGS
+    ) -> Embeddings:
+        return embed(encoder, images, title=title, poolings=poolings, **self._work())
 
     def _scores(self, encoder: Encoder, found: Embeddings, found_train: Embeddings | None) -> Measured:
         classes, train = len(self.images.classes), self.splits.train
         test = split_of(found, self.images, self.device)
-        retrieved, skipped = retrieval_scores(test)
+        every = {**test.vectors, **{name: each.to(self.device) for name, each in found.others.items()}}
+        retrieved, skipped = retrieval_scores(every, test.labels)
         scores: Scores = {"retrieval": retrieved}
+        if found.others:
+            scores["retrieval_centred"] = retrieval_scores(every, test.labels, centred=True)[0]
         if self.classifiers and found_train:
             knn, linear = self.classifiers
             known = split_of(found_train, train, self.device)
@@ -147,6 +156,9 @@ class Evaluation:
         }
         if frozen is not None:
             results["frozen_init"] = frozen
+        results["best"] = {"trained": best_pooling(scores)}
+        if frozen is not None:
+            results["best"]["baseline"] = best_pooling(frozen, trained=("rationale",))
         if best := self.best(read_records(weights.parent / HISTORY)):
             kept = {"weights": BEST} if (weights.parent / BEST).is_file() else {}
             results["best_epoch"] = best | kept
@@ -158,7 +170,8 @@ class Evaluation:
         for number, entry in enumerate(history):
             with suppress(KeyError, TypeError, ValueError, AttributeError, IndexError):  # one that a bad disk spoilt
                 if entry["folder"] == str(self.images.root):
-                    ranked[number] = float(list(entry["retrieval"].values())[-1]["rank1"])
+                    found = entry["retrieval"]
+                    ranked[number] = float(found.get("rationale", found["mean"])["rank1"])
         return history[max(ranked, key=ranked.__getitem__)] if ranked else None
 
 
@@ -189,7 +202,8 @@ class TrainingEvaluation:
             return
         frozen = self._frozen(self.evaluation)["retrieval"]
         with torch.compiler.set_stance("force_eager"):  # not worth compiling for eval mode and another batch size
-            scores = self.evaluation.measure(encoder, f"epoch {epoch}").scores["retrieval"]
+            measured = self.evaluation.measure(encoder, f"epoch {epoch}", baselines=False)
+        scores = measured.scores["retrieval"]
         if not self.processes.first:
             return
         with (self.folder / HISTORY).open("a") as file:
@@ -209,9 +223,15 @@ class TrainingEvaluation:
             self.console.print("no labels (class folders): retrieval is not measured")
             return
         results = self.evaluation.results(self.folder / "weights.safetensors", self._frozen(self.evaluation))
-        self.console.print(results_table(results))
+        show(results, self.console)
         if self.processes.first:
             write_results(self.folder / "results.json", results)
+
+
+def show(results: dict[str, Any], console: Console) -> None:
+    """Print the results for people."""
+    for each in results_tables(results):
+        console.print(each, highlight=False, soft_wrap=isinstance(each, str))
 
 
 def write_results(path: Path, results: dict[str, Any]) -> None:

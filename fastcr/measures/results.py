@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from rich.table import Table
 from torch import Tensor
 
@@ -34,11 +35,29 @@ def split_of(embeddings: Embeddings, images: ImageList, device: torch.device) ->
     return Split(vectors, torch.tensor(images.labels)[embeddings.kept])
 
 
-def retrieval_scores(test: Split) -> tuple[Scores, int]:
-    """`{"mean": {"rank1", "rank5", "mAP"}, "rationale": {...}}` in percent, and how many images were no queries."""
-    results = {name: retrieval(vectors, test.labels) for name, vectors in test.vectors.items()}
+def retrieval_scores(
+    vectors: Mapping[str, Tensor], labels: Tensor, *, centred: bool = False
+) -> tuple[dict[str, Any], int]:
+    """`{"mean": {"rank1", "rank5", "mAP"}, ...}` in percent, and how many images were no queries.
+
+    `vectors` are unit embeddings `[N,C]` by their pooling; `centred`: less their mean over the set.
+    """
+    if centred:
+        vectors = {name: F.normalize(each - each.mean(0), dim=1) for name, each in vectors.items()}
+    results = {name: retrieval(each, labels) for name, each in vectors.items()}
     scores = {name: {"rank1": r.rank1, "rank5": r.rank5, "mAP": r.mAP} for name, r in results.items()}
     return scores, next(iter(results.values())).skipped
+
+
+def best_pooling(scores: Scores, *, trained: Collection[str] = ()) -> dict[str, Any]:
+    """The pooling with the highest rank-1, plain or less the mean over the set, but for those that are `trained`."""
+    found = [
+        {"pooling": name, "centred": section == "retrieval_centred", "rank1": each["rank1"], "mAP": each["mAP"]}
+        for section in ("retrieval", "retrieval_centred")
+        for name, each in scores.get(section, {}).items()
+        if name not in trained
+    ]
+    return max(found, key=lambda each: (each["rank1"], each["mAP"]))
 
 
 def knn_scores(train: Split, test: Split, classes: int, *, k: int, temperature: float) -> Scores:
@@ -88,19 +107,73 @@ def localisation_scores(embeddings: Embeddings, objects: Objects, image_size: in
     return {name: {key: getattr(each, key) for key in keys} for name, each in found.items()}
 
 
-def results_table(results: dict[str, Any]) -> Table:
-    """The results for people: a measure a row, an embedding a column."""
-    table = Table(title=f"{results['images']} images of {results['classes']} classes, percent")
+def results_tables(results: dict[str, Any]) -> Iterator[Table | str]:
+    """The results for people: retrieval by each pooling, the best of them, and every other measure."""
+    yield retrieval_table(results)
+    if line := best_line(results):
+        yield line
+    others = _others_table(results)
+    if others.row_count:
+        yield others
+
+
+def _parts(results: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    frozen = [("frozen init", results["frozen_init"])] if "frozen_init" in results else []
+    return [*frozen, ("trained", results)]
+
+
+def retrieval_table(results: dict[str, Any]) -> Table:
+    """A pooling a row; rank-1, rank-5 and mAP of each encoder, the best rank-1 of it marked with a star."""
+    table = Table(title=f"{results['images']} images of {results['classes']} classes: retrieval, percent")
+    table.add_column("pooling", no_wrap=True)
+    table.caption = "centred: less the mean over these images"
+    parts = _parts(results)
+    for title, _ in parts:
+        for shown in ("rank-1", "rank-5", "mAP"):
+            table.add_column(f"{title}\n{shown}", justify="right")
+    for section, suffix in (("retrieval", ""), ("retrieval_centred", " centred")):
+        for name in results.get(section, {}):
+            cells = []
+            for _, part in parts:
+                found, best = part.get(section, {}).get(name, {}), best_pooling(part)
+                marked = (name, bool(suffix)) == (best["pooling"], best["centred"])
+                rank1, *others = (f"{found[key]:.2f}" if key in found else "" for key in ("rank1", "rank5", "mAP"))
+                cells += ["* " * marked + rank1, *others]
+            table.add_row(f"{name}{suffix}", *cells)
+        table.add_section()
+    return table
+
+
+def best_line(results: dict[str, Any]) -> str | None:
+    """One line: the best of the trained encoder beside the best that needs no training; None without the latter."""
+    best = results.get("best", {})
+    if "baseline" not in best:
+        return None
+
+    def said(found: dict[str, Any]) -> str:
+        return f"{found['pooling']}{' centred' * found['centred']} {found['rank1']:.2f} / {found['mAP']:.2f}"
+
+    gain = best["trained"]["rank1"] - best["baseline"]["rank1"]
+    verdict = (
+        f"training {'gains' if gain > 0 else 'loses'} {abs(gain):.2f} points" if gain else "training gains nothing"
+    )
+    return (
+        f"best (rank-1 / mAP): trained: {said(best['trained'])}; without training: {said(best['baseline'])}; {verdict}"
+    )
+
+
+def _others_table(results: dict[str, Any]) -> Table:
+    """A measure a row, an embedding a column."""
+    table = Table(title="other measures, percent")
     table.add_column("measure")
-    parts = [("frozen init", results["frozen_init"])] if "frozen_init" in results else []
-    parts.append(("trained", results))
-    columns = [(part, name) for _, part in parts for name in part["retrieval"]]
+    parts = _parts(results)
+    columns = [(part, name) for _, part in parts for name in ("mean", "rationale") if name in part["retrieval"]]
     for title, part in parts:
-        for name in part["retrieval"]:
-            table.add_column(f"{title}\n{name}", justify="right")
+        for name in ("mean", "rationale"):
+            if name in part["retrieval"]:
+                table.add_column(f"{title}\n{name}", justify="right")
     few = results.get("few_label", {}).get("mean", {})
     rows = [
-        *(("retrieval", key, shown) for key, shown in (("rank1", "rank-1"), ("rank5", "rank-5"), ("mAP", "mAP"))),
         ("knn", "top1", "kNN top-1"),
         *(("linear", key, f"linear {shown}") for key, shown in (("top1", "top-1"), ("top5", "top-5"))),
         *(("few_label", percent, f"linear, {percent} % of labels") for percent in few),

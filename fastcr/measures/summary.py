@@ -28,6 +28,8 @@ CURVES = {  # of metrics.jsonl: title, scale, whether the axis begins at 0
     "data_wait": ("waiting for data, % of the step", 100, True),
     "attention_entropy": ("attention entropy, nats", 1, False),
     "effective_detectors": ("effective detectors", 1, True),
+    "effective_rank": ("effective rank of the embeddings", 1, True),
+    "kept_neighbours": ("nearest neighbours kept of those at the start, %", 100, True),
 }
 Key = tuple[str, str, str]  # section of results.json, embedding or map, measure
 Scores = dict[Key, float]

@@ -90,10 +90,17 @@ class Encoder(nn.Module):
         pooled, attention = self.branch.pool(features)
         return Encoded(F.normalize(pooled, dim=1), attention.unflatten(1, features.shape[2:]))
 
+    def features(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Normalised images `[B,3,S,S]` to features `[B,C,h,w]`; the backbone runs in `dtype`."""
+        with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            return self.backbone(images)
+
     def both(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Pooled:
         """Normalised images `[B,3,S,S]` to the mean and the rationale embedding; the backbone runs in `dtype`."""
-        with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            features = self.backbone(images)
+        return self.pooled(self.features(images, dtype))
+
+    def pooled(self, features: Tensor) -> Pooled:
+        """Features `[B,C,h,w]` to the mean and the rationale embedding."""
         mean = F.normalize(mean_pool(features), dim=1)
         if self.branch is None:
             return Pooled(mean, None, None)
