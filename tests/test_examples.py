@@ -32,11 +32,11 @@ def losses(example: str, steps: int, batch_size: int) -> list[tuple[float, float
 
 
 def test_the_fit_loss_of_the_plain_loop_falls() -> None:
-    printed = losses("plain_torch.py", 20, 16)
-    assert len(printed) == 20
+    printed = losses("plain_torch.py", 25, 16)
+    assert len(printed) == 25
     assert all(math.isfinite(value) for pair in printed for value in pair)
     fits = [fit for _, fit in printed]
-    assert sum(fits[-5:]) < 0.7 * sum(fits[:5])  # without its gradient: 0.88, with it 0.49
+    assert sum(fits[-5:]) < 0.7 * sum(fits[:5])  # without its gradient: 1.61, with it 0.48
 
 
 @pytest.mark.parametrize(("example", "needs"), [("with_lightly.py", "lightly"), ("with_timm.py", "timm")])

@@ -27,13 +27,13 @@ from fastcr.measures.gallery import SIDE, Gallery, Shown
 from fastcr.measures.summary import Run, duration
 from fastcr.report import GENERATOR, POLICY
 from fastcr.runs.command_line import called, load_config, read_command_line
-from tests.shared import curves_of, decoded
+from tests.shared import PLAIN, curves_of, decoded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = [
-    "--data.image_size", "32", "--data.loader", "torch", "--data.workers", "0", "--run.device", "cpu",
-    "--run.steps", "3", "--run.log_every", "1", "--model.weights", "none", "--model.backbone", "resnet18",
-    "--model.last_stage", "layer3", "--optim.batch_size", "8", "--moco.queue_size", "24",
+    *PLAIN, "--data.image_size", "32", "--data.loader", "torch", "--data.workers", "0", "--run.device", "cpu",
+    "--run.steps", "3", "--run.log_every", "1", "--optim.epochs", "8", "--optim.batch_size", "8",
+    "--moco.queue_size", "24",
 ]  # fmt: skip
 CPU = ("--run.device", "cpu", "--data.workers", "0")
 CLASS, FILE, RUN = "<script>alert(1)", "\"><img src=x onerror=alert('2')>&amp;.jpg", "run <b>\"'&"

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from fastcr import train
+from tests.shared import PLAIN
 
 TINY = [
-    "--data.image_size", "32", "--data.loader", "torch", "--data.workers", "0", "--run.device", "cpu",
-    "--run.log_every", "1", "--model.backbone", "resnet18", "--model.last_stage", "layer3",
-    "--model.weights", "none", "--optim.epochs", "100", "--optim.batch_size", "8", "--moco.queue_size", "20",
+    *PLAIN, "--data.image_size", "32", "--data.loader", "torch", "--data.workers", "0", "--run.device", "cpu",
+    "--run.log_every", "1", "--optim.epochs", "100", "--optim.batch_size", "8", "--moco.queue_size", "20",
     "--moco.embedding_dim", "16", "--rationale.detectors", "4", "--run.save_minutes", "0",
 ]  # fmt: skip
 
@@ -122,10 +122,10 @@ def memory_of(process: int) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize(("steps", "growth"), [pytest.param(100, 0.05, id="sample"), (2000, 0.02)])
 def test_memory_stays_flat(steps: int, growth: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The synthetic preset with a save a minute, from its second quarter to its last; saves come and go."""
-    more = ("--optim.epochs", str(steps // 25), "--run.save_minutes", "1", "--run.dir", str(tmp_path / "run"))
-    small = ("--data.image_size", "32", "--optim.batch_size", "64") if steps < 1000 else ()
-    process, sizes = start(*more, *small, "--run.log_every", "1"), dict[int, list[int]]()
+    """A ResNet-18 on the drawn birds with a save a minute, from its second quarter to its last; saves come and go."""
+    more = ["--run.steps", str(steps), "--run.save_minutes", "1", "--run.dir", str(tmp_path / "run")]
+    more += ["--data.image_size", "32" if steps < 1000 else "64", "--optim.batch_size", "64", "--optim.epochs", "200"]
+    process, sizes = start(*PLAIN, *more, "--run.log_every", "1"), dict[int, list[int]]()
     while process.poll() is None:
         if 0 < (step := steps_logged(tmp_path / "run")) < steps:
             try:

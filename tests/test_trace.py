@@ -15,18 +15,19 @@ from torch.autograd.profiler_util import EventList, FunctionEvent
 
 from fastcr import trace
 from fastcr.presets import synthetic
+from tests.shared import PLAIN
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PHASES = ["key forward", "query forward", "contrast", "fit", "backward", "optimiser", "EMA", "queue"]
 TINY = [
-    "--data.image_size", "32", "--data.loader", "torch", "--data.workers", "0", "--run.device", "cpu",
+    *PLAIN, "--data.image_size", "32", "--data.loader", "torch", "--data.workers", "0", "--run.device", "cpu",
     "--optim.batch_size", "8", "--moco.queue_size", "16", "--steps", "2",
 ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def folder(flat: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trace of two steps of the synthetic preset: ResNet-18, layer3."""
+    """A trace of two steps of a ResNet-18 up to layer3."""
     folder = tmp_path_factory.mktemp("traces") / "tiny"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("bench.budget.copy_bandwidth", lambda device: 1e10)

@@ -19,6 +19,7 @@ from fastcr.errors import UsageError, one_line
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 TIMM = "timm:"
+PACKAGED = "timm:tf_efficientnet_lite0"  # its weights come as a package too, together with timm in the extra `demo`
 # what may come after the last feature map of a timm model; the classifier's own name is in its `pretrained_cfg`
 TIMM_HEADS = ("head", "head_dist", "attn_pool", "pre_logits")
 
@@ -144,7 +145,8 @@ def import_timm(name: str) -> Any:
     try:
         return importlib.import_module("timm")
     except ImportError:
-        raise UsageError(f'{name} needs timm: pip install "fastcr[timm]"') from None
+        extra = "demo" if name == PACKAGED else "timm"
+        raise UsageError(f'{name} needs timm: pip install "fastcr[{extra}]"') from None
 
 
 def _guess(name: str, names: Sequence[str], count: int) -> str:

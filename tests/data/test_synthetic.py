@@ -1,13 +1,16 @@
-"""The embedded birds: same bytes for the same seed, whole sets only, classes that differ in small parts."""
+"""The embedded birds: same bytes for the same seed, whole sets only, species that differ in body and plumage."""
 
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from fastcr.data import synthetic
+from fastcr.data.birds import PLANS, Species
 from fastcr.data.synthetic import CLASSES, HEIGHT, WIDTHS, draw_bird, write_synthetic
 from fastcr.errors import UsageError
 
@@ -24,7 +27,7 @@ def contents(root: Path) -> dict[str, bytes]:
 
 
 def test_tree_holds_every_class_of_both_splits_and_nothing_else(birds: Path) -> None:
-    names = {parts.name for parts in CLASSES}
+    names = {kind.name for kind in CLASSES}
     assert {folder.name for folder in birds.iterdir()} == {"train", "test"}
     for split, count in (("train", 2), ("test", 1)):
         folders = list((birds / split).iterdir())
@@ -62,23 +65,48 @@ def test_second_call_uses_the_complete_folder(birds: Path, monkeypatch: pytest.M
     assert {file: file.stat().st_mtime_ns for file in birds.rglob("*")} == before
 
 
-def test_classes_are_distinct_and_share_three_parts_with_four_others() -> None:
-    assert len({parts.name for parts in CLASSES}) == len(set(CLASSES)) == 16
-    for parts in CLASSES:
-        shared = Counter(sum(a == b for a, b in zip(parts, other, strict=True)) for other in CLASSES)
-        assert shared[3] == 4
-    for values in zip(*CLASSES, strict=True):
-        assert all(count == 8 for count in Counter(values).values())
+def test_four_species_of_each_plan_differ_in_plumage_and_in_name() -> None:
+    assert len({kind.name for kind in CLASSES}) == len(CLASSES) == 20
+    assert Counter(kind.plan for kind in CLASSES) == dict.fromkeys(PLANS, 4)
+    plumages = Counter(kind._replace(epithet="") for kind in CLASSES)
+    assert set(plumages.values()) == {1}
 
 
-def test_a_part_alters_a_small_place_and_nothing_else() -> None:
-    for parts in CLASSES[:4]:
-        for part in parts._fields:
-            values = {getattr(other, part) for other in CLASSES} - {getattr(parts, part)}
-            twin = parts._replace(**{part: values.pop()})
-            first, second = (np.asarray(draw_bird(p, np.random.default_rng(7)), dtype=float) for p in (parts, twin))
-            changed = (abs(first - second).max(-1) > 40).mean()
-            assert 0.001 < changed < 0.1, part
+def drawn(kind: Species, seed: int) -> NDArray[np.float64]:
+    return np.asarray(draw_bird(kind, np.random.default_rng(seed)), dtype=float)
+
+
+def test_a_species_alters_its_bird_and_nothing_else() -> None:
+    """Of one plan and seed: the same picture but for a part of it, which is the bird."""
+    for first, second in pairwise(CLASSES):
+        if first.plan == second.plan:
+            difference = abs(drawn(first, 7) - drawn(second, 7)).max(-1)
+            assert 0.02 < (difference > 25).mean() < 0.25, first.name
+            rows, columns = np.nonzero(difference > 25)
+            assert max(np.ptp(rows), np.ptp(columns)) < 0.9 * HEIGHT, first.name
+
+
+@pytest.mark.parametrize("mark", sorted({mark for kind in CLASSES for mark in kind.marks.split()}))
+def test_every_mark_can_be_seen_and_is_small(mark: str) -> None:
+    plain = CLASSES[0]._replace(marks="")
+    changed = [(abs(drawn(plain, i) - drawn(plain._replace(marks=mark), i)).max(-1) > 40).mean() for i in (1, 2)]
+    assert all(0.001 < share < 0.05 for share in changed), changed
+
+
+def test_birds_are_anywhere() -> None:
+    """Their centres, from what a black bird is drawn on, spread over the middle half of the picture and more."""
+    black = CLASSES[0]._replace(
+        **dict.fromkeys(("back", "wing", "belly", "throat", "crown", "bill"), "black"), marks=""
+    )
+    white = black._replace(**dict.fromkeys(("back", "wing", "belly", "throat", "crown", "bill"), "white"))
+    centres = []
+    for seed in range(40):
+        bird = abs(drawn(black, seed) - drawn(white, seed)).max(-1) > 60
+        assert 0.04 < bird.mean() < 0.3
+        centres.append(np.mean(np.nonzero(bird), axis=1) / bird.shape)
+    low, high = np.percentile(centres, (10, 90), axis=0)
+    assert (low < 0.42).all(), low
+    assert (high > 0.58).all(), high
 
 
 def test_an_interrupted_write_leaves_no_set_and_stops_no_new_one(
@@ -100,7 +128,7 @@ def test_an_interrupted_write_leaves_no_set_and_stops_no_new_one(
     leftover = tmp_path / ".birds-killed" / "birds" / "train" / CLASSES[0].name
     leftover.mkdir(parents=True)
     (leftover / "0000.jpg").write_bytes(b"half a pict")
-    assert len(contents(write_synthetic(root, train_per_class=1, test_per_class=1))) == 32
+    assert len(contents(write_synthetic(root, train_per_class=1, test_per_class=1))) == 40
 
 
 def test_the_first_of_two_writers_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +143,7 @@ def test_the_first_of_two_writers_wins(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(synthetic, "draw_bird", slow)
     write_synthetic(root, train_per_class=1, test_per_class=1)
     assert [entry.name for entry in tmp_path.iterdir()] == ["birds"]
-    assert len(contents(root)) == 32
+    assert len(contents(root)) == 40
 
 
 def test_a_folder_with_something_else_is_refused_and_kept(tmp_path: Path) -> None:
@@ -131,7 +159,7 @@ def test_default_root_is_in_the_cache_and_names_version_seed_and_counts(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     root = synthetic.default_root()
     assert root.parent == tmp_path / "fastcr"
-    assert root.name == f"synthetic-v{synthetic.VERSION}-seed0-100x25"
+    assert root.name == f"synthetic-v{synthetic.VERSION}-seed0-60x30"
     written = write_synthetic(seed=3, train_per_class=1, test_per_class=1)
     assert written == synthetic.default_root(3, 1, 1)
     monkeypatch.delenv("XDG_CACHE_HOME")

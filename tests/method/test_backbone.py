@@ -1,10 +1,12 @@
 """The encoder against torchvision's and timm's own, and every way its first weights come or fail to come."""
 
 import copy
+import os
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from urllib.error import URLError
 
@@ -12,7 +14,7 @@ import pytest
 import torch
 import torchvision
 from rich.console import Console
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -20,10 +22,10 @@ from fastcr import train
 from fastcr.config import ModelConfig
 from fastcr.data.views import MEAN, STD
 from fastcr.errors import UsageError
-from fastcr.method.backbone import backbone_mistake, build_backbone
+from fastcr.method.backbone import PACKAGED, backbone_mistake, build_backbone
 from fastcr.method.build import check_settings
 from fastcr.method.encoder import load
-from fastcr.method.weights import load_initial_weights
+from fastcr.method.weights import FILE_OF, MODULE, PACKAGE, load_initial_weights
 from fastcr.runs.checkpoint import save_weights
 from fastcr.runs.command_line import read_command_line
 
@@ -467,6 +469,37 @@ def test_timms_own_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         load_initial_weights(encoder, of_timm("timm:vit_tiny_patch32_224", "imagenet"))
 
 
+def test_the_packages_weights_are_those_of_timms_model() -> None:
+    """Against the same tensors under timm's names, which are half floats."""
+    pytest.importorskip(MODULE)
+    file = Path(os.environ.get("FASTCR_TEST_DATA", "")) / "weights" / "efficientnet_lite0.safetensors"
+    if not file.is_file():
+        pytest.skip("FASTCR_TEST_DATA names no folder with weights/efficientnet_lite0.safetensors")
+    encoder, _ = by_timm(PACKAGED)
+    assert load_initial_weights(encoder, of_timm(PACKAGED, PACKAGE)) == []
+    expected = load_file(file)
+    for name, value in encoder.timm.state_dict().items():
+        assert torch.equal(value.to(expected[name].dtype), expected[name]), name
+    assert encoder.scale.flatten().tolist() == pytest.approx([std / 0.5 for std in STD])
+    assert encoder.shift.flatten().tolist() == pytest.approx([(mean - 0.5) / 0.5 for mean in MEAN])
+    assert expected.keys() - encoder.timm.state_dict().keys() == {"classifier.weight", "classifier.bias"}
+
+
+def test_the_packages_weights_serve_their_model_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=rf"^--model\.weights {PACKAGE} are of --model\.backbone {PACKAGED}, not of r"):
+        load_initial_weights(unfilled(), model(PACKAGE))
+    encoder, _ = by_timm(PACKAGED)
+    broken = ModuleType(MODULE)
+    broken.__dict__[FILE_OF] = SimpleNamespace(get_model_file_path=lambda: tmp_path / "weights.pth")
+    monkeypatch.setitem(sys.modules, MODULE, broken)
+    torch.save({"_conv_stem.weight": torch.ones(32, 3, 3, 3)}, tmp_path / "weights.pth")
+    with pytest.raises(UsageError, match=rf"weights\.pth is not the {PACKAGE} that fastcr knows"):
+        load_initial_weights(encoder, of_timm(PACKAGED, PACKAGE))
+    monkeypatch.setitem(sys.modules, MODULE, None)
+    with pytest.raises(UsageError, match=re.escape('needs that package: pip install "fastcr[demo]"')):
+        load_initial_weights(encoder, of_timm(PACKAGED, PACKAGE))
+
+
 def check(*flags: str) -> None:
     """What training does with these settings before it loads anything."""
     check_settings(read_command_line(["cub200", *flags])[0], torch.device("cpu"), Console(quiet=True))
@@ -514,6 +547,8 @@ def test_a_timm_model_without_timm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(UsageError, match=re.escape('timm:convnext_atto needs timm: pip install "fastcr[timm]"')):
         check("--model.backbone", CNN)
+    with pytest.raises(UsageError, match=re.escape(f'{PACKAGED} needs timm: pip install "fastcr[demo]"')):
+        check("--model.backbone", PACKAGED)
     assert backbone_mistake("resnet18") is None
 
 
@@ -526,7 +561,7 @@ def test_a_timm_encoder_is_trained_saved_and_read_again(
     train.main(
         ["--data.root", str(flat), "--run.dir", str(run), "--data.image_size", str(SIDE), "--data.loader", "torch",
          "--data.workers", "0", "--run.device", "cpu", "--run.precision", precision, "--run.steps", "2",
-         "--model.backbone", name, "--model.last_stage", "layer4", "--optim.batch_size", "4", "--moco.queue_size", "8"]
+         "--model.backbone", name, "--model.weights", "none", "--optim.batch_size", "4", "--moco.queue_size", "8"]
     )  # fmt: skip
     images = torch.randn(1, 3, SIDE, SIDE)
     first, last = (load(run / file) for file in ("init.safetensors", "weights.safetensors"))

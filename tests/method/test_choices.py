@@ -26,6 +26,7 @@ from fastcr.method.objectives.infonce import infonce
 from fastcr.method.rationale import RationaleHead, common_cam_weights
 from fastcr.method.step import NO_SCALER, contrast_losses, train_step
 from fastcr.runs.distributed import ALONE
+from tests.shared import PLAIN
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 INFONCE = partial(infonce, temperature=0.2)
@@ -38,6 +39,7 @@ TINY = Config(
     rationale=RationaleConfig(detectors=3, cam_of="loss", cam_keeps="match", cam_weights="own"),
 )
 RUN = [
+    *PLAIN,
     "--data.image_size",
     "32",
     "--data.loader",
@@ -46,12 +48,6 @@ RUN = [
     "0",
     "--run.device",
     "cpu",
-    "--model.backbone",
-    "resnet18",
-    "--model.last_stage",
-    "layer3",
-    "--model.weights",
-    "none",
     "--moco.queue_size",
     "20",
     "--moco.embedding_dim",

@@ -1,0 +1,223 @@
+"""Drawn birds for the embedded data set: 20 species, and how one is drawn.
+
+Four species share each of five body plans, which differ in proportions, bill, tail and crest. The species of a plan
+differ in the colours and marks of their plumage.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.random import Generator
+from numpy.typing import ArrayLike, NDArray
+from PIL import ImageDraw
+
+Array = NDArray[np.float64]
+Colour = tuple[int, ...]
+Points = list[tuple[float, float]]
+
+
+def hex_colours(values: str) -> list[Colour]:
+    """RGB colours of six hexadecimal digits each."""
+    return [tuple(bytes.fromhex(value)) for value in values.split()]
+
+
+_NAMES = "black slate grey white umber brown rust buff cream yellow orange red rose olive green blue horn"
+_VALUES = """26262a 4e5862 8e9296 e8e8e4 4c3a2a 80603e a8562c d8b47c ecdcb4 e6c83c e08a2c c4342e d88a8e 75793e 3e7a4e
+    3c66a8 c8aa86"""
+COLOURS = dict(zip(_NAMES.split(), hex_colours(_VALUES), strict=True))
+
+
+class Plan(NamedTuple):
+    """The body of a family: outlines of bill and crest in units of the head's radius, tail in those of the body."""
+
+    tilt: float  # posture, degrees; below 0: head up
+    depth: float  # of the body, relative to its length
+    head: tuple[float, float]  # its centre
+    radius: float  # of the head
+    bill: Points
+    tail: Points
+    crest: Points
+
+
+PLANS = {
+    "finch": Plan(
+        -22, 1.12, (0.36, -0.27), 0.2,
+        bill=[(0.8, -0.65), (1.75, 0.15), (0.8, 0.7)],
+        tail=[(-0.4, -0.08), (-0.86, -0.1), (-0.78, 0.02), (-0.86, 0.14), (-0.4, 0.14)],
+        crest=[],
+    ),
+    "warbler": Plan(
+        -8, 0.85, (0.42, -0.2), 0.165,
+        bill=[(0.8, -0.22), (2.1, 0.12), (0.8, 0.3)],
+        tail=[(-0.4, -0.06), (-0.9, -0.3), (-0.95, -0.16), (-0.4, 0.12)],
+        crest=[],
+    ),
+    "jay": Plan(
+        -30, 0.9, (0.42, -0.3), 0.19,
+        bill=[(0.8, -0.35), (1.5, -0.25), (2, 0.2), (0.8, 0.45)],
+        tail=[(-0.36, -0.08), (-1.05, -0.18), (-1.2, -0.02), (-1.18, 0.14), (-1, 0.24), (-0.36, 0.12)],
+        crest=[(0.5, -0.8), (-1, -2), (-1.6, -1.7), (-0.9, -0.1)],
+    ),
+    "hawk": Plan(
+        -58, 1.05, (0.46, -0.16), 0.19,
+        bill=[(0.7, -0.6), (1.45, -0.5), (1.75, 0.35), (1.6, 0.75), (1.25, 0.35), (0.7, 0.5)],
+        tail=[(-0.36, -0.1), (-1.05, -0.12), (-1.05, 0.1), (-0.36, 0.14)],
+        crest=[],
+    ),
+    "kingfisher": Plan(
+        -38, 0.95, (0.36, -0.28), 0.24,
+        bill=[(0.8, -0.35), (3.1, 0.1), (0.8, 0.45)],
+        tail=[(-0.36, -0.08), (-0.7, -0.08), (-0.7, 0.12), (-0.36, 0.14)],
+        crest=[(0.6, -0.75), (-0.2, -1.5), (-0.5, -1.15), (-1.1, -1.4), (-1, -0.95), (-1.5, -0.8), (-0.9, 0)],
+    ),
+}  # fmt: skip
+
+
+class Species(NamedTuple):
+    """A class: its plan, the colours of its parts (keys of `COLOURS`), and its marks."""
+
+    plan: str
+    epithet: str
+    back: str
+    wing: str
+    crown: str
+    throat: str
+    belly: str
+    bill: str
+    marks: str = ""
+
+    @property
+    def name(self) -> str:
+        """Folder name of the class, such as `finch-rosy`."""
+        return f"{self.plan}-{self.epithet}"
+
+
+CLASSES = (
+    Species("finch", "redcap", "brown", "umber", "red", "buff", "cream", "horn", "streaks"),
+    Species("finch", "rosy", "grey", "slate", "grey", "rose", "white", "horn", "bars"),
+    Species("finch", "masked", "olive", "umber", "olive", "yellow", "yellow", "black", "mask"),
+    Species("finch", "spotted", "brown", "umber", "brown", "white", "cream", "orange", "spots ring"),
+    Species("warbler", "golden", "olive", "slate", "yellow", "yellow", "yellow", "black", "bars"),
+    Species("warbler", "bluecap", "olive", "blue", "blue", "white", "yellow", "black", "stripe"),
+    Species("warbler", "streaked", "grey", "slate", "black", "white", "white", "black", "streaks bars"),
+    Species("warbler", "rufous", "brown", "umber", "rust", "cream", "buff", "horn", "stripe"),
+    Species("jay", "azure", "blue", "blue", "blue", "white", "grey", "black", "bars collar"),
+    Species("jay", "blackhead", "blue", "slate", "black", "black", "blue", "black"),
+    Species("jay", "rusty", "rust", "umber", "rust", "white", "rose", "horn", "patch"),
+    Species("jay", "green", "green", "green", "blue", "black", "yellow", "black", "mask"),
+    Species("hawk", "barred", "slate", "slate", "slate", "white", "rust", "black", "barring"),
+    Species("hawk", "brown", "brown", "umber", "umber", "cream", "cream", "yellow", "streaks"),
+    Species("hawk", "pale", "grey", "grey", "white", "white", "white", "yellow", "stripe"),
+    Species("hawk", "hooded", "umber", "umber", "black", "white", "buff", "yellow", "spots mask"),
+    Species("kingfisher", "belted", "slate", "slate", "slate", "white", "white", "black", "collar bars"),
+    Species("kingfisher", "orange", "blue", "blue", "blue", "white", "orange", "black", "stripe"),
+    Species("kingfisher", "emerald", "green", "green", "green", "white", "rust", "black", "collar"),
+    Species("kingfisher", "pied", "black", "black", "black", "white", "white", "black", "spots patch"),
+)
+PATTERNS = ("spots", "streaks", "barring")
+_CIRCLE = np.array([(np.cos(angle), np.sin(angle)) for angle in np.arange(20) * np.pi / 10])
+
+
+def shade(colour: Colour, factor: float) -> Colour:
+    """The colour made lighter or darker."""
+    return tuple(round(min(channel * factor, 255)) for channel in colour)
+
+
+def smooth(points: ArrayLike, steps: int = 5) -> Array:
+    """A closed Catmull-Rom curve through the points."""
+    p1 = np.asarray(points, dtype=np.float64)
+    p0, p2, p3 = (p1[np.arange(shift, shift + len(p1)) % len(p1)] for shift in (-1, 1, 2))
+    t = (np.arange(steps) / steps)[:, None, None]
+    curve = p1 + t / 2 * (p2 - p0 + t * (2 * p0 - 5 * p1 + 4 * p2 - p3 + t * (3 * (p1 - p2) + p3 - p0)))
+    return np.reshape(np.swapaxes(curve, 0, 1), (-1, 2))
+
+
+class Pen:
+    """Draws in a turned frame of its own, x forward and y down (times `stretch`), lengths in units."""
+
+    def __init__(
+        self, draw: ImageDraw.ImageDraw, at: ArrayLike, unit: float, angle: float = 0, stretch: float = 1
+    ) -> None:
+        self.draw, self.at, self.unit = draw, np.asarray(at, dtype=np.float64), unit
+        cos, sin = unit * np.cos(angle), unit * np.sin(angle)
+        self.axes: Array = np.array([(cos, sin), (-stretch * sin, stretch * cos)])
+
+    def pixels(self, points: ArrayLike) -> Array:
+        """Where points `[N,2]` of the frame lie in the picture."""
+        return np.asarray(points, dtype=np.float64) @ self.axes + self.at
+
+    def fill(self, points: ArrayLike, colour: Colour, edge: Colour | None = None) -> None:
+        """A polygon."""
+        outline = self.pixels(points).ravel().tolist()
+        self.draw.polygon(outline, fill=colour)
+        if edge:
+            self.draw.line(outline + outline[:2], fill=edge, width=2)
+
+    def dot(self, at: ArrayLike, radii: ArrayLike, colour: Colour, edge: Colour | None = None) -> None:
+        """An ellipse."""
+        self.fill(_CIRCLE * radii + np.asarray(at, dtype=np.float64), colour, edge)
+
+    def line(self, points: ArrayLike, colour: Colour, width: float) -> None:
+        """A line through the points."""
+        self.draw.line(self.pixels(points).ravel().tolist(), fill=colour, width=round(width * self.unit))
+
+    def pattern(self, rng: Generator, kind: str, at: ArrayLike, radii: ArrayLike, colour: Colour) -> None:
+        """One of `PATTERNS` in an ellipse: fourteen spots, as many streaks along it, or six bars across."""
+        at, radii = np.asarray(at, dtype=np.float64), np.asarray(radii, dtype=np.float64)
+        if kind == "barring":
+            for x in np.linspace(-0.85, 0.85, 6):
+                half = np.sqrt(1 - x * x)
+                self.line(np.array([(x, -half), (x + 0.1, 0), (x, half)]) * radii + at, colour, 0.028)
+            return
+        distance, angle = np.sqrt((np.arange(14) + rng.random(14)) / 14), np.arange(14) * 2.4 + rng.uniform(0, 6)
+        for x, y in np.stack([np.cos(angle), np.sin(angle)], 1) * distance[:, None] * radii + at:
+            if kind == "spots":
+                self.dot((x, y), (0.022, 0.022), colour)
+            else:
+                self.line([(x - 0.045, y - 0.012), (x + 0.045, y + 0.012)], colour, 0.026)
+
+
+def draw_body(body: Pen, head: Pen, kind: Species, rng: Generator) -> None:
+    """A bird of this species from back to front; `body` and `head` are pens in their frames."""
+    plan, tone, marks = PLANS[kind.plan], rng.uniform(0.88, 1.12), kind.marks.split()
+    colours = kind.back, kind.wing, kind.belly, kind.throat, kind.crown, kind.bill
+    back, wing, belly, *of_head = (shade(COLOURS[each], tone * rng.uniform(0.94, 1.06)) for each in colours)
+    dark, ink, pale = shade(wing, 0.6), shade(COLOURS["umber"], 0.7), COLOURS["white"]
+    body.fill(plan.tail, wing, dark)
+    for tip in plan.tail[1:-1]:
+        body.line([(-0.4, 0.03), tip], dark, 0.02)
+    nape, throat = (head.pixels([(-0.9, 0.3), (0.6, 0.75)]) - body.at) @ np.linalg.inv(body.axes)
+    breast = [throat, (0.46, 0.05), (0.3, 0.26), (0, 0.32), (-0.32, 0.2)]
+    body.fill(smooth([(-0.55, 0.02), (-0.25, -0.17), nape, *breast]), back, shade(back, 0.55))
+    body.fill(smooth([*np.multiply(breast, 0.95), (-0.05, 0.14), (0.28, 0)]), belly)
+    for mark in marks:
+        if mark in PATTERNS:
+            body.pattern(rng, mark, (0.2, 0.16), (0.22, 0.1), ink)
+    body.fill(smooth([(0.24, -0.1), (0.16, 0.1), (-0.2, 0.15), (-0.62, 0.08), (-0.25, -0.12)]), wing, dark)
+    for y in (0.02, 0.08):
+        body.line([(-0.05, y), (-0.5, y * 0.4 + 0.05)], dark, 0.02)
+    if "bars" in marks:
+        for x in (0.1, -0.06):
+            body.line([(x + 0.03, -0.08), (x - 0.03, 0.11)], pale, 0.05)
+    if "patch" in marks:
+        body.dot((-0.08, 0), (0.15, 0.05), pale)
+    _draw_head(head, plan, marks, of_head, ink)
+
+
+def _draw_head(head: Pen, plan: Plan, marks: list[str], colours: list[Colour], ink: Colour) -> None:
+    throat, crown, bill = colours
+    if plan.crest:
+        head.fill(plan.crest, crown, shade(crown, 0.6))
+    head.fill(plan.bill, bill, shade(bill, 0.55))
+    head.dot((0, 0), (1, 0.95), throat, shade(crown, 0.55))
+    head.fill(smooth([(-0.98, 0.25), (-0.75, -0.65), (0, -0.97), (0.75, -0.6), (0.92, -0.1), (0, -0.1)]), crown)
+    if "collar" in marks:
+        head.line([(-0.95, 0.45), (-0.3, 0.95), (0.6, 0.85)], COLOURS["white"], 0.3)
+    if "mask" in marks:
+        head.fill(smooth([(1, -0.25), (0.2, -0.3), (-0.5, -0.1), (-0.3, 0.3), (0.9, 0.25)]), COLOURS["black"])
+    if "stripe" in marks:
+        head.line([(-0.95, 0.05), (0.9, -0.05)], ink, 0.22)
+    if "ring" in marks:
+        head.dot((0.3, -0.1), (0.34, 0.34), COLOURS["white"])
+    head.dot((0.3, -0.1), (0.2, 0.2), (20, 18, 20))
+    head.dot((0.35, -0.16), (0.06, 0.06), (236, 236, 236))
