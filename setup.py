@@ -3,6 +3,9 @@
 from setuptools import setup
 
 setup(
-    packages=["fastcr", "fastcr.data", "fastcr.method", "fastcr.measures", "fastcr.runs", "fastcr.kernels"],
+    packages=[
+        *("fastcr", "fastcr.data", "fastcr.method", "fastcr.method.objectives", "fastcr.measures", "fastcr.runs"),
+        "fastcr.kernels",
+    ],
     package_dir={"fastcr.kernels": "kernels"},
 )

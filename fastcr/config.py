@@ -5,20 +5,15 @@ Every flag is `--section.field value`; the text under a field is its `--help`.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
-
-from fastcr.errors import UsageError
+from typing import Any, Literal
 
 try:
     import tyro
 except ImportError:  # only the command line needs it
     tyro = None  # type: ignore[assignment]
-
-C = TypeVar("C")
 
 
 def number(default: Any, low: float, high: float = math.inf, *, above: bool = False) -> Any:
@@ -276,49 +271,3 @@ class LinearConfig:
     """Train on random crops and flips: the encoder runs in every epoch."""
     few: tuple[int, ...] = number((1, 10, 20, 50), 1, 100)
     """Percentages of each class's labels to train further probes with (never augmented)."""
-
-
-def validate(config: C) -> C:
-    """Return the settings of any command, or raise `UsageError` naming the first flag whose value cannot work."""
-    _check_numbers(config, "")
-    checks = _conflicts(config) if isinstance(config, Config) else {}
-    for message, holds in checks.items():
-        if not holds:
-            raise UsageError(message)
-    return config
-
-
-def _check_numbers(section: Any, name: str) -> None:
-    for each in dataclasses.fields(section):
-        value, flag, limits = getattr(section, each.name), f"{name}{each.name}", each.metadata
-        if dataclasses.is_dataclass(value):
-            _check_numbers(value, f"{flag}.")
-        elif limits and value is not None:
-            low, high, above = limits["low"], limits["high"], limits["above"]
-            values = value if isinstance(value, tuple) else (value,)
-            if not all(low <= one <= high and not (above and one == low) and abs(one) < math.inf for one in values):
-                at_least = f"be above {low}" if above else f"be at least {low}"
-                raise UsageError(f"--{flag} must {f'lie in [{low}, {high}]' if high < math.inf else at_least}")
-
-
-def _conflicts(config: Config) -> dict[str, bool]:
-    """What settings must be true of each other, by the message that says so."""
-    data, optim, moco = config.data, config.optim, config.moco
-    queued = moco.objective in ("neighbour", "relational")
-    return {
-        "--data.cache_side must be at least --data.image_size": (data.cache_side or math.inf) >= data.image_size,
-        "--optim.momentum must be below 1": optim.momentum < 1,
-        "--optim.accumulate must divide --optim.batch_size into parts of at least 2": (
-            optim.accumulate <= optim.batch_size // 2 and optim.batch_size % optim.accumulate == 0
-        ),
-        "--optim.accumulate: the released attention depends on the whole batch": (
-            not config.released.enabled or optim.accumulate == 1
-        ),
-        f"--moco.objective {moco.objective} needs a queue of more than --moco.neighbours {moco.neighbours} keys": (
-            not queued or moco.queue_size > moco.neighbours
-        ),
-        "--released.enabled needs --moco.objective infonce": (
-            not config.released.enabled or moco.objective == "infonce"
-        ),
-        "--released.enabled needs --rationale.enabled True": config.rationale.enabled or not config.released.enabled,
-    }

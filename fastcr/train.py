@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from fastcr.config import Config, validate
+from fastcr.config import Config
 from fastcr.data.images import ImageList, Splits
 from fastcr.data.layouts import read_splits
 from fastcr.data.loaders import make_views
@@ -44,6 +44,7 @@ from fastcr.runs.command_line import called, one_line_errors, read_command_line,
 from fastcr.runs.distributed import ALONE, Processes, processes_of_torchrun
 from fastcr.runs.log import Meter, RunLog, keep_records
 from fastcr.runs.machine import pick_device, pick_workers, process_age
+from fastcr.runs.validate import validate
 from fastcr.runs.watch import HealthWatch, LossWatch, StopSignal
 
 
@@ -98,7 +99,8 @@ def run_steps(run: Run, evaluation: TrainingEvaluation, began: float) -> int:
     files_of = partial(files_of_step, config, run.splits.train)
     watch = LossWatch(trained(training.optimizer), run.start, run.folder, files_of, processes)
     health, saver = HealthWatch(run.console, config), Saver(run.folder, describe(config), config.run.keep)
-    before = encoder_health(run)
+    pretrained = config.model.weights != "none" and processes.first
+    before = EncoderHealth(run.splits.train, run.folder / "init.safetensors", run.device) if pretrained else None
     log = RunLog(
         run.folder,
         run.console,
@@ -157,14 +159,6 @@ def run_steps(run: Run, evaluation: TrainingEvaluation, began: float) -> int:
         how = f"stopped at step {step}; resume with: {called('train')} --resume {run.folder}"
         run.console.print(how, soft_wrap=True, highlight=False)
     return stopped
-
-
-def encoder_health(run: Run) -> EncoderHealth | None:
-    """The watch on what the encoder keeps of its initial weights, in the first process; None for random ones."""
-    if run.config.model.weights == "none" or not run.processes.first:
-        return None
-    workers = pick_workers(run.config.data.workers, run.processes.local_ranks)
-    return EncoderHealth(run.splits.train, run.folder / "init.safetensors", run.device, workers)
 
 
 def open_run(config: Config, resume: Path | None, console: Console, processes: Processes) -> Run:

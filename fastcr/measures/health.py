@@ -40,13 +40,13 @@ def kept_neighbours(before: Tensor, after: Tensor) -> float:
 class EncoderHealth:
     """Effective rank of an encoder's mean embeddings, and how many nearest neighbours of its start it has kept."""
 
-    def __init__(self, images: ImageList, initial: Path, device: torch.device, workers: int) -> None:
+    def __init__(self, images: ImageList, initial: Path, device: torch.device) -> None:
         """Take the sample evenly from `images`, and measure the encoder in the weights file `initial`."""
         encoder, self.device = load(initial).to(device), device
         count = min(SAMPLE, len(images))
         chosen = (torch.arange(count) * len(images) // count).split(BATCH_SIZE)
         batches = [indices.tolist() for indices in chosen]
-        crops = load_crops([images], batches, image_size=encoder.image_size, workers=workers, pin=False)
+        crops = load_crops([images], batches, image_size=encoder.image_size, workers=0, pin=False)
         self.crops = [pixels for pixels, _, readable in crops if readable]
         embeddings = self._embed(encoder)
         self.count = min(NEIGHBOURS, len(embeddings) - 1)

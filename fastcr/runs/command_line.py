@@ -13,10 +13,11 @@ from typing import Any, TypeVar
 
 import yaml
 
-from fastcr.config import Config, tyro, validate
+from fastcr.config import Config, tyro
 from fastcr.errors import UsageError
 from fastcr.presets import PRESETS, preset
 from fastcr.runs.checkpoint import has_resume
+from fastcr.runs.validate import validate
 
 C = TypeVar("C")
 # settings of older versions: what they are called now, and their values, if those have other names, too

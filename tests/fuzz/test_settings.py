@@ -8,9 +8,10 @@ from pathlib import Path
 import yaml
 from hypothesis import strategies as st
 
-from fastcr.config import Config, validate
+from fastcr.config import Config
 from fastcr.presets import PRESETS
 from fastcr.runs.command_line import GONE, RENAMED, load_config, read_command_line, save_config
+from fastcr.runs.validate import validate
 from tests.fuzz import damage
 from tests.fuzz.damage import ODD_NUMBERS, ODD_VALUES, ODD_WORDS
 from tests.fuzz.properties import REFUSED, attempt, fuzzed, reading

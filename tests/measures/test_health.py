@@ -58,7 +58,7 @@ def test_kept_neighbours_are_those_of_a_loop() -> None:
 def test_an_untouched_encoder_keeps_everything_and_another_does_not(images: ImageList, tmp_path: Path) -> None:
     device = torch.device("cpu")
     start, other = (write_weights(tmp_path / f"{seed}.safetensors", seed=seed) for seed in (0, 1))
-    health = EncoderHealth(images, start, device, 0)
+    health = EncoderHealth(images, start, device)
     assert sum(map(len, health.crops)) == 23  # one cannot be read
     same = health.measure(load(start))
     assert same == {"effective_rank": pytest.approx(health.first_rank), "kept_neighbours": 1}

@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from fastcr.config import Config, DataConfig, MocoConfig, ModelConfig, OptimConfig, RationaleConfig, validate
+from fastcr.config import Config, DataConfig, MocoConfig, ModelConfig, OptimConfig, RationaleConfig
 from fastcr.data.views import Batch
 from fastcr.errors import UsageError
 from fastcr.method.build import Training, build
 from fastcr.method.moco import mean_pool, projection_head
 from fastcr.method.objectives import QUEUED, build_objective
 from fastcr.method.objectives.contract import Keys
+from fastcr.runs.validate import validate
 
 CPU, CONSOLE = torch.device("cpu"), Console(quiet=True)
 OBJECTIVES = ("infonce", "neighbour", "relational", "byol")

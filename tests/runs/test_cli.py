@@ -12,11 +12,12 @@ import safetensors.torch
 import torch
 
 from fastcr import evaluate, train
-from fastcr.config import Config, validate
+from fastcr.config import Config
 from fastcr.errors import UsageError
 from fastcr.presets import PRESETS
 from fastcr.runs.checkpoint import save_weights
 from fastcr.runs.command_line import load_config, read_command_line, save_config
+from fastcr.runs.validate import validate
 from tests.shared import TINY
 
 pytestmark = pytest.mark.usefixtures("one_thread")
