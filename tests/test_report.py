@@ -24,7 +24,7 @@ from fastcr import report, train
 from fastcr.config import Config
 from fastcr.measures.charts import POINTS
 from fastcr.measures.gallery import SIDE, Gallery, Shown
-from fastcr.measures.summary import Run, duration
+from fastcr.measures.summary import Run, compare, duration
 from fastcr.report import GENERATOR, POLICY
 from fastcr.runs.command_line import called, load_config, read_command_line
 from tests.shared import PLAIN, curves_of, decoded
@@ -245,6 +245,17 @@ def test_several_runs_are_compared(copied: Path, finished: Path, tmp_path: Path)
     assert len(both) == 2
     assert all(curves_of(chart)[0] == curves_of(chart)[1] for chart in both)  # they are copies
     assert len(page.of("svg")) == len(page.of("li")) == 2 * 2
+
+
+def test_comparison_has_every_pooling_but_no_map_that_does_not_look(finished: Path) -> None:
+    results = json.loads((finished / "results.json").read_text())
+    maps = ("attention", "average", "gaussian", "uniform")
+    results["localisation"] = {name: {"inside": 50.0} for name in maps}
+    run = Run("run", load_config(finished / "config.yaml"), [], results, Gallery([], []))
+    _, columns, _ = compare([run])
+    assert {name for section, name, _ in columns if section == "retrieval"} == results["retrieval"].keys()
+    assert "gaussian" in results["retrieval"]
+    assert {name for section, name, _ in columns if section == "localisation"} == {"attention"}
 
 
 def test_results_on_other_images_are_not_ranked(copied: Path, finished: Path, tmp_path: Path) -> None:

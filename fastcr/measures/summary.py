@@ -165,7 +165,8 @@ def compare(runs: Sequence[Run]) -> tuple[list[tuple[str, str, Scores]], list[Ke
     rows += [(f"frozen init of {', '.join(names)}", where, dict(found)) for (where, found), names in frozen.items()]
     every = dict.fromkeys(key for *_, scores in rows for key in scores)
     groups = list(dict.fromkeys((section, measure) for section, _, measure in every))
-    columns = [key for key in every if key[1] not in ("average", "gaussian", "uniform")]  # these maps do not look
+    blind = {("localisation", name) for name in ("average", "gaussian", "uniform")}  # maps that do not look
+    columns = [key for key in every if key[:2] not in blind]
     columns.sort(key=lambda key: groups.index((key[0], key[2])))
     ranked = len(rows) > 1 and len({where for _, where, _ in rows}) == 1
     best = {key: max(scores[key] for *_, scores in rows if key in scores) for key in columns if ranked}

@@ -2,21 +2,73 @@
 
 from __future__ import annotations
 
+import io
 import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from rich.console import Console
 from torch import Tensor
 
+from fastcr.data.crops import centre_crop
+from fastcr.data.images import ImageList
+from fastcr.data.layouts import read_splits
+from fastcr.data.views import normalise
+from fastcr.measures import embeddings as embedding
+from fastcr.measures.embeddings import ddt_axis, embed
 from fastcr.measures.poolings import SIGMA, gaussian, gem, largest_region, norm, scda, weighted, without_training
+from fastcr.measures.results import best_pooling, retrieval_scores
+from fastcr.measures.retrieval import retrieval
 from fastcr.method.ddt import Moments
+from fastcr.method.encoder import Encoder, load
+from fastcr.runs.distributed import Processes
+from tests.shared import write_weights
+
+HOW: dict[str, Any] = {"device": torch.device("cpu"), "workers": 0, "console": Console(file=io.StringIO())}
+
+
+@dataclass(frozen=True)
+class Share(Processes):
+    """One of several processes, without the others: notes what it would add up."""
+
+    added: list[Tensor] = field(default_factory=list)
+
+    def most(self, *numbers: int) -> list[int]:
+        return list(numbers)
+
+    def total(self, tensor: Tensor) -> Tensor:
+        self.added.append(tensor.clone())
+        return tensor
 
 
 @pytest.fixture
 def features() -> Tensor:
     torch.manual_seed(0)
     return torch.randn(5, 6, 4, 5)
+
+
+@pytest.fixture
+def encoder(tmp_path: Path) -> Encoder:
+    encoder = load(write_weights(tmp_path / "weights.safetensors", seed=0))
+    encoder.image_size = 80  # maps of 5 by 5: some positions are not at the border
+    return encoder
+
+
+@pytest.fixture
+def images(birds: Path) -> ImageList:
+    return read_splits(birds).train
+
+
+def features_of(encoder: Encoder, images: ImageList) -> Tensor:
+    """Features `[N,C,h,w]`, an image at a time."""
+    crops = [centre_crop(images.rgb(i), encoder.image_size)[None] for i in range(len(images))]
+    with torch.inference_mode():
+        return torch.cat([encoder.backbone(normalise(crop, torch.float32)) for crop in crops])
 
 
 def by_loop(features: Tensor, weight: object) -> Tensor:
@@ -68,6 +120,22 @@ def test_scda_pools_the_positions_that_stand_out() -> None:
     torch.testing.assert_close(scda(features)[1], torch.full((6,), 0.1))  # the same everywhere: kept whole
 
 
+def test_scda_is_that_of_a_loop_with_scipys_regions() -> None:
+    ndimage = pytest.importorskip("scipy.ndimage")
+    features, compared = torch.rand(60, 3, 7, 6, generator=torch.Generator().manual_seed(1)), 0
+    for image, found in zip(features.double(), scda(features).double(), strict=True):
+        total = image.sum(0)
+        labels, count = ndimage.label((total > total.mean()).numpy(), structure=np.ones((3, 3)))
+        sizes = [int((labels == number).sum()) for number in range(1, count + 1)]
+        if sizes.count(max(sizes)) > 1:  # either would do
+            continue
+        number = sizes.index(max(sizes)) + 1
+        part = torch.stack([image[:, y, x] for y in range(7) for x in range(6) if labels[y, x] == number])
+        torch.testing.assert_close(found, torch.cat([part.mean(0), part.amax(0)]), rtol=1e-5, atol=1e-6)
+        compared += 1
+    assert compared > 40
+
+
 def test_ddt_is_the_first_component_of_an_independent_pca() -> None:
     decomposition = pytest.importorskip("sklearn.decomposition")
     torch.manual_seed(0)
@@ -89,3 +157,74 @@ def test_ddt_is_the_first_component_of_an_independent_pca() -> None:
     torch.testing.assert_close(pooled, weighted(features, attention.float()), rtol=1e-4, atol=1e-5)
     nothing = axis._replace(direction=torch.zeros(8))
     torch.testing.assert_close(nothing.attention(features), torch.full((12, 5, 5), 1 / 25))
+
+
+@pytest.mark.parametrize("size", [5, 128])
+def test_one_pass_gives_every_pooling(
+    size: int, encoder: Encoder, images: ImageList, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features = features_of(encoder, images)
+    moments = Moments(features.shape[1])
+    moments.add(features)
+    monkeypatch.setattr(embedding, "BATCH_SIZE", size)
+    axis = ddt_axis(encoder, images, **HOW)
+    torch.testing.assert_close(axis, moments.axis(), atol=1e-4, rtol=0)
+    poolings = without_training(axis)
+    found = embed(encoder, images, title="", poolings=poolings, **HOW)
+    assert found.others.keys() == poolings.keys()
+    for name, pool in poolings.items():
+        assert found.others[name].dtype == torch.float32
+        torch.testing.assert_close(found.others[name], F.normalize(pool(features), dim=1), atol=1e-4, rtol=0)
+    plain = embed(encoder, images, title="", **HOW)
+    assert not plain.others
+    assert torch.equal(plain.mean, found.mean)
+
+
+def test_axis_of_a_large_set_is_of_images_taken_evenly(
+    encoder: Encoder, images: ImageList, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedding, "AXIS_IMAGES", 16)
+    features = features_of(encoder, images)[::4]
+    moments = Moments(features.shape[1])
+    moments.add(features)
+    torch.testing.assert_close(ddt_axis(encoder, images, **HOW), moments.axis(), atol=1e-4, rtol=0)
+
+
+def test_processes_add_up_to_the_axis_of_one(
+    encoder: Encoder, images: ImageList, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedding, "BATCH_SIZE", 12)  # 64 images: three batches each
+    shares, alone = [Share(rank, 2) for rank in (0, 1)], Share()
+    for share in (*shares, alone):
+        ddt_axis(encoder, images, processes=share, **HOW)
+    for first, second, whole in zip(*(share.added for share in (*shares, alone)), strict=True):
+        assert first.any()
+        assert second.any()
+        torch.testing.assert_close(first + second, whole)
+
+
+def test_centred_scores_are_those_of_vectors_less_their_mean() -> None:
+    torch.manual_seed(0)
+    labels = torch.arange(30) % 6
+    vectors = F.normalize(torch.randn(6, 8)[labels] + torch.randn(30, 8) + 3, dim=1)
+    mean = sum(vectors.double()) / 30
+    moved = torch.stack([(row - mean) / (row - mean).square().sum().sqrt() for row in vectors.double()]).float()
+    plain, _ = retrieval_scores({"mean": vectors}, labels)
+    centred, _ = retrieval_scores({"mean": vectors}, labels, centred=True)
+    expected = retrieval(moved, labels)
+    assert centred["mean"]["mAP"] == pytest.approx(expected.mAP, abs=1e-3)
+    assert centred["mean"]["rank1"] == pytest.approx(expected.rank1, abs=1e-3)
+    assert abs(plain["mean"]["mAP"] - expected.mAP) > 0.1
+
+
+def test_best_pooling_is_by_rank_1_and_leaves_out_what_is_trained() -> None:
+    def scores(rank1: float, mean_precision: float) -> dict[str, float]:
+        return {"rank1": rank1, "rank5": 99.0, "mAP": mean_precision}
+
+    found: dict[str, dict[str, Any]] = {
+        "retrieval": {"mean": scores(40, 30), "rationale": scores(60, 20), "ddt": scores(50, 10)},
+        "retrieval_centred": {"mean": scores(50, 12), "rationale": scores(1, 1), "ddt": scores(49, 40)},
+    }
+    assert best_pooling(found) == {"pooling": "rationale", "centred": False, "rank1": 60, "mAP": 20}
+    expected = {"pooling": "mean", "centred": True, "rank1": 50, "mAP": 12}  # of equal ones that of the higher mAP
+    assert best_pooling(found, trained=("rationale",)) == expected
