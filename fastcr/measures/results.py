@@ -154,9 +154,7 @@ def best_line(results: dict[str, Any]) -> str | None:
         return f"{found['pooling']}{' centred' * found['centred']} {found['rank1']:.2f} / {found['mAP']:.2f}"
 
     gain = best["trained"]["rank1"] - best["baseline"]["rank1"]
-    verdict = (
-        f"training {'gains' if gain > 0 else 'loses'} {abs(gain):.2f} points" if gain else "training gains nothing"
-    )
+    verdict = f"training {'loses' if gain < 0 else 'gains'} {abs(gain):.2f} points"
     return (
         f"best (rank-1 / mAP): trained: {said(best['trained'])}; without training: {said(best['baseline'])}; {verdict}"
     )

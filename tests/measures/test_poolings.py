@@ -22,7 +22,7 @@ from fastcr.data.views import normalise
 from fastcr.measures import embeddings as embedding
 from fastcr.measures.embeddings import ddt_axis, embed
 from fastcr.measures.poolings import SIGMA, gaussian, gem, largest_region, norm, scda, weighted, without_training
-from fastcr.measures.results import best_pooling, retrieval_scores
+from fastcr.measures.results import best_line, best_pooling, retrieval_scores
 from fastcr.measures.retrieval import retrieval
 from fastcr.method.ddt import Moments
 from fastcr.method.encoder import Encoder, load
@@ -228,3 +228,16 @@ def test_best_pooling_is_by_rank_1_and_leaves_out_what_is_trained() -> None:
     assert best_pooling(found) == {"pooling": "rationale", "centred": False, "rank1": 60, "mAP": 20}
     expected = {"pooling": "mean", "centred": True, "rank1": 50, "mAP": 12}  # of equal ones that of the higher mAP
     assert best_pooling(found, trained=("rationale",)) == expected
+
+
+@pytest.mark.parametrize(
+    ("rank1", "said"), [(52.5, "gains 2.50 points"), (50.0, "gains 0.00 points"), (49.0, "loses 1.00 points")]
+)
+def test_the_last_line_says_what_training_is_worth(rank1: float, said: str) -> None:
+    baseline = {"pooling": "ddt", "centred": True, "rank1": 50.0, "mAP": 30.0}
+    trained = {"pooling": "rationale", "centred": False, "rank1": rank1, "mAP": 31.0}
+    line = best_line({"best": {"trained": trained, "baseline": baseline}})
+    assert line is not None
+    assert line.endswith(f"without training: ddt centred 50.00 / 30.00; training {said}")
+    assert f"trained: rationale {rank1:.2f} / 31.00" in line
+    assert best_line({"best": {"trained": trained}}) is None
