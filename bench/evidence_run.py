@@ -29,6 +29,7 @@ PRESET = (
     *("--optim.backbone_lr", "None", "--moco.key_momentum", "0.999"),
 )
 Run = dict[str, Any]  # its entry of evidence.json
+KEPT = ("retrieval", "retrieval_centred", "best", "knn", "localisation")  # of results.json
 
 
 class Job(NamedTuple):
@@ -121,7 +122,7 @@ def read_run(folder: Path, *, frozen: bool) -> Run:
     read: Callable[[str], Run] = partial(json.loads, parse_float=lambda number: round(float(number), 4))
     results = read((folder / "results.json").read_text())
     part = results["frozen_init"] if frozen else results
-    found = {key: part[key] for key in ("retrieval", "knn", "localisation") if key in part}
+    found = {key: part[key] for key in KEPT if key in part}
     last = read((folder / "metrics.jsonl").read_text().splitlines()[-1])
     keys = ("step", "contrast_loss", "fit_loss", "attention_entropy", "effective_detectors")
     found |= {"images": results["images"], "last": {key: last[key] for key in keys if key in last}}

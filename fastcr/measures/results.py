@@ -126,12 +126,12 @@ def retrieval_table(results: dict[str, Any]) -> Table:
     """A pooling a row; rank-1, rank-5 and mAP of each encoder, the best rank-1 of it marked with a star."""
     table = Table(title=f"{results['images']} images of {results['classes']} classes: retrieval, percent")
     table.add_column("pooling", no_wrap=True)
-    table.caption = "centred: less the mean over these images"
+    table.caption = "(c), centred: less the mean over these images"
     parts = _parts(results)
     for title, _ in parts:
         for shown in ("rank-1", "rank-5", "mAP"):
             table.add_column(f"{title}\n{shown}", justify="right")
-    for section, suffix in (("retrieval", ""), ("retrieval_centred", " centred")):
+    for section, suffix in (("retrieval", ""), ("retrieval_centred", " (c)")):
         for name in results.get(section, {}):
             cells = []
             for _, part in parts:

@@ -80,7 +80,8 @@ def test_every_row_is_a_run_of_its_own_with_its_figures(finished: Path) -> None:
     assert results["classes"] == CLASSES
     for pooling, scores in results["retrieval"].items():
         assert fitted["retrieval"][pooling] == pytest.approx(scores, abs=1e-3)
-        assert fitted["knn"][pooling] == pytest.approx(results["knn"][pooling], abs=1e-3)
+    for pooling, scores in results["knn"].items():
+        assert fitted["knn"][pooling] == pytest.approx(scores, abs=1e-3)
     assert fitted["localisation"]["uniform"]["inside"] == pytest.approx(50, abs=1)
     assert fitted["last"]["step"] == 2
     assert fitted["last"].keys() >= {"contrast_loss", "fit_loss", "attention_entropy", "effective_detectors"}
@@ -90,7 +91,7 @@ def test_every_row_is_a_run_of_its_own_with_its_figures(finished: Path) -> None:
     assert frozen["localisation"]["attention"]["inside"] == pytest.approx(
         results["frozen_init"]["localisation"]["attention"]["inside"], abs=1e-3
     )
-    assert moco["retrieval"].keys() == {"mean"}
+    assert "rationale" not in moco["retrieval"]
     assert "fit_loss" not in moco["last"]
     assert str(finished) not in (finished / "evidence.json").read_text()
 
