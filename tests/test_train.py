@@ -37,6 +37,7 @@ from tests.shared import SHORT, TINY, records, start, wait_for, write_calm_weigh
 pytestmark = pytest.mark.usefixtures("one_thread")
 # 64 training images make 8 steps an epoch; a queue of 20 is no multiple of the batch
 STEPS_PER_EPOCH, STEPS = 8, 13
+BASELINES = ("gem", "norm", "gaussian", "scda", "ddt")
 METRICS = {
     *("step", "epoch", "loss", "contrast_loss", "fit_loss", "lr", "images_per_second", "data_wait"),
     *("attention_entropy", "effective_detectors", "embedding_spread"),
@@ -121,7 +122,7 @@ def test_run_folder_holds_all_its_files(evaluated: Finished) -> None:
     folder = evaluated.folder
     assert names(folder) == {
         *("config.yaml", "metrics.jsonl", "weights.safetensors", "init.safetensors", "resume.pt", "resume.1.pt"),
-        *("results.json", "evaluations.jsonl"),
+        *("results.json", "evaluations.jsonl", "best.safetensors"),
     }
     config = load_config(folder / "config.yaml")
     assert (config.run.dir, config.run.steps, config.rationale.detectors) == (folder, 9, 4)
@@ -154,7 +155,7 @@ def test_results_are_in_percent_for_both_embeddings_and_the_frozen_init(evaluate
     results = json.loads((evaluated.folder / "results.json").read_text())
     assert (results["images"], results["classes"]) == (32, 16)
     for part in (results, results["frozen_init"]):
-        assert part["retrieval"].keys() > {"mean", "rationale", "ddt"}
+        assert part["retrieval"].keys() == {"mean", "rationale", *BASELINES}
         for scores in part["retrieval"].values():
             assert scores.keys() == {"rank1", "rank5", "mAP"}
             # a query is right or wrong: shares of 32 images, in percent
@@ -212,7 +213,7 @@ def test_without_the_branch_it_is_plain_moco(birds: Path, tmp_path: Path) -> Non
     assert all(record.keys() == METRICS - branch_metrics for record in logged)
     assert all(record["loss"] == pytest.approx(record["contrast_loss"]) for record in logged)
     results = json.loads((folder / "results.json").read_text())
-    assert results["retrieval"].keys() == results["frozen_init"]["retrieval"].keys() == {"mean"}
+    assert results["retrieval"].keys() == results["frozen_init"]["retrieval"].keys() == {"mean", *BASELINES}
     weights, written = load_weights(folder / "weights.safetensors")
     assert written["detectors"] == 0
     assert not [key for key in weights if not key.startswith("backbone.")]
@@ -226,7 +227,7 @@ def test_preset_of_the_released_code_works_end_to_end(birds: Path, tmp_path: Pat
         assert record["loss"] == pytest.approx(record["contrast_loss"] + 0.01 * record["fit_loss"], rel=1e-5)
     assert facts(folder / "weights.safetensors")["attention"] == "batch-minmax"
     results = json.loads((folder / "results.json").read_text())
-    assert results["retrieval"].keys() == {"mean", "rationale"}
+    assert results["retrieval"].keys() == {"mean", "rationale", *BASELINES}
 
 
 def test_last_stage_decides_how_deep_the_encoder_is(flat: Path, tmp_path: Path) -> None:
