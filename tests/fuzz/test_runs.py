@@ -90,7 +90,7 @@ def test_records(folder: Path, history: Damage, metrics: Damage) -> None:
     spoil(folder / "metrics.jsonl", metrics)
     evaluation = Evaluation(Splits(IMAGES, None), IMAGES, torch.device("cpu"), 0, Console(file=io.StringIO()))
     with pytest.MonkeyPatch.context() as patch:
-        scores = {"retrieval": {"mean": {"rank1": 1.0}}}
+        scores = {"retrieval": {"mean": {"rank1": 1.0, "rank5": 2.0, "mAP": 1.0}}}
         patch.setattr(Evaluation, "measure_file", lambda *args: Measured(scores, 0, []))  # type: ignore[arg-type]
         reading(lambda: evaluation.results(folder / "weights.safetensors", None), folder)
     for name, key, last in ((HISTORY, "epoch", 1.5), ("metrics.jsonl", "step", 8)):
