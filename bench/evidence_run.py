@@ -23,9 +23,10 @@ from fastcr.runs.command_line import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 READING = threading.Lock()  # tyro keeps what it parses in globals, and two runs may end at once
-# the backbone learns at the rate of the rest, and keys follow slowly, unless a row says otherwise
+# the backbone learns at the rate of the rest, BatchNorm with the batch's statistics, and keys follow slowly, unless a
+# row says otherwise
 PRESET = (
-    *("folder", "--optim.backbone_warmup", "0"),
+    *("folder", "--optim.backbone_warmup", "0", "--model.batchnorm", "local"),
     *("--optim.backbone_lr", "None", "--moco.key_momentum", "0.999"),
 )
 Run = dict[str, Any]  # its entry of evidence.json

@@ -34,6 +34,8 @@ def nearest(embeddings: Tensor, count: int) -> Tensor:
 
 def kept_neighbours(before: Tensor, after: Tensor) -> float:
     """Share of the neighbours `before [N,k]` that are among those `after [N,k]`, 0 to 1; about k/N by chance."""
+    if not before.numel():  # a single image has none to lose
+        return 1.0
     return (before[:, :, None] == after[:, None, :]).any(2).double().mean().item()
 
 
@@ -41,13 +43,18 @@ class EncoderHealth:
     """Effective rank of an encoder's mean embeddings, and how many nearest neighbours of its start it has kept."""
 
     def __init__(self, images: ImageList, initial: Path, device: torch.device) -> None:
-        """Take the sample evenly from `images`, and measure the encoder in the weights file `initial`."""
+        """Take the sample evenly from `images`, and measure the encoder in the weights file `initial`.
+
+        `UsageError` if none of the sample can be read.
+        """
         encoder, self.device = load(initial).to(device), device
         count = min(SAMPLE, len(images))
         chosen = (torch.arange(count) * len(images) // count).split(BATCH_SIZE)
         batches = [indices.tolist() for indices in chosen]
         crops = load_crops([images], batches, image_size=encoder.image_size, workers=0, pin=False)
         self.crops = [pixels for pixels, _, readable in crops if readable]
+        if not self.crops:
+            raise images.none_readable()
         embeddings = self._embed(encoder)
         self.count = min(NEIGHBOURS, len(embeddings) - 1)
         self.first_rank, self.before = effective_rank(embeddings), nearest(embeddings, self.count)

@@ -16,6 +16,7 @@ from rich.console import Console
 from fastcr import train
 from fastcr.config import Config
 from fastcr.data.images import ImageList
+from fastcr.errors import UsageError
 from fastcr.measures.health import EncoderHealth, effective_rank, kept_neighbours, nearest
 from fastcr.method.encoder import load
 from fastcr.runs.watch import HealthWatch
@@ -67,6 +68,16 @@ def test_an_untouched_encoder_keeps_everything_and_another_does_not(images: Imag
     for parameter in collapsed.backbone.parameters():
         torch.nn.init.zeros_(parameter)
     assert health.measure(collapsed)["effective_rank"] < 1.01
+
+
+def test_images_that_cannot_be_read_are_an_error_and_a_single_one_has_nothing_to_lose(
+    images: ImageList, tmp_path: Path
+) -> None:
+    weights = write_weights(tmp_path / "weights.safetensors")
+    broken, alone = (ImageList(images.root, (file,), None, ()) for file in ("10.png", "11.png"))
+    with pytest.raises(UsageError, match="none of the 1 images"):
+        EncoderHealth(broken, weights, torch.device("cpu"))
+    assert EncoderHealth(alone, weights, torch.device("cpu")).measure(load(weights))["kept_neighbours"] == 1
 
 
 def test_half_lost_is_said_once_in_a_line() -> None:
