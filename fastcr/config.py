@@ -120,8 +120,8 @@ class ViewsConfig:
 class OptimConfig:
     """SGD or AdamW with a cosine schedule."""
 
-    epochs: int = number(100, 1)
-    """Passes over the training images; the learning rate reaches 0 at their end."""
+    epochs: int = number(100, 0)
+    """Passes over the training images; the learning rate reaches 0 at their end. 0: save and evaluate the start."""
     batch_size: int = number(128, 2)
     """Images (pairs of views) a step, over all processes together."""
     accumulate: int = number(1, 1)
@@ -191,6 +191,8 @@ class RationaleConfig:
     """Keep the fit loss from changing the encoder."""
     lr: float | None = number(None, 0, above=True)
     """Learning rate of the branch at the start. Default: --optim.lr."""
+    init: Literal["random", "ddt"] = "random"
+    """Detectors before the first step: random, or near DDT's axis of the training images' features."""
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from fastcr.data.loaders import make_views
 from fastcr.data.synthetic import write_synthetic
 from fastcr.data.views import Views, step_indices
 from fastcr.errors import UsageError, one_line
+from fastcr.measures.embeddings import ddt_detectors
 from fastcr.measures.evaluation import HISTORY, TrainingEvaluation
 from fastcr.measures.health import EncoderHealth
 from fastcr.method.build import Schedule, Training, build, check_settings, compiles, pick_dtype, trained
@@ -33,7 +34,7 @@ from fastcr.method.rationale import attention_entropy
 from fastcr.method.step import Losses, cosine_lr
 from fastcr.runs.checkpoint import (
     Saver,
-    has_resume,
+    check_unused,
     load_resume,
     random_states,
     save_weights,
@@ -99,8 +100,9 @@ def run_steps(run: Run, evaluation: TrainingEvaluation, began: float) -> int:
     files_of = partial(files_of_step, config, run.splits.train)
     watch = LossWatch(trained(training.optimizer), run.start, run.folder, files_of, processes)
     health, saver = HealthWatch(run.console, config), Saver(run.folder, describe(config), config.run.keep)
-    pretrained = config.model.weights != "none" and processes.first
-    before = EncoderHealth(run.splits.train, run.folder / "init.safetensors", run.device) if pretrained else None
+    initial, pretrained = run.folder / "init.safetensors", config.model.weights != "none" and schedule.last
+    watched = pretrained and processes.first and initial.is_file()
+    before = EncoderHealth(run.splits.train, initial, run.device) if watched else None
     log = RunLog(
         run.folder,
         run.console,
@@ -111,7 +113,7 @@ def run_steps(run: Run, evaluation: TrainingEvaluation, began: float) -> int:
         writes=processes.first,
     )
     with log, StopSignal() as stop:
-        if not run.start and config.moco.objective in QUEUED:  # with views that no step will see
+        if not run.start and schedule.last and config.moco.objective in QUEUED:  # with views that no step will see
             training.fill_queue(run.views.batches(schedule.total))
         batches, meter, ready = run.views.batches(run.start), Meter(), time.monotonic()
         for step in range(run.start + 1, schedule.last + 1):
@@ -154,6 +156,8 @@ def run_steps(run: Run, evaluation: TrainingEvaluation, began: float) -> int:
             if evaluates:
                 evaluation.during(training.encoder, epoch)
                 meter.reset()
+        if run.start == schedule.last == 0:  # nothing to train: the start is what is saved
+            save(run, saver, 0)
         processes.once(saver.wait)  # before signals end the process again, and before the others go
     if stopped:
         how = f"stopped at step {step}; resume with: {called('train')} --resume {run.folder}"
@@ -182,6 +186,10 @@ def open_run(config: Config, resume: Path | None, console: Console, processes: P
     folder = resume or processes.once(partial(new_folder, config))
     console.print(f"run folder: {folder}", soft_wrap=True, highlight=False)
     start = restore(folder / "resume.pt", training, images, processes, console) if resume else 0
+    if (branch := training.encoder.branch) and resume is None and config.rationale.init == "ddt":
+        detectors, workers = partial(ddt_detectors, device=device, console=console), pick_workers(config.data.workers)
+        found = processes.once(lambda: detectors(training.encoder, splits.train, config.run.seed, workers=workers))
+        branch.load_state_dict(found)
     if processes.first:
         if resume is None:
             save_weights(folder / "init.safetensors", training.encoder.state_dict(), describe(config))
@@ -200,12 +208,6 @@ def check_sizes(config: Config, images: ImageList, console: Console) -> None:
             "stale keys of the same images become negatives",
             highlight=False,
         )
-
-
-def check_unused(folder: Path) -> None:
-    """`UsageError` if the folder already holds a run; asked before anything is loaded or decoded."""
-    if has_resume(folder / "resume.pt"):
-        raise UsageError(f"{folder} already holds a run: resume it with --resume {folder}, or choose another --run.dir")
 
 
 def new_folder(config: Config) -> Path:

@@ -52,6 +52,8 @@ def make_views(
         impl=config.run.kernels,
         views=config.views,
     )
+    if not config.optim.epochs:  # no view will be asked for: nothing is decoded, and nothing settled
+        return TorchViews(images, loading, bad), config
     if data.loader == "dali" and data.cache not in ("auto", "off"):
         raise UsageError(
             f"--data.loader dali decodes files, it does not read --data.cache {data.cache}: take fused or torch"

@@ -16,14 +16,16 @@ from fastcr.data.images import ImageList
 from fastcr.data.views import normalise
 from fastcr.errors import UsageError
 from fastcr.measures.poolings import Pooling
-from fastcr.method.ddt import Axis, Moments
+from fastcr.method.ddt import Axis, Moments, detectors_like
 from fastcr.method.encoder import Encoder
+from fastcr.method.rationale import RationaleHead
 from fastcr.runs.distributed import ALONE, Processes
 from fastcr.runs.log import progress
 from fastcr.runs.machine import leave_signals
 
 BATCH_SIZE = 128
 AXIS_IMAGES = 2048  # whose positions DDT's axis is of: far more than it takes
+START_IMAGES = 512  # to whose DDT the branch's detectors are fitted
 NO_POOLINGS: Mapping[str, Pooling] = {}
 Crop = tuple[Tensor, tuple[int, int]]
 
@@ -151,6 +153,32 @@ def ddt_axis(
     for name in ("inside", "border", "products"):
         setattr(moments, name, processes.total(getattr(moments, name)))
     return moments.axis()
+
+
+def ddt_detectors(
+    encoder: Encoder, images: ImageList, seed: int, *, device: torch.device, workers: int, console: Console
+) -> dict[str, Tensor]:
+    """The branch's `weight [K,C]` and `bias [K]` with which it pools these images nearly as DDT does, on the CPU.
+
+    `ValueError` for another branch than the rationale branch, `UsageError` if no image can be read.
+    """
+    if not isinstance(encoder.branch, RationaleHead):
+        raise ValueError("only the rationale branch has such detectors")
+    found, count = list[Tensor](), min(len(images), START_IMAGES)
+    with torch.compiler.set_stance("force_eager"), torch.no_grad(), encoder.evaluating():
+        axis = ddt_axis(encoder, images, device=device, workers=workers, console=console)
+        batches = [part.tolist() for part in (torch.arange(count) * len(images) // count).split(BATCH_SIZE)]
+        pin = device.type == "cuda"
+        loader = load_crops([images], batches, image_size=encoder.image_size, workers=workers, pin=pin)
+        for pixels, _, readable in progress(loader, "features for DDT", len(batches), console=console):
+            if readable:
+                found.append(encoder.features(normalise(pixels.to(device), torch.float32)).cpu())
+        if not found:
+            raise images.none_readable()
+    on_cpu = Axis(axis.direction.cpu(), axis.centre.cpu())
+    weight, bias = detectors_like(on_cpu, torch.cat(found), len(encoder.branch.bias), seed)
+    temperature = encoder.branch.config.temperature
+    return {"weight": temperature * weight, "bias": temperature * bias}
 
 
 def _gathered(

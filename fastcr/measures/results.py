@@ -155,6 +155,8 @@ def best_line(results: dict[str, Any]) -> str | None:
 
     gain = best["trained"]["rank1"] - best["baseline"]["rank1"]
     verdict = f"training {'loses' if gain < 0 else 'gains'} {abs(gain):.2f} points"
+    if "retrieval" in results and results["retrieval"] == results.get("frozen_init", {}).get("retrieval"):
+        verdict = "both are of the initial encoder"  # after no epoch
     return (
         f"best (rank-1 / mAP): trained: {said(best['trained'])}; without training: {said(best['baseline'])}; {verdict}"
     )

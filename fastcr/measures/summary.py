@@ -89,6 +89,8 @@ class Run(NamedTuple):
     def progress(self) -> str:
         """How far the run has come."""
         last, epochs = self.records[-1] if self.records else {}, self.config.optim.epochs
+        if not (epochs or self.records):
+            return "no training (0 epochs)"
         if not last.get("epoch"):
             return "no step is logged yet"
         planned = round(last["step"] / last["epoch"]) * epochs

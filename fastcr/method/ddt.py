@@ -64,3 +64,60 @@ class Moments:
         if (inside - border) @ direction < 0:
             direction = -direction
         return Axis(direction.float(), centre.float())
+
+
+FIT_STEPS, FIT_RATE, FIT_BATCH = 200, 0.1, 128
+NOISE = 0.1  # length of what tells the detectors apart, in lengths of what they share
+
+
+def detectors_like(axis: Axis, features: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Detectors `weight [count,C]`, `bias [count]` whose softmax, at temperature 1, pools nearly as DDT does.
+
+    They see features `[N,C,h,w]` as they are, not at unit length. One detector is fitted, and each gets noise of its
+    own; the biases give all of them scores of mean 0 over the sample. The result depends on nothing but the arguments.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    maps = features.float().flatten(2).transpose(1, 2)
+    detector = fit_detector(maps, axis.attention(features).flatten(1), axis.direction, generator)
+    noise = torch.randn(count, len(detector), generator=generator) / len(detector) ** 0.5
+    weight = detector + NOISE * detector.norm() * noise
+    return weight, -(weight @ maps.mean((0, 1)))
+
+
+@torch.enable_grad()
+def fit_detector(maps: Tensor, wanted: Tensor, direction: Tensor, generator: torch.Generator) -> Tensor:
+    """A detector `[C]`: softmax over positions of features `[N,S,C]` that pools as the weights `wanted [N,S]` do.
+
+    From `direction [C]`, at the scale at which the logits have a standard deviation of 1, Adam brings the products of
+    all pairs of pooled embeddings close to the wanted ones. Fitting the maps instead, by their divergence, cost
+    retrieval with the features of a ResNet-18.
+    """
+    deviation = (maps @ direction).std(correction=0)
+    scale = torch.where(deviation > 1e-30, 1 / deviation, 1.0)  # nothing, or a single position, has none
+    unit = direction.clone().requires_grad_()
+    rate = FIT_RATE / len(direction) ** 0.5
+    optimizer = torch.optim.Adam([unit], lr=rate)
+    for step in range(FIT_STEPS):
+        optimizer.param_groups[0]["lr"] = rate * (1 - step / FIT_STEPS)
+        batch = torch.randint(len(maps), (FIT_BATCH,), generator=generator)
+        seen = maps[batch]
+        loss = pair_error((seen @ (scale * unit)).softmax(1), wanted[batch], seen)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return scale * unit.detach()
+
+
+def pair_error(weights: Tensor, wanted: Tensor, maps: Tensor) -> Tensor:
+    """Squared error of the products of all pairs of embeddings, centred, in units of the wanted ones' squares.
+
+    Embeddings are features `maps [N,S,C]` pooled with weights `[N,S]`, at unit length; a scalar.
+    """
+
+    def products(each: Tensor) -> Tensor:
+        pooled = F.normalize(torch.einsum("ns,nsc->nc", each, maps), dim=1)
+        pooled = pooled - pooled.mean(0)
+        return pooled @ pooled.T
+
+    goal = products(wanted)
+    return (products(weights) - goal).square().sum() / goal.square().sum().clamp(min=1e-30)

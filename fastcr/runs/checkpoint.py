@@ -155,6 +155,12 @@ def has_resume(path: Path) -> bool:
     return path.exists() or any(path.parent.glob(f"{path.stem}.*{path.suffix}"))
 
 
+def check_unused(folder: Path) -> None:
+    """`UsageError` if the folder already holds a run; asked before anything is loaded or decoded."""
+    if has_resume(folder / "resume.pt"):
+        raise UsageError(f"{folder} already holds a run: resume it with --resume {folder}, or choose another --run.dir")
+
+
 def load_resume(path: Path) -> tuple[dict[str, Any], Path]:
     """The newest whole content that `save_resume` wrote there, and the file it is from.
 

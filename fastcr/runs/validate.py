@@ -54,5 +54,8 @@ def _conflicts(config: Config) -> dict[str, bool]:
         "--released.enabled needs --moco.objective infonce": (
             not config.released.enabled or moco.objective == "infonce"
         ),
+        "--rationale.init ddt starts the detectors of the rationale branch, which --released.enabled replaces": (
+            config.rationale.init == "random" or not config.released.enabled
+        ),
         "--released.enabled needs --rationale.enabled True": config.rationale.enabled or not config.released.enabled,
     }

@@ -81,7 +81,7 @@ def test_a_mistake_is_one_line_whatever_stdout_is(
     [
         ("--data.image_size", "31 -1"),
         ("--data.workers", "-1"),
-        ("--optim.epochs", "0"),
+        ("--optim.epochs", "-1"),
         ("--optim.batch_size", "1"),
         ("--optim.lr", "0 -0.1 nan inf"),
         ("--optim.backbone_lr", "-0.1 nan inf"),

@@ -1,0 +1,166 @@
+"""Runs that do not train: `--optim.epochs 0`, and the branch that begins where DDT is."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastcr import embed, evaluate, export, report, train, visualize
+from fastcr.data.crops import centre_crop
+from fastcr.data.layouts import read_splits
+from fastcr.data.views import normalise
+from fastcr.measures.results import best_line
+from fastcr.method.encoder import load
+from fastcr.method.rationale import RationaleHead
+from fastcr.runs.checkpoint import load_weights
+from tests.shared import SHORT, TINY, records, start
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ZERO = ("--optim.epochs", "0")
+DDT = ("--rationale.init", "ddt", "--data.image_size", "80")  # maps of 5 by 5: some positions are not at the border
+FILES = {"config.yaml", "metrics.jsonl", "weights.safetensors", "init.safetensors", "resume.pt"}
+
+
+def flags(root: Path, folder: Path, *more: str) -> list[str]:
+    return [*TINY, *SHORT, "--data.root", str(root), "--run.dir", str(folder), *more]
+
+
+def run(root: Path, folder: Path, *more: str) -> Path:
+    train.main(flags(root, folder, *more))
+    return folder
+
+
+def weights(folder: Path, name: str = "weights") -> dict[str, torch.Tensor]:
+    return load_weights(folder / f"{name}.safetensors")[0]
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.fixture(scope="module")
+def untrained(birds: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(birds, tmp_path_factory.mktemp("runs") / "untrained", *ZERO, *DDT)
+
+
+def test_no_gain_is_said_to_come_from_no_training(untrained: Path) -> None:
+    results = json.loads((untrained / "results.json").read_text())
+    assert str(best_line(results)).endswith("; both are of the initial encoder")
+    results["retrieval"]["rationale"]["mAP"] += 1
+    assert "; training " in str(best_line(results))
+
+
+def test_a_run_of_no_epochs_has_all_its_files(untrained: Path) -> None:
+    names = {file.name for file in untrained.iterdir() if "tfevents" not in file.name}
+    assert names == FILES | {"results.json"}
+    assert records(untrained) == []
+    assert same(weights(untrained), weights(untrained, "init"))
+    assert torch.load(untrained / "resume.pt", weights_only=True)["step"] == 0
+    results = json.loads((untrained / "results.json").read_text())
+    assert results["images"] == 32
+    assert results["retrieval"] == results["frozen_init"]["retrieval"]
+    assert {"mean", "rationale", "ddt"} <= results["retrieval"].keys()
+
+
+def test_every_command_takes_a_run_of_no_epochs(untrained: Path, birds: Path, tmp_path: Path) -> None:
+    folder, cpu = tmp_path / "run", ("--run.device", "cpu")
+    shutil.copytree(untrained, folder)
+    before = weights(folder)
+    train.main(["--resume", str(folder)])
+    assert same(weights(folder), before)
+    evaluate.main([str(folder), *cpu, "--data.workers", "0", "--linear.epochs", "1"])
+    assert "linear" in json.loads((folder / "results.json").read_text())
+    embed.main([str(folder), str(birds), "--out", str(tmp_path / "rows"), *cpu, "--data.workers", "0"])
+    export.main([str(folder), "--format", "safetensors", "--out", str(tmp_path / "exported.safetensors")])
+    visualize.main([str(folder), *cpu])
+    report.main([str(folder), *cpu, "--data.workers", "0"])
+    assert "no training (0 epochs)" in (folder / "report.html").read_text()
+    made = {file.name for file in [*folder.iterdir(), *tmp_path.iterdir()]}
+    assert {"attention.png", "rows", "exported.safetensors", "report.html"} <= made
+
+
+def test_a_run_of_no_epochs_goes_on_as_one_that_never_paused(flat: Path, tmp_path: Path) -> None:
+    queued = ("--moco.objective", "neighbour")  # fills its queue before the first step: not where there is none
+    whole = records(run(flat, tmp_path / "whole", *queued, "--run.steps", "2"))
+    run(flat, tmp_path / "paused", *queued, *ZERO)
+    assert torch.load(tmp_path / "paused" / "resume.pt", weights_only=True)["model"]["moco.queue_images"].max() == -1
+    train.main(["--resume", str(tmp_path / "paused"), "--optim.epochs", "4", "--run.steps", "2"])
+    losses = [[record["loss"] for record in each] for each in (whole, records(tmp_path / "paused"))]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 2
+
+
+@pytest.mark.parametrize("more", [("--moco.objective", "relational"), ("--rationale.enabled", "False"), DDT])
+def test_no_epochs_without_labels_and_with_other_methods(more: tuple[str, ...], flat: Path, tmp_path: Path) -> None:
+    folder = run(flat, tmp_path / "run", *ZERO, *more)
+    assert {file.name for file in folder.iterdir() if "tfevents" not in file.name} == FILES
+
+
+def test_no_epochs_say_nothing_of_a_cache(flat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(flat, tmp_path / "run", *ZERO, "--data.loader", "auto", "--data.cache", "auto")
+    assert "decoded once" not in capsys.readouterr().out
+
+
+def ddt_maps(features: torch.Tensor) -> torch.Tensor:
+    """DDT's weights `[N,S]` of features `[N,C,h,w]` by a whole decomposition in fp64."""
+    unit = features.double() / features.double().square().sum(1, keepdim=True).sqrt()
+    rows = unit.permute(0, 2, 3, 1)
+    centred = rows - rows.flatten(0, 2).mean(0)
+    scores = centred @ torch.linalg.svd(centred.flatten(0, 2), full_matrices=False).Vh[0]
+    edge = torch.ones_like(scores[0], dtype=torch.bool)
+    edge[1:-1, 1:-1] = False
+    scores = scores * (1 if scores[:, ~edge].mean() > scores[:, edge].mean() else -1)
+    kept = scores.clamp(min=0).flatten(1)
+    return kept / kept.sum(1, keepdim=True)
+
+
+def test_the_branch_begins_where_ddt_is(untrained: Path, birds: Path) -> None:
+    encoder, images = load(untrained / "init.safetensors"), read_splits(birds).train
+    crops = torch.stack([centre_crop(images.rgb(i), 80) for i in range(len(images))])
+    features = encoder.features(normalise(crops, torch.float32))
+    assert isinstance(encoder.branch, RationaleHead)
+    torch.manual_seed(0)
+    other = RationaleHead(features.shape[1], detectors=4)
+    maps, wanted = features.double().flatten(2), ddt_maps(features)
+    pooled = [F.normalize(torch.einsum("ns,ncs->nc", each.double(), maps), dim=1) for each in (
+        wanted, encoder.branch.pool(features).attention, other.pool(features).attention.detach()
+    )]  # fmt: skip
+    goal, found, random = [(each - each.mean(0)) @ (each - each.mean(0)).T for each in pooled]
+    assert (found - goal).square().sum() < (random - goal).square().sum() / 4
+
+
+def test_the_start_is_the_same_each_time_and_no_other_weight_differs(flat: Path, tmp_path: Path) -> None:
+    first, again = (run(flat, tmp_path / name, *ZERO, *DDT) for name in ("first", "again"))
+    plain = run(flat, tmp_path / "plain", *ZERO, "--data.image_size", "80")
+    assert same(weights(first, "init"), weights(again, "init"))
+    ours, theirs = weights(first, "init"), weights(plain, "init")
+    assert {key for key in ours if not torch.equal(ours[key], theirs[key])} == {"branch.weight", "branch.bias"}
+
+
+def test_a_resumed_run_keeps_its_branch(flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = run(flat, tmp_path / "run", *DDT, "--run.steps", "1")
+    assert not same(weights(folder), weights(folder, "init"))
+    initial = weights(folder, "init")
+    monkeypatch.setattr(train, "ddt_detectors", None)  # would fail if it were called
+    train.main(["--resume", str(folder), "--run.steps", "2"])
+    assert same(weights(folder, "init"), initial)
+
+
+def test_the_released_branch_has_no_such_start(flat: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    line = refused(train.main, *flags(flat, tmp_path / "run", *DDT, "--released.enabled", "True"))
+    assert "--rationale.init ddt" in line
+    assert "--released.enabled" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_processes_begin_with_the_branch_of_one(flat: Path, tmp_path: Path) -> None:
+    alone = run(flat, tmp_path / "alone", *ZERO, *DDT)
+    command = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastcr.train")
+    started = start(*command, *flags(flat, tmp_path / "two", *ZERO, *DDT))
+    _, errors = started.communicate(timeout=120)
+    assert started.returncode == 0, errors
+    assert same(weights(tmp_path / "two"), weights(alone))
