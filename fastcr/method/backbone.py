@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import itertools
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -111,6 +112,32 @@ def build_backbone(
         modules.pop(stage)
         channels //= 2
     return nn.Sequential(modules), channels
+
+
+def freeze_stages(backbone: nn.Module, count: int) -> None:
+    """Take the stem and the `count` stages after it from training, the statistics of their BatchNorms included.
+
+    0 takes nothing, not even the stem. `UsageError` for all stages of the backbone, or more.
+    """
+    if not count:
+        return
+    if isinstance(backbone, TimmEncoder):
+        timm = importlib.import_module("timm")
+        groups = timm.models.group_parameters(backbone.timm, backbone.timm.group_matcher(coarse=True))
+        stages = [[f"timm.{name}" for name in groups[number]] for number in sorted(groups)]
+    else:
+        names = [name for name, _ in backbone.named_parameters()]
+        stages = [[name for name in names if name.startswith(stage)] for stage in STAGES]
+        stages = [[name for name in names if not name.startswith("layer")], *filter(None, stages)]
+    if count >= len(stages) - 1:
+        raise UsageError(
+            f"--model.frozen_stages {count}: this backbone has {len(stages) - 1}, so at most {len(stages) - 2}"
+        )
+    for name in itertools.chain.from_iterable(stages[: count + 1]):
+        backbone.get_parameter(name).requires_grad_(False)
+    for module in backbone.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine and not module.weight.requires_grad:
+            module.eval()
 
 
 def _build_timm(name: str, image_size: int | None) -> tuple[nn.Module, int]:

@@ -16,7 +16,8 @@ from fastcr.config import Config
 from fastcr.data.views import Batch
 from fastcr.errors import UsageError
 from fastcr.kernels import launch
-from fastcr.method.backbone import backbone_mistake, build_backbone
+from fastcr.method.backbone import backbone_mistake, build_backbone, freeze_stages
+from fastcr.method.depthwise import FastGradients, has_slow_gradients
 from fastcr.method.encoder import Branch, Encoder, build_branch, describe
 from fastcr.method.moco import MoCo
 from fastcr.method.objectives import build_objective
@@ -50,7 +51,7 @@ class Schedule(NamedTuple):
 class Training:
     """What a run trains, and how: everything but its images and its files."""
 
-    encoder: Encoder  # the query encoder's backbone, and the branch: what is measured and saved
+    encoder: Encoder  # the query or the key encoder's backbone, and the branch: what is measured and saved
     moco: MoCo
     model: nn.ModuleDict  # moco and branch
     optimizer: torch.optim.Optimizer
@@ -110,7 +111,8 @@ def build(
     torch.manual_seed(config.run.seed)
     torch.backends.cudnn.benchmark = True  # every batch has the same shape
     moco, branch = _modules(config, console, initial_weights, processes)
-    encoder = Encoder(moco.backbone, branch, describe(config))
+    saved = moco.key_backbone if config.moco.saved == "key" else moco.backbone
+    encoder = Encoder(saved, branch, describe(config))
     model = nn.ModuleDict({"moco": moco, **({"branch": branch} if branch else {})})
     model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer, rates = _optimizer(config, moco, branch, device)
@@ -118,6 +120,8 @@ def build(
         keep_compiled()
         moco.backbone.compile()
         moco.key_backbone.compile()
+    elif device.type == "cpu" and has_slow_gradients(moco.backbone):
+        moco.gradients = FastGradients()
     if config.run.overlap_keys:
         moco.key_stream = torch.cuda.Stream(device)
     loss_function, options = _loss_function(config, branch), dict[str, Any]()
@@ -160,6 +164,7 @@ def _modules(
         names = ", ".join(sorted(missing))
         console.print(f"{len(missing)} weights stay random: {names}", highlight=False, soft_wrap=True)
     backbone.requires_grad_(config.optim.backbone_lr != 0)  # if it is not trained, no gradient has to pass through it
+    freeze_stages(backbone, config.model.frozen_stages)
     moco = MoCo(backbone, channels, config.moco)
     if initial_weights:
         load_byol_heads(moco, Path(config.model.weights))

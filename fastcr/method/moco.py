@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,10 +53,16 @@ class MoCo(nn.Module):
         self.key_head = copy.deepcopy(self.head).requires_grad_(False)
         self.key_stream: torch.cuda.Stream | None = None  # on which keys are encoded in parallel with the queries
         self.processes: Processes = ALONE  # that share the queue
+        self.gradients: AbstractContextManager[Any] = nullcontext()  # in which the backbone's forward pass is recorded
         self.shuffle = False  # the images of keys among them
         self.register_buffer("queue", F.normalize(torch.randn(0 if byol else config.queue_size, dim), dim=1))
         self.register_buffer("queue_images", torch.full((len(self.queue),), -1))
         self.register_buffer("queue_position", torch.zeros((), dtype=torch.int64))
+
+    def features(self, images: Tensor, autocast: torch.autocast) -> Tensor:
+        """Images `[B,3,H,W]` to the query encoder's features `[B,C,h,w]`, made under `autocast`."""
+        with record_function("query forward"), autocast, self.gradients:
+            return self.backbone(images)
 
     def project(self, pooled: Tensor) -> Tensor:
         """Pooled features `[B,C]` to queries `[B,D]` before they are normalised."""
@@ -99,11 +107,16 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def update_key_encoder(self, momentum: float) -> None:
-        """`key = momentum * key + (1 - momentum) * query`, for every parameter (BatchNorm keeps its own statistics)."""
-        keys: list[Tensor] = [*self.key_backbone.parameters(), *self.key_head.parameters()]
-        queries: list[Tensor] = [*self.backbone.parameters(), *self.head.parameters()]
+        """`key = momentum * key + (1 - momentum) * query`, for every parameter that is trained.
+
+        BatchNorm keeps its own statistics.
+        """
+        keys = [*self.key_backbone.parameters(), *self.key_head.parameters()]
+        queries = [*self.backbone.parameters(), *self.head.parameters()]
+        followed: list[Tensor] = [query for query in queries if query.requires_grad]
+        moving: list[Tensor] = [key for key, query in zip(keys, queries, strict=True) if query.requires_grad]
         with record_function("EMA"):
-            torch._foreach_lerp_(keys, queries, 1 - momentum)
+            torch._foreach_lerp_(moving, followed, 1 - momentum)
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor, images: Sequence[Tensor | None] = ()) -> None:

@@ -104,8 +104,7 @@ def released_losses(
     The whole gradient passes through the losses, so `scale` is not needed here.
     """
     key = moco.key(batch.second, autocast)
-    with record_function("query forward"), autocast:
-        features = moco.backbone(batch.first)
+    features = moco.features(batch.first, autocast)
     moco.wait_for_keys()
     with record_function("contrast"):
         pooled = mean_pool(features)

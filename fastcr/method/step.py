@@ -57,8 +57,7 @@ def contrast_losses(
     gradient does not pass through the loss.
     """
     key = moco.key(batch.second, autocast)
-    with record_function("query forward"), autocast:
-        features = moco.backbone(batch.first)
+    features = moco.features(batch.first, autocast)
     moco.wait_for_keys()
     if branch is None:
         with record_function("contrast"):

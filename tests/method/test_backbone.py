@@ -22,7 +22,7 @@ from fastcr import train
 from fastcr.config import ModelConfig
 from fastcr.data.views import MEAN, STD
 from fastcr.errors import UsageError
-from fastcr.method.backbone import PACKAGED, backbone_mistake, build_backbone
+from fastcr.method.backbone import PACKAGED, backbone_mistake, build_backbone, freeze_stages
 from fastcr.method.build import check_settings
 from fastcr.method.encoder import load
 from fastcr.method.weights import FILE_OF, MODULE, PACKAGE, load_initial_weights
@@ -572,3 +572,45 @@ def test_a_timm_encoder_is_trained_saved_and_read_again(
     assert last.branch is not None
     features = last.backbone(images)
     assert last.branch.pool(features).attention.shape == (1, features.shape[2] * features.shape[3])
+
+
+def kept(name: str, count: int, last_stage: str = "layer4") -> tuple[set[str], set[str]]:
+    """First parts of the names of the parameters that are kept and trained, BatchNorms in eval mode among the first."""
+    backbone, _ = build_backbone(name, last_stage)
+    freeze_stages(backbone, count)
+    found: tuple[set[str], set[str]] = set(), set()
+    for key, parameter in backbone.named_parameters():
+        found[parameter.requires_grad].add(
+            ".".join(key.removeprefix("timm.").split(".")[: 1 + key.startswith("timm.blocks")])
+        )
+    for key, module in backbone.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            assert module.training == module.weight.requires_grad, key
+    return found
+
+
+def test_stages_of_a_resnet_are_kept_from_its_stem_on() -> None:
+    assert kept("resnet18", 0) == (set(), {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4"})
+    assert kept("resnet18", 1) == ({"conv1", "bn1", "layer1"}, {"layer2", "layer3", "layer4"})
+    assert kept("resnet18", 2, "layer3") == ({"conv1", "bn1", "layer1", "layer2"}, {"layer3"})
+
+
+@pytest.mark.parametrize(
+    ("name", "stem", "last"),
+    [
+        ("timm:tf_efficientnet_lite0", {"conv_stem", "bn1"}, {"blocks.6", "conv_head", "bn2"}),
+        ("timm:vit_tiny_patch16_224", {"cls_token", "pos_embed", "patch_embed"}, {"blocks.11", "norm"}),
+    ],
+)
+def test_stages_of_a_timm_model_are_kept_from_its_stem_on(name: str, stem: set[str], last: set[str]) -> None:
+    pytest.importorskip("timm")
+    fixed, moving = kept(name, 3)
+    assert fixed == stem | {"blocks.0", "blocks.1", "blocks.2"}
+    assert last | {"blocks.3"} <= moving
+
+
+@pytest.mark.parametrize(("name", "last_stage", "most"), [("resnet18", "layer4", 3), ("resnet18", "layer3", 2)])
+def test_not_all_stages_can_be_kept(name: str, last_stage: str, most: int) -> None:
+    kept(name, most, last_stage)
+    with pytest.raises(UsageError, match=f"frozen_stages {most + 1}.* at most {most}"):
+        kept(name, most + 1, last_stage)

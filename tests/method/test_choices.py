@@ -114,6 +114,31 @@ def test_a_kept_encoder_stays_as_it_was_loaded_and_the_rest_learns_alike(variant
     torch.testing.assert_close(weights[0], weights[1])
 
 
+def test_kept_stages_stay_as_they_were_and_cost_no_gradient() -> None:
+    training = prepared(model=replace(TINY.model, frozen_stages=1, batchnorm="local"))
+    before = copy.deepcopy(training.moco.state_dict())
+    moved(training, steps=2)
+    for encoder in ("backbone", "key_backbone"):
+        for name, value in training.moco.get_submodule(encoder).state_dict().items():
+            still = torch.equal(value, before[f"{encoder}.{name}"])
+            assert still == (not name.startswith(("layer2", "layer3"))), name
+    gradients = {name: each.grad is not None for name, each in training.moco.backbone.named_parameters()}
+    assert all(there == name.startswith(("layer2", "layer3")) for name, there in gradients.items())
+
+
+@pytest.mark.parametrize("saved", ["query", "key"])
+def test_the_encoder_that_is_saved(saved: str) -> None:
+    training = prepared(moco=replace(TINY.moco, saved=saved))
+    moved(training, steps=2)
+    query, key = training.moco.backbone.state_dict(), training.moco.key_backbone.state_dict()
+    assert not torch.equal(query["conv1.weight"], key["conv1.weight"])
+    kept = training.encoder.state_dict()
+    for name, value in (key if saved == "key" else query).items():
+        assert torch.equal(kept[f"backbone.{name}"], value)
+    assert training.encoder.branch is not None
+    assert torch.equal(kept["branch.weight"], training.encoder.branch.weight)
+
+
 def test_all_rates_fall_along_the_cosine_and_may_change_at_a_resume(flat: Path, tmp_path: Path) -> None:
     folder, own = tmp_path / "run", ["--optim.lr", "0.1", "--optim.backbone_lr", "0.01", "--rationale.lr", "0.5"]
     train.main(
