@@ -96,6 +96,7 @@ def embed(
 ) -> Embeddings:
     """Both embeddings, the attention and `poolings` of each image from one pass, the encoder in eval mode.
 
+    With `poolings` comes the class token too, as "cls", where the encoder has one.
     Several processes share the batches, which are the same however many there are; the first one gets everything, the
     others their own share. `UsageError` if no image can be read.
     """
@@ -104,6 +105,7 @@ def embed(
     loader = load_crops([images], batches, image_size=encoder.image_size, workers=workers, pin=device.type == "cuda")
     # filled in place: the embeddings of 100,000 images are too large to be held twice
     columns: list[Tensor] = []
+    names = [*poolings, *(["cls"] if poolings and encoder.has_class_token else [])]
     sizes, kept = [torch.empty(0, 2, dtype=torch.int64)], list[int]()
     with encoder.evaluating():
         shown = progress(loader, f"embedding, {title}", console=console)
@@ -111,17 +113,18 @@ def embed(
             sizes.append(sizes_here)
             kept += [indices[i] for i in readable]
             if readable:
-                features = encoder.features(normalise(pixels.to(device), torch.float32))
+                features, token = encoder.with_class_token(normalise(pixels.to(device), torch.float32))
                 rows = [each.flatten(1) for each in encoder.pooled(features) if each is not None]
-                rows += [F.normalize(pool(features), dim=1) for pool in poolings.values()]
+                others = [*(pool(features) for pool in poolings.values()), token]
+                rows += [F.normalize(each.float(), dim=1) for each in others[: len(names)] if each is not None]
                 columns = columns or [torch.empty(sum(map(len, batches)), each.shape[1]) for each in rows]
                 for column, part in zip(columns, rows, strict=True):
                     column[len(kept) - len(readable) : len(kept)] = part
     if not processes.most(len(kept))[0]:
         raise UsageError(f"none of the {len(images)} images under {images.root} can be read")
-    columns = columns or [torch.empty(0, 0)] * ((3 if encoder.branch else 1) + len(poolings))
+    columns = columns or [torch.empty(0, 0)] * ((3 if encoder.branch else 1) + len(names))
     rows = [each[: len(kept)] for each in columns]
-    return _gathered(rows, [*poolings], torch.cat(sizes), kept, images, processes)
+    return _gathered(rows, names, torch.cat(sizes), kept, images, processes)
 
 
 @torch.inference_mode()

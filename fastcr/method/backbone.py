@@ -30,6 +30,9 @@ class TimmEncoder(nn.Module):
 
     Images come normalised with ImageNet's mean and std, and are put to those of the model's own weights. The class
     token and its like are left out; the others lie on their grid.
+
+    Attributes:
+        has_class_token: whether the model has one, which `with_class_token` gives.
     """
 
     timm: Any
@@ -40,6 +43,8 @@ class TimmEncoder(nn.Module):
         super().__init__()
         self.timm = model
         mean, std = (tuple(model.pretrained_cfg[key]) for key in ("mean", "std"))
+        plain = isinstance(getattr(model, "fc_norm", nn.Identity()), nn.Identity)  # else its token is not normalised
+        self.has_class_token = plain and getattr(model, "cls_token", None) is not None
         self.renormalise = (mean, std) != (MEAN, STD)
         self.register_buffer("scale", (torch.tensor(STD) / torch.tensor(std)).view(3, 1, 1), persistent=False)
         shift = (torch.tensor(MEAN) - torch.tensor(mean)) / torch.tensor(std)
@@ -47,9 +52,19 @@ class TimmEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Features `[B,C,h,w]`; `ValueError` if the model's are no map."""
+        return self._map(self._features(images), images)
+
+    def with_class_token(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features `[B,C,h,w]`, and the class token `[B,C]` of a model that has one."""
+        features = self._features(images)
+        return self._map(features, images), features[:, 0]
+
+    def _features(self, images: Tensor) -> Any:
         if self.renormalise:
             images = images * self.scale.to(images.dtype) + self.shift.to(images.dtype)
-        features = self.timm.forward_features(images)
+        return self.timm.forward_features(images)
+
+    def _map(self, features: Any, images: Tensor) -> Tensor:
         if features.ndim == 4:  # some models keep the channels last
             return features if features.shape[1] == self.timm.num_features else features.permute(0, 3, 1, 2)
         if hasattr(self.timm, "fc_norm"):  # a norm that the model has after pooling serves each position here

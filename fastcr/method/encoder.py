@@ -27,7 +27,7 @@ from fastcr.data.images import to_rgb
 from fastcr.data.views import MEAN, STD
 from fastcr.errors import UsageError, one_line
 from fastcr.kernels.launch import Impl
-from fastcr.method.backbone import TIMM, build_backbone
+from fastcr.method.backbone import TIMM, TimmEncoder, build_backbone
 from fastcr.method.moco import mean_pool
 from fastcr.method.rationale import RationaleHead
 from fastcr.method.released import ReleasedBranch, from_released_checkpoint, released_facts
@@ -94,6 +94,17 @@ class Encoder(nn.Module):
         """Normalised images `[B,3,S,S]` to features `[B,C,h,w]`; the backbone runs in `dtype`."""
         with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
             return self.backbone(images)
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether the backbone is a ViT with a class token."""
+        return getattr(self.backbone, "has_class_token", False)
+
+    def with_class_token(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Normalised images `[B,3,S,S]` to features `[B,C,h,w]` and the class token `[B,C]`, where there is one."""
+        if isinstance(self.backbone, TimmEncoder) and self.has_class_token:
+            return self.backbone.with_class_token(images)
+        return self.backbone(images), None
 
     def both(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Pooled:
         """Normalised images `[B,3,S,S]` to the mean and the rationale embedding; the backbone runs in `dtype`."""

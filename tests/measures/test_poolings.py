@@ -24,6 +24,7 @@ from fastcr.measures.embeddings import ddt_axis, embed
 from fastcr.measures.poolings import SIGMA, gaussian, gem, largest_region, norm, scda, weighted, without_training
 from fastcr.measures.results import best_line, best_pooling, retrieval_scores
 from fastcr.measures.retrieval import retrieval
+from fastcr.method.backbone import build_backbone
 from fastcr.method.ddt import Moments
 from fastcr.method.encoder import Encoder, load
 from fastcr.runs.distributed import Processes
@@ -178,6 +179,20 @@ def test_one_pass_gives_every_pooling(
     plain = embed(encoder, images, title="", **HOW)
     assert not plain.others
     assert torch.equal(plain.mean, found.mean)
+
+
+def test_a_class_token_is_measured_beside_the_poolings(images: ImageList) -> None:
+    pytest.importorskip("timm")
+    torch.manual_seed(0)
+    encoder = Encoder(build_backbone("timm:test_vit")[0], None, {"image_size": 32})
+    found = embed(encoder, images, title="", poolings={"gem": gem}, **HOW)
+    assert [*found.others] == ["gem", "cls"]
+    crops = torch.stack([centre_crop(images.rgb(i), 32) for i in range(len(images))])
+    with torch.no_grad(), encoder.evaluating():
+        token = encoder.with_class_token(normalise(crops, torch.float32))[1]
+    assert token is not None
+    torch.testing.assert_close(found.others["cls"], F.normalize(token, dim=1), atol=1e-4, rtol=0)
+    assert not embed(encoder, images, title="", **HOW).others
 
 
 def test_axis_of_a_large_set_is_of_images_taken_evenly(

@@ -24,7 +24,7 @@ from fastcr.data.views import MEAN, STD
 from fastcr.errors import UsageError
 from fastcr.method.backbone import PACKAGED, backbone_mistake, build_backbone, freeze_stages
 from fastcr.method.build import check_settings
-from fastcr.method.encoder import load
+from fastcr.method.encoder import Encoder, load
 from fastcr.method.weights import FILE_OF, MODULE, PACKAGE, load_initial_weights
 from fastcr.runs.checkpoint import save_weights
 from fastcr.runs.command_line import read_command_line
@@ -614,3 +614,25 @@ def test_not_all_stages_can_be_kept(name: str, last_stage: str, most: int) -> No
     kept(name, most, last_stage)
     with pytest.raises(UsageError, match=f"frozen_stages {most + 1}.* at most {most}"):
         kept(name, most + 1, last_stage)
+
+
+@pytest.mark.parametrize(
+    ("name", "there"), [("test_vit", True), ("vit_pwee_patch16_reg1_gap_256", False), ("convnext_atto", False)]
+)
+def test_class_token_is_what_timm_pools(name: str, there: bool) -> None:
+    timm = pytest.importorskip("timm")
+    backbone, _ = build_backbone(f"timm:{name}")
+    encoder = Encoder(backbone.eval(), None, {"image_size": 64})
+    assert encoder.has_class_token == there
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        features, token = encoder.with_class_token(images)
+        assert torch.equal(features, encoder.features(images))
+        if not there:
+            assert token is None
+            return
+        model = timm.create_model(name, num_classes=0, global_pool="token", dynamic_img_size=True).eval()
+        model.load_state_dict(backbone.timm.state_dict())
+        mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+        pixels = images * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+        torch.testing.assert_close(token, model((pixels - mean) / std))
