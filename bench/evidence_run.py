@@ -23,11 +23,11 @@ from fastcr.runs.command_line import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 READING = threading.Lock()  # tyro keeps what it parses in globals, and two runs may end at once
-# the backbone learns at the rate of the rest, BatchNorm with the batch's statistics, and keys follow slowly, unless a
-# row says otherwise
+# of the first edition's rows: the backbone learns at the rate of the rest, BatchNorm with the batch's statistics, and
+# keys follow slowly, unless a row says otherwise
 PRESET = (
-    *("folder", "--optim.backbone_warmup", "0", "--model.batchnorm", "local"),
-    *("--optim.backbone_lr", "None", "--moco.key_momentum", "0.999"),
+    *("cub200-released", "--released.enabled", "False", "--rationale.fit_weight", "1"),
+    *("--moco.queue_size", "4096"),
 )
 Run = dict[str, Any]  # its entry of evidence.json
 KEPT = ("retrieval", "retrieval_centred", "best", "knn", "localisation")  # of results.json

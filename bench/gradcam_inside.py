@@ -8,7 +8,8 @@ percent, beside the average of all such maps and a centred Gaussian of the map's
 `score`, the positions that raise the loss and those that lower it, each divided by its sum; and `target`, the
 distribution the branch was fitted to (there is none for plain MoCo, and the released variant's is all but uniform).
 `average map` is retrieval when every image is pooled with the average attention of all: what knowing where objects
-usually are is worth. Without boxes the file holds an empty object.
+usually are is worth; `head` is retrieval by the projection head's output, which training compares. Without boxes the
+file holds an empty object.
 """
 
 from __future__ import annotations
@@ -105,10 +106,13 @@ def gradcam_inside(
     cam_of = config.rationale.cam_of if branch else "loss"
     common = config.rationale.cam_keeps if branch and config.rationale.cam_weights == "common" else None
     found, sizes, kept = list[Tensor](), list[Tensor](), list[int]()
-    attention, features = list[Tensor](), list[Tensor]()
+    attention, features, projected = list[Tensor](), list[Tensor](), list[Tensor]()
+    saved, head = (moco.key_backbone, moco.key_head) if config.moco.saved == "key" else (moco.backbone, moco.head)
     for crops, sizes_here, indices in centre_crops(images, config.data.image_size, device, workers, console):
         with torch.no_grad():
             seen = moco.backbone(crops)
+            pooled = mean_pool(seen if saved is moco.backbone else saved(crops))
+            projected.append(F.normalize(head(pooled), dim=1).cpu())
             if branch:
                 attention.append(branch.pool(seen).attention.cpu())
                 features.append(seen.flatten(2).half().cpu())
@@ -124,10 +128,12 @@ def gradcam_inside(
         for control in ("average", "gaussian"):
             scores[name] |= {f"{control} inside": scored[control].inside}
             scores[name] |= {f"{control} pointing": scored[control].pointing}
+    labels = torch.tensor(images.labels)[kept]
+    scores["head"] = retrieval(torch.cat(projected), labels)._asdict()
     if attention:
         average = torch.cat(attention).mean(0)
         pooled = torch.cat([each.float() @ average for each in features])
-        scores["average map"] = retrieval(F.normalize(pooled, dim=1), torch.tensor(images.labels)[kept])._asdict()
+        scores["average map"] = retrieval(F.normalize(pooled, dim=1), labels)._asdict()
     return scores
 
 

@@ -113,8 +113,9 @@ class ViewsConfig:
     """Share of the views without colour."""
     blur: float = number(0.5, 0, 1)
     """Share of the views that are blurred."""
-    key: Literal["same", "weak"] = "same"
-    """The key's view: drawn as the query's, or weak: a crop (--views.key_crop) and a flip, nothing else."""
+    key: Literal["same", "weak", "centre"] = "same"
+    """The key's view: drawn as the query's; weak: a crop (--views.key_crop) and a flip, nothing else; or centre: the
+    centre crop that evaluation sees."""
     key_crop: float = number(0.5, 0, 1, above=True)
     """Smallest share of the image's area in a weak view."""
 

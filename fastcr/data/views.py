@@ -131,12 +131,14 @@ def draw_parameters(
     areas, ratios, rest = np.split(uniforms, [CROP_TRIES, 2 * CROP_TRIES], axis=2)
     top, left, jitter, *factors, order, grey, blur, sigma, flip = np.moveaxis(rest, 2, 0)
     sigma = _between(*BLUR_SIGMA, sigma)
-    weak = views.key == "weak"
-    smallest = np.array([[views.crop], [views.key_crop if weak else views.crop]])  # share of the area in either view
-    strong = np.array([True, not weak])
+    smallest = np.array([[views.crop], [views.key_crop if views.key == "weak" else views.crop]])  # share of the area
+    strong, moved = np.array([True, views.key == "same"]), np.array([True, views.key != "centre"])
+    crop = _crop_boxes(sizes.astype(np.float64), _between(smallest, 1.0, areas), ratios, top, left)
+    if views.key == "centre":
+        crop[:, 1] = _centres(sizes)
     width, middle = views.jitter * JITTER, np.array([1, 1, 1, 0])
     return ViewParameters(
-        crop=_crop_boxes(sizes.astype(np.float64), _between(smallest, 1.0, areas), ratios, top, left),
+        crop=crop,
         jitter=(jitter < JITTER_CHANCE) & strong & (views.jitter > 0),
         factors=_between(middle - width, middle + width, np.stack(factors, axis=2)).astype(np.float32),
         order=_ORDERS[(order * len(_ORDERS)).astype(np.int64)],
@@ -144,7 +146,7 @@ def draw_parameters(
         blur=(blur < views.blur) & strong,
         sigma=sigma.astype(np.float32),
         window=(2 * np.ceil(BLUR_REACH * sigma) + 1).astype(np.int32),
-        flip=flip < FLIP_CHANCE,
+        flip=(flip < FLIP_CHANCE) & moved,
     )
 
 
@@ -179,6 +181,12 @@ def _crop_boxes(
     y = np.where(any_fits, np.floor(top * (height - h + 1)), (height - h) // 2)
     x = np.where(any_fits, np.floor(left * (width - w + 1)), (width - w) // 2)
     return np.stack([y, x, h, w], axis=2).astype(np.int32)
+
+
+def _centres(sizes: np.ndarray) -> np.ndarray:
+    """Central squares `[n,4]` of 7/8 of the shorter side: what `crops.centre_crop` cuts."""
+    side = np.maximum(np.rint(sizes.min(1) * 7 / 8), 1)
+    return np.stack([(sizes[:, 0] - side) // 2, (sizes[:, 1] - side) // 2, side, side], axis=1)
 
 
 @lru_cache(maxsize=8)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from fastcr.config import ViewsConfig
+from fastcr.data.crops import centre_crop
 from fastcr.data.images import BadFiles, ImageList
 from fastcr.data.torch_views import TorchViews, augment
 from fastcr.data.views import (
@@ -132,6 +133,19 @@ def test_settings_of_the_views_do_what_they_say() -> None:
     np.testing.assert_array_equal(p.jitter[:, 0], plain.jitter[:, 0])
     np.testing.assert_array_equal(p.flip, plain.flip)
     assert not draw_parameters(1, 0, np.arange(9), sizes[:9], ViewsConfig(jitter=0.0)).jitter.any()
+
+
+@pytest.mark.parametrize(("width", "height"), [(160, 128), (91, 133), (64, 64), (300, 70)])
+def test_a_central_key_is_the_crop_of_evaluation(width: int, height: int) -> None:
+    image, settings = photo(np.random.default_rng(2), width, height), ViewsConfig(key="centre")
+    sizes = np.array([[height, width]])
+    p, plain = (draw_parameters(1, 0, np.arange(1), sizes, each) for each in (settings, DEFAULT))
+    for mine, other in zip(p, plain, strict=True):
+        np.testing.assert_array_equal(mine[:, 0], other[:, 0])  # the query's view is drawn as ever
+    assert not any(flags[:, 1].any() for flags in (p.jitter, p.grey, p.blur, p.flip))
+    size = max(round(min(width, height) * 7 / 8), 1)  # nothing is resized, so that only the cut can differ
+    ours = augment(v2.functional.pil_to_tensor(image), p, 1, size)
+    assert (ours.int() - centre_crop(image, size).int()).abs().float().mean() <= 4
 
 
 def test_jitter_is_torchvisions_color_jitter() -> None:
