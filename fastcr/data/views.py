@@ -186,7 +186,8 @@ def _crop_boxes(
 def _centres(sizes: np.ndarray) -> np.ndarray:
     """Central squares `[n,4]` of 7/8 of the shorter side: what `crops.centre_crop` cuts."""
     side = np.maximum(np.rint(sizes.min(1) * 7 / 8), 1)
-    return np.stack([(sizes[:, 0] - side) // 2, (sizes[:, 1] - side) // 2, side, side], axis=1)
+    top, left = np.rint((sizes - side[:, None]) / 2).T  # rounded as torchvision does
+    return np.stack([top, left, side, side], axis=1)
 
 
 @lru_cache(maxsize=8)
