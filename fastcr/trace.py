@@ -31,11 +31,10 @@ from fastcr.data.loaders import make_views
 from fastcr.data.synthetic import write_synthetic
 from fastcr.errors import UsageError
 from fastcr.kernels.launch import triton
-from fastcr.method.build import build, check_settings, pick_dtype
+from fastcr.method.build import build, check_settings, fit_sizes, pick_dtype
 from fastcr.presets import preset
 from fastcr.runs.command_line import called, one_line_errors, parse, todays_flags
 from fastcr.runs.machine import pick_device
-from fastcr.train import check_sizes
 
 TRACE, SUMMARY = "trace.json.gz", "phases.json"
 KERNELS = 20  # listed
@@ -59,7 +58,7 @@ class TraceConfig(Config):
 def prepare_step(config: TraceConfig, device: torch.device, dtype: torch.dtype, console: Console) -> Callable[[], None]:
     """A function that does one training step on the run's own batches; what only the first steps do is done."""
     images = read_splits(config.data.root or write_synthetic()).train
-    check_sizes(config, images, console)
+    config = fit_sizes(config, images, console)
     step_on = build(config, device, console).step
     views, _ = make_views(config, images, device, dtype, console)
     batches = views.batches(0)

@@ -27,7 +27,7 @@ from fastcr.errors import UsageError, one_line
 from fastcr.measures.embeddings import ddt_detectors
 from fastcr.measures.evaluation import HISTORY, TrainingEvaluation
 from fastcr.measures.health import EncoderHealth
-from fastcr.method.build import Schedule, Training, build, check_settings, compiles, pick_dtype, trained
+from fastcr.method.build import Schedule, Training, build, check_settings, compiles, fit_sizes, pick_dtype, trained
 from fastcr.method.encoder import describe
 from fastcr.method.objectives import QUEUED
 from fastcr.method.rationale import attention_entropy
@@ -174,7 +174,7 @@ def open_run(config: Config, resume: Path | None, console: Console, processes: P
     if resume is None and config.run.dir:
         processes.once(partial(check_unused, Path(config.run.dir)))
     splits = read_splits(config.data.root or write_synthetic())
-    check_sizes(config, splits.train, console)
+    config = fit_sizes(config, splits.train, console)
     images = fingerprint(splits.train)
     if processes.most(images, -images) != [images, -images]:
         raise UsageError(f"{splits.train.root} holds other training images on one machine than on another")
@@ -196,18 +196,6 @@ def open_run(config: Config, resume: Path | None, console: Console, processes: P
         write_whole(folder / "config.yaml", partial(save_config, config))
         keep_records(folder / HISTORY, "epoch", start / schedule.steps_per_epoch)
     return Run(config, folder, start, schedule, splits, views, training, device, console, processes)
-
-
-def check_sizes(config: Config, images: ImageList, console: Console) -> None:
-    """`UsageError` where a batch is larger than the data; a warning where the queue is."""
-    if len(images) < config.optim.batch_size:
-        raise UsageError(f"{images.root} has {len(images)} training images: set --optim.batch_size to at most that")
-    if config.moco.queue_size > len(images):
-        console.print(
-            f"warning: the queue ({config.moco.queue_size}) is larger than the data set ({len(images)} images): "
-            "stale keys of the same images become negatives",
-            highlight=False,
-        )
 
 
 def new_folder(config: Config) -> Path:

@@ -264,6 +264,16 @@ def test_queue_larger_than_the_data_is_warned_of(
     assert "warning: the queue (65) is larger than the data set (64 images)" in capsys.readouterr().out
 
 
+def test_queue_of_what_is_resembled_is_cut_to_the_data(flat: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    flags = ("--run.steps", "1", "--moco.queue_size", "100", "--moco.objective", "neighbour")
+    run(flat, folder := tmp_path / "run", *flags)
+    assert state(folder)["model"]["moco.queue"].shape == (64, 16)
+    assert load_config(folder / "config.yaml").moco.queue_size == 64
+    assert (state(folder)["model"]["moco.queue_images"] >= 0).all()
+    line = refused(run, flat, tmp_path / "other", *flags, "--moco.neighbours", "64")
+    assert "64 training images: set --moco.neighbours to less" in line
+
+
 def test_flat_folder_trains_and_says_that_nothing_is_measured(
     flat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from rich.console import Console
 from torch import Tensor, nn
 
 from fastcr.config import Config
+from fastcr.data.images import ImageList
 from fastcr.data.views import Batch
 from fastcr.errors import UsageError
 from fastcr.kernels import launch
@@ -20,7 +21,7 @@ from fastcr.method.backbone import backbone_mistake, build_backbone, freeze_stag
 from fastcr.method.depthwise import FastGradients, has_slow_gradients
 from fastcr.method.encoder import Branch, Encoder, build_branch, describe
 from fastcr.method.moco import MoCo
-from fastcr.method.objectives import build_objective
+from fastcr.method.objectives import QUEUED, build_objective
 from fastcr.method.parallel import Synchronised
 from fastcr.method.released import load_byol_heads, released_losses
 from fastcr.method.step import Losses, LossFunction, Replayed, contrast_losses, cosine_lr, train_step
@@ -29,6 +30,7 @@ from fastcr.runs.distributed import ALONE, Processes
 from fastcr.runs.machine import keep_compiled
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+C = TypeVar("C", bound=Config)
 Step = Callable[[Batch], tuple[Tensor, Losses]]
 
 
@@ -250,3 +252,25 @@ def check_settings(config: Config, device: torch.device, console: Console, proce
         raise UsageError(f"--run.kernels {config.run.kernels}: {error}") from None
     if device.type == "cuda" and config.run.kernels == "auto" and launch.triton is None:
         console.print("Triton is not installed: plain torch is used in place of the kernels")
+
+
+def fit_sizes(config: C, images: ImageList, console: Console) -> C:
+    """The settings for so many images; `UsageError` where a batch is larger than the data.
+
+    A queue that is larger is cut to the data where it holds what a query shall resemble; else there is a warning.
+    """
+    count, moco = len(images), config.moco
+    if count < config.optim.batch_size:
+        raise UsageError(f"{images.root} has {count} training images: set --optim.batch_size to at most that")
+    if moco.queue_size <= count:
+        return config
+    if moco.objective in QUEUED:
+        if count <= moco.neighbours:
+            raise UsageError(f"{images.root} has {count} training images: set --moco.neighbours to less")
+        return replace(config, moco=replace(moco, queue_size=count))
+    console.print(
+        f"warning: the queue ({moco.queue_size}) is larger than the data set ({count} images): "
+        "stale keys of the same images become negatives",
+        highlight=False,
+    )
+    return config

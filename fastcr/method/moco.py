@@ -20,14 +20,17 @@ from fastcr.method.objectives.byol import byol_head
 from fastcr.method.objectives.contract import Keys
 from fastcr.runs.distributed import ALONE, Processes
 
+EMBEDDING_DIM = 256  # of queries and keys, as in MoCo v2
+
 
 def projection_head(channels: int, config: MocoConfig) -> nn.Sequential:
     """`[B,channels]` to `[B,embedding_dim]`: MoCo v2's two layers, BYOL's, or one that keeps all angles it can."""
+    dim = config.embedding_dim or EMBEDDING_DIM
     if config.objective == "byol":
-        return byol_head(channels, config.embedding_dim)
+        return byol_head(channels, dim)
     if config.head == "mlp":
-        return nn.Sequential(nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, config.embedding_dim))
-    linear = nn.Linear(channels, config.embedding_dim, bias=False)
+        return nn.Sequential(nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, dim))
+    linear = nn.Linear(channels, config.embedding_dim or channels, bias=False)
     nn.init.orthogonal_(linear.weight)
     return nn.Sequential(linear)
 
@@ -46,8 +49,8 @@ class MoCo(nn.Module):
 
     def __init__(self, backbone: nn.Module, channels: int, config: MocoConfig) -> None:
         super().__init__()
-        dim, byol = config.embedding_dim, config.objective == "byol"
         self.backbone, self.head = backbone, projection_head(channels, config)
+        dim, byol = list(self.head.parameters())[-1].shape[0], config.objective == "byol"
         self.predictor = byol_head(dim, dim) if byol else None
         self.key_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
         self.key_head = copy.deepcopy(self.head).requires_grad_(False)

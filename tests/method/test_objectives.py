@@ -166,6 +166,8 @@ def test_the_queue_keeps_images_with_their_keys_when_a_batch_is_taken_in_parts()
 
 
 def test_heads_are_those_of_the_settings() -> None:
+    assert projection_head(16, MocoConfig(head="linear"))[-1].out_features == 16  # a rotation: all angles are kept
+    assert projection_head(16, MocoConfig())[-1].out_features == 256
     linear = projection_head(16, MocoConfig(head="linear", embedding_dim=8))
     weight = next(linear.parameters())
     torch.testing.assert_close(weight @ weight.T, torch.eye(8))  # orthogonal: angles between inputs are kept
