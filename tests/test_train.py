@@ -265,12 +265,12 @@ def test_queue_larger_than_the_data_is_warned_of(
 
 
 def test_queue_of_what_is_resembled_is_cut_to_the_data(flat: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
-    flags = ("--run.steps", "1", "--moco.queue_size", "100", "--moco.objective", "neighbour")
-    run(flat, folder := tmp_path / "run", *flags)
+    more = ("--run.steps", "1", "--moco.queue_size", "100", "--moco.objective", "neighbour")
+    run(flat, folder := tmp_path / "run", *more)
     assert state(folder)["model"]["moco.queue"].shape == (64, 16)
     assert load_config(folder / "config.yaml").moco.queue_size == 64
     assert (state(folder)["model"]["moco.queue_images"] >= 0).all()
-    line = refused(run, flat, tmp_path / "other", *flags, "--moco.neighbours", "64")
+    line = refused(train.main, *flags(flat, tmp_path / "other", *more, "--moco.neighbours", "64"))
     assert "64 training images: set --moco.neighbours to less" in line
 
 
