@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import itertools
 
+# MoCo v2's objective, optimiser and views
+MOCO_V2 = (
+    "--moco.objective infonce --moco.head mlp --moco.temperature 0.2 --moco.key_momentum 0.999 --views.key same "
+    "--views.jitter 1 --views.grey 0.2 --views.blur 0.5 --optim.optimizer sgd --optim.lr 0.03 --optim.epochs 100 "
+    "--optim.batch_size 128"
+)
 FROZEN = "frozen"  # the row whose scores are those of step 0
 STOPPED = {"stopped": "fit gradient stopped at the features", "flowing": "fit gradient flows into the features"}
 FLOWS = {"stopped": "--rationale.stop_gradient True", "flowing": "--rationale.stop_gradient False"}
@@ -94,4 +100,41 @@ LINES = {
         )
     },
 }
+# the second edition: a whole network, and what the preset `folder` is now
+SECOND = {
+    "untrained": ("the initial weights, detectors that begin near DDT", "--optim.epochs 0 --rationale.init ddt"),
+    "relational": ("the preset", ""),
+    "neighbour": (
+        "the five nearest keys of the queue are the positives",
+        "--moco.objective neighbour --moco.neighbours 5",
+    ),
+    "infonce": ("the own key is the positive, the queue's are negatives", "--moco.objective infonce"),
+    "byol": ("predict the own key, no queue", "--moco.objective byol"),
+    "moco-v2": ("MoCo v2's objective, optimiser and views, BatchNorm frozen", f"{MOCO_V2} --optim.epochs 12"),
+    "moco-v2-batchnorm": (
+        "the same, BatchNorm with the batch's statistics",
+        f"{MOCO_V2} --optim.epochs 12 --model.batchnorm local",
+    ),
+    **{
+        f"relational-{name}": (f"relational, {meaning}", flags)
+        for name, meaning, flags in (
+            ("weak-key", "the key sees a random weak crop", "--views.key weak"),
+            ("fast-key", "key momentum 0.99", "--moco.key_momentum 0.99"),
+            ("fixed-key", "the key encoder stays as it was", "--moco.key_momentum 1"),
+            ("moco-views", "MoCo v2's views for the query", "--views.jitter 1 --views.grey 0.2 --views.blur 0.5"),
+            ("small-head", "queries and keys of 256 dimensions", "--moco.embedding_dim 256"),
+            ("saved-key", "the key encoder is measured", "--moco.saved key"),
+            ("frozen-stages", "stem and three stages kept", "--model.frozen_stages 3"),
+            ("half", "six epochs", "--optim.epochs 6"),
+            ("double", "24 epochs", "--optim.epochs 24"),
+            ("ddt", "detectors that begin near DDT", "--rationale.init ddt"),
+            ("match", "GradCAM keeps what makes the views similar", "--rationale.cam_keeps match"),
+            ("own", "each image's own channel weights", "--rationale.cam_weights own"),
+            ("flowing", "the fit changes the features too", "--rationale.stop_gradient False"),
+            *((f"k{k}", f"{k} detectors", f"--rationale.detectors {k}") for k in (8, 128)),
+        )
+    },
+}
+LINES |= {name: (meaning, f"folder {flags}") for name, (meaning, flags) in SECOND.items()}
+LINES["released-code"] = ("the variant of the authors' released code", "cub200-released --optim.epochs 12")
 ROWS = {name: (meaning, tuple(flags.split())) for name, (meaning, flags) in LINES.items()}

@@ -18,17 +18,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench.evidence_rows import FROZEN, ROWS
+from bench.evidence_rows import FROZEN, MOCO_V2, ROWS
 from fastcr.runs.command_line import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 READING = threading.Lock()  # tyro keeps what it parses in globals, and two runs may end at once
-# of the first edition's rows: the backbone learns at the rate of the rest, BatchNorm with the batch's statistics, and
-# keys follow slowly, unless a row says otherwise
-PRESET = (
-    *("cub200-released", "--released.enabled", "False", "--rationale.fit_weight", "1"),
-    *("--moco.queue_size", "4096"),
-)
+# of the first edition's rows, unless they say otherwise: MoCo v2's settings, BatchNorm with the batch's statistics
+PRESET = ("folder", *MOCO_V2.split(), "--model.batchnorm", "local")
 Run = dict[str, Any]  # its entry of evidence.json
 KEPT = ("retrieval", "retrieval_centred", "best", "knn", "localisation")  # of results.json
 
@@ -124,8 +120,12 @@ def read_run(folder: Path, *, frozen: bool) -> Run:
     results = read((folder / "results.json").read_text())
     part = results["frozen_init"] if frozen else results
     found = {key: part[key] for key in KEPT if key in part}
-    last = read((folder / "metrics.jsonl").read_text().splitlines()[-1])
-    keys = ("step", "contrast_loss", "fit_loss", "attention_entropy", "effective_detectors")
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    last = read(lines[-1]) if lines else {}  # no line where nothing was trained
+    keys = (
+        *("step", "contrast_loss", "fit_loss", "attention_entropy", "effective_detectors"),
+        *("effective_rank", "kept_neighbours"),
+    )
     found |= {"images": results["images"], "last": {key: last[key] for key in keys if key in last}}
     return found if frozen else found | {"gradcam": read((folder / "gradcam.json").read_text())}
 

@@ -42,6 +42,21 @@ RETRIEVAL = {
     )
     for pooling in POOLINGS
 } | {"rank-1, average map": ("gradcam", "average map", "rank1", 1)}
+# the same of every pooling, plain and less the mean over the images
+OTHERS = {
+    f"{shown}, {name}": (*place, key, 1)
+    for shown, key in (("rank-1", "rank1"), ("mAP", "mAP"))
+    for name, place in (
+        ("mean (c)", ("retrieval_centred", "mean")),
+        ("GeM (c)", ("retrieval_centred", "gem")),
+        ("DDT", ("retrieval", "ddt")),
+        ("DDT (c)", ("retrieval_centred", "ddt")),
+        ("rationale (c)", ("retrieval_centred", "rationale")),
+        ("the head's output", ("gradcam", "head")),
+        ("best pooling", ("best", "trained")),
+        ("best without training", ("best", "baseline")),
+    )
+}
 ATTENTION = {
     "in the box": ("localisation", "attention", "inside", 1),
     "average map": ("localisation", "average", "inside", 1),
@@ -62,10 +77,14 @@ TRAINING = {
     "contrast loss, pooled": ("last", "pooled_contrast_loss", 3),
     "attention entropy, nats": ("last", "attention_entropy", 3),
     "effective detectors": ("last", "effective_detectors", 1),
+    "effective rank": ("last", "effective_rank", 0),
+    "neighbours kept": ("last", "kept_neighbours", 2),
     "seconds": ("seconds", 0),
 }
 LEGENDS = {
     "Retrieval and weighted kNN": "Average map: every picture pooled with the average of the attention to all of them.",
+    "Retrieval by other poolings": "(c): less the mean over the test images. Best: of all that `fastcr evaluate` measures, "
+    "by rank-1; without training: of the initial weights, less what the branch pools.",
     "Share of the attention in the object's box": "Average map: the average of the attention to all pictures, laid on "
     "each; attention exchanged among the pictures holds as much. Gaussian: centred, of each map's own entropy; it does "
     "not look. GradCAM: of the trained encoder's contrast loss on the test images (of the own key's logit in rows with "
@@ -130,9 +149,9 @@ def heading(study: Run) -> str:
 
 
 def tables(study: Run) -> str:
-    """All of a study: what was run on what, three tables, what each row is, which runs failed."""
+    """All of a study: what was run on what, four tables, what each row is, which runs failed."""
     parts, runs = [[heading(study)]], study["runs"]
-    kinds: tuple[Mapping[str, tuple[Any, ...]], ...] = (RETRIEVAL, ATTENTION, TRAINING)
+    kinds: tuple[Mapping[str, tuple[Any, ...]], ...] = (RETRIEVAL, OTHERS, ATTENTION, TRAINING)
     for (title, legend), columns in zip(LEGENDS.items(), kinds, strict=True):
         if lines := table(study, columns):
             parts.append([f"**{title}**", "", *lines, *(["", legend] if legend else [])])
