@@ -8,7 +8,7 @@ import itertools
 MOCO_V2 = (
     "--moco.objective infonce --moco.head mlp --moco.temperature 0.2 --moco.key_momentum 0.999 --views.key same "
     "--views.jitter 1 --views.grey 0.2 --views.blur 0.5 --optim.optimizer sgd --optim.lr 0.03 --optim.epochs 100 "
-    "--optim.batch_size 128"
+    "--optim.batch_size 128 --model.frozen_stages 0"
 )
 FROZEN = "frozen"  # the row whose scores are those of step 0
 STOPPED = {"stopped": "fit gradient stopped at the features", "flowing": "fit gradient flows into the features"}
@@ -124,7 +124,7 @@ SECOND = {
             ("moco-views", "MoCo v2's views for the query", "--views.jitter 1 --views.grey 0.2 --views.blur 0.5"),
             ("small-head", "queries and keys of 256 dimensions", "--moco.embedding_dim 256"),
             ("saved-key", "the key encoder is measured", "--moco.saved key"),
-            ("frozen-stages", "stem and three stages kept", "--model.frozen_stages 3"),
+            ("all-stages", "no stage is kept", "--model.frozen_stages 0"),
             ("half", "six epochs", "--optim.epochs 6"),
             ("double", "24 epochs", "--optim.epochs 24"),
             ("ddt", "detectors that begin near DDT", "--rationale.init ddt"),

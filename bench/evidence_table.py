@@ -83,8 +83,8 @@ TRAINING = {
 }
 LEGENDS = {
     "Retrieval and weighted kNN": "Average map: every picture pooled with the average of the attention to all of them.",
-    "Retrieval by other poolings": "(c): less the mean over the test images. Best: of all that `fastcr evaluate` measures, "
-    "by rank-1; without training: of the initial weights, less what the branch pools.",
+    "Retrieval by other poolings": "(c): less the mean over the test images. Best: of all that `fastcr evaluate` "
+    "measures, by rank-1; without training: of the initial weights, less what the branch pools.",
     "Share of the attention in the object's box": "Average map: the average of the attention to all pictures, laid on "
     "each; attention exchanged among the pictures holds as much. Gaussian: centred, of each map's own entropy; it does "
     "not look. GradCAM: of the trained encoder's contrast loss on the test images (of the own key's logit in rows with "

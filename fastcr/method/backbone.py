@@ -8,7 +8,7 @@ import itertools
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torchvision
@@ -129,10 +129,11 @@ def build_backbone(
     return nn.Sequential(modules), channels
 
 
-def freeze_stages(backbone: nn.Module, count: int) -> None:
+def freeze_stages(backbone: nn.Module, count: int | Literal["half"]) -> None:
     """Take the stem and the `count` stages after it from training, the statistics of their BatchNorms included.
 
-    0 takes nothing, not even the stem. `UsageError` for all stages of the backbone, or more.
+    0 takes nothing, not even the stem; "half" is half of the stages, rounded down. `UsageError` for all stages of the
+    backbone, or more.
     """
     if not count:
         return
@@ -144,6 +145,8 @@ def freeze_stages(backbone: nn.Module, count: int) -> None:
         names = [name for name, _ in backbone.named_parameters()]
         stages = [[name for name in names if name.startswith(stage)] for stage in STAGES]
         stages = [[name for name in names if not name.startswith("layer")], *filter(None, stages)]
+    if count == "half":
+        count = (len(stages) - 1) // 2
     if count >= len(stages) - 1:
         raise UsageError(
             f"--model.frozen_stages {count}: this backbone has {len(stages) - 1}, so at most {len(stages) - 2}"

@@ -27,7 +27,7 @@ def _check_numbers(section: Any, name: str) -> None:
         value, flag, limits = getattr(section, each.name), f"{name}{each.name}", each.metadata
         if dataclasses.is_dataclass(value):
             _check_numbers(value, f"{flag}.")
-        elif limits and value is not None:
+        elif limits and value is not None and not isinstance(value, str):
             low, high, above = limits["low"], limits["high"], limits["above"]
             values = value if isinstance(value, tuple) else (value,)
             if not all(low <= one <= high and not (above and one == low) and abs(one) < math.inf for one in values):

@@ -574,7 +574,7 @@ def test_a_timm_encoder_is_trained_saved_and_read_again(
     assert last.branch.pool(features).attention.shape == (1, features.shape[2] * features.shape[3])
 
 
-def kept(name: str, count: int, last_stage: str = "layer4") -> tuple[set[str], set[str]]:
+def kept(name: str, count: Any, last_stage: str = "layer4") -> tuple[set[str], set[str]]:
     """First parts of the names of the parameters that are kept and trained, BatchNorms in eval mode among the first."""
     backbone, _ = build_backbone(name, last_stage)
     freeze_stages(backbone, count)
@@ -592,6 +592,8 @@ def kept(name: str, count: int, last_stage: str = "layer4") -> tuple[set[str], s
 def test_stages_of_a_resnet_are_kept_from_its_stem_on() -> None:
     assert kept("resnet18", 0) == (set(), {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4"})
     assert kept("resnet18", 1) == ({"conv1", "bn1", "layer1"}, {"layer2", "layer3", "layer4"})
+    assert kept("resnet18", "half") == kept("resnet18", 2)
+    assert kept("resnet18", "half", "layer3") == kept("resnet18", 1, "layer3")
     assert kept("resnet18", 2, "layer3") == ({"conv1", "bn1", "layer1", "layer2"}, {"layer3"})
 
 
@@ -604,6 +606,7 @@ def test_stages_of_a_resnet_are_kept_from_its_stem_on() -> None:
 )
 def test_stages_of_a_timm_model_are_kept_from_its_stem_on(name: str, stem: set[str], last: set[str]) -> None:
     pytest.importorskip("timm")
+    assert kept(name, "half") == kept(name, 3 if "lite0" in name else 6)
     fixed, moving = kept(name, 3)
     assert fixed == stem | {"blocks.0", "blocks.1", "blocks.2"}
     assert last | {"blocks.3"} <= moving
