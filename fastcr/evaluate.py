@@ -78,8 +78,8 @@ def main(args: Sequence[str] | None = None) -> None:
         workers = pick_workers(config.data.workers, processes.local_ranks)
         classifiers = Classifiers(config.knn, config.linear)
         evaluation = Evaluation(splits, images, device, workers, console, classifiers, objects, processes)
-        scores = evaluation.measure_file(frozen, "frozen init").scores if frozen else None
-        results = evaluation.results(weights, scores)
+        initial = evaluation.measure_file(frozen, "frozen init") if frozen else None
+        results = evaluation.results(weights, initial)
         show(results, console)
         if processes.first:
             write_results(weights.parent / "results.json", results)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 from collections.abc import Mapping
 from contextlib import suppress
@@ -38,6 +39,7 @@ from fastcr.runs.distributed import ALONE, Processes
 from fastcr.runs.log import read_records
 
 HISTORY = "evaluations.jsonl"  # of a run: one object for each evaluation during training
+INITIAL = "init.safetensors"  # the weights it began with
 BEST = "best.safetensors"  # the weights of the best of them
 
 
@@ -139,9 +141,11 @@ class Evaluation:
         """Every score of a weights file, which only the first process needs to have."""
         return self.measure(self.processes.once(lambda: load(path)).to(self.device), title)
 
-    def results(self, weights: Path, frozen: Scores | None) -> dict[str, Any]:
-        """Content of `results.json`: scores of `weights`, those of the frozen initialisation, the best epoch."""
-        scores, skipped, unreadable = self.measure_file(weights, "trained")
+    def results(self, weights: Path, initial: Measured | None) -> dict[str, Any]:
+        """Content of `results.json`: scores of `weights`, those of the initial weights beside them, the best epoch."""
+        same = initial and self.processes.once(lambda: filecmp.cmp(weights, weights.with_name(INITIAL), shallow=False))
+        scores, skipped, unreadable = initial if initial and same else self.measure_file(weights, "trained")
+        frozen = initial.scores if initial else None
         for path in unreadable:
             self.console.print(f"unreadable image {path!r}: left out", soft_wrap=True, highlight=False)
         if skipped:
@@ -189,18 +193,18 @@ class TrainingEvaluation:
     ) -> None:
         self.folder, self.console, self.processes, images = folder, console, processes, test_images(splits)
         self.evaluation = Evaluation(splits, images, device, workers, console, processes=processes) if images else None
-        self.frozen: Scores | None = None
+        self.frozen: Measured | None = None
 
-    def _frozen(self, evaluation: Evaluation) -> Scores:
+    def _frozen(self, evaluation: Evaluation) -> Measured:
         if self.frozen is None:
-            self.frozen = evaluation.measure_file(self.folder / "init.safetensors", "frozen init").scores
+            self.frozen = evaluation.measure_file(self.folder / INITIAL, "frozen init")
         return self.frozen
 
     def during(self, encoder: Encoder, epoch: int) -> None:
         """Print rank-1 of the encoder as it is beside the frozen initialisation, with a warning if it is below."""
         if self.evaluation is None:
             return
-        frozen = self._frozen(self.evaluation)["retrieval"]
+        frozen = self._frozen(self.evaluation).scores["retrieval"]
         with torch.compiler.set_stance("force_eager"):  # not worth compiling for eval mode and another batch size
             measured = self.evaluation.measure(encoder, f"epoch {epoch}", baselines=False)
         scores = measured.scores["retrieval"]
