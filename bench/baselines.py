@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from fastcr.config import Config, MocoConfig, ModelConfig, OptimConfig, RationaleConfig, ReleasedConfig, RunConfig
 from fastcr.data.views import Batch
 from fastcr.method.backbone import build_backbone
-from fastcr.method.build import build, pick_dtype
+from fastcr.method.build import build
 from fastcr.method.moco import MoCo
+from fastcr.runs.machine import pick_dtype
 
 SEED, TEMPERATURE, KEY_MOMENTUM, EMBEDDING_DIM, CLASSES = 0, MocoConfig.temperature, MocoConfig.key_momentum, 256, 1000
 RELEASED_FIT_WEIGHT = 0.01  # on the sum over the batch

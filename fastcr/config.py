@@ -42,7 +42,8 @@ class RunConfig:
     overlap_keys: bool = False
     """Run the key encoder in parallel with the query encoder, on a CUDA stream of its own."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Precision of the encoders (autocast; fp16 with loss scaling); auto: bf16 on CUDA, fp32 on the CPU."""
+    """Precision of the encoders (autocast; fp16 with loss scaling); auto: bf16 where the device multiplies it in
+    hardware, as all GPUs and some CPUs do, else fp32."""
     log_every: int = number(10, 1)
     """Steps between two records in metrics.jsonl; only then does the CPU wait for the GPU."""
     eval_every: int = number(0, 0)
@@ -240,6 +241,14 @@ class DeviceConfig:
 
     device: str = "auto"
     """auto (CUDA when there is one, else the CPU), cpu, cuda or cuda:N."""
+
+
+@dataclass(frozen=True)
+class EncoderConfig(DeviceConfig):
+    """Where and how an encoder is run; of the commands that measure or use it."""
+
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Precision of the encoder; auto: bf16 where the device multiplies it in hardware, else fp32."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from fastcr.config import DeviceConfig, WorkersConfig, tyro
+from fastcr.config import EncoderConfig, WorkersConfig, tyro
 from fastcr.data.images import ImageList
 from fastcr.data.layouts import read_splits
 from fastcr.data.views import normalise
@@ -29,7 +29,7 @@ from fastcr.measures.embedding_files import UNREADABLE, Format, Partial, check_u
 from fastcr.measures.embeddings import BATCH_SIZE, load_crops
 from fastcr.method.encoder import Encoder, find_weights, load
 from fastcr.runs.command_line import called, one_line_errors, parse
-from fastcr.runs.machine import pick_device, pick_workers
+from fastcr.runs.machine import pick_device, pick_dtype, pick_workers
 
 Crops = tuple[Tensor, Tensor, list[int]]  # pixels and sizes (height, width) of the readable images, and their places
 Encoded = tuple[dict[str, Tensor], Tensor, list[int], torch.cuda.Event | None]  # arrays in place of pixels
@@ -50,7 +50,7 @@ class EmbedConfig:
     attention: bool = False
     """Also write the attention maps, fp16."""
     data: WorkersConfig = field(default_factory=WorkersConfig)
-    run: DeviceConfig = field(default_factory=DeviceConfig)
+    run: EncoderConfig = field(default_factory=EncoderConfig)
 
 
 def list_images(root: Path) -> tuple[list[ImageList], list[tuple[str, str, str]], str]:
@@ -105,7 +105,7 @@ def embed_folder(config: EmbedConfig, console: Console) -> None:
     if config.attention and encoder.branch is None:
         raise UsageError(f"{weights} has no rationale branch, so there is no --attention to write")
     parts, rows, digest = list_images(config.folder)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = pick_dtype(config.run.precision, device)
     key = {
         "weights": hashlib.sha256(weights.read_bytes()).hexdigest(),
         "images": digest,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fastcr.config import DeviceConfig, ImagesConfig, KnnConfig, LinearConfig, tyro
+from fastcr.config import EncoderConfig, ImagesConfig, KnnConfig, LinearConfig, tyro
 from fastcr.data.layouts import read_splits
 from fastcr.data.synthetic import write_synthetic
 from fastcr.errors import UsageError
@@ -19,7 +19,7 @@ from fastcr.measures.localisation import read_objects
 from fastcr.method.encoder import find_weights
 from fastcr.runs.command_line import called, load_config, one_line_errors, parse
 from fastcr.runs.distributed import processes_of_torchrun
-from fastcr.runs.machine import pick_device, pick_workers
+from fastcr.runs.machine import pick_device, pick_dtype, pick_workers
 
 PATIENCE = timedelta(days=1)  # of the other processes, while the first one trains its probes
 
@@ -39,7 +39,7 @@ class EvaluateConfig:
     source: tyro.conf.Positional[Path]
     """A run folder, or one of fastcr's weights files."""
     data: EvaluateData = field(default_factory=EvaluateData)
-    run: DeviceConfig = field(default_factory=DeviceConfig)
+    run: EncoderConfig = field(default_factory=EncoderConfig)
     knn: KnnConfig = field(default_factory=KnnConfig)
     linear: LinearConfig = field(default_factory=LinearConfig)
 
@@ -75,9 +75,10 @@ def main(args: Sequence[str] | None = None) -> None:
             raise UsageError(f"{root} has no labels (class folders), so nothing can be measured")
         objects = read_objects(config.data.boxes, images)
         device = pick_device(config.run.device, processes.local_rank, processes.local_ranks)
+        dtype = pick_dtype(config.run.precision, device)
         workers = pick_workers(config.data.workers, processes.local_ranks)
         classifiers = Classifiers(config.knn, config.linear)
-        evaluation = Evaluation(splits, images, device, workers, console, classifiers, objects, processes)
+        evaluation = Evaluation(splits, images, device, dtype, workers, console, classifiers, objects, processes)
         initial = evaluation.measure_file(frozen, "frozen init") if frozen else None
         results = evaluation.results(weights, initial)
         show(results, console)

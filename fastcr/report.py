@@ -21,7 +21,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.console import Console
 
 import fastcr
-from fastcr.config import Config, DeviceConfig, ImagesConfig, number, tyro
+from fastcr.config import Config, EncoderConfig, ImagesConfig, number, tyro
 from fastcr.data.layouts import read_splits
 from fastcr.data.synthetic import write_synthetic
 from fastcr.errors import UsageError
@@ -33,7 +33,7 @@ from fastcr.method.encoder import load
 from fastcr.runs.checkpoint import write_whole
 from fastcr.runs.command_line import called, load_config, one_line_errors, parse
 from fastcr.runs.log import read_records
-from fastcr.runs.machine import cache_folder, pick_device, pick_workers
+from fastcr.runs.machine import cache_folder, pick_device, pick_dtype, pick_workers
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # no script is run, nothing is fetched
 GENERATOR = '<meta name="generator" content="fastcr.report">'
@@ -54,7 +54,7 @@ class ReportConfig:
     queries: int = number(6, 0)
     """Test images shown with their nearest neighbours; 0: none. Without either, no image is read."""
     data: ImagesConfig = field(default_factory=ImagesConfig)
-    run: DeviceConfig = field(default_factory=DeviceConfig)
+    run: EncoderConfig = field(default_factory=EncoderConfig)
 
 
 def gallery_of(folder: Path, name: str, trained: Config, config: ReportConfig, console: Console) -> Gallery:
@@ -74,7 +74,8 @@ def gallery_of(folder: Path, name: str, trained: Config, config: ReportConfig, c
         return Gallery(f"The images ({of}) were not at hand when this page was made; --data.root says where they are.")
     device, images = pick_device(config.run.device), splits.test or splits.train
     encoder, workers = load(weights, device), pick_workers(config.data.workers)
-    found = embed(encoder, images, device=device, workers=workers, console=console, title=name)
+    dtype = pick_dtype(config.run.precision, device)
+    found = embed(encoder, images, device=device, dtype=dtype, workers=workers, console=console, title=name)
     thumbnails = Thumbnails(images, encoder.image_size)
     lost = f"; {len(found.unreadable)} cannot be read" if found.unreadable else ""
     note = f"{'Test' if splits.test else 'Training'} images of {of}, evenly spread over {len(images):,}{lost}."

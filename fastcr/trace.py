@@ -31,10 +31,10 @@ from fastcr.data.loaders import make_views
 from fastcr.data.synthetic import write_synthetic
 from fastcr.errors import UsageError
 from fastcr.kernels.launch import triton
-from fastcr.method.build import build, check_settings, fit_sizes, pick_dtype
+from fastcr.method.build import build, check_settings, fit_sizes
 from fastcr.presets import preset
 from fastcr.runs.command_line import called, one_line_errors, parse, todays_flags
-from fastcr.runs.machine import pick_device
+from fastcr.runs.machine import pick_device, pick_dtype
 
 TRACE, SUMMARY = "trace.json.gz", "phases.json"
 KERNELS = 20  # listed

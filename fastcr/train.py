@@ -27,7 +27,7 @@ from fastcr.errors import UsageError, one_line
 from fastcr.measures.embeddings import ddt_detectors
 from fastcr.measures.evaluation import HISTORY, TrainingEvaluation
 from fastcr.measures.health import EncoderHealth
-from fastcr.method.build import Schedule, Training, build, check_settings, compiles, fit_sizes, pick_dtype, trained
+from fastcr.method.build import Schedule, Training, build, check_settings, compiles, fit_sizes, trained
 from fastcr.method.encoder import describe
 from fastcr.method.objectives import QUEUED
 from fastcr.method.rationale import attention_entropy
@@ -44,7 +44,7 @@ from fastcr.runs.checkpoint import (
 from fastcr.runs.command_line import called, one_line_errors, read_command_line, save_config
 from fastcr.runs.distributed import ALONE, Processes, processes_of_torchrun
 from fastcr.runs.log import Meter, RunLog, keep_records
-from fastcr.runs.machine import pick_device, pick_workers, process_age
+from fastcr.runs.machine import pick_device, pick_dtype, pick_workers, process_age
 from fastcr.runs.validate import validate
 from fastcr.runs.watch import HealthWatch, LossWatch, StopSignal
 
@@ -61,6 +61,7 @@ class Run:
     views: Views
     training: Training
     device: torch.device
+    dtype: torch.dtype  # of the encoders
     console: Console
     processes: Processes
 
@@ -83,7 +84,7 @@ def train(
     began, console = time.monotonic() - started, console or Console(markup=False)
     run = open_run(validate(config), Path(resume) if resume else None, console, processes)
     workers = pick_workers(config.data.workers, processes.local_ranks)
-    evaluation = TrainingEvaluation(run.folder, run.splits, run.device, workers, console, processes)
+    evaluation = TrainingEvaluation(run.folder, run.splits, run.device, run.dtype, workers, console, processes)
     if stopped := run_steps(run, evaluation, began):
         raise SystemExit(128 + stopped)
     if bad := set().union(*processes.gather(run.views.bad.files)):
@@ -102,7 +103,7 @@ def run_steps(run: Run, evaluation: TrainingEvaluation, began: float) -> int:
     health, saver = HealthWatch(run.console, config), Saver(run.folder, describe(config), config.run.keep)
     initial, pretrained = run.folder / "init.safetensors", config.model.weights != "none" and schedule.last
     watched = pretrained and processes.first and initial.is_file()
-    before = EncoderHealth(run.splits.train, initial, run.device) if watched else None
+    before = EncoderHealth(run.splits.train, initial, run.device, run.dtype) if watched else None
     log = RunLog(
         run.folder,
         run.console,
@@ -187,15 +188,16 @@ def open_run(config: Config, resume: Path | None, console: Console, processes: P
     console.print(f"run folder: {folder}", soft_wrap=True, highlight=False)
     start = restore(folder / "resume.pt", training, images, processes, console) if resume else 0
     if (branch := training.encoder.branch) and resume is None and config.rationale.init == "ddt":
-        detectors, workers = partial(ddt_detectors, device=device, console=console), pick_workers(config.data.workers)
-        found = processes.once(lambda: detectors(training.encoder, splits.train, config.run.seed, workers=workers))
+        detectors = partial(ddt_detectors, training.encoder, splits.train, config.run.seed, device=device, dtype=dtype)
+        workers = pick_workers(config.data.workers)
+        found = processes.once(lambda: detectors(workers=workers, console=console))
         branch.load_state_dict(found)
     if processes.first:
         if resume is None:
             save_weights(folder / "init.safetensors", training.encoder.state_dict(), describe(config))
         write_whole(folder / "config.yaml", partial(save_config, config))
         keep_records(folder / HISTORY, "epoch", start / schedule.steps_per_epoch)
-    return Run(config, folder, start, schedule, splits, views, training, device, console, processes)
+    return Run(config, folder, start, schedule, splits, views, training, device, dtype, console, processes)
 
 
 def new_folder(config: Config) -> Path:

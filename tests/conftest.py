@@ -50,6 +50,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_precision() -> Iterator[None]:
+    """A CPU that multiplies bf16 shall give the figures that others give."""
+    from fastcr.runs import machine
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine, "multiplies_bf16", lambda: False)
+        yield
+
+
 @pytest.fixture(scope="session")
 def birds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Drawn birds of 16 species, 64 pictures to train on and 32 to test; not to be changed."""

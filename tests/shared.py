@@ -67,7 +67,8 @@ def curves_of(chart: ElementTree.Element) -> list[list[tuple[float, float]]]:
 # MoCo v2 of a small network with random weights, whatever the recipe of the preset
 PLAIN = [
     "--model.backbone", "resnet18", "--model.last_stage", "layer3", "--model.weights", "none",
-    "--optim.optimizer", "sgd", "--optim.lr", "0.03", "--views.key", "same",
+    "--model.frozen_stages", "0", "--run.precision", "fp32", "--optim.optimizer", "sgd", "--optim.lr", "0.03",
+    "--views.key", "same", "--views.jitter", "1", "--views.grey", "0.2", "--views.blur", "0.5",
     "--moco.objective", "infonce", "--moco.head", "mlp", "--moco.temperature", "0.2", "--moco.key_momentum", "0.99",
     "--rationale.cam_keeps", "mismatch", "--rationale.lr", "None",
 ]  # fmt: skip

@@ -64,7 +64,8 @@ def make_views(
         sizes = measure(images, side, loading.workers, console)
         place = choose_place(config, 3 * int(sizes.prod(1).sum()), device, console, processes)
     loader = choose_loader(config, place, device, console)
-    said = f"loader: {loader}; cache: {place}; device: {device}; {len(images)} training images"
+    precision = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    said = f"loader: {loader}; cache: {place}; device: {device}, {precision}; {len(images)} training images"
     console.print(said, highlight=False, soft_wrap=True)
     if place != "off":
         start, folder = time.perf_counter(), data.cache_dir or cache_folder()

@@ -91,10 +91,11 @@ def embed(
     workers: int,
     console: Console,
     title: str,
+    dtype: torch.dtype = torch.float32,
     processes: Processes = ALONE,
     poolings: Mapping[str, Pooling] = NO_POOLINGS,
 ) -> Embeddings:
-    """Both embeddings, the attention and `poolings` of each image from one pass, the encoder in eval mode.
+    """Both embeddings, the attention and `poolings` of each image from one pass, the encoder in eval mode and `dtype`.
 
     With `poolings` comes the class token too, as "cls", where the encoder has one.
     Several processes share the batches, which are the same however many there are; the first one gets everything, the
@@ -113,7 +114,7 @@ def embed(
             sizes.append(sizes_here)
             kept += [indices[i] for i in readable]
             if readable:
-                features, token = encoder.with_class_token(normalise(pixels.to(device), torch.float32))
+                features, token = encoder.with_class_token(normalise(pixels.to(device), torch.float32), dtype)
                 rows = [each.flatten(1) for each in encoder.pooled(features) if each is not None]
                 others = [*(pool(features) for pool in poolings.values()), token]
                 rows += [F.normalize(each.float(), dim=1) for each in others[: len(names)] if each is not None]
@@ -135,6 +136,7 @@ def ddt_axis(
     device: torch.device,
     workers: int,
     console: Console,
+    dtype: torch.dtype = torch.float32,
     processes: Processes = ALONE,
 ) -> Axis:
     """DDT's axis of an encoder's features of `images`, or of `AXIS_IMAGES` of them taken evenly."""
@@ -147,7 +149,7 @@ def ddt_axis(
     with encoder.evaluating():
         for pixels, _, readable in progress(loader, "axis of DDT", len(own), console=console):
             if readable:
-                features = encoder.features(normalise(pixels.to(device), torch.float32))
+                features = encoder.features(normalise(pixels.to(device), torch.float32), dtype).float()
                 moments = moments or Moments(features.shape[1], device)
                 moments.add(features)
     if not (channels := processes.most(len(moments.products) if moments else 0)[0]):
@@ -159,7 +161,14 @@ def ddt_axis(
 
 
 def ddt_detectors(
-    encoder: Encoder, images: ImageList, seed: int, *, device: torch.device, workers: int, console: Console
+    encoder: Encoder,
+    images: ImageList,
+    seed: int,
+    *,
+    device: torch.device,
+    workers: int,
+    console: Console,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
     """The branch's `weight [K,C]` and `bias [K]` with which it pools these images nearly as DDT does, on the CPU.
 
@@ -169,13 +178,13 @@ def ddt_detectors(
         raise ValueError("only the rationale branch has such detectors")
     found, count = list[Tensor](), min(len(images), START_IMAGES)
     with torch.compiler.set_stance("force_eager"), torch.no_grad(), encoder.evaluating():
-        axis = ddt_axis(encoder, images, device=device, workers=workers, console=console)
+        axis = ddt_axis(encoder, images, device=device, workers=workers, console=console, dtype=dtype)
         batches = [part.tolist() for part in (torch.arange(count) * len(images) // count).split(BATCH_SIZE)]
         pin = device.type == "cuda"
         loader = load_crops([images], batches, image_size=encoder.image_size, workers=workers, pin=pin)
         for pixels, _, readable in progress(loader, "features for DDT", len(batches), console=console):
             if readable:
-                found.append(encoder.features(normalise(pixels.to(device), torch.float32)).cpu())
+                found.append(encoder.features(normalise(pixels.to(device), torch.float32), dtype).float().cpu())
         if not found:
             raise images.none_readable()
     on_cpu = Axis(axis.direction.cpu(), axis.centre.cpu())

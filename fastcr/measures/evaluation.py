@@ -71,6 +71,7 @@ class Evaluation:
     splits: Splits
     images: ImageList  # that the scores are of
     device: torch.device
+    dtype: torch.dtype  # in which the encoder is run
     workers: int
     console: Console
     classifiers: Classifiers | None = None  # None: retrieval only
@@ -87,7 +88,7 @@ class Evaluation:
         return self.processes.once(lambda: self._scores(encoder, found, known))
 
     def _work(self) -> dict[str, Any]:
-        names = ("device", "workers", "console", "processes")
+        names = ("device", "dtype", "workers", "console", "processes")
         return {name: getattr(self, name) for name in names}
 
     def _axis(self, encoder: Encoder) -> Axis:
@@ -122,7 +123,7 @@ class Evaluation:
 
     def _augmented(self, encoder: Encoder, epochs: int) -> dict[str, nn.Linear]:
         def encode(images: Tensor) -> dict[str, Tensor]:
-            mean, rationale, _ = encoder.both(images)
+            mean, rationale, _ = encoder.both(images, self.dtype)
             return {"mean": mean} | ({} if rationale is None else {"rationale": rationale})
 
         with encoder.evaluating():
@@ -187,12 +188,15 @@ class TrainingEvaluation:
         folder: Path,
         splits: Splits,
         device: torch.device,
+        dtype: torch.dtype,
         workers: int,
         console: Console,
         processes: Processes = ALONE,
     ) -> None:
         self.folder, self.console, self.processes, images = folder, console, processes, test_images(splits)
-        self.evaluation = Evaluation(splits, images, device, workers, console, processes=processes) if images else None
+        self.evaluation = (
+            Evaluation(splits, images, device, dtype, workers, console, processes=processes) if images else None
+        )
         self.frozen: Measured | None = None
 
     def _frozen(self, evaluation: Evaluation) -> Measured:

@@ -42,12 +42,14 @@ def kept_neighbours(before: Tensor, after: Tensor) -> float:
 class EncoderHealth:
     """Effective rank of an encoder's mean embeddings, and how many nearest neighbours of its start it has kept."""
 
-    def __init__(self, images: ImageList, initial: Path, device: torch.device) -> None:
-        """Take the sample evenly from `images`, and measure the encoder in the weights file `initial`.
+    def __init__(
+        self, images: ImageList, initial: Path, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> None:
+        """Take the sample evenly from `images`, and measure the encoder in the weights file `initial`, run in `dtype`.
 
         `UsageError` if none of the sample can be read.
         """
-        encoder, self.device = load(initial).to(device), device
+        encoder, self.device, self.dtype = load(initial).to(device), device, dtype
         count = min(SAMPLE, len(images))
         chosen = (torch.arange(count) * len(images) // count).split(BATCH_SIZE)
         batches = [indices.tolist() for indices in chosen]
@@ -62,8 +64,8 @@ class EncoderHealth:
     @torch.inference_mode()
     def _embed(self, encoder: Encoder) -> Tensor:
         with encoder.evaluating():
-            parts = [encoder.mean_embedding(normalise(each.to(self.device), torch.float32)) for each in self.crops]
-        return torch.cat(parts).cpu()
+            pixels = (normalise(each.to(self.device), torch.float32) for each in self.crops)
+            return torch.cat([encoder.mean_embedding(each, self.dtype) for each in pixels]).cpu()
 
     def measure(self, encoder: Encoder) -> dict[str, float]:
         """`effective_rank`, and `kept_neighbours` of the start, 0 to 1."""

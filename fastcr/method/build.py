@@ -27,9 +27,8 @@ from fastcr.method.released import load_byol_heads, released_losses
 from fastcr.method.step import Losses, LossFunction, Replayed, contrast_losses, cosine_lr, train_step
 from fastcr.method.weights import load_initial_weights
 from fastcr.runs.distributed import ALONE, Processes
-from fastcr.runs.machine import keep_compiled
+from fastcr.runs.machine import keep_compiled, pick_dtype
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 C = TypeVar("C", bound=Config)
 Step = Callable[[Batch], tuple[Tensor, Losses]]
 
@@ -220,13 +219,6 @@ def trained(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 def compiles(config: Config, device: torch.device) -> bool:
     """Whether the encoders are compiled."""
     return config.run.compile is True or (config.run.compile == "auto" and device.type == "cuda")
-
-
-def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """What `--run.precision` means on `device`."""
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" else "fp32"
-    return DTYPES[precision]
 
 
 def check_settings(config: Config, device: torch.device, console: Console, processes: Processes = ALONE) -> None:

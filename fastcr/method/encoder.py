@@ -100,11 +100,12 @@ class Encoder(nn.Module):
         """Whether the backbone is a ViT with a class token."""
         return getattr(self.backbone, "has_class_token", False)
 
-    def with_class_token(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    def with_class_token(self, images: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor | None]:
         """Normalised images `[B,3,S,S]` to features `[B,C,h,w]` and the class token `[B,C]`, where there is one."""
         if isinstance(self.backbone, TimmEncoder) and self.has_class_token:
-            return self.backbone.with_class_token(images)
-        return self.backbone(images), None
+            with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
+                return self.backbone.with_class_token(images)
+        return self.features(images, dtype), None
 
     def both(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Pooled:
         """Normalised images `[B,3,S,S]` to the mean and the rationale embedding; the backbone runs in `dtype`."""
@@ -118,9 +119,9 @@ class Encoder(nn.Module):
         pooled, attention = self.branch.pool(features)
         return Pooled(mean, F.normalize(pooled, dim=1), attention.unflatten(1, features.shape[2:]))
 
-    def mean_embedding(self, images: Tensor) -> Tensor:
+    def mean_embedding(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Normalised images `[B,3,S,S]` to unit embeddings `[B,C]` by mean pooling, without the branch."""
-        return F.normalize(mean_pool(self.backbone(images)), dim=1)
+        return F.normalize(mean_pool(self.features(images, dtype)), dim=1)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

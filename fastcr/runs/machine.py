@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import tempfile
 import time
@@ -12,6 +13,8 @@ from pathlib import Path
 import torch
 
 from fastcr.errors import UsageError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name: str, local_rank: int = 0, local_ranks: int = 1) -> torch.device:
@@ -39,6 +42,20 @@ def pick_device(name: str, local_rank: int = 0, local_ranks: int = 1) -> torch.d
     elif device.type != "cpu":
         raise UsageError(f"--run.device must be auto, cpu, cuda or cuda:N, got {name!r}")
     return device
+
+
+def multiplies_bf16() -> bool:
+    """Whether the CPU multiplies bf16 in hardware: with AVX-512 or AMX instructions, or Arm's."""
+    if platform.machine() in ("aarch64", "arm64"):
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """What `--run.precision` means on `device`."""
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" or multiplies_bf16() else "fp32"
+    return DTYPES[precision]
 
 
 def pick_workers(workers: int | None, local_ranks: int = 1) -> int:

@@ -256,7 +256,7 @@ def test_auto_is_settled_and_said(photos: ImageList, monkeypatch: pytest.MonkeyP
     said = Console(file=io.StringIO(), width=200)
     _, config = make_views(settings_of("--data.loader", "torch"), photos, CPU, torch.float32, said)
     assert (config.data.loader, config.data.cache) == ("torch", "host")
-    assert "loader: torch; cache: host; device: cpu; 12 training images" in said.file.getvalue()  # type: ignore[attr-defined]
+    assert "loader: torch; cache: host; device: cpu, fp32; 12 training images" in said.file.getvalue()  # type: ignore[attr-defined]
     monkeypatch.setattr(loaders, "free_memory", lambda: 1000)
     _, config = make_views(settings_of("--data.loader", "torch"), photos, CPU, torch.float32, said)
     assert config.data.cache == "off"

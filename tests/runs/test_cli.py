@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -15,10 +16,11 @@ from fastcr import evaluate, train
 from fastcr.config import Config
 from fastcr.errors import UsageError
 from fastcr.presets import PRESETS
+from fastcr.runs import machine
 from fastcr.runs.checkpoint import save_weights
 from fastcr.runs.command_line import load_config, read_command_line, save_config
 from fastcr.runs.validate import validate
-from tests.shared import TINY
+from tests.shared import TINY, start
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ONE_STEP = [*TINY, "--run.steps", "1"]
@@ -237,7 +239,7 @@ def test_auto_loader_on_the_cpu_needs_no_dali(
 ) -> None:
     train.main([*ONE_STEP, "--data.root", str(flat), "--run.dir", str(tmp_path / "run"), "--data.loader", "auto"])
     captured = capfd.readouterr()
-    assert "loader: torch; cache: host; device: cpu; 64 training images" in captured.out
+    assert "loader: torch; cache: host; device: cpu, fp32; 64 training images" in captured.out
     assert "DALI" not in captured.out
     assert captured.err == ""
 
@@ -359,3 +361,30 @@ def test_flags_override_the_preset_and_the_resumed_run(finished: Path) -> None:
     )
     config, resumed = read_command_line(["--run.steps", "7", "--resume", str(finished)])
     assert (resumed, config.run.steps, config.data.image_size) == (finished, 7, 32)
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "hardware", "dtype"),
+    [
+        ("auto", "cpu", True, torch.bfloat16),
+        ("auto", "cpu", False, torch.float32),
+        ("auto", "cuda", False, torch.bfloat16),
+        ("fp32", "cpu", True, torch.float32),
+        ("bf16", "cpu", False, torch.bfloat16),
+        ("fp16", "cuda", True, torch.float16),
+    ],
+)
+def test_precision_is_what_the_processor_can_do(
+    precision: str, device: str, hardware: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "multiplies_bf16", lambda: hardware)
+    assert machine.pick_dtype(precision, torch.device(device)) == dtype
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").is_file(), reason="there is no /proc")
+def test_hardware_that_multiplies_bf16_is_what_the_kernel_lists() -> None:
+    asked = start("-c", "from fastcr.runs.machine import multiplies_bf16; print(multiplies_bf16())")
+    flags = Path("/proc/cpuinfo").read_text()
+    assert (asked.communicate(timeout=60)[0].strip() == "True") == bool(
+        re.search(r"avx512_bf16|amx_tile|\bbf16\b", flags)
+    )
