@@ -23,6 +23,7 @@ from fastcr.method.encoder import Branch, Encoder, build_branch, describe
 from fastcr.method.moco import MoCo
 from fastcr.method.objectives import QUEUED, build_objective
 from fastcr.method.parallel import Synchronised
+from fastcr.method.rationale import RationaleHead
 from fastcr.method.released import load_byol_heads, released_losses
 from fastcr.method.step import Losses, LossFunction, Replayed, contrast_losses, cosine_lr, train_step
 from fastcr.method.weights import load_initial_weights
@@ -172,6 +173,8 @@ def _modules(
     branch = build_branch(channels, config.rationale, config.released, config.run.kernels, processes)
     encoders = nn.ModuleList([moco.backbone, moco.key_backbone])
     norms = [module for module in encoders.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if isinstance(branch, RationaleHead) and config.moco.pooling == "rationale":
+        moco.pool = branch.attended
     moco.processes = processes
     moco.shuffle = processes.ranks > 1 and config.model.norms == "local" and bool(norms)
     if config.model.norms == "sync":

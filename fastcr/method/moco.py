@@ -6,7 +6,7 @@ Momentum contrast is arXiv 1911.05722 and 2003.04297; `objectives/` has what the
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -56,6 +56,7 @@ class MoCo(nn.Module):
         self.key_head = copy.deepcopy(self.head).requires_grad_(False)
         self.key_stream: torch.cuda.Stream | None = None  # on which keys are encoded in parallel with the queries
         self.processes: Processes = ALONE  # that share the queue
+        self.pool: Callable[[Tensor], Tensor] = mean_pool  # features [B,C,h,w] to what the head gets
         self.gradients: AbstractContextManager[Any] = nullcontext()  # in which the backbone's forward pass is recorded
         self.shuffle = False  # the images of keys among them
         self.register_buffer("queue", F.normalize(torch.randn(0 if byol else config.queue_size, dim), dim=1))
@@ -90,7 +91,7 @@ class MoCo(nn.Module):
                 images = self.processes.shuffle(images)
             with autocast:
                 features = self.key_backbone(images)
-            key = F.normalize(self.key_head(mean_pool(features)), dim=1)
+            key = F.normalize(self.key_head(self.pool(features)), dim=1)
             if self.processes.ranks > 1:
                 key = self.processes.gather_keys(key, shuffled=self.shuffle)
         if self.key_stream:

@@ -46,6 +46,14 @@ class RationaleHead(nn.Module):
         initial = nn.Linear(channels, self.config.detectors)  # initialised as a 1x1 convolution is
         self.weight, self.bias, self.impl, self.processes = initial.weight, initial.bias, impl, processes
 
+    def attended(self, features: Tensor) -> Tensor:
+        """Features `[B,C,H,W]` to their sum weighted with the attention `[B,C]`, fp32; its gradient is the features'.
+
+        The attention is taken as it is: no gradient passes through it, nor to the detectors.
+        """
+        attention = self.pool(features.detach()).attention.detach()
+        return torch.einsum("bcs,bs->bc", features.float().flatten(2), attention.float())
+
     def loss(self, features: Tensor, pooled: Tensor, projected: Tensor, key: Tensor) -> Tensor:
         """Fit loss (a scalar, nats): KL divergence of the attention from GradCAM; call it before `backward`.
 

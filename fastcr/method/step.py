@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from fastcr.data.views import Batch
-from fastcr.method.moco import MoCo, mean_pool
+from fastcr.method.moco import MoCo
 from fastcr.method.objectives.contract import Objective
 from fastcr.method.rationale import RationaleHead, mismatch_gradient
 
@@ -61,14 +61,14 @@ def contrast_losses(
     moco.wait_for_keys()
     if branch is None:
         with record_function("contrast"):
-            contrast = objective(moco.query(mean_pool(features)), moco.keys(key, batch.images)).loss.mean()
+            contrast = objective(moco.query(moco.pool(features)), moco.keys(key, batch.images)).loss.mean()
         return Losses(contrast, None, None, features.detach(), key)
 
     with record_function("contrast"):
         # an image's own gradient of the loss serves both GradCAM and the features: the fit hands it to them in its own
         # pass over them, so pooling is cut off from them here
         shared = cam_of == "loss" and branch.config.cam_weights == "own"
-        pooled = mean_pool(features.detach() if shared else features)
+        pooled = moco.pool(features.detach() if shared else features)
         if not pooled.requires_grad:  # cut off, or the backbone is not trained
             pooled.requires_grad_()
         projected = moco.project(pooled)

@@ -54,6 +54,14 @@ def _conflicts(config: Config) -> dict[str, bool]:
         "--released.enabled needs --moco.objective infonce": (
             not config.released.enabled or moco.objective == "infonce"
         ),
+        "--moco.pooling rationale needs the rationale branch: --rationale.enabled True, --released.enabled False": (
+            moco.pooling == "mean" or (config.rationale.enabled and not config.released.enabled)
+        ),
+        "--moco.pooling rationale with --rationale.cam_of loss needs --rationale.cam_weights common": (
+            moco.pooling == "mean"
+            or config.rationale.cam_of == "similarity"
+            or config.rationale.cam_weights == "common"
+        ),
         "--rationale.init ddt starts the detectors of the rationale branch, which --released.enabled replaces": (
             config.rationale.init == "random" or not config.released.enabled
         ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -124,6 +125,37 @@ def test_kept_stages_stay_as_they_were_and_cost_no_gradient() -> None:
             assert still == (not name.startswith(("layer2", "layer3"))), name
     gradients = {name: each.grad is not None for name, each in training.moco.backbone.named_parameters()}
     assert all(there == name.startswith(("layer2", "layer3")) for name, there in gradients.items())
+
+
+def test_what_the_head_gets_may_be_pooled_with_the_attention() -> None:
+    training = prepared(moco=replace(TINY.moco, pooling="rationale"), rationale=replace(TINY.rationale, lr=1e-9))
+    branch, moco = training.encoder.branch, training.moco
+    assert isinstance(branch, RationaleHead)
+    with torch.no_grad():
+        branch.weight.mul_(50)  # far from the mean
+    batch = batch_of()
+    features = moco.backbone(batch.first)
+    pooled, attention = branch.pool(features)
+    assert (pooled - mean_pool(features)).abs().max() > 1e-3
+    torch.testing.assert_close(moco.pool(features), pooled)
+    with torch.no_grad():
+        expected = F.normalize(moco.key_head(branch.pool(moco.key_backbone(batch.second)).pooled), dim=1)
+        torch.testing.assert_close(moco.key(batch.second, torch.autocast("cpu", enabled=False)), expected)
+    # the gradient passes through the features alone, at each position in the share of its attention
+    leaf, weight = features.detach().requires_grad_(), torch.randn(features.shape[1])
+    (moco.pool(leaf) @ weight).sum().backward()
+    torch.testing.assert_close(leaf.grad, weight[:, None, None] * attention.detach().view(8, 1, *features.shape[2:]))
+    assert branch.weight.grad is None
+    assert min(moved(training, steps=2)[part] for part in ("backbone", "head")) > 0
+
+
+def test_pooling_with_the_attention_needs_a_branch(flat: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    folder = ("--data.root", str(flat), "--run.dir", str(tmp_path / "run"), "--moco.pooling", "rationale")
+    assert "needs the rationale branch" in refused(train.main, *folder, "--rationale.enabled", "False")
+    assert "needs the rationale branch" in refused(train.main, *folder, "--released.enabled", "True")
+    assert "cam_weights common" in refused(
+        train.main, *folder, "--rationale.cam_of", "loss", "--rationale.cam_weights", "own"
+    )
 
 
 @pytest.mark.parametrize("saved", ["query", "key"])
