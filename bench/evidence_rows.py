@@ -135,6 +135,14 @@ SECOND = {
         )
     },
 }
+ATTENDED = "--rationale.init ddt --moco.pooling rationale"
+SECOND |= {
+    "attended": (
+        "pooled with DDT's attention in training too, which stays as it was",
+        f"{ATTENDED} --rationale.fit_weight 0",
+    ),
+    "attended-fit": ("the same, the attention fitted to GradCAM from there", ATTENDED),
+}
 LINES |= {name: (meaning, f"folder {flags}") for name, (meaning, flags) in SECOND.items()}
 LINES["released-code"] = ("the variant of the authors' released code", "cub200-released --optim.epochs 12")
 ROWS = {name: (meaning, tuple(flags.split())) for name, (meaning, flags) in LINES.items()}
