@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 from fastcr.config import Config
 from fastcr.measures.charts import Chart, Points, chart
 from fastcr.measures.gallery import Gallery
+from fastcr.measures.results import best_line
 from fastcr.presets import PRESETS
 from fastcr.runs.command_line import called
 
-SECTIONS = ("retrieval", "knn", "linear", "few_label", "localisation")  # of results.json
+SECTIONS = ("retrieval", "retrieval_centred", "knn", "linear", "few_label", "localisation")  # of results.json
 CURVES = {  # of metrics.jsonl: title, scale, whether the axis begins at 0
     "contrast_loss": ("contrast loss", 1, False),
     "fit_loss": ("fit loss (unweighted)", 1, False),
@@ -122,6 +123,14 @@ class Run(NamedTuple):
         frozen = {"frozen init": scores_of(self.results["frozen_init"])} if "frozen_init" in self.results else {}
         return frozen | {"trained": scores_of(self.results)}
 
+    @property
+    def best(self) -> str | None:
+        """The best pooling of the trained encoder beside the best without training; None where they are unknown."""
+        try:
+            return best_line(self.results)
+        except (KeyError, TypeError, ValueError, AttributeError):  # in a file that a bad disk spoilt
+            return None
+
     def layout(self, sections: Sequence[str]) -> tuple[list[tuple[str, str]], dict[str, list[str]]]:
         """Of a table of these sections: rows (section, measure); columns (embeddings or maps), under their headings."""
         parts = {title: [key for key in part if key[0] in sections] for title, part in self.scores.items()}
@@ -168,7 +177,7 @@ def compare(runs: Sequence[Run]) -> tuple[list[tuple[str, str, Scores]], list[Ke
     every = dict.fromkeys(key for *_, scores in rows for key in scores)
     groups = list(dict.fromkeys((section, measure) for section, _, measure in every))
     blind = {("localisation", name) for name in ("average", "gaussian", "uniform")}  # maps that do not look
-    columns = [key for key in every if key[:2] not in blind]
+    columns = [key for key in every if key[:2] not in blind and key[0] != "retrieval_centred"]
     columns.sort(key=lambda key: groups.index((key[0], key[2])))
     ranked = len(rows) > 1 and len({where for _, where, _ in rows}) == 1
     best = {key: max(scores[key] for *_, scores in rows if key in scores) for key in columns if ranked}
