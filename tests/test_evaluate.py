@@ -171,7 +171,7 @@ def test_settings_that_cannot_work_are_refused(
 def test_command_works_as_a_module(copied: Path) -> None:
     before = results(copied)
     (copied / "results.json").unlink()
-    process = start("-m", "fastcr.evaluate", copied, *CPU, "--linear.epochs", "2")
+    process = start("-m", "fastcr.evaluate", copied, *CPU, "--run.precision", "fp32", "--linear.epochs", "2")
     output, errors = process.communicate()
     assert (process.returncode, errors) == (0, "")  # no warning of a library either
     assert results(copied)["retrieval"] == before["retrieval"]

@@ -25,7 +25,7 @@ QUIET = Console(quiet=True)
 
 def settings(root: Path, weights: Path, **more: Any) -> Config:
     return Config(
-        run=RunConfig(device="cpu"),
+        run=RunConfig(device="cpu", precision="fp32"),
         data=DataConfig(root=root, loader="torch", image_size=32, workers=0, cache="off"),
         model=replace(ModelConfig("resnet18", "layer3", str(weights)), batchnorm=more.pop("batchnorm", "frozen")),
         optim=OptimConfig(epochs=8, batch_size=16, lr=more.pop("lr", 0.001), accumulate=more.pop("accumulate", 1)),
