@@ -40,7 +40,7 @@ from fastcr.measures.evaluation import test_images
 from fastcr.measures.localisation import Objects, localisation, objects_in_crop, read_objects
 from fastcr.measures.retrieval import retrieval
 from fastcr.method.build import build
-from fastcr.method.moco import MoCo, mean_pool
+from fastcr.method.moco import MoCo
 from fastcr.method.objectives import build_objective
 from fastcr.method.objectives.contract import Objective
 from fastcr.method.rationale import common_cam_weights, mismatch_gradient
@@ -64,7 +64,7 @@ def slopes(
     that these GradCAMs keep.
     """
     key = moco.key(images.flip(3), torch.autocast(images.device.type, enabled=False))
-    pooled = mean_pool(features).requires_grad_()
+    pooled = moco.pool(features).requires_grad_()
     projected = moco.project(pooled)
     compared = objective(F.normalize(projected, dim=1), moco.keys(key))
     if cam_of == "similarity":
@@ -111,7 +111,7 @@ def gradcam_inside(
     for crops, sizes_here, indices in centre_crops(images, config.data.image_size, device, workers, console):
         with torch.no_grad():
             seen = moco.backbone(crops)
-            pooled = mean_pool(seen if saved is moco.backbone else saved(crops))
+            pooled = moco.pool(seen if saved is moco.backbone else saved(crops))
             projected.append(F.normalize(head(pooled), dim=1).cpu())
             if branch:
                 attention.append(branch.pool(seen).attention.cpu())
