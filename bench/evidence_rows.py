@@ -10,6 +10,7 @@ MOCO_V2 = (
     "--views.jitter 1 --views.grey 0.2 --views.blur 0.5 --optim.optimizer sgd --optim.lr 0.03 --optim.epochs 100 "
     "--optim.batch_size 128 --model.frozen_stages 0"
 )
+MEAN_POOLED = "--rationale.init random --moco.pooling mean --rationale.fit_weight 1"
 FROZEN = "frozen"  # the row whose scores are those of step 0
 STOPPED = {"stopped": "fit gradient stopped at the features", "flowing": "fit gradient flows into the features"}
 FLOWS = {"stopped": "--rationale.stop_gradient True", "flowing": "--rationale.stop_gradient False"}
@@ -100,10 +101,10 @@ LINES = {
         )
     },
 }
-# the second edition: a whole network, and what the preset `folder` is now
+# the second edition: `attended` is the preset `folder`; the others, but for `untrained`, pool with the mean in training
 SECOND = {
     "untrained": ("the initial weights, detectors that begin near DDT", "--optim.epochs 0 --rationale.init ddt"),
-    "relational": ("the preset", ""),
+    "relational": ("the preset, but for mean pooling and a branch that is fitted to GradCAM from a random start", ""),
     "neighbour": (
         "the five nearest keys of the queue are the positives",
         "--moco.objective neighbour --moco.neighbours 5",
@@ -135,13 +136,17 @@ SECOND = {
         )
     },
 }
+SECOND = {
+    name: (meaning, flags if name == "untrained" else f"{MEAN_POOLED} {flags}".strip())
+    for name, (meaning, flags) in SECOND.items()
+}
 ATTENDED = "--rationale.init ddt --moco.pooling rationale"
 SECOND |= {
     "attended": (
         "pooled with DDT's attention in training too, which stays as it was",
         f"{ATTENDED} --rationale.fit_weight 0",
     ),
-    "attended-fit": ("the same, the attention fitted to GradCAM from there", ATTENDED),
+    "attended-fit": ("the same, the attention fitted to GradCAM from there", f"{ATTENDED} --rationale.fit_weight 1"),
 }
 LINES |= {name: (meaning, f"folder {flags}") for name, (meaning, flags) in SECOND.items()}
 LINES["released-code"] = ("the variant of the authors' released code", "cub200-released --optim.epochs 12")

@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench.evidence_rows import FROZEN, MOCO_V2, ROWS
+from bench.evidence_rows import FROZEN, MEAN_POOLED, MOCO_V2, ROWS
 from fastcr.runs.command_line import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 READING = threading.Lock()  # tyro keeps what it parses in globals, and two runs may end at once
 # of the first edition's rows, unless they say otherwise: MoCo v2's settings, BatchNorm with the batch's statistics
-PRESET = ("folder", *MOCO_V2.split(), "--model.batchnorm", "local")
+PRESET = ("folder", *MEAN_POOLED.split(), *MOCO_V2.split(), "--model.batchnorm", "local")
 Run = dict[str, Any]  # its entry of evidence.json
 KEPT = ("retrieval", "retrieval_centred", "best", "knn", "localisation")  # of results.json
 

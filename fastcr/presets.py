@@ -25,14 +25,18 @@ def tuned(name: str) -> Config:
     """For a whole network with good weights: tune it and keep what it knows (docs/evidence.md).
 
     The key encoder sees the crop that evaluation sees and follows slowly; queries from mild views learn its
-    similarities; the first half of the stages and BatchNorm's statistics stay.
+    similarities; the first half of the stages and BatchNorm's statistics stay. The branch begins with DDT's attention,
+    keeps it (`--rationale.fit_weight 1` fits it to GradCAM), and pools what is compared.
     """
     return Config(
         preset=name,
         model=ModelConfig(frozen_stages="half"),
         optim=OptimConfig(epochs=12, batch_size=64, optimizer="adamw", lr=3e-4),
         views=ViewsConfig(jitter=0.5, grey=0.0, blur=0.0, key="centre"),
-        moco=MocoConfig(objective="relational", temperature=0.1, head="linear", key_momentum=0.998),
+        moco=MocoConfig(
+            objective="relational", temperature=0.1, head="linear", pooling="rationale", key_momentum=0.998
+        ),
+        rationale=RationaleConfig(fit_weight=0.0, init="ddt"),
     )
 
 
