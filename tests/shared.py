@@ -70,7 +70,7 @@ PLAIN = [
     "--model.frozen_stages", "0", "--run.precision", "fp32", "--optim.optimizer", "sgd", "--optim.lr", "0.03",
     "--views.key", "same", "--views.jitter", "1", "--views.grey", "0.2", "--views.blur", "0.5",
     "--moco.objective", "infonce", "--moco.head", "mlp", "--moco.temperature", "0.2", "--moco.key_momentum", "0.99",
-    "--rationale.cam_keeps", "mismatch", "--rationale.lr", "None", "--rationale.fit_weight", "1",
+    "--rationale.cam_keeps", "mismatch", "--rationale.lr", "None",
     "--rationale.init", "random", "--moco.pooling", "mean",
 ]  # fmt: skip
 # a run that takes a second; what is named again after it counts
