@@ -63,9 +63,10 @@ def synthetic() -> Config:
 def cub200() -> Config:
     """CUB-200-2011 (5,994 training images), ResNet-50 from ImageNet, 224 px: twelve epochs of tuning.
 
-    Measured on fifty held-out classes at 112 px with EfficientNet-Lite0: the best pooling retrieves 60.1 / 37.0
-    (rank-1 / mAP), before 55.4 / 27.9 (docs/evidence.md). Not yet measured with this encoder and size. The paper's own
-    settings are in docs/method.md; it reports 49.69 (MoCo v2: 17.07) on all classes.
+    Measured with EfficientNet-Lite0 on fifty held-out classes at 112 px (docs/evidence.md): the best pooling retrieves
+    60.0 [59.4, 60.5] at rank-1 and 37.0 [36.9, 37.1] of mAP; the best without training 55.3 and 28.0. Not
+    yet measured with this encoder and size. The paper's own settings are in docs/method.md; it reports 49.69 at rank-1
+    (MoCo v2: 17.07) on all classes.
     """
     return tuned("cub200")
 

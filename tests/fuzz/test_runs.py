@@ -88,7 +88,9 @@ def test_records(folder: Path, history: Damage, metrics: Damage) -> None:
     write_run(folder)
     spoil(folder / HISTORY, history)
     spoil(folder / "metrics.jsonl", metrics)
-    evaluation = Evaluation(Splits(IMAGES, None), IMAGES, torch.device("cpu"), torch.float32, 0, Console(file=io.StringIO()))
+    evaluation = Evaluation(
+        Splits(IMAGES, None), IMAGES, torch.device("cpu"), torch.float32, 0, Console(file=io.StringIO())
+    )
     with pytest.MonkeyPatch.context() as patch:
         scores = {"retrieval": {"mean": {"rank1": 1.0, "rank5": 2.0, "mAP": 1.0}}}
         patch.setattr(Evaluation, "measure_file", lambda *args: Measured(scores, 0, []))  # type: ignore[arg-type]
