@@ -167,8 +167,8 @@ class MocoConfig:
     head: Literal["mlp", "linear"] = "mlp"
     """Projection head: two layers as in MoCo v2, or one, which begins as an orthogonal matrix. byol has its own."""
     pooling: Literal["mean", "rationale"] = "mean"
-    """What the projection head gets: the mean of the features, or their sum weighted with the branch's attention. For
-    networks cut short, whose mean is full of surroundings, with --rationale.init ddt."""
+    """What the projection head gets: the mean of the features, or their sum weighted with the branch's attention. The
+    latter gains most on networks cut short, whose mean is full of surroundings, with --rationale.init ddt."""
     key_momentum: float = number(0.999, 0, 1)
     """Each step, key encoder = key_momentum * key encoder + (1 - key_momentum) * query encoder."""
     embedding_dim: int | None = number(None, 1)

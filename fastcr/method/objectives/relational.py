@@ -3,8 +3,8 @@
     p = softmax(k_b . queue / t_key)    q = softmax(q_b . queue / t_query)    loss_b = -sum_n p_n log q_n
 
 With t_key below t_query the target is the sharper of the two. No image is pushed away from those that its own key
-resembles. An image's own earlier keys are left out. The key's view should be augmented weakly (`--views.key weak`),
-since it is the teacher.
+resembles. An image's own earlier keys are left out. The key's view should show the whole object (`--views.key
+centre`, or `weak`), since it is the teacher.
 """
 
 from __future__ import annotations
