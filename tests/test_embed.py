@@ -273,7 +273,9 @@ def test_broken_partial_folder_is_refused(
     message = fails(capsys, weights, birds, "--out", tmp_path / "out")
     assert f"{tmp_path}/out/partial/rationale.npy is broken: remove that folder" in message
     state = tmp_path / "out" / "partial" / "state.json"
-    for content in ("[]", state.read_text().replace("40", "41"), state.read_text().replace("40", '"40"')):
+    before, count = state.read_text(), '"images": 40'
+    assert count in before
+    for content in ("[]", before.replace(count, '"images": 41'), before.replace(count, '"images": "40"')):
         state.write_text(content)
         assert "state.json is broken" in fails(capsys, weights, birds, "--out", tmp_path / "out")
 
@@ -291,9 +293,11 @@ def test_a_changed_count_of_images_is_noticed_or_harmless(
     killed_after_5_batches.undo()
     state = tmp_path / "out" / "partial" / "state.json"
     before = state.read_text()
-    state.write_text(before.replace('"images": 40', '"images": 64'))
+    count = '"images": 40'
+    assert count in before
+    state.write_text(before.replace(count, '"images": 64'))
     assert "state.json is broken" in fails(capsys, weights, birds, "--out", tmp_path / "out")
-    state.write_text(before.replace("40", "24"))
+    state.write_text(before.replace(count, '"images": 24'))
     run(weights, birds, "--out", tmp_path / "out")
     run(weights, birds, "--out", tmp_path / "whole")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
