@@ -147,6 +147,10 @@ SECOND |= {
         f"{ATTENDED} --rationale.fit_weight 0",
     ),
     "attended-fit": ("the same, the attention fitted to GradCAM from there", f"{ATTENDED} --rationale.fit_weight 1"),
+    "attended-match": (
+        "the same, fitted to GradCAM of what makes the views similar",
+        f"{ATTENDED} --rationale.fit_weight 1 --rationale.cam_keeps match",
+    ),
 }
 LINES |= {name: (meaning, f"folder {flags}") for name, (meaning, flags) in SECOND.items()}
 LINES["released-code"] = ("the variant of the authors' released code", "cub200-released --optim.epochs 12")
