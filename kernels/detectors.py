@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcr.kernels.launch import INTERPRET
+from fastcr.kernels.launch import INTERPRET, on_its_device
 from fastcr.kernels.settings import TABLE, map_class
 
 try:
@@ -187,6 +187,7 @@ def upcast(rows: Tensor) -> bool:
     return INTERPRET and rows.dtype == torch.bfloat16
 
 
+@on_its_device
 def spread_gradients(
     features: Tensor, detectors: Tensor, winners: Tensor, by_logits: Tensor, spread: Tensor, direction: Tensor,
     write: bool,
