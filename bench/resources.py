@@ -85,7 +85,7 @@ class Views(NamedTuple):
 Sizes = Maps | Weights | Contrast | Views
 COMMON: list[Sizes] = [Maps(49), Maps(196), Weights(), Contrast(), Views()]  # 224 and 448 px
 MAPS = ((49, 32, "max-softmax"), (196, 64, "sum"), (784, 32, "sum"), (1600, 128, "max-softmax"), (4096, 5, "sum"))
-CHANNELS_OF_WEIGHTS = (64, 511, 512, 1280, 2047, CHANNELS, 4096, 8191, 8192)  # odd ones are read by single numbers
+CHANNELS_OF_WEIGHTS = (64, 511, 512, 1280, 2047, CHANNELS, 4095, 4096)  # odd ones are read by single numbers
 CONTRASTS = tuple((batch, dim) for batch in (16, 64, BATCH) for dim in (128, 256, 384, 512))
 EVERY: list[Sizes] = [
     *COMMON,

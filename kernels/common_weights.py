@@ -29,7 +29,7 @@ try:
 except ImportError:
     triton = None
 
-MAX_CHANNELS = 8192  # that a program holds in registers
+MAX_CHANNELS = 4096  # that a program holds in registers
 CPU_IMAGES = 16  # of which the reference makes a copy in fp32 at a time, so that it stays in a CPU's cache
 
 
