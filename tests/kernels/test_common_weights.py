@@ -186,6 +186,13 @@ def test_what_is_not_finite_goes_where_the_equation_takes_it(
         torch.testing.assert_close(found, expected, equal_nan=True, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_relu_does_not_hide_an_infinite_gradient(impl: Any) -> None:
+    features, gradient = draw((3, 6, 2, 4))
+    gradient[0, 3] = INF  # no place has a negative slope, but a gradient of infinite length has no direction
+    assert common_weights(features.abs(), gradient, cam_keeps="match", impl=impl).isnan().all()
+
+
 def test_an_infinity_that_gradcam_leaves_out_stays_in_its_channel() -> None:
     features, gradient = draw((3, 6, 2, 3))
     features[0, 2, 1, 1] = INF if gradient[0, 2] < 0 else -INF
