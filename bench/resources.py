@@ -24,7 +24,7 @@ from rich.table import Table
 
 from fastcr.config import tyro
 from fastcr.errors import UsageError
-from fastcr.kernels import info_nce, launch, rationale_fit, rationale_pool, two_views  # noqa: F401  (they register ops)
+from fastcr.kernels import common_weights, info_nce, launch, rationale_fit, rationale_pool, two_views  # noqa: F401  (ops)
 from fastcr.runs.command_line import called, one_line_errors, parse
 
 BATCH, CHANNELS, QUEUE = 256, 2048, 65536  # ResNet-50
@@ -52,6 +52,16 @@ class Maps(NamedTuple):
         return f"S {self.positions}, K {self.detectors}, {TYPES[self.dtype]}"
 
 
+class Weights(NamedTuple):
+    """Sizes of a call of `common_weights`."""
+
+    channels: int = CHANNELS
+    dtype: torch.dtype = torch.bfloat16
+
+    def __str__(self) -> str:
+        return f"S 49, C {self.channels}, {TYPES[self.dtype]}"
+
+
 class Contrast(NamedTuple):
     """Sizes of a call of `info_nce`."""
 
@@ -72,13 +82,15 @@ class Views(NamedTuple):
         return f"224 px, {TYPES[self.dtype]}"
 
 
-Sizes = Maps | Contrast | Views
-COMMON: list[Sizes] = [Maps(49), Maps(196), Contrast(), Views()]  # 224 and 448 px
+Sizes = Maps | Weights | Contrast | Views
+COMMON: list[Sizes] = [Maps(49), Maps(196), Weights(), Contrast(), Views()]  # 224 and 448 px
 MAPS = ((49, 32, "max-softmax"), (196, 64, "sum"), (784, 32, "sum"), (1600, 128, "max-softmax"), (4096, 5, "sum"))
+CHANNELS_OF_WEIGHTS = (64, 511, 512, 1280, 2047, CHANNELS, 4095, 4096)  # odd ones are read by single numbers
 CONTRASTS = tuple((batch, dim) for batch in (16, 64, BATCH) for dim in (128, 256, 384, 512))
 EVERY: list[Sizes] = [
     *COMMON,
     *(Maps(positions, detectors, dtype, target) for dtype in WIDTHS for positions, detectors, target in MAPS),
+    *(Weights(channels, dtype) for dtype in WIDTHS for channels in CHANNELS_OF_WEIGHTS),
     *(Contrast(batch, dim, dtype) for dtype in WIDTHS for batch, dim in CONTRASTS),
     *map(Views, WIDTHS),
 ]
@@ -134,6 +146,10 @@ def run_op(sizes: Sizes) -> None:
     if isinstance(sizes, Contrast):
         query, queue = (torch.empty(rows, sizes.dim, dtype=sizes.dtype) for rows in (sizes.batch, QUEUE))
         ops.info_nce(query, query.clone(), queue, 0.2)
+        return
+    if isinstance(sizes, Weights):
+        features = torch.empty(BATCH, 7, 7, sizes.channels, dtype=sizes.dtype).permute(0, 3, 1, 2)
+        ops.common_weights(features, torch.zeros(BATCH, sizes.channels), "match")
         return
     if isinstance(sizes, Views):
         starts = torch.zeros(2, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""The three ops: the public function, its eager reference, and that under torch.compile.
+"""The ops: the public function, its eager reference, and that under torch.compile.
 
 On a GPU: CUDA-graph replays over inputs that exceed the L2 cache, at the sizes of ResNet-50. Without one: a smoke test
 at small sizes, timed by the wall clock. `bench/report.py` turns the JSON into a table.
@@ -19,7 +19,7 @@ from bench.workloads import OPS, REFERENCES, Workload
 GPU = [
     *(
         Workload(op, way, batch, positions, 2048)  # type: ignore[arg-type]
-        for op, way in (("fit", "forward"), ("fit", "training"), ("pool", "forward"))
+        for op, way in (("fit", "forward"), ("fit", "training"), ("pool", "forward"), ("common", "forward"))
         for batch in (128, 256, 1024)
         for positions in (49, 196)
     ),
@@ -29,6 +29,7 @@ CPU = [
     Workload("fit", "forward", 16, 49, 256, dtype=torch.float32),
     Workload("fit", "training", 16, 49, 256, dtype=torch.float32),
     Workload("pool", "forward", 16, 49, 256, dtype=torch.float32),
+    Workload("common", "forward", 16, 49, 256, dtype=torch.float32),
     Workload("contrast", "training", 64, 4096, 256, dtype=torch.float32),
 ]
 

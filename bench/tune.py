@@ -36,6 +36,9 @@ CHOICES: dict[str, dict[str, tuple[int, ...]]] = {
     "rationale_fit": MAP_CHOICES,
     "rationale_pool": MAP_CHOICES,
     "attention_gradient": {"BLOCK_S": (32, 64), "BLOCK_C": (64, 128), "num_warps": (4, 8), "num_stages": (2, 3)},
+    "common_weights": {
+        "BLOCK": (4096, 8192, 16384), "num_warps": (2, 4, 8, 16), "num_stages": (2, 3, 4), "programs": (132, 264, 528),
+    },
     "spread_gradients": {
         "BLOCK_S": (32, 64), "BLOCK_C": (32, 64), "num_warps": (4, 8), "num_stages": (2, 3),
         "programs": (264, 528, 1056),
@@ -66,6 +69,9 @@ def workloads(kernel: str, row: str) -> list[Workload]:
     if kernel == "info_nce":
         batch, dim = 16 if "B <= 16" in row else 256, 256 if "D <= 256" in row else 512
         return [Workload("contrast", "training", batch, keys, dim, dtype=dtype) for keys in (4096, 65536)]
+    if kernel == "common_weights":
+        channels = next((most for most in (512, 2048) if f"C <= {most}" in row), 4096)
+        return [Workload("common", "forward", 256, positions, channels, dtype=dtype) for positions in (49, 196)]
     op, way = {
         "rationale_fit": ("fit", "forward"),
         "rationale_pool": ("pool", "forward"),

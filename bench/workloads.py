@@ -9,14 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastcr.kernels.common_weights import common_weights, common_weights_reference
 from fastcr.kernels.info_nce import info_nce, info_nce_reference
 from fastcr.kernels.rationale_fit import rationale_fit, rationale_fit_reference
 from fastcr.kernels.rationale_pool import rationale_pool, rationale_pool_reference
 
-OPS: dict[str, Callable[..., Any]] = {"fit": rationale_fit, "pool": rationale_pool, "contrast": info_nce}
+OPS: dict[str, Callable[..., Any]] = {
+    "fit": rationale_fit,
+    "pool": rationale_pool,
+    "common": common_weights,
+    "contrast": info_nce,
+}
 REFERENCES: dict[str, Callable[..., Any]] = {
     "fit": rationale_fit_reference,
     "pool": rationale_pool_reference,
+    "common": common_weights_reference,
     "contrast": info_nce_reference,
 }
 PER_IMAGE = {"features", "gradient", "query", "key"}
@@ -30,9 +37,9 @@ Inputs = dict[str, Tensor]
 class Workload(NamedTuple):
     """One op at given sizes; `positions` is S of the maps or N, the length of the queue, `channels` C or D."""
 
-    op: Literal["fit", "pool", "contrast"]
+    op: Literal["fit", "pool", "common", "contrast"]
     way: Literal["forward", "training"]
-    """training: forward and backward."""
+    """training: forward and backward; there is none of `common`."""
     batch: int
     positions: int
     channels: int
@@ -69,12 +76,15 @@ class Workload(NamedTuple):
             return {name: F.normalize(normal(n, self.channels), dim=1).to(self.dtype) for name, n in rows.items()}
         side = next(a for a in range(round(self.positions**0.5), 0, -1) if self.positions % a == 0)
         features = normal(self.batch, side, self.positions // side, self.channels, dtype=self.dtype).relu_()
+        maps, gradient = features.permute(0, 3, 1, 2), {"gradient": normal(self.batch, self.channels)}
+        if self.op == "common":
+            return {"features": maps} | gradient
         inputs = {
-            "features": features.permute(0, 3, 1, 2),
+            "features": maps,
             "detectors": normal(self.detectors, self.channels) / self.channels**0.5,
             "bias": 0.1 * normal(self.detectors),  # where one detector wins everywhere, the gradient by the bias is 0
         }
-        return inputs | ({"gradient": normal(self.batch, self.channels)} if self.op == "fit" else {})
+        return inputs | (gradient if self.op == "fit" else {})
 
     def run(self, function: Callable[..., Any], inputs: Inputs) -> tuple[Tensor, ...]:
         """Outputs of the op or its reference; in training also the gradients by features, detectors, bias or query."""
@@ -82,7 +92,7 @@ class Workload(NamedTuple):
         if self.way == "forward":
             with torch.no_grad():
                 outputs = function(**inputs, **options)
-            return (outputs,) if self.op == "contrast" else tuple(outputs)
+            return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
         wanted = ("query",) if self.op == "contrast" else ("features", "detectors", "bias")
         leaves = {name: inputs[name].detach().requires_grad_() for name in wanted}
         outputs = function(**inputs | leaves, **options)
@@ -90,9 +100,10 @@ class Workload(NamedTuple):
         return first.detach(), *torch.autograd.grad(first.sum(), list(leaves.values()))
 
     def exact(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """What `run` gives in fp64: some images at a time, gradients by what they share added up."""
+        """What `run` gives in fp64: some images at a time, what they share added up."""
         parts = list(self._exact_parts(inputs))
-        shared = {2, 3} if self.way == "training" and self.op != "contrast" else set()
+        of_maps = {2, 3} if self.way == "training" and self.op != "contrast" else set()
+        shared = {0} if self.op == "common" else of_maps
         columns = list(zip(*parts, strict=True))
         return tuple(
             torch.stack(column).sum(0) if i in shared else torch.cat(column) for i, column in enumerate(columns)

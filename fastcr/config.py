@@ -184,7 +184,8 @@ class RationaleConfig:
     enabled: bool = True
     """False: plain MoCo v2, without the branch."""
     fit_weight: float = number(1.0, 0)
-    """Weight of the fit loss, the KL divergence of the attention from GradCAM (batch mean)."""
+    """Weight of the fit loss, the KL divergence of the attention from GradCAM (batch mean). 0: the branch stays as it
+    began, and neither is computed."""
     detectors: int = number(32, 1, 128)
     """1x1 projections; their maximum at a position is its attention logit."""
     target: Literal["max-softmax", "sum", "uniform"] = "max-softmax"

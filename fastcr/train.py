@@ -267,9 +267,11 @@ def metrics_of(losses: Losses, training: Training) -> dict[str, float]:
     spread = losses.key.var(0, correction=0).sum().sqrt()
     metrics = {"contrast_loss": losses.contrast.item(), "embedding_spread": spread.item()}
     branch = training.encoder.branch
-    if branch is not None and losses.fit is not None and losses.attention is not None:
+    if losses.fit is not None:
         metrics["fit_loss"] = losses.fit.item()
-        metrics["attention_entropy"] = attention_entropy(losses.attention).item()
+    if branch is not None:  # one that is not fitted has not been asked where it looks
+        attention = branch.pool(losses.features).attention if losses.attention is None else losses.attention
+        metrics["attention_entropy"] = attention_entropy(attention).item()
         metrics["effective_detectors"] = branch.effective_detectors(losses.features).item()
     return metrics
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcr.kernels.launch import INTERPRET
+from fastcr.kernels.launch import INTERPRET, on_its_device
 from fastcr.kernels.settings import TABLE, map_class
 
 try:
@@ -35,13 +35,27 @@ def attention_logits(features: Tensor, detectors: Tensor, bias: Tensor | None) -
     return logits.amax(1)
 
 
-def check_features(features: Tensor, detectors: Tensor, bias: Tensor | None, temperature: float) -> None:
-    """Raise `ValueError`, naming the argument, unless features, detectors and bias fit each other."""
+def check_maps(features: Tensor) -> None:
+    """Raise `ValueError` unless features are maps that the kernels take."""
     if features.ndim != 4 or not features.is_floating_point():
         raise ValueError(f"features must be a floating-point [B,C,H,W], got {features.dtype} {list(features.shape)}")
-    channels, positions = features.shape[1], features.shape[2] * features.shape[3]
-    if not 1 <= positions <= MAX_POSITIONS:
+    if not 1 <= (positions := features.shape[2] * features.shape[3]) <= MAX_POSITIONS:
         raise ValueError(f"features must have 1 to {MAX_POSITIONS} positions (H*W), got {positions}")
+
+
+def check_gradient(features: Tensor, gradient: Tensor) -> None:
+    """Raise `ValueError` unless `gradient` `[B,C]` fits features `[B,C,H,W]`."""
+    if gradient.shape != features.shape[:2] or not gradient.is_floating_point():
+        shape = list(features.shape[:2])
+        raise ValueError(f"gradient must be a floating-point {shape}, got {gradient.dtype} {list(gradient.shape)}")
+    if gradient.device != features.device:
+        raise ValueError(f"gradient must be on {features.device} like features, got {gradient.device}")
+
+
+def check_features(features: Tensor, detectors: Tensor, bias: Tensor | None, temperature: float) -> None:
+    """Raise `ValueError`, naming the argument, unless features, detectors and bias fit each other."""
+    check_maps(features)
+    channels = features.shape[1]
     if detectors.ndim != 2 or detectors.shape[1] != channels or not 1 <= detectors.shape[0] <= MAX_DETECTORS:
         raise ValueError(f"detectors must be [K,{channels}] with K in 1..{MAX_DETECTORS}, got {list(detectors.shape)}")
     if bias is not None and bias.shape != detectors.shape[:1]:
@@ -187,6 +201,7 @@ def upcast(rows: Tensor) -> bool:
     return INTERPRET and rows.dtype == torch.bfloat16
 
 
+@on_its_device
 def spread_gradients(
     features: Tensor, detectors: Tensor, winners: Tensor, by_logits: Tensor, spread: Tensor, direction: Tensor,
     write: bool,

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcr.kernels.launch import INTERPRET, Impl, use_triton
+from fastcr.kernels.launch import INTERPRET, Impl, fused_op, use_triton
 from fastcr.kernels.settings import TABLE, contrast_class
 
 try:
@@ -103,7 +103,7 @@ if triton is not None:
         tl.store(pull + b, excess * inverse_temperature)
 
 
-@torch.library.custom_op("fastcr::info_nce", mutates_args=())
+@fused_op("fastcr::info_nce")
 def _fused(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """Loss `[B]`, its gradient by each query `[B,D]`, and by `q_b . k_b` `[B]`, all fp32."""
     batch, dim = query.shape

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from typing import Literal
+from collections.abc import Callable
+from functools import wraps
+from typing import Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +15,8 @@ try:
 except ImportError:  # other platforms: the torch references serve
     triton = None
 
+P = ParamSpec("P")
+R = TypeVar("R")
 Impl = Literal["auto", "triton", "torch"]
 # Triton's interpreter runs kernels on CPU tensors; it computes on the bit patterns of bf16, so kernels convert first
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -44,3 +48,25 @@ def use_triton(impl: Impl, tensors: dict[str, Tensor], fits: bool = True) -> boo
         raise ValueError(f"impl must be 'auto' or 'torch' here: {reason}")
     # under the interpreter auto stays with the reference: it is what a user without a GPU wants
     return reason is None and (impl == "triton" or first.device.type == "cuda")
+
+
+def on_its_device(function: Callable[P, R]) -> Callable[P, R]:
+    """`function`, which launches kernels, with the device of its first tensor as the current one: they run there."""
+
+    @wraps(function)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+        first = next(each for each in (*args, *kwargs.values()) if isinstance(each, Tensor))
+        with torch.cuda.device_of(first):  # nothing happens where it is not on a GPU
+            return function(*args, **kwargs)
+
+    return guarded
+
+
+def fused_op(name: str) -> Callable[[Callable[..., object]], torch.library.CustomOpDef]:
+    """Register the function below as the custom op `name`, run `on_its_device`; its annotations are its schema."""
+
+    def register(function: Callable[..., object]) -> torch.library.CustomOpDef:
+        schema = torch.library.infer_schema(function, mutates_args=())
+        return torch.library.custom_op(name, on_its_device(function), mutates_args=(), schema=schema)
+
+    return register

@@ -33,7 +33,7 @@ from fastcr.kernels.detectors import (
     spread_gradients,
     tile_settings,
 )
-from fastcr.kernels.launch import Impl, use_triton
+from fastcr.kernels.launch import Impl, fused_op, use_triton
 
 try:
     import triton
@@ -161,7 +161,7 @@ if triton is not None:
         tl.store(divergence + b, kl)
 
 
-@torch.library.custom_op("fastcr::rationale_fit", mutates_args=())
+@fused_op("fastcr::rationale_fit")
 def _fused(
     features: Tensor, gradient: Tensor, detectors: Tensor, bias: Tensor | None, temperature: float, target: str,
     cam_keeps: str, pool_weight: float, stop_gradient: bool,
@@ -194,7 +194,7 @@ def _(
     return attention.new_empty(batch), attention, torch.empty_like(attention), winners
 
 
-@torch.library.custom_op("fastcr::rationale_fit_backward", mutates_args=())
+@fused_op("fastcr::rationale_fit_backward")
 def _fused_backward(
     by_divergence: Tensor, features: Tensor, gradient: Tensor, detectors: Tensor, attention: Tensor, target: Tensor,
     winners: Tensor, temperature: float, pool_weight: float, write: bool,

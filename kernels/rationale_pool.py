@@ -32,7 +32,7 @@ from fastcr.kernels.detectors import (
     tile_settings,
     upcast,
 )
-from fastcr.kernels.launch import Impl, use_triton
+from fastcr.kernels.launch import Impl, fused_op, use_triton
 
 try:
     import triton
@@ -129,7 +129,7 @@ if triton is not None:
         tl.store(by_logits + row + everywhere, by_logit, mask=everywhere < S)
 
 
-@torch.library.custom_op("fastcr::rationale_pool", mutates_args=())
+@fused_op("fastcr::rationale_pool")
 def _fused(
     features: Tensor, detectors: Tensor, bias: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,7 +157,7 @@ def _(features: Tensor, detectors: Tensor, bias: Tensor | None, temperature: flo
     return pooled, attention, torch.empty_like(attention, dtype=torch.int32)
 
 
-@torch.library.custom_op("fastcr::rationale_pool_backward", mutates_args=())
+@fused_op("fastcr::rationale_pool_backward")
 def _fused_backward(
     by_pooled: Tensor, by_attention: Tensor, features: Tensor, detectors: Tensor, attention: Tensor, winners: Tensor,
     temperature: float,

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastcr.kernels.colour import grey_reference, jitter_reference
-from fastcr.kernels.launch import KERNEL_DTYPES, Impl, use_triton
+from fastcr.kernels.launch import KERNEL_DTYPES, Impl, fused_op, use_triton
 
 try:
     import triton
@@ -212,7 +212,7 @@ if triton is not None:
                 _finish(target, view, pixel, inside, r, g, b, row, means, stds, B, V, S)
 
 
-@torch.library.custom_op("fastcr::two_views", mutates_args=())
+@fused_op("fastcr::two_views")
 def _fused(
     pixels: Tensor, starts: Tensor, widths: Tensor, table: Tensor, size: int, mean: list[float], std: list[float],
     dtype: torch.dtype,

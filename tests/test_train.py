@@ -219,6 +219,19 @@ def test_without_the_branch_it_is_plain_moco(birds: Path, tmp_path: Path) -> Non
     assert not [key for key in weights if not key.startswith("backbone.")]
 
 
+def test_a_branch_that_is_not_fitted_stays_and_the_log_says_where_it_looks(birds: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    options = ("--rationale.fit_weight", "0", "--rationale.init", "ddt", "--moco.pooling", "rationale")
+    logged = run(birds, folder, *options, "--run.steps", "3", "--optim.accumulate", "2")
+    assert all(record.keys() == METRICS - {"fit_loss"} for record in logged)
+    assert all(0 <= record["attention_entropy"] <= math.log(4) + 1e-5 for record in logged)
+    assert all(record["loss"] == pytest.approx(record["contrast_loss"]) for record in logged)
+    start, end = (load_weights(folder / f"{name}.safetensors")[0] for name in ("init", "weights"))
+    moved = {name for name in start if not torch.equal(start[name], end[name])}
+    assert "backbone.conv1.weight" in moved
+    assert not [name for name in moved if name.startswith("branch.")]
+
+
 def test_preset_of_the_released_code_works_end_to_end(birds: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     logged = run(birds, folder, "--run.steps", "3", preset="cub200-released")

@@ -171,6 +171,8 @@ def _modules(
     if initial_weights:
         load_byol_heads(moco, Path(config.model.weights))
     branch = build_branch(channels, config.rationale, config.released, config.run.kernels, processes)
+    if isinstance(branch, RationaleHead) and not config.rationale.fit_weight:
+        branch.requires_grad_(False)  # it stays as it is, without weight decay too
     encoders = nn.ModuleList([moco.backbone, moco.key_backbone])
     norms = [module for module in encoders.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     if isinstance(branch, RationaleHead) and config.moco.pooling == "rationale":
@@ -211,7 +213,8 @@ def _loss_function(config: Config, branch: Any) -> LossFunction:
     objective = build_objective(config.moco, config.run.kernels)
     if config.released.enabled:
         return partial(released_losses, branch=branch, objective=objective)
-    return partial(contrast_losses, branch=branch, objective=objective, cam_of=config.rationale.cam_of)
+    fitted = branch if config.rationale.fit_weight else None  # GradCAM serves the fit alone
+    return partial(contrast_losses, branch=fitted, objective=objective, cam_of=config.rationale.cam_of)
 
 
 def trained(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastcr.config import RationaleConfig
+from fastcr.kernels.common_weights import common_weights
 from fastcr.kernels.launch import Impl
-from fastcr.kernels.rationale_fit import CamKeeps, RationaleFit, gradcam_target, rationale_fit
+from fastcr.kernels.rationale_fit import CamKeeps, RationaleFit, rationale_fit
 from fastcr.kernels.rationale_pool import RationalePool, rationale_pool
 from fastcr.runs.distributed import ALONE, Processes
 
@@ -77,7 +78,7 @@ class RationaleHead(nn.Module):
         common channel weights.
         """
         if self.config.cam_weights == "common":
-            gradient = common_cam_weights(features, gradient, self.config.cam_keeps, self.processes)
+            gradient = common_cam_weights(features, gradient, self.config.cam_keeps, self.processes, self.impl)
         return rationale_fit(
             features,
             gradient,
@@ -121,24 +122,16 @@ def mismatch_gradient(pooled: Tensor, projected: Tensor, key: Tensor) -> Tensor:
         raise ValueError(f"projected must be computed from pooled, with gradients enabled: {error}") from None
 
 
-@torch.no_grad()
-def common_cam_weights(features: Tensor, gradient: Tensor, cam_keeps: CamKeeps, processes: Processes = ALONE) -> Tensor:
+def common_cam_weights(
+    features: Tensor, gradient: Tensor, cam_keeps: CamKeeps, processes: Processes = ALONE, impl: Impl = "auto"
+) -> Tensor:
     """GradCAM's channel weights that all images of a batch share, as the `gradient [B,C]` of `rationale_fit`.
 
-    They say how the features at the positions that the images' own GradCAMs keep differ from those images' mean:
-
-        v_c = sum_b sum_s (P_b(s) - 1/S) A_bc(s)            P_b: GradCAM of image b divided by its sum
-
-    An image whose GradCAM is zero adds nothing. Features `[B,C,H,W]`, their `gradient [B,C]` after mean pooling; the
-    sum runs over the images of all `processes`.
+    `kernels.common_weights` has the equation. Features `[B,C,H,W]`, their `gradient [B,C]` after mean pooling; the sum
+    runs over the images of all `processes`.
     """
-    maps, sign = features.flatten(2), 1 if cam_keeps == "mismatch" else -1
-    with torch.autocast(maps.device.type, enabled=False):
-        # scaled to 1 first, so that 16 bits hold it: GradCAM is normalised, so its scale does not matter
-        slope = torch.einsum("bcs,bc->bs", maps, F.normalize(gradient, dim=1).to(maps.dtype)).to(gradient.dtype)
-        own = gradcam_target(torch.relu(sign * slope), "sum", 1.0) - 1 / maps.shape[2]
-        common = torch.einsum("bcs,bs->bc", maps, own.to(maps.dtype)).to(gradient.dtype).sum(0)
-    return (sign * processes.total(common)).expand_as(gradient)
+    common = processes.total(common_weights(features, gradient, cam_keeps=cam_keeps, impl=impl))
+    return (common if cam_keeps == "mismatch" else -common).expand_as(gradient)
 
 
 def effective_number(winners: Tensor, detectors: int) -> Tensor:

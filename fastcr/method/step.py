@@ -26,8 +26,8 @@ class Losses(NamedTuple):
     """What one batch gives; `attention`, `features` and `key` are for the log only."""
 
     contrast: Tensor  # scalar, the objective's loss
-    fit: Tensor | None  # scalar, nats, unweighted; None without a branch
-    attention: Tensor | None  # [B,S]
+    fit: Tensor | None  # scalar, nats, unweighted; None without a branch that is fitted
+    attention: Tensor | None  # [B,S]; None likewise
     features: Tensor  # [B,C,H,W]
     key: Tensor  # [B*ranks,D]: those of all processes
 
@@ -45,7 +45,7 @@ def contrast_losses(
     batch: Batch,
     autocast: torch.autocast,
     *,
-    branch: RationaleHead | None,
+    branch: RationaleHead | None,  # None also where it is not fitted: then nothing asks for GradCAM
     objective: Objective,
     cam_of: CamOf = "similarity",
     scale: Scale = lambda loss: loss,

@@ -208,6 +208,7 @@ WORK = [
     Workload("fit", "forward", 19, 20, 64, 5),
     Workload("fit", "training", 19, 20, 64, 5),
     Workload("pool", "training", 19, 20, 64, 5, torch.float32),
+    Workload("common", "forward", 19, 20, 64),
     Workload("contrast", "training", 19, 300, 24),
 ]
 
@@ -218,8 +219,8 @@ def test_a_right_kernel_passes_the_check_of_a_workload_and_a_wrong_one_fails(wor
     exact = work.exact(inputs)
     for function in (REFERENCES[work.op], partial(OPS[work.op], impl="triton")):
         assert work.error(work.run(function, inputs), exact) <= work.tolerance
-    colder = partial(REFERENCES[work.op], temperature=0.35 if work.op != "contrast" else 0.19)
-    wrong = work.run(colder, inputs)
+    others = {"contrast": {"temperature": 0.19}, "common": {"cam_keeps": "match"}}.get(work.op, {"temperature": 0.35})
+    wrong = work.run(partial(REFERENCES[work.op], **others), inputs)
     assert work.error(wrong, exact) > work.tolerance
     broken = (*exact[:-1], torch.full_like(exact[-1], torch.nan))
     assert work.error(broken, exact) == torch.inf
@@ -230,4 +231,5 @@ def test_floors_count_each_pass_over_the_features_once() -> None:
     once = 2 * 256 * 49 * 2048
     assert Workload("fit", "forward", *sizes).floor_bytes == once
     assert Workload("fit", "training", *sizes).floor_bytes == 3 * once
+    assert Workload("common", "forward", *sizes).floor_bytes == once
     assert Workload("contrast", "training", 256, 65536, 256).floor_bytes == 2 * 65536 * 256

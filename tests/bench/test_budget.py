@@ -40,7 +40,7 @@ def test_the_budget_of_resnet_50() -> None:
         assert work[phase].flops / pairs == pytest.approx(2 * 4.1e9, rel=0.03)
     assert sum(each.flops for each in work.values()) / pairs == pytest.approx(33e9, rel=0.03)
     features = Workload("fit", "forward", pairs, 49, 2048).floor_bytes
-    assert features < work["fit"].bytes - 2 * pairs * 49 * 2048 * 2 < 1.3 * features  # common weights: two more reads
+    assert features < work["fit"].bytes - features < 1.2 * features  # common weights: one more read
     own = step_work(replace(config, rationale=replace(config.rationale, cam_weights="own")), torch.bfloat16)
     assert features < own["fit"].bytes < 1.1 * features
     trained = 23.508e6 + 2048 * 2049 + 2048 * 257 + 256

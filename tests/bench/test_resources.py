@@ -21,7 +21,8 @@ ROOT = Path(__file__).parents[2]
 VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # most one block may take
 MULTIPLYING = {"_partial_kernel", "_pool_kernel", "_fit_kernel", "_spread_kernel", "_spread_kernel (features)"}
-OTHERS = {"_combine_kernel", "_attention_gradient_kernel", "_cut_kernel", "_colour_kernel", "_blur_kernel"}
+OTHERS = {"_combine_kernel", "_attention_gradient_kernel", "_common_kernel"}
+OTHERS |= {"_cut_kernel", "_colour_kernel", "_blur_kernel"}
 RESOURCES = """
 import json, sys
 from bench.resources import resources
@@ -65,17 +66,25 @@ def test_kernels_fit_the_target(target: int, sizes: str) -> None:
 
 
 def test_every_row_of_the_launch_settings_is_compiled() -> None:
-    rows = {
-        f"{kernel}: {settings.map_class(sizes.dtype, None if kernel == 'attention_gradient' else sizes.detectors)}"
-        for sizes in resources.EVERY
-        if isinstance(sizes, resources.Maps)
-        for kernel in settings.TABLE
-        if kernel != "info_nce"
-    } | {
-        f"info_nce: {settings.contrast_class(sizes.dtype, sizes.batch, sizes.dim)}"
-        for sizes in resources.EVERY
-        if isinstance(sizes, resources.Contrast)
-    }
+    rows = (
+        {
+            f"{kernel}: {settings.map_class(sizes.dtype, None if kernel == 'attention_gradient' else sizes.detectors)}"
+            for sizes in resources.EVERY
+            if isinstance(sizes, resources.Maps)
+            for kernel in settings.TABLE
+            if kernel not in ("info_nce", "common_weights")
+        }
+        | {
+            f"common_weights: {settings.channels_class(sizes.dtype, sizes.channels)}"
+            for sizes in resources.EVERY
+            if isinstance(sizes, resources.Weights)
+        }
+        | {
+            f"info_nce: {settings.contrast_class(sizes.dtype, sizes.batch, sizes.dim)}"
+            for sizes in resources.EVERY
+            if isinstance(sizes, resources.Contrast)
+        }
+    )
     assert rows == {f"{kernel}: {row}" for kernel, table in settings.TABLE.items() for row in table}
 
 

@@ -21,6 +21,7 @@ SMALL = {
     "rationale_pool": Workload("pool", "forward", 3, 20, 70, 5, torch.float32),
     "attention_gradient": Workload("pool", "training", 3, 20, 70, 5, torch.float32),
     "spread_gradients": Workload("fit", "training", 3, 20, 70, 5, torch.float32),
+    "common_weights": Workload("common", "forward", 3, 20, 10, dtype=torch.float32),
     "info_nce": Workload("contrast", "training", 3, 100, 24, dtype=torch.float32),
 }
 Calls = Sequence[Callable[[], Any]]
@@ -34,8 +35,9 @@ def row_of(kernel: str) -> str:
 def test_the_fastest_right_candidate_wins(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     row, ticks = row_of(kernel), []
     today = settings.TABLE[kernel][row]
-    name = next(name for name in ("BLOCK_S", "BLOCK_N") if name in today)
-    choices = {each: (value,) for each, value in today.items()} | {name: (16, 24, 32, 64)}  # 24 does not compile
+    name = next(name for name in ("BLOCK_S", "BLOCK_N", "BLOCK") if name in today)
+    wrong = 48 if name == "BLOCK" else 24  # does not compile; 16 channels by 3 positions
+    choices = {each: (value,) for each, value in today.items()} | {name: (16, wrong, 32, 64)}
     monkeypatch.setitem(tune.CHOICES, kernel, choices)
 
     def timer(calls: Calls) -> float:
@@ -79,7 +81,9 @@ def test_every_row_has_sizes_of_its_own_class_and_choices_for_all_its_settings()
         for row, today in table.items():
             assert tune.CHOICES[kernel].keys() == today.keys()
             for each in tune.workloads(kernel, row):
-                if kernel == "info_nce":
+                if kernel == "common_weights":
+                    assert settings.channels_class(each.dtype, each.channels) == row
+                elif kernel == "info_nce":
                     assert settings.contrast_class(each.dtype, each.batch, each.channels) == row
                 else:
                     multiplies = kernel != "attention_gradient"

@@ -312,7 +312,7 @@ def test_common_cam_weights_are_what_all_gradcams_pick(cam_keeps: Any, dtype: to
     torch.testing.assert_close(found, found[:1].expand(6, 10), rtol=0, atol=0)
     expected = common_weights(features, gradient, cam_keeps) * (1 if cam_keeps == "mismatch" else -1)
     scale, eps = expected.abs().max().item(), torch.finfo(dtype).eps
-    torch.testing.assert_close(found[0].double(), expected, rtol=0, atol=8 * eps * scale)
+    torch.testing.assert_close(found[0].double(), expected, rtol=0, atol=2e-6 * scale)  # whatever the dtype
     # the fit keeps the places they speak for, of either half
     maps = features.double().flatten(2)
     slope = torch.einsum("bcs,c->bs", maps, found[0].double()) * (1 if cam_keeps == "mismatch" else -1)
@@ -347,6 +347,54 @@ def test_common_weights_leave_the_contrast_and_its_gradient_alone(cam_of: Any) -
     encoder = [*moco.backbone.parameters(), *moco.head.parameters()]
     ours = torch.autograd.grad(losses.contrast + losses.fit, encoder)  # the fit is stopped at the features
     torch.testing.assert_close(ours, torch.autograd.grad(plain.contrast, encoder), atol=1e-6, rtol=1e-3)
+
+
+def refuse(*args: Any, **kwargs: Any) -> None:
+    raise AssertionError("nobody asked for it")
+
+
+@pytest.mark.parametrize(
+    ("cam_of", "cam_weights", "pooling"),
+    [
+        *((cam_of, weights, "mean") for cam_of in ("loss", "similarity") for weights in ("own", "common")),
+        *(("similarity", weights, "rationale") for weights in ("own", "common")),
+        ("loss", "common", "rationale"),  # with "own" it is refused
+    ],
+)
+def test_a_branch_that_is_not_fitted_costs_no_gradcam_and_changes_no_gradient(
+    cam_of: Any, cam_weights: Any, pooling: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choices = {"fit_weight": 0.0, "cam_of": cam_of, "cam_weights": cam_weights}
+    sections = {"rationale": replace(TINY.rationale, **choices), "moco": replace(TINY.moco, pooling=pooling)}
+    gradients, losses = [], []
+    for computed in (True, False):
+        training = prepared(**sections)
+        branch, parameters = training.encoder.branch, dict(training.model.named_parameters())
+        assert isinstance(branch, RationaleHead)
+        before = copy.deepcopy(branch.state_dict())
+        if computed:  # with no weight
+            branch.requires_grad_(True)
+            loss, _ = train_step(
+                training.moco,
+                partial(contrast_losses, branch=branch, objective=INFONCE, cam_of=cam_of),
+                training.optimizer,
+                batch_of(),
+                fit_weight=0.0,
+                key_momentum=0.9,
+                autocast=AUTOCAST,
+            )
+            assert branch.weight.grad is not None
+        else:
+            for name in ("mismatch_gradient", "RationaleHead.fit"):
+                monkeypatch.setattr(f"fastcr.method.step.{name}", refuse)
+            loss, parts = training.step(batch_of())
+            assert (parts.fit, parts.attention) == (None, None)
+            torch.testing.assert_close(branch.state_dict(), before, rtol=0, atol=0)  # no weight decay
+        losses.append(loss)
+        gradients.append({n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()})
+    torch.testing.assert_close(losses[1], losses[0])
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-6, rtol=1e-4)
+    assert gradients[1]["moco.backbone.conv1.weight"].any()
 
 
 @pytest.mark.parametrize("variant", ["plain", "loss", "similarity", "released"])
