@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fastcr.kernels import detectors as detectors_module
 from fastcr.kernels import info_nce as contrast_module
 from fastcr.kernels import launch
 from fastcr.kernels import rationale_fit as fit_module
@@ -17,6 +18,7 @@ from fastcr.kernels import rationale_pool as pool_module
 from fastcr.kernels.info_nce import MAX_DIM, info_nce, info_nce_reference
 from fastcr.kernels.rationale_fit import rationale_fit, rationale_fit_reference
 from fastcr.kernels.rationale_pool import rationale_pool, rationale_pool_reference
+from fastcr.kernels.settings import TABLE
 
 pytest.importorskip("triton")
 
@@ -224,6 +226,27 @@ def test_every_option_of_fit_is_as_exact_as_the_reference(
 @pytest.mark.parametrize("op", [pool, fit])
 def test_several_images_may_share_a_partial_sum(op: Op) -> None:
     assert_as_exact_as_torch(op, draw(17, 2047, 1, 2, 5), F32)  # 2 images in each but the last
+
+
+def test_neighbouring_programs_of_the_backward_read_neighbouring_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[tuple[int, ...]] = []
+
+    class Recorder:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            launched.append(grid)
+            return lambda *args, **kwargs: None
+
+    monkeypatch.setattr(detectors_module, "_spread_kernel", Recorder())
+    features, images, channels = torch.empty(700, 300, 1, 1, dtype=torch.bfloat16), 700, 300
+    empty = torch.empty(images, 1)
+    detectors_module.spread_gradients(
+        features, torch.empty(5, channels), empty.int(), empty, empty, torch.empty(images, channels), True
+    )
+    row = TABLE["spread_gradients"]["16 bits, K <= 32"]
+    chunks = -(-channels // row["BLOCK_C"])
+    ((x, y),) = launched  # blocks are started along x first
+    assert (x, y > 1) == (chunks, True)
+    assert x * y <= row["programs"]
 
 
 @pytest.mark.usefixtures("poisoned")
