@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastcr.kernels import detectors as detectors_module
+from fastcr.kernels import fit_pairs, launch
 from fastcr.kernels import info_nce as contrast_module
-from fastcr.kernels import launch
 from fastcr.kernels import rationale_fit as fit_module
 from fastcr.kernels import rationale_pool as pool_module
 from fastcr.kernels.info_nce import MAX_DIM, info_nce, info_nce_reference
@@ -40,6 +40,8 @@ SHAPES: list[Any] = [
     (3, 64, 4, 4, 33),
     (1, 64, 14, 14, 128),
     (1, 2047, 2, 8, 5),
+    (5, 200, 7, 7, 16),
+    (2, 64, 9, 9, 5),
     pytest.param((1, 2048, 7, 7, 32), marks=slow),
     pytest.param((3, 2047, 14, 14, 128), marks=slow),
     pytest.param((3, 64, 28, 28, 33), marks=slow),
@@ -386,6 +388,47 @@ def test_nan_and_inf_stay_in_their_image(op: Op, name: str, options: dict[str, A
         else:
             assert torch.equal(b[1].isnan(), c[1].isnan())
     assert not got[0][1].isfinite().any()
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("name", ["features", "gradient"])
+@pytest.mark.parametrize("target", ["max-softmax", "sum", "uniform"])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_nan_and_inf_do_not_reach_the_other_image_of_a_program(
+    dtype: torch.dtype, target: str, name: str, value: float
+) -> None:
+    clean, sick = (draw(4, 70, 4, 5, 5, dtype=dtype) for _ in range(2))
+    sick[name].detach()[1].flatten()[3] = value  # type: ignore[union-attr]
+    healthy, got, expected = (
+        fit(**arguments, target=target, impl=impl)
+        for arguments, impl in ((clean, "triton"), (sick, "triton"), (sick, "torch"))
+    )
+    for a, b, c in zip(healthy, got, expected, strict=True):
+        assert a.isfinite().all()
+        assert torch.equal(b[[0, 2, 3]], a[[0, 2, 3]])
+        assert torch.equal(b[1].isnan(), c[1].isnan())
+    assert got[0][1].isnan()
+
+
+@pytest.mark.parametrize("scale", [2.0**-100, 2.0**100])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_target_does_not_depend_on_the_scale_of_the_gradient(dtype: torch.dtype, scale: float) -> None:
+    arguments = small(fit, dtype)
+    plain = fit(**arguments, impl="triton")
+    scaled = fit(**arguments | {"gradient": arguments["gradient"] * scale}, impl="triton")
+    torch.testing.assert_close(scaled, plain, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.skipif(not fit_pairs.FENCED, reason="with this Triton a program does one image")
+def test_two_images_a_program_are_for_small_maps_in_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> None:
+        raise AssertionError("two images a program")
+
+    monkeypatch.setattr(fit_module, "launch_pairs", refuse)
+    for dtype, side, detectors in ((F32, 8, 32), (torch.float16, 9, 32), (torch.float16, 8, 33)):
+        assert fit(**draw(1, 8, side, side, detectors, dtype=dtype), impl="triton")[0].isfinite().all()
+    with pytest.raises(AssertionError, match="two images a program"):
+        fit(**draw(1, 8, 8, 8, 32, dtype=torch.float16), impl="triton")
 
 
 def test_nan_in_the_queue_reaches_every_loss() -> None:
