@@ -62,7 +62,9 @@ def wall(benchmark: Any, call: Callable[[], Any]) -> Timing:
 
 @pytest.mark.parametrize("way", ["op", "eager", "compiled"])
 @pytest.mark.parametrize("work", GPU if torch.cuda.is_available() else CPU, ids=str)
-def test_op(benchmark: Any, device: torch.device, copy_rate: float | None, work: Workload, way: str) -> None:
+def test_op(
+    benchmark: Any, device: torch.device, copy_rate: float | None, product_rate: float | None, work: Workload, way: str
+) -> None:
     """The figures are in the report's extra_info; red where the op's results are not those of the fp64 reference."""
     gpu = device.type == "cuda"
     if gpu and needed_bytes(work, way) > 0.9 * torch.cuda.mem_get_info()[0]:
@@ -85,8 +87,10 @@ def test_op(benchmark: Any, device: torch.device, copy_rate: float | None, work:
         "way": way,
         "correct": None if error is None else error <= work.tolerance,
         "seconds": timing._asdict(),
-        "floor_bytes": work.floor_bytes,
+        "floor_bytes": work.floor.bytes,
+        "floor_flops": work.floor.flops,
         "copy_bytes_per_second": copy_rate,
+        "matmul_flops_per_second": product_rate,
         "extra_bytes": extra,
     }
     assert error is None or error <= work.tolerance, f"the op is {error:.1e} off"

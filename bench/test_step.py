@@ -134,14 +134,6 @@ def plain_runs() -> dict[str, Trajectory]:
 
 
 @pytest.fixture(scope="session")
-def matmul_rate() -> float | None:
-    """Operations a second of a large bf16 matrix product, the ceiling of what computes; None without a GPU."""
-    if not GPU:
-        return None
-    return timing.matmul_rate(DEVICE, torch.bfloat16)
-
-
-@pytest.fixture(scope="session")
 def in_turn(request: pytest.FixtureRequest, plain_runs: dict[str, Trajectory]) -> dict[str, Measured]:
     """On the CPU: every way the session asks for, built, checked and timed in turn with the others."""
     asked = [item.callspec.params["way"] for item in request.session.items if hasattr(item, "callspec")
@@ -196,7 +188,7 @@ def test_step(benchmark: Any, request: pytest.FixtureRequest, copy_rate: float |
         "images_per_second": batch / seconds.median,
         "peak_bytes": peak,
         "flops": encoder_flops(WAYS[way], batch),
-        "matmul_flops_per_second": request.getfixturevalue("matmul_rate"),
+        "matmul_flops_per_second": request.getfixturevalue("product_rate"),
         "copy_bytes_per_second": copy_rate,
         "loss": loss,
     }
