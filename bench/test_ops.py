@@ -16,15 +16,17 @@ import torch
 from bench.timing import Timing, rotation, summary, time_on_gpu
 from bench.workloads import OPS, REFERENCES, Workload
 
+BATCHES = (256, 128, 1024)
 GPU = [
     *(
         Workload(op, way, batch, positions, 2048)  # type: ignore[arg-type]
         for op, way in (("fit", "forward"), ("fit", "training"), ("pool", "forward"))
-        for batch in (128, 256, 1024)
+        for batch in BATCHES
         for positions in (49, 196)
     ),
-    *(Workload("contrast", "training", batch, keys, 256) for batch in (128, 256, 1024) for keys in (4096, 65536)),
+    *(Workload("contrast", "training", batch, keys, 256) for batch in BATCHES for keys in (4096, 65536)),
 ]
+GPU.sort(key=lambda work: BATCHES.index(work.batch))
 CPU = [
     Workload("fit", "forward", 16, 49, 256, dtype=torch.float32),
     Workload("fit", "training", 16, 49, 256, dtype=torch.float32),
@@ -60,8 +62,8 @@ def wall(benchmark: Any, call: Callable[[], Any]) -> Timing:
     return summary(benchmark.stats.stats.data, "wall") if benchmark.stats else Timing(0.0, 0.0, 0.0, "wall")
 
 
-@pytest.mark.parametrize("way", ["op", "eager", "compiled"])
 @pytest.mark.parametrize("work", GPU if torch.cuda.is_available() else CPU, ids=str)
+@pytest.mark.parametrize("way", ["op", "eager", "compiled"])  # all ops before what they are held against
 def test_op(
     benchmark: Any, device: torch.device, copy_rate: float | None, product_rate: float | None, work: Workload, way: str
 ) -> None:
