@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -21,11 +22,16 @@ from fastcr.data.views import Batch
 from fastcr.method.backbone import build_backbone
 from fastcr.method.build import build
 from fastcr.method.moco import MoCo
+from fastcr.presets import tuned
 from fastcr.runs.machine import pick_dtype
 
 SEED, TEMPERATURE, KEY_MOMENTUM, EMBEDDING_DIM, CLASSES = 0, MocoConfig.temperature, MocoConfig.key_momentum, 256, 1000
 RELEASED_FIT_WEIGHT = 0.01  # on the sum over the batch
 LR = 3e-4  # so small that rounding does not part two ways within a few steps
+PAPER = Config(moco=MocoConfig(embedding_dim=EMBEDDING_DIM))
+FROZEN = ModelConfig(batchnorm="frozen")  # what `auto` is with pretrained weights
+RELATIONAL = replace(PAPER, model=FROZEN, moco=replace(PAPER.moco, objective="relational", temperature=0.1))
+TUNED = replace(tuned("folder"), model=replace(FROZEN, frozen_stages=tuned("folder").model.frozen_stages))
 SGD: dict[str, Any] = {"lr": LR, "momentum": OptimConfig.momentum, "weight_decay": OptimConfig.weight_decay}
 
 
@@ -51,18 +57,22 @@ class Built(NamedTuple):
 
 
 def ours(
-    setting: Setting, device: torch.device, *, rationale: bool = True, released: bool = False, **run: Any
-) -> Built:
-    """The step that `fastcr.train` runs, with the settings `run` of `RunConfig`.
+    setting: Setting, device: torch.device, *, recipe: Config = PAPER, rationale: bool = True, released: bool = False,
+    **run: Any,
+) -> Built:  # fmt: skip
+    """The step that `fastcr.train` runs with a recipe at these sizes, with the settings `run` of `RunConfig`.
 
     `rationale=False` is plain MoCo v2, `released` has the losses of the released code.
     """
-    config = Config(
+    encoder: Any = {"backbone": setting.backbone, "last_stage": setting.last_stage, "weights": "none"}
+    fit_weight = RELEASED_FIT_WEIGHT if released else recipe.rationale.fit_weight
+    config = replace(
+        recipe,
         run=RunConfig(seed=SEED, **run),
-        model=ModelConfig(setting.backbone, setting.last_stage, weights="none"),  # type: ignore[arg-type]
-        optim=OptimConfig(batch_size=setting.batch, lr=LR),
-        moco=MocoConfig(queue_size=setting.queue_size, embedding_dim=EMBEDDING_DIM),
-        rationale=RationaleConfig(enabled=rationale, fit_weight=RELEASED_FIT_WEIGHT if released else 1.0),
+        model=replace(recipe.model, **encoder),
+        optim=replace(recipe.optim, batch_size=setting.batch, lr=LR),
+        moco=replace(recipe.moco, queue_size=setting.queue_size),
+        rationale=replace(recipe.rationale, enabled=rationale, fit_weight=fit_weight),
         released=ReleasedConfig(enabled=released),
     )
     training = build(config, device, Console(file=io.StringIO()))
@@ -168,13 +178,9 @@ def released(setting: Setting, device: torch.device) -> Built:
 
 
 def lightly(
-    setting: Setting,
-    device: torch.device,
-    *,
-    tuned: bool = False,
-    compile: bool = False,
+    setting: Setting, device: torch.device, *, tuned: bool = False, compile: bool = False,
     precision: Literal["auto", "fp32"] = "auto",
-) -> Built:
+) -> Built:  # fmt: skip
     """MoCo v2 from lightly's blocks, put together as in its example for one GPU (docs.lightly.ai/examples/moco.html).
 
     Head widths, learning rate, momenta and weight decay are those of the other ways. As it is: fp32, NCHW, torch's
@@ -277,10 +283,12 @@ class Way(NamedTuple):
 EAGER: dict[str, Any] = {"compile": False, "kernels": "torch", "precision": "fp32"}
 MOCO = EAGER | {"rationale": False}
 WAYS = {
+    "ours-tuned": Way(ours, ours, {"recipe": TUNED}, EAGER | {"recipe": TUNED}),
+    "ours-relational": Way(ours, ours, {"recipe": RELATIONAL}, EAGER | {"recipe": RELATIONAL}),
     "ours": Way(ours, ours, {}, EAGER),
+    "ours-moco": Way(ours, ours, {"rationale": False}, MOCO),
     "ours-overlap": Way(ours, ours, {"overlap_keys": True}, EAGER),
     "ours-graph": Way(ours, ours, {"cuda_graph": True}, EAGER),
-    "ours-moco": Way(ours, ours, {"rationale": False}, MOCO),
     "eager": Way(ours, ours, {"compile": False, "kernels": "torch"}, EAGER),
     "torch-ops": Way(ours, ours, {"compile": True, "kernels": "torch"}, EAGER),
     "released": Way(released, ours, {}, EAGER | {"released": True}),

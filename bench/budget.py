@@ -25,10 +25,10 @@ the next can be faster than these passes: small nets on a CPU are.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import torch
@@ -38,33 +38,10 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from bench.timing import copy_bandwidth, matmul_rate
+from bench.timing import Ceilings, Work, copy_bandwidth, matmul_rate
 from fastcr.config import Config
 from fastcr.data.views import Batch
 from fastcr.method.build import build
-
-
-class Ceilings(NamedTuple):
-    """What the device reached in the same run: bytes a second of a copy, FLOP a second of a matrix product."""
-
-    copy: float
-    matmul: float
-
-
-class Work(NamedTuple):
-    """Bytes moved and floating-point operations."""
-
-    bytes: int = 0
-    flops: int = 0
-
-    @classmethod
-    def total(cls, parts: Iterable[Work]) -> Work:
-        """All parts together."""
-        return cls(*map(sum, zip((0, 0), *parts, strict=True)))
-
-    def floor(self, ceilings: Ceilings) -> float:
-        """Seconds it takes at least: the bytes at the rate of a copy or the FLOPs at that of a product."""
-        return max(self.bytes / ceilings.copy, self.flops / ceilings.matmul)
 
 
 def size(value: Any) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.timing import copy_bandwidth
+from bench.timing import copy_bandwidth, matmul_rate
 
 
 def _first_line(*command: str) -> str | None:
@@ -61,6 +61,12 @@ def device() -> torch.device:
 def copy_rate(device: torch.device) -> float | None:
     """Bytes a second of a large copy on the GPU, the ceiling of what only moves bytes; None without a GPU."""
     return copy_bandwidth(device) if device.type == "cuda" else None
+
+
+@pytest.fixture(scope="session")
+def product_rate(device: torch.device) -> float | None:
+    """FLOP a second of a large bf16 matrix product on the GPU, the ceiling of what computes; None without a GPU."""
+    return matmul_rate(device, torch.bfloat16) if device.type == "cuda" else None
 
 
 @pytest.fixture

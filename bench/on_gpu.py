@@ -1,16 +1,18 @@
-"""`python bench/on_gpu.py --out DIR --minutes 8`: test and measure everything on a machine with a GPU, in one command.
+"""`python bench/on_gpu.py --out DIR [--only STAGE ...]`: test and measure on a machine with a GPU, in one command.
 
 In this order: facts of the machine, the kernels' tests compiled for its GPU, the benchmarks of ops, steps and loaders,
 a trace, a short training and a search for better launch settings. It needs torch, torchvision, Triton, pytest and
 pytest-benchmark, but neither tyro nor an installed fastcr. Each stage runs in a process of its own (the last three in
 `gpu_stages.py`), has a share of the minutes and is stopped when they are over; time that a stage does not use goes to
-the later ones. Results are written to DIR as they come, summary.json says how each stage ended, log.txt holds what it
-printed. Exits with 1 if a stage failed, with 2 for a mistake in the arguments.
+the later ones. What one has compiled serves the others, but not the training, whose start-up is measured. DIR gets at
+most seven files: summary.json says how each stage ended and holds short results, log.txt what all of them printed.
+Exits with 1 if a stage failed, with 2 for a mistake in the arguments.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import io
 import json
 import math
@@ -33,9 +35,8 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[1]
 GRACE = 10.0  # seconds from SIGINT to SIGKILL: pytest writes its report in between
 LEAST = 5.0  # seconds below which a stage is not begun
-SHARES = {"tests": 4, "ops": 4, "steps": 3, "loaders": 2, "trace": 2, "training": 5, "tune": 0}  # tune: what is left
+SHARES = {"tests": 3, "ops": 4, "steps": 6, "loaders": 1, "trace": 1, "training": 3, "tune": 0}  # tune: what is left
 KINDS = ("failures", "errors", "skipped")  # of tests, in pytest's report
-NAMED = 20  # of the failures
 
 
 class Stage(NamedTuple):
@@ -47,6 +48,7 @@ class Stage(NamedTuple):
     junit: Path | None = None  # pytest's report
     lines: Path | None = None  # one finished benchmark a line, until pytest-benchmark writes `file`
     environment: dict[str, str] = {}  # noqa: RUF012  (never changed)
+    short: bool = False  # its result goes into summary.json
 
 
 class Outcome(NamedTuple):
@@ -101,7 +103,7 @@ def read_junit(path: Path | None) -> tuple[str, list[str]]:
     counts = f"{tests - sum(others)} passed, {others[0] + others[1]} failed, {others[2]} skipped"
     cases = [case for suite in suites for case in suite]
     bad = [(case, at) for case in cases for kind in ("failure", "error") for at in case.iterfind(kind)]
-    return counts, [f"{case.get('name')}: {' '.join(at.get('message', '').split())[:200]}" for case, at in bad[:NAMED]]
+    return counts, [f"{case.get('name')}: {' '.join(at.get('message', '').split())[:200]}" for case, at in bad[:20]]
 
 
 def salvage(stage: Stage, facts: dict[str, Any]) -> None:
@@ -163,7 +165,7 @@ def run_all(
     stages: Sequence[Stage], out: Path, deadline: float, facts: dict[str, Any], console: Console
 ) -> list[Outcome]:
     """Run the stages one after the other until `deadline` (of `time.monotonic`), keeping summary.json up to date."""
-    outcomes: list[Outcome] = []
+    outcomes, results = list[Outcome](), dict[str, Any]()
     for i, stage in enumerate(stages):
         limit = share(stage.name, [other.name for other in stages[i + 1 :]], deadline - GRACE - time.monotonic())
         if outcomes and outcomes[-1].interrupted:
@@ -172,8 +174,12 @@ def run_all(
             if limit >= LEAST:
                 console.print(f"{stage.name}: at most {limit:.0f} s", highlight=False)
             outcome = run_stage(stage, limit, out, facts)
+        if stage.short and stage.file and outcome.file:
+            results[stage.name], outcome = json.loads(stage.file.read_text()), outcome._replace(file="summary.json")
         outcomes.append(outcome)
-        write(out / "summary.json", {"facts": facts, "stages": [each._asdict() for each in outcomes]})
+        write(out / "summary.json", {"facts": facts, "stages": [o._asdict() for o in outcomes], "results": results})
+        if stage.short and stage.file:
+            stage.file.unlink(missing_ok=True)
     return outcomes
 
 
@@ -192,6 +198,7 @@ def make_stages(out: Path, scratch: Path, *, rehearse: bool) -> list[Stage]:
     """All stages after the facts, in the order they run in; `rehearse`: their small forms for the CPU."""
     python = [sys.executable, "-u"]
     inside = [*python, str(ROOT / "bench" / "gpu_stages.py"), str(out), *["--rehearse"] * rehearse]
+    shared = {"TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor")}
 
     def pytest(junit: Path, few: str, *args: str) -> list[str]:
         command = [*python, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", f"--junitxml={junit}", *args]
@@ -201,40 +208,36 @@ def make_stages(out: Path, scratch: Path, *, rehearse: bool) -> list[Stage]:
         result, junit = out / file, scratch / f"{name}.xml"
         lines = result.with_suffix(".jsonl")
         command = pytest(junit, few, path, f"--benchmark-json={result}")
-        return Stage(name, command, result, junit, lines, {"FASTCR_BENCH_LINES": str(lines)})
+        return Stage(name, command, result, junit, lines, {"FASTCR_BENCH_LINES": str(lines), **shared})
 
     # On a GPU these run the compiled kernels on CUDA tensors (tests/conftest.py). What stays on the CPU there: all of
-    # test_ops.py, which is about the references, and of the other two the tests of arguments and of impl="auto"
-    # ("..._on_the_cpu", "..._the_cpu_...", "..._refused", "..._are_named") and torchvision's side of each comparison.
+    # test_ops.py, which is about the references, and of the others the tests of arguments and of impl="auto".
     kernel_tests = [f"tests/kernels/test_{name}.py" for name in ("two_views", "kernels", "ops")]
     few = "(bias_may_be_absent and pool) or no_images_give or any_size or auto_serves"
     interpreted = {"TRITON_INTERPRET": "1"} if rehearse else {}
+    kernel_tests += ["-n", "12"] if importlib.util.find_spec("xdist") and not rehearse else []  # each compiles kernels
     # what other stages have compiled must not shorten the start-up that the training reports
-    cold = {name: str(scratch / name) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
+    cold = {name: str(scratch / "cold" / name) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
     return [
         Stage("tests", pytest(out / "tests.xml", few, *kernel_tests), out / "tests.xml", out / "tests.xml"),
         bench("ops", "ops.json", "bench/test_ops.py", few="contrast and not compiled"),
         bench("steps", "steps.json", "bench/test_step.py", few="not compiled"),
         bench("loaders", "loader.json", "bench/test_loader.py", few="torch-host"),
-        Stage("trace", [*inside, "trace"], out / "phases.json"),
-        Stage("training", [*inside, "training"], out / "training.json", environment=cold),
-        Stage("tune", [*inside, "tune"], out / "tune.json", environment=interpreted),
+        Stage("trace", [*inside, "trace"], out / "phases.json", environment=shared, short=True),
+        Stage("training", [*inside, "training"], out / "training.json", environment=cold, short=True),
+        Stage("tune", [*inside, "tune"], out / "tune.json", environment=interpreted, short=True),
     ]
 
 
 def read_arguments(args: Sequence[str] | None) -> argparse.Namespace:
     """The command line; exits with status 2 for a mistake."""
-    parser = argparse.ArgumentParser(
-        prog="python bench/on_gpu.py",
-        usage="%(prog)s --out DIR [--minutes M] [--only STAGE,STAGE] [--rehearse]",
-        description="Tests and benchmarks on the GPU at hand, and a short training, within so many minutes.",
-    )
+    about = "Tests and benchmarks on the GPU at hand, and a short training, within so many minutes."
+    parser = argparse.ArgumentParser(prog="python bench/on_gpu.py", description=about)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
-    parser.add_argument("--minutes", type=float, default=8.0, metavar="M", help="time for everything (8)")
-    parser.add_argument("--only", metavar="STAGE,STAGE", help=f"some of {', '.join(SHARES)} (all)")
+    parser.add_argument("--minutes", type=float, default=9.0, metavar="M", help="time for everything (9)")
+    parser.add_argument("--only", nargs="+", metavar="STAGE", default=SHARES, help=f"of {', '.join(SHARES)} (all)")
     parser.add_argument("--rehearse", action="store_true", help="every stage in its small form, on the CPU")
     given = parser.parse_args(args)
-    given.only = given.only.split(",") if given.only else list(SHARES)
     mistake = ""
     if unknown := [name for name in given.only if name not in SHARES]:
         mistake = f"--only: no stage {unknown[0]!r}; there are {', '.join(SHARES)}"
@@ -279,6 +282,7 @@ def main(args: Sequence[str] | None = None) -> None:
             error = "there is no GPU here; --rehearse runs every stage in its small form on the CPU"
             print(f"on_gpu: error: {error}", file=sys.stderr)
             raise SystemExit(2)
+        (given.out / "facts.json").unlink()  # they are in summary.json
         chosen = [stage for stage in stages if stage.name in given.only]
         outcomes = [look, *run_all(chosen, given.out, deadline, facts, console)]
     where = f"{facts['gpu'] or 'rehearsal on the CPU'}, torch {facts['torch']}, Triton {facts['triton']}"

@@ -14,7 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `bench`, when this file is run as a script
 
-from bench.report_tables import Entry, keep, machine, rate_of, read, sorted_out, tables
+from bench.report_tables import Entry, floor_of, keep, machine, rate_of, read, sorted_out, tables
 from fastcr.config import tyro
 from fastcr.errors import UsageError
 from fastcr.runs.command_line import called, one_line_errors, parse
@@ -80,7 +80,7 @@ def bars(axes: Any, steps: list[Entry]) -> None:
 
 
 def roofline(axes: Any, infos: list[Entry]) -> None:
-    """One line a workload: the op, eager and compiled at the bytes/s of the floor, and the copy rate above them."""
+    """One line a workload: the least bytes over the time of the op, of eager and of compiled, and over the floor's."""
     works = list(dict.fromkeys(info["work"] for info in infos))[::-1]
     for way, colour in COLOURS.items():
         mine = [info for info in infos if info["way"] == way]
@@ -90,9 +90,10 @@ def roofline(axes: Any, infos: list[Entry]) -> None:
         for info, rate, place in zip(mine, rates, places, strict=True):
             if way == "op" and info["correct"] is not True:
                 axes.annotate("wrong results", (rate, place), (6, 0), textcoords="offset points", fontsize=9)
-    copy = next((info["copy_bytes_per_second"] for info in infos if info["copy_bytes_per_second"]), None)
-    if copy:
-        axes.axvline(copy / 1e9, color="black", linewidth=1, linestyle="--", label=f"a copy, {copy / 1e9:.0f}")
+    if floors := [(info, floor) for info in infos if (floor := floor_of(info))]:  # of a copy, or of a product
+        rates = [info["floor_bytes"] / floor / 1e9 for info, floor in floors]
+        places = [works.index(info["work"]) for info, _ in floors]
+        axes.scatter(rates, places, color="black", marker="|", s=160, label="floor")
     axes.set_yticks(range(len(works)), works)
     axes.set_xlim(left=0)
     axes.set_xlabel("GB/s: the least bytes the op can move, over its median", fontsize=9)

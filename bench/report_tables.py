@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.timing import Ceilings, Work
 from fastcr.errors import UsageError
 
 Entry = dict[str, Any]
@@ -64,34 +65,43 @@ def ratio(of: Entry, other: Entry | None) -> str:
     return f"{other['seconds']['median'] / of['seconds']['median']:.2f}" if other else ""
 
 
+def floor_of(info: Entry) -> float | None:
+    """Seconds an op takes at least on the device it was timed on; None where the ceilings were not measured."""
+    if not info["copy_bytes_per_second"]:
+        return None
+    ceilings = Ceilings(info["copy_bytes_per_second"], info["matmul_flops_per_second"])
+    return Work(info["floor_bytes"], info["floor_flops"]).floor(ceilings)
+
+
 def ops_table(infos: list[Entry]) -> list[str]:
     """Each op beside its eager and its compiled reference, at each size."""
     ways = {(info["work"], info["way"]): info for info in infos}
-    copy = next((info["copy_bytes_per_second"] for info in infos if info["copy_bytes_per_second"]), None)
     lines = [
-        "| workload | way | median, µs | p20 to p80, µs | floor, MB | GB/s | of a copy | over eager | over compiled "
-        "| extra memory, MB | timed by |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---|",
+        "| workload | way | median, µs | p20 to p80, µs | floor, MB | floor, GFLOP | floor, µs | of the floor "
+        "| over eager | over compiled | extra memory, MB | timed by |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
     for info in infos:
-        seconds = info["seconds"]
-        rate = info["floor_bytes"] / seconds["median"]
+        seconds, floor = info["seconds"], floor_of(info)
         cells = [
             info["work"],
             info["way"],
             f"{seconds['median'] * 1e6:.1f}",
             f"{seconds['p20'] * 1e6:.1f} to {seconds['p80'] * 1e6:.1f}",
             f"{info['floor_bytes'] / 1e6:.1f}",
-            f"{rate / 1e9:.0f}",
-            f"{rate / copy:.0%}" if copy else "",
+            f"{info['floor_flops'] / 1e9:.2f}" if info["floor_flops"] else "",
+            f"{floor * 1e6:.1f}" if floor else "",
+            f"{floor / seconds['median']:.0%}" if floor else "",
             ratio(info, ways.get((info["work"], "eager"))),
             ratio(info, ways.get((info["work"], "compiled"))),
             "" if info["extra_bytes"] is None else f"{info['extra_bytes'] / 1e6:.1f}",
             HOW[seconds["how"]],
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    legend = "GB/s: floor, the least bytes the op can move, over the median."
-    return [*lines, "", legend + (f" A large copy: {copy / 1e9:.0f} GB/s." if copy else "")]
+    legend = "Floor, µs: the least bytes the op can move at the rate of a copy, or its FLOPs at that of a product."
+    copy, product = (infos[0][rate] for rate in ("copy_bytes_per_second", "matmul_flops_per_second"))
+    rates = f" A large copy: {copy / 1e9:.0f} GB/s; a bf16 product: {product / 1e12:.0f} TFLOP/s." if copy else ""
+    return [*lines, "", legend + rates]
 
 
 def rate_of(step: Entry) -> float:

@@ -16,15 +16,17 @@ import torch
 from bench.timing import Timing, rotation, summary, time_on_gpu
 from bench.workloads import OPS, REFERENCES, Workload
 
+BATCHES = (256, 128, 1024)
 GPU = [
     *(
         Workload(op, way, batch, positions, 2048)  # type: ignore[arg-type]
         for op, way in (("fit", "forward"), ("fit", "training"), ("pool", "forward"), ("common", "forward"))
-        for batch in (128, 256, 1024)
+        for batch in BATCHES
         for positions in (49, 196)
     ),
-    *(Workload("contrast", "training", batch, keys, 256) for batch in (128, 256, 1024) for keys in (4096, 65536)),
+    *(Workload("contrast", "training", batch, keys, 256) for batch in BATCHES for keys in (4096, 65536)),
 ]
+GPU.sort(key=lambda work: BATCHES.index(work.batch))
 CPU = [
     Workload("fit", "forward", 16, 49, 256, dtype=torch.float32),
     Workload("fit", "training", 16, 49, 256, dtype=torch.float32),
@@ -61,9 +63,11 @@ def wall(benchmark: Any, call: Callable[[], Any]) -> Timing:
     return summary(benchmark.stats.stats.data, "wall") if benchmark.stats else Timing(0.0, 0.0, 0.0, "wall")
 
 
-@pytest.mark.parametrize("way", ["op", "eager", "compiled"])
 @pytest.mark.parametrize("work", GPU if torch.cuda.is_available() else CPU, ids=str)
-def test_op(benchmark: Any, device: torch.device, copy_rate: float | None, work: Workload, way: str) -> None:
+@pytest.mark.parametrize("way", ["op", "eager", "compiled"])  # all ops before what they are held against
+def test_op(
+    benchmark: Any, device: torch.device, copy_rate: float | None, product_rate: float | None, work: Workload, way: str
+) -> None:
     """The figures are in the report's extra_info; red where the op's results are not those of the fp64 reference."""
     gpu = device.type == "cuda"
     if gpu and needed_bytes(work, way) > 0.9 * torch.cuda.mem_get_info()[0]:
@@ -86,8 +90,10 @@ def test_op(benchmark: Any, device: torch.device, copy_rate: float | None, work:
         "way": way,
         "correct": None if error is None else error <= work.tolerance,
         "seconds": timing._asdict(),
-        "floor_bytes": work.floor_bytes,
+        "floor_bytes": work.floor.bytes,
+        "floor_flops": work.floor.flops,
         "copy_bytes_per_second": copy_rate,
+        "matmul_flops_per_second": product_rate,
         "extra_bytes": extra,
     }
     assert error is None or error <= work.tolerance, f"the op is {error:.1e} off"

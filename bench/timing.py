@@ -6,12 +6,35 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 
 SECONDS, FEWEST, MOST = 0.3, 10, 500  # of one measurement: what it aims at, and its samples
+
+
+class Ceilings(NamedTuple):
+    """What the device reached in the same run: bytes a second of a copy, FLOP a second of a matrix product."""
+
+    copy: float
+    matmul: float
+
+
+class Work(NamedTuple):
+    """Bytes moved and floating-point operations."""
+
+    bytes: int = 0
+    flops: int = 0
+
+    @classmethod
+    def total(cls, parts: Iterable[Work]) -> Work:
+        """All parts together."""
+        return cls(*map(sum, zip((0, 0), *parts, strict=True)))
+
+    def floor(self, ceilings: Ceilings) -> float:
+        """Seconds it takes at least: the bytes at the rate of a copy or the FLOPs at that of a product."""
+        return max(self.bytes / ceilings.copy, self.flops / ceilings.matmul)
 
 
 class Timing(NamedTuple):

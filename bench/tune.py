@@ -34,6 +34,7 @@ from fastcr.runs.command_line import called, one_line_errors, parse
 MAP_CHOICES = {"BLOCK_S": (32, 64), "BLOCK_C": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4)}
 CHOICES: dict[str, dict[str, tuple[int, ...]]] = {
     "rationale_fit": MAP_CHOICES,
+    "fit_pairs": {"BLOCK_C": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4)},
     "rationale_pool": MAP_CHOICES,
     "attention_gradient": {"BLOCK_S": (32, 64), "BLOCK_C": (64, 128), "num_warps": (4, 8), "num_stages": (2, 3)},
     "common_weights": {
@@ -74,12 +75,14 @@ def workloads(kernel: str, row: str) -> list[Workload]:
         return [Workload("common", "forward", 256, positions, channels, dtype=dtype) for positions in (49, 196)]
     op, way = {
         "rationale_fit": ("fit", "forward"),
+        "fit_pairs": ("fit", "forward"),
         "rationale_pool": ("pool", "forward"),
         "attention_gradient": ("pool", "training"),
         "spread_gradients": ("fit", "training"),
     }[kernel]
     detectors = 128 if "K > 32" in row else 32
-    return [Workload(op, way, 256, positions, 2048, detectors, dtype) for positions in (49, 196)]  # type: ignore[arg-type]
+    sides = (49,) if kernel == "fit_pairs" else (49, 196)
+    return [Workload(op, way, 256, positions, 2048, detectors, dtype) for positions in sides]  # type: ignore[arg-type]
 
 
 def candidates(kernel: str, today: Settings) -> list[Settings]:

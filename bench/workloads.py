@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.timing import Work
 from fastcr.kernels.common_weights import common_weights, common_weights_reference
 from fastcr.kernels.info_nce import info_nce, info_nce_reference
 from fastcr.kernels.rationale_fit import rationale_fit, rationale_fit_reference
@@ -63,6 +64,12 @@ class Workload(NamedTuple):
         """
         passes = {"fit": 3, "pool": 4, "contrast": 1}[self.op] if self.way == "training" else 1
         return passes * self.input_bytes
+
+    @property
+    def floor(self) -> Work:
+        """Least bytes moved, and FLOPs where they may take longer: of `contrast`, `4 B N D` for logits and gradient."""
+        each = {"contrast": 4 * self.batch}.get(self.op, 0)  # FLOPs that an element of the inputs takes part in
+        return Work(self.floor_bytes, each * (self.input_bytes // self.dtype.itemsize))
 
     def inputs(self, device: torch.device, seed: int = 0) -> Inputs:
         """Random inputs of these sizes: channels-last features, or unit vectors."""

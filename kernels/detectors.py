@@ -129,8 +129,8 @@ if triton is not None:
         WRITE_FEATURES: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     ):  # fmt: skip
         """Some channels of `images` images in fixed order: gradient of the features, partial sums for the detectors."""
-        group = tl.program_id(0)
-        c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+        chunk, group = tl.program_id(0), tl.program_id(1)  # neighbours read neighbouring channels of the same rows
+        c = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
         k = tl.arange(0, BLOCK_K)
         by_w = tl.zeros([BLOCK_K, BLOCK_C], tl.float32)
         by_bias = tl.zeros([BLOCK_K], tl.float32)
@@ -147,7 +147,7 @@ if triton is not None:
             winner = tl.load(winners + b * S + s, mask=s < S, other=0)
             by_logit = tl.load(by_logits + b * S + s, mask=s < S, other=0.0)
             chosen = tl.where(winner[:, None] == k[None, :], by_logit[:, None], 0.0)
-            if tl.program_id(1) == 0:
+            if chunk == 0:
                 by_bias += tl.sum(chosen, axis=0)
             # into the range of 16 bits whatever the loss is scaled by; a second product adds what rounding took off
             scale = tl.max(tl.abs(by_logit), axis=0)
@@ -167,7 +167,7 @@ if triton is not None:
                 tl.store(by_features + at, by_a.to(by_features.dtype.element_ty), mask=inside)
         part = group.to(tl.int64) * K * C
         tl.store(detector_parts + part + k[:, None] * C + c[None, :], by_w, mask=(k < K)[:, None] & (c < C)[None, :])
-        if tl.program_id(1) == 0:
+        if chunk == 0:
             tl.store(bias_parts + group * K + k, by_bias, mask=k < K)
 
 
@@ -224,7 +224,7 @@ def spread_gradients(
     groups = triton.cdiv(batch, images)
     detector_parts = by_logits.new_empty(groups, *detectors.shape)
     bias_parts = by_logits.new_empty(groups, len(detectors))
-    _spread_kernel[(groups, chunks)](
+    _spread_kernel[(chunks, groups)](
         rows, detectors, winners, by_logits, spread, direction, by_rows, detector_parts, bias_parts,
         batch, positions, channels, len(detectors), images,
         WRITE_FEATURES=write, **blocks, **dot_settings(rows, len(detectors)),

@@ -33,13 +33,15 @@ from fastcr.kernels.detectors import (
     spread_gradients,
     tile_settings,
 )
+from fastcr.kernels.fit_pairs import launch_pairs, takes_pairs
 from fastcr.kernels.launch import Impl, fused_op, use_triton
 
 try:
     import triton
     import triton.language as tl
 
-    from fastcr.kernels.detectors import masked_softmax, tile_logits
+    from fastcr.kernels.detectors import tile_logits
+    from fastcr.kernels.fit_pairs import distributions
 except ImportError:
     triton = None
 
@@ -135,30 +137,15 @@ if triton is not None:
             tl.store(target + row + s, slope * sign, mask=s < S)
             tl.store(winners + row + s, winner, mask=s < S)
         tl.debug_barrier()
-        s = tl.arange(0, BLOCK_ALL)
+        s = tl.arange(0, BLOCK_ALL)[None, :]
         inside = s < S
         logits = tl.load(attention + row + s, mask=inside, other=0.0)
         cam = tl.load(target + row + s, mask=inside, other=0.0)
         tl.debug_barrier()
-        bad = tl.sum(tl.where(cam - cam == 0, 0, 1), axis=0) > 0  # relu would hide an infinity of the other sign
-        cam = tl.where(cam > 0, cam, 0.0)
-        if SUM:
-            mass = tl.sum(cam, axis=0)
-            p = tl.where(mass == 0, 1.0 / S, cam / tl.where(mass == 0, 1.0, mass))
-            p = tl.where(bad, float("nan"), tl.where(inside, p, 0.0))
-        else:
-            peak = tl.max(cam, axis=0)
-            cam = cam / tl.where(peak == 0, 1.0, peak) * inverse_temperature
-            p = masked_softmax(tl.where(bad, float("nan"), cam), inside)
-        broken = tl.sum(tl.where(inside & (logits != logits), 1, 0), axis=0) > 0
-        high = tl.max(tl.where(inside, logits, float("-inf")), axis=0)
-        mass = tl.sum(tl.where(inside, tl.exp(logits - high), 0.0), axis=0)
-        log_q = tl.where(broken, float("nan"), logits - high - tl.log(mass))
-        log_p = tl.log(tl.where(p > 0, p, 1.0))
-        kl = tl.sum(tl.where(inside, p * (log_p - log_q), 0.0), axis=0)
+        p, log_q, kl = distributions(logits, cam, inside, S, inverse_temperature, SUM)
         tl.store(attention + row + s, tl.exp(log_q), mask=inside)
         tl.store(target + row + s, p, mask=inside)
-        tl.store(divergence + b, kl)
+        tl.store(divergence + b + tl.arange(0, 1), kl)
 
 
 @fused_op("fastcr::rationale_fit")
@@ -172,15 +159,19 @@ def _fused(
     divergence = rows.new_empty(batch, dtype=torch.float32)
     attention, probability = (rows.new_empty(batch, positions, dtype=torch.float32) for _ in range(2))
     winners = rows.new_empty(batch, positions, dtype=torch.int32)
-    if batch:
+    sign = 0.0 if target == "uniform" else 1.0 if cam_keeps == "mismatch" else -1.0  # 0: GradCAM 0, target uniform
+    gradient, bias = gradient.float().contiguous(), None if bias is None else bias.contiguous()
+    outputs = divergence, attention, probability, winners
+    if batch and takes_pairs(rows, len(detectors)):
+        launch_pairs(rows, gradient, detectors, bias, outputs, temperature, sign, target == "sum")
+    elif batch:
         _fit_kernel[(batch,)](
-            rows, gradient.float().contiguous(), detectors, rows if bias is None else bias.contiguous(),
-            divergence, attention, probability, winners, positions, channels, len(detectors), 1 / temperature,
-            0.0 if target == "uniform" else 1.0 if cam_keeps == "mismatch" else -1.0,  # 0: GradCAM 0, target uniform
+            rows, gradient, detectors, rows if bias is None else bias, *outputs,
+            positions, channels, len(detectors), 1 / temperature, sign,
             BLOCK_ALL=all_positions(rows), HAS_BIAS=bias is not None, SUM=target == "sum",
             **tile_settings("rationale_fit", rows, len(detectors)), **dot_settings(rows, len(detectors)),
         )  # fmt: skip
-    return divergence, attention, probability, winners
+    return outputs
 
 
 @_fused.register_fake

@@ -19,6 +19,9 @@ TABLE: dict[str, dict[str, Settings]] = {
         "32 bits, K <= 32": {"BLOCK_S": 16, "BLOCK_C": 32, "num_warps": 4, "num_stages": 3},
         "32 bits, K > 32": {"BLOCK_S": 16, "BLOCK_C": 32, "num_warps": 8, "num_stages": 2},
     },
+    "fit_pairs": {
+        "16 bits, K <= 32": {"BLOCK_C": 64, "num_warps": 8, "num_stages": 3},
+    },
     "rationale_pool": {
         "16 bits, K <= 32": {"BLOCK_S": 64, "BLOCK_C": 64, "num_warps": 4, "num_stages": 3},
         "16 bits, K > 32": {"BLOCK_S": 64, "BLOCK_C": 32, "num_warps": 4, "num_stages": 3},

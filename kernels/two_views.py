@@ -9,10 +9,10 @@
 pixels uint8: images of any sizes one after the other, each `[H,W,3]`; image b starts at byte `starts[b]`, its rows are
 `widths[b]` pixels. table `[B,V,16]` fp32 holds the V views of each image, columns as in `COLUMNS`. All is computed in
 fp32 on colours in [0, 1] and rounded at the end; torchvision on uint8 rounds after the resize too.
-
 Least bytes in 16 bits: the crops read once, `3 B V h w`, the views written once, `6 B V S^2`. Contrast needs the mean
 of the whole view and blur its neighbours, so there are four passes, with the view between them in 16 bits: cut and
-jitter up to contrast; jitter from contrast on; blur along rows; blur along columns. A view without blur takes two.
+jitter up to contrast; jitter from contrast on; blur along rows; blur along columns. A view without blur takes two. The
+cut meets a pixel of a crop four times at any reduction; rows and columns apart, twice, through `[h,S]` in memory.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ COLUMNS = (
     *("grey", "sigma", "window", "mirror"),  # 0 or 1; pixels; taps, odd, up to MAX_WINDOW, 1 for no blur; 0 or 1
 )
 MAX_WINDOW, MIN_SIZE = 13, 8  # more than half the window, so that an edge is reflected once
+MAX_SIZE = 1 << 14  # of the kernels: places inside a view are counted in 32 bits
 BLOCK = 256  # pixels of a view a program works on
 
 
@@ -91,6 +92,11 @@ def two_views_reference(
 if triton is not None:
 
     @triton.jit
+    def _place(tiles):
+        """The view a program works on and the tile of it: neighbours share a crop, and y and z end at 65,535."""
+        return (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
+
+    @triton.jit
     def _load(at, S, inside):
         """The three colours of some pixels; they lie one plane of S^2 after the other."""
         r = tl.load(at, mask=inside, other=0.0).to(tl.float32)
@@ -117,7 +123,7 @@ if triton is not None:
     @triton.jit
     def _cut_kernel(pixels, starts, widths, table, between, greys, V, S, tiles, BLOCK: tl.constexpr):
         """Crop and resize some pixels of one view, jitter them up to contrast; and sum their grey."""
-        view, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        view, tile = _place(tiles)
         row = table + view * 16
         pixel = tile * BLOCK + tl.arange(0, BLOCK)
         inside = pixel < S * S
@@ -134,10 +140,10 @@ if triton is not None:
         last_x = tl.minimum(tl.floor(centre_x + reach_x + 0.5), width)
         r = tl.zeros([BLOCK], tl.float32)
         g, b, total = r, r, r
-        for i in range(2 * tl.ceil(reach_y).to(tl.int32) + 1):
+        for i in range(tl.ceil(2 * reach_y).to(tl.int32)):  # no more pixels lie strictly within the reach
             y = first_y + i
             weight_y = tl.maximum(1 - tl.abs(y - centre_y + 0.5) / reach_y, 0.0)
-            for j in range(2 * tl.ceil(reach_x).to(tl.int32) + 1):
+            for j in range(tl.ceil(2 * reach_x).to(tl.int32)):
                 x = first_x + j
                 taken = inside & (y < last_y) & (x < last_x)
                 weight = weight_y * tl.maximum(1 - tl.abs(x - centre_x + 0.5) / reach_x, 0.0)
@@ -158,16 +164,13 @@ if triton is not None:
         _store(between + view * 3 * S * S + pixel, S, inside, r, g, b)
 
     @triton.jit
-    def _colour_kernel(
-        table, between, greys, out, B, V, S, tiles, means, stds, BLOCK: tl.constexpr, ALL: tl.constexpr
-    ):  # fmt: skip
+    def _colour_kernel(table, between, greys, out, B, V, S, tiles, means, stds, BLOCK: tl.constexpr):
         """Jitter some pixels of one view from contrast on, and grey; a view without blur is then finished."""
-        view, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        view, tile = _place(tiles)
         row = table + view * 16
         pixel = tile * BLOCK + tl.arange(0, BLOCK)
         inside = pixel < S * S
-        number = tl.arange(0, ALL)
-        mean = tl.sum(tl.load(greys + view * tiles + number, mask=number < tiles, other=0.0), axis=0) / (S * S)
+        mean = tl.load(greys + view) / (S * S)
         r, g, b = _load(between + view * 3 * S * S + pixel, S, inside)
         waiting = 1
         for slot in range(4):
@@ -184,10 +187,10 @@ if triton is not None:
 
     @triton.jit
     def _blur_kernel(
-        table, source, target, B, V, S, means, stds, ROWS: tl.constexpr, BLOCK: tl.constexpr
+        table, source, target, B, V, S, tiles, means, stds, ROWS: tl.constexpr, BLOCK: tl.constexpr
     ):  # fmt: skip
         """Blur some pixels of one view along its rows, or along its columns and finish it."""
-        view, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        view, tile = _place(tiles)
         row = table + view * 16
         window, sigma = tl.load(row + 14).to(tl.int32), tl.load(row + 13)
         if window > 1:
@@ -229,14 +232,11 @@ def _fused(
     )
     tiles = triton.cdiv(size * size, BLOCK)
     greys = table.new_empty(batch * views, tiles)
-    grid, colours = (batch * views, tiles), (tuple(mean), tuple(std))
+    grid, colours = (batch * views * tiles,), (tuple(mean), tuple(std))
     _cut_kernel[grid](pixels, starts, widths, table, between, greys, views, size, tiles, BLOCK=BLOCK)
-    _colour_kernel[grid](
-        table, between, greys, out, batch, views, size, tiles, *colours,
-        BLOCK=BLOCK, ALL=triton.next_power_of_2(tiles),
-    )  # fmt: skip
-    _blur_kernel[grid](table, between, blurred, batch, views, size, *colours, ROWS=True, BLOCK=BLOCK)
-    _blur_kernel[grid](table, blurred, out, batch, views, size, *colours, ROWS=False, BLOCK=BLOCK)
+    _colour_kernel[grid](table, between, greys.sum(1), out, batch, views, size, tiles, *colours, BLOCK=BLOCK)
+    _blur_kernel[grid](table, between, blurred, batch, views, size, tiles, *colours, ROWS=True, BLOCK=BLOCK)
+    _blur_kernel[grid](table, blurred, out, batch, views, size, tiles, *colours, ROWS=False, BLOCK=BLOCK)
     return out
 
 
@@ -294,7 +294,7 @@ def two_views(
         raise ValueError(f"mean and std must have three values, got {len(mean)} and {len(std)}")
     if not dtype.is_floating_point:
         raise ValueError(f"dtype must be floating-point, got {dtype}")
-    if use_triton(impl, {"table": table}, fits=dtype in KERNEL_DTYPES):
+    if use_triton(impl, {"table": table}, fits=dtype in KERNEL_DTYPES and size <= MAX_SIZE):
         views = _fused(pixels, starts, widths, table, size, list(mean), list(std), dtype)
         return views.permute(0, 1, 4, 2, 3)
     return two_views_reference(pixels, starts, widths, table, size, mean=mean, std=std, dtype=dtype)

@@ -29,7 +29,9 @@ def entry(
         "correct": correct,
         "seconds": {"median": median, "p20": median * 0.9, "p80": median * 1.5, "how": how},
         "floor_bytes": 50_000_000,
+        "floor_flops": 0,
         "copy_bytes_per_second": 4e12,
+        "matmul_flops_per_second": 8e14,
         "extra_bytes": 1_500_000,
     }
     return {"name": f"test_op[{way}]", "stats": {"median": 1.0, "iqr": 0.5}, "extra_info": info | changes}
@@ -47,22 +49,33 @@ def test_the_table_shows_times_rates_and_ratios(tmp_path: Path) -> None:
     assert lines[0] == "**Some GPU, driver 1.2**, torch 2.15, Triton 3.9, commit abc"
     op, eager, compiled = lines[4:7]
     assert op == (
-        "| fit-forward-B256-S49 | op | 20.0 | 18.0 to 30.0 | 50.0 | 2500 | 62% | 4.50 | 2.50 | 1.5 | CUDA graph |"
+        "| fit-forward-B256-S49 | op | 20.0 | 18.0 to 30.0 | 50.0 |  | 12.5 | 62% | 4.50 | 2.50 | 1.5 | CUDA graph |"
     )
-    assert eager.split(" | ")[7:9] == ["", ""]
+    assert eager.split(" | ")[8:10] == ["", ""]
     assert compiled.endswith("| events, not capturable |")
-    assert lines[-1].endswith("A large copy: 4000 GB/s.")
+    assert lines[-1].endswith("A large copy: 4000 GB/s; a bf16 product: 800 TFLOP/s.")
+
+
+def test_the_floor_is_the_longer_of_bytes_and_arithmetic(tmp_path: Path) -> None:
+    flops = 4 * 256 * 65536 * 256
+    work = {"floor_bytes": 2 * 65536 * 256, "floor_flops": flops}
+    row = printed([entry("op", 40e-6, correct=True, **work)], tmp_path)[4]
+    assert row.split(" | ")[4:8] == ["33.6", "17.18", f"{flops / 8e14 * 1e6:.1f}", "54%"]  # the copy takes 8.4 us
+    few = work | {"floor_flops": flops // 16}
+    assert printed([entry("op", 40e-6, correct=True, **few)], tmp_path)[4].split(" | ")[4:8] == [
+        *("33.6", "1.07", "8.4", "21%"),
+    ]
 
 
 @pytest.mark.parametrize("correct", [False, None])
 def test_no_ratio_for_an_op_with_wrong_or_unchecked_results(tmp_path: Path, correct: bool | None) -> None:
     lines = printed([entry("op", 20e-6, correct=correct), entry("eager", 90e-6), entry("compiled", 50e-6)], tmp_path)
-    assert lines[4].split(" | ")[7:9] == ["wrong results"] * 2
+    assert lines[4].split(" | ")[8:10] == ["wrong results"] * 2
     assert not any(figure in line for line in lines for figure in ("4.50", "2.50"))
 
 
 def test_a_way_that_was_skipped_has_no_ratio(tmp_path: Path) -> None:
-    assert printed([entry("op", 20e-6, correct=True)], tmp_path)[4].split(" | ")[7:9] == ["", ""]
+    assert printed([entry("op", 20e-6, correct=True)], tmp_path)[4].split(" | ")[8:10] == ["", ""]
 
 
 def test_figures_of_a_cpu_are_named_so(tmp_path: Path) -> None:
@@ -232,4 +245,6 @@ def test_floors_count_each_pass_over_the_features_once() -> None:
     assert Workload("fit", "forward", *sizes).floor_bytes == once
     assert Workload("fit", "training", *sizes).floor_bytes == 3 * once
     assert Workload("common", "forward", *sizes).floor_bytes == once
-    assert Workload("contrast", "training", 256, 65536, 256).floor_bytes == 2 * 65536 * 256
+    contrast = Workload("contrast", "training", 256, 65536, 256).floor
+    assert contrast == (2 * 65536 * 256, 4 * 256 * 65536 * 256)
+    assert contrast.flops / contrast.bytes == 512

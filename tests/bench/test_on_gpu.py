@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,8 @@ def test_what_a_stage_leaves_goes_to_those_after_it() -> None:
         left -= taken[name]
     assert taken == pytest.approx({name: 480 * part / total for name, part in on_gpu.SHARES.items()})
     # the tests ended at once: all others have more, in the same proportions
-    assert on_gpu.share("ops", names[2:], 480.0) == pytest.approx(480 * 4 / (total - 4))
+    without = total - on_gpu.SHARES["tests"]
+    assert on_gpu.share("ops", names[2:], 480.0) == pytest.approx(480 * on_gpu.SHARES["ops"] / without)
     assert on_gpu.share("training", ["tune"], 100.0) == 100.0
     assert on_gpu.share("tune", [], 30.0) == 30.0
 
@@ -76,6 +78,28 @@ def test_an_overrunning_stage_is_stopped_and_every_result_stays(run_all: Any, tm
     assert (tmp_path / "ops").read_text() == "half"
     assert ended["steps"]["note"] == "broken"
     assert "fine" in (tmp_path / "log.txt").read_text()
+
+
+def test_all_stages_leave_at_most_eight_files_and_share_what_they_compile(tmp_path: Path) -> None:
+    stages = on_gpu.make_stages(tmp_path / "out", tmp_path / "scratch", rehearse=False)
+    assert [stage.name for stage in stages] == list(on_gpu.SHARES)
+    kept = {path for stage in stages for path in (stage.file, stage.junit) if path and not stage.short}
+    kept = {path for path in kept if path.parent == tmp_path / "out"}
+    assert len(kept | {tmp_path / name for name in ("summary.json", "log.txt", gpu_stages.TRACE)}) <= 8
+    caches = {stage.name: stage.environment.get("TORCHINDUCTOR_CACHE_DIR") for stage in stages}
+    assert caches["ops"] == caches["steps"] == caches["trace"] == str(tmp_path / "scratch" / "inductor")
+    assert caches["training"] not in (None, caches["trace"])
+    tests = stages[0].command
+    assert tests[tests.index("-n") + 1] == "12" if find_spec("xdist") else "-n" not in tests
+
+
+def test_a_short_result_is_in_the_summary_and_no_file_of_its_own(tmp_path: Path) -> None:
+    script = "import sys, pathlib; pathlib.Path(sys.argv[1]).write_text('{\"rate\": 3}')"
+    stage = on_gpu.Stage("trace", [sys.executable, "-c", script, str(tmp_path / "a")], tmp_path / "a", short=True)
+    (outcome,) = on_gpu.run_all([stage], tmp_path, time.monotonic() + 60, {}, Console(quiet=True))
+    assert outcome.file == "summary.json"
+    assert json.loads((tmp_path / "summary.json").read_text())["results"] == {"trace": {"rate": 3}}
+    assert not (tmp_path / "a").exists()
 
 
 def test_a_stage_that_ignores_sigint_is_killed_with_its_processes(run_all: Any, tmp_path: Path) -> None:
@@ -213,15 +237,17 @@ def test_a_rehearsal_needs_neither_tyro_nor_the_other_optional_packages(tmp_path
         (absent / path).write_text("raise ImportError('not installed')")
     plain = "-p no:hypothesispytest"  # its plugin would look into what stands in for it
     environment = {**os.environ, "PYTHONPATH": str(absent), "PYTEST_ADDOPTS": plain, "OMP_NUM_THREADS": "1"}
-    command = [*SCRIPT, "--out", str(tmp_path / "out"), "--rehearse", "--only", "tests,training"]
+    command = [*SCRIPT, "--out", str(tmp_path / "out"), "--rehearse", "--only", "tests", "training"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     log = (tmp_path / "out" / "log.txt").read_text()
     assert done.returncode == 0, done.stdout + done.stderr + log
-    stages = json.loads((tmp_path / "out" / "summary.json").read_text())["stages"]
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    stages = summary["stages"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["log.txt", "summary.json", "tests.xml"]
     assert [(each["stage"], each["status"]) for each in stages] == [("tests", "passed"), ("training", "passed")]
     assert "under Triton's interpreter" in log
     assert stages[0]["note"].endswith("0 failed, 1 skipped")  # the property test
-    training = json.loads((tmp_path / "out" / "training.json").read_text())
+    training = summary["results"]["training"]
     assert training["steps"] == 4
     assert training["pairs_per_second"] > 0
     assert training["seconds_to_first_step"] > 0

@@ -13,16 +13,21 @@ from typing import Any
 import pytest
 
 from bench import resources
-from fastcr.kernels import settings
+from fastcr.kernels import fit_pairs, settings
 
 triton = pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[2]
 VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # most one block may take
-MULTIPLYING = {"_partial_kernel", "_pool_kernel", "_fit_kernel", "_spread_kernel", "_spread_kernel (features)"}
-OTHERS = {"_combine_kernel", "_attention_gradient_kernel", "_common_kernel"}
+MULTIPLYING = {
+    *("_partial_kernel", "_pool_kernel", "_fit_kernel", "_pairs_kernel", "_spread_kernel", "_spread_kernel (features)")
+}
+OTHERS = {"_combine_kernel", "_attention_gradient_kernel", "_common_kernel", "_split_kernel"}
 OTHERS |= {"_cut_kernel", "_colour_kernel", "_blur_kernel"}
+if not fit_pairs.FENCED:  # with this Triton a program does one image
+    MULTIPLYING -= {"_pairs_kernel"}
+    OTHERS -= {"_split_kernel"}
 RESOURCES = """
 import json, sys
 from bench.resources import resources
@@ -73,6 +78,7 @@ def test_every_row_of_the_launch_settings_is_compiled() -> None:
             if isinstance(sizes, resources.Maps)
             for kernel in settings.TABLE
             if kernel not in ("info_nce", "common_weights")
+            and (kernel != "fit_pairs" or (sizes.positions <= 64 and sizes.dtype.itemsize == 2))
         }
         | {
             f"common_weights: {settings.channels_class(sizes.dtype, sizes.channels)}"

@@ -10,13 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fastcr.kernels import detectors as detectors_module
+from fastcr.kernels import fit_pairs, launch
 from fastcr.kernels import info_nce as contrast_module
-from fastcr.kernels import launch
 from fastcr.kernels import rationale_fit as fit_module
 from fastcr.kernels import rationale_pool as pool_module
 from fastcr.kernels.info_nce import MAX_DIM, info_nce, info_nce_reference
 from fastcr.kernels.rationale_fit import rationale_fit, rationale_fit_reference
 from fastcr.kernels.rationale_pool import rationale_pool, rationale_pool_reference
+from fastcr.kernels.settings import TABLE
 
 pytest.importorskip("triton")
 
@@ -38,6 +40,8 @@ SHAPES: list[Any] = [
     (3, 64, 4, 4, 33),
     (1, 64, 14, 14, 128),
     (1, 2047, 2, 8, 5),
+    (5, 200, 7, 7, 16),
+    (2, 64, 9, 9, 5),
     pytest.param((1, 2048, 7, 7, 32), marks=slow),
     pytest.param((3, 2047, 14, 14, 128), marks=slow),
     pytest.param((3, 64, 28, 28, 33), marks=slow),
@@ -226,6 +230,27 @@ def test_several_images_may_share_a_partial_sum(op: Op) -> None:
     assert_as_exact_as_torch(op, draw(17, 2047, 1, 2, 5), F32)  # 2 images in each but the last
 
 
+def test_neighbouring_programs_of_the_backward_read_neighbouring_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[tuple[int, ...]] = []
+
+    class Recorder:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            launched.append(grid)
+            return lambda *args, **kwargs: None
+
+    monkeypatch.setattr(detectors_module, "_spread_kernel", Recorder())
+    features, images, channels = torch.empty(700, 300, 1, 1, dtype=torch.bfloat16), 700, 300
+    empty = torch.empty(images, 1)
+    detectors_module.spread_gradients(
+        features, torch.empty(5, channels), empty.int(), empty, empty, torch.empty(images, channels), True
+    )
+    row = TABLE["spread_gradients"]["16 bits, K <= 32"]
+    chunks = -(-channels // row["BLOCK_C"])
+    ((x, y),) = launched  # blocks are started along x first
+    assert (x, y > 1) == (chunks, True)
+    assert x * y <= row["programs"]
+
+
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("op", [pool, fit])
 def test_bias_may_be_absent(op: Op) -> None:
@@ -363,6 +388,47 @@ def test_nan_and_inf_stay_in_their_image(op: Op, name: str, options: dict[str, A
         else:
             assert torch.equal(b[1].isnan(), c[1].isnan())
     assert not got[0][1].isfinite().any()
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("name", ["features", "gradient"])
+@pytest.mark.parametrize("target", ["max-softmax", "sum", "uniform"])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_nan_and_inf_do_not_reach_the_other_image_of_a_program(
+    dtype: torch.dtype, target: str, name: str, value: float
+) -> None:
+    clean, sick = (draw(4, 70, 4, 5, 5, dtype=dtype) for _ in range(2))
+    sick[name].detach()[1].flatten()[3] = value  # type: ignore[union-attr]
+    healthy, got, expected = (
+        fit(**arguments, target=target, impl=impl)
+        for arguments, impl in ((clean, "triton"), (sick, "triton"), (sick, "torch"))
+    )
+    for a, b, c in zip(healthy, got, expected, strict=True):
+        assert a.isfinite().all()
+        assert torch.equal(b[[0, 2, 3]], a[[0, 2, 3]])
+        assert torch.equal(b[1].isnan(), c[1].isnan())
+    assert got[0][1].isnan()
+
+
+@pytest.mark.parametrize("scale", [2.0**-100, 2.0**100])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_target_does_not_depend_on_the_scale_of_the_gradient(dtype: torch.dtype, scale: float) -> None:
+    arguments = small(fit, dtype)
+    plain = fit(**arguments, impl="triton")
+    scaled = fit(**arguments | {"gradient": arguments["gradient"] * scale}, impl="triton")
+    torch.testing.assert_close(scaled, plain, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.skipif(not fit_pairs.FENCED, reason="with this Triton a program does one image")
+def test_two_images_a_program_are_for_small_maps_in_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> None:
+        raise AssertionError("two images a program")
+
+    monkeypatch.setattr(fit_module, "launch_pairs", refuse)
+    for dtype, side, detectors in ((F32, 8, 32), (torch.float16, 9, 32), (torch.float16, 8, 33)):
+        assert fit(**draw(1, 8, side, side, detectors, dtype=dtype), impl="triton")[0].isfinite().all()
+    with pytest.raises(AssertionError, match="two images a program"):
+        fit(**draw(1, 8, 8, 8, 32, dtype=torch.float16), impl="triton")
 
 
 def test_nan_in_the_queue_reaches_every_loss() -> None:

@@ -17,7 +17,7 @@ from fastcr.data.torch_views import augment
 from fastcr.data.views import MEAN, STD, ViewParameters, draw_parameters
 from fastcr.kernels import launch
 from fastcr.kernels import two_views as module
-from fastcr.kernels.two_views import COLUMNS, two_views
+from fastcr.kernels.two_views import COLUMNS, MAX_SIZE, two_views
 
 triton = pytest.importorskip("triton")
 
@@ -77,6 +77,45 @@ def test_kernels_agree_with_the_reference(dtype: torch.dtype, monkeypatch: pytes
 )
 def test_images_and_views_of_any_size(sizes: list[tuple[int, int]], size: int, seed: int) -> None:
     assert_as_exact_as_torch(draw(sizes, seed)[0], size, torch.float32)
+
+
+def test_a_strong_reduction_takes_every_pixel_under_the_filter() -> None:
+    sizes = [(400, 9), (9, 400), (72, 72)]  # to 8: up to 50 times smaller
+    arguments, parameters = draw(sizes)
+    arguments["table"] = torch.from_numpy(view_table(single(parameters))).to(DEVICE)
+    arguments["table"][:, :, :4] = torch.tensor([[[0, 0, *size]] * 2 for size in sizes], dtype=torch.float32)
+    assert_as_exact_as_torch(arguments, 8, torch.float32)
+
+
+@pytest.mark.parametrize(("images", "size"), [(1, 8), (70_000, 8), (1, 4104), (2, MAX_SIZE)])
+def test_launches_stay_within_the_limits_of_cuda(images: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    grids: list[tuple[int, ...]] = []
+
+    class Recorder:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            grids.append(grid)
+            return lambda *args, **kwargs: None
+
+    for name in ("_cut_kernel", "_colour_kernel", "_blur_kernel"):
+        monkeypatch.setattr(module, name, Recorder())
+    monkeypatch.setattr(torch.Tensor, "sum", lambda self, *args: self)  # of what no kernel wrote
+    table = torch.empty(images, 2, 16, device="meta")
+    arguments = torch.empty(3, dtype=torch.uint8), *[torch.empty(images, dtype=torch.int64) for _ in range(2)]
+    module._fused._init_fn(*arguments, table, size, list(MEAN), list(STD), torch.bfloat16)
+    assert len(grids) == 4
+    for grid in grids:
+        x, y, z = (*grid, 1, 1)[:3]
+        assert x * y * z >= images * 2 * size**2 / module.BLOCK
+        assert x < 2**31
+        assert max(y, z) < 2**16
+
+
+def test_a_view_beyond_the_limit_is_refused_but_served_by_auto() -> None:
+    arguments, _ = draw([(9, 9)])
+    arguments["table"] = arguments["table"][:, :0]
+    with pytest.raises(ValueError, match="its kernels do not take these shapes"):
+        two_views(**arguments, size=MAX_SIZE + 1, **COLOURS, impl="triton")
+    assert two_views(**arguments, size=MAX_SIZE + 1, **COLOURS).shape == (0, 1, 3, MAX_SIZE + 1, MAX_SIZE + 1)
 
 
 @pytest.mark.parametrize("views", [1, 3])
