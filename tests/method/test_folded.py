@@ -17,7 +17,7 @@ from fastcr.data.views import Batch
 from fastcr.method.backbone import build_backbone
 from fastcr.method.build import Training, build
 from fastcr.method.depthwise import FastGradients
-from fastcr.method.folded import find_pairs, fold_norms, unfold_norms
+from fastcr.method.folded import find_pairs, fold, fold_norms, unfold_norms
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIDE = 33  # odd: padding differs at the two ends
@@ -198,6 +198,12 @@ def test_under_autocast_the_fold_is_fp32_and_as_exact_as_the_norm() -> None:
     backbone = randomised(build_backbone("resnet18", "layer2")[0])
     folded, images = folded_copy(backbone), torch.randn(4, 3, 64, 64)
     exact = copy.deepcopy(backbone).double()(images.double())
+    (first, norm), *_ = find_pairs(backbone, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        weight, _ = fold(first, norm)
+    assert norm.running_var is not None
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    torch.testing.assert_close(weight, first.weight * scale[:, None, None, None])
     errors = []
     for each in (backbone, folded):
         with torch.autocast("cpu", dtype=torch.bfloat16):
