@@ -13,6 +13,8 @@ from __future__ import annotations
 import copy
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -38,8 +40,37 @@ def fold_norms(backbone: nn.Module, image_size: int) -> None:
 def unfold_norms(backbone: nn.Module) -> None:
     """Undo `fold_norms`."""
     for module in backbone.modules():
-        if isinstance(vars(module).get("forward"), partial):
+        if _is_folded(module):
             del module.forward
+
+
+def _is_folded(module: nn.Module) -> bool:
+    """Whether `fold_norms` gave it another forward pass."""
+    return getattr(vars(module).get("forward"), "func", None) in (_convolve, _finish)
+
+
+@contextmanager
+def folded_once(backbone: nn.Module, image_size: int) -> Iterator[None]:
+    """Inside it weights and statistics shall not change, and are folded once, without gradients.
+
+    A compiled backbone is left as it is: what it was compiled for would no longer hold.
+    """
+    if backbone._compiled_call_impl is not None:
+        yield
+        return
+    before = {module: vars(module)["forward"] for module in backbone.modules() if _is_folded(module)}
+    pairs = [each.args for each in before.values() if len(each.args) == 2] or find_pairs(backbone, image_size)
+    for convolution, norm in pairs:
+        with torch.inference_mode(False), torch.no_grad():
+            kept = fold(convolution, norm)
+        convolution.forward = partial(_convolve, convolution, norm, kept=kept)  # type: ignore[method-assign]
+        norm.forward = partial(_finish, norm)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        unfold_norms(backbone)
+        for module, forward in before.items():
+            module.forward = forward
 
 
 def find_pairs(backbone: nn.Module, image_size: int) -> list[Pair]:
@@ -117,11 +148,13 @@ class _Seen(TorchDispatchMode):
         return [pair for pair in pairs if all(self.calls[module] == 1 for module in pair)]
 
 
-def _convolve(convolution: nn.Conv2d, norm: nn.BatchNorm2d, images: Tensor) -> Tensor:
-    """Forward pass of a convolution, and with running statistics of the norm after it."""
+def _convolve(
+    convolution: nn.Conv2d, norm: nn.BatchNorm2d, images: Tensor, kept: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """Forward pass of a convolution, and with running statistics of the norm after it, as `kept` or folded here."""
     if _stays(norm):
         return type(convolution).forward(convolution, images)
-    weight, bias = fold(convolution, norm)
+    weight, bias = kept or fold(convolution, norm)
     if type(convolution) is _timm("Conv2dSame"):
         images = _timm("pad_same")(images, convolution.kernel_size, convolution.stride, convolution.dilation)
     return convolution._conv_forward(images, weight, bias)

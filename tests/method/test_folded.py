@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -11,12 +12,14 @@ import pytest
 import torch
 from rich.console import Console
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastcr.config import Config, DataConfig, MocoConfig, ModelConfig, OptimConfig, RunConfig
 from fastcr.data.views import Batch
 from fastcr.method.backbone import build_backbone
 from fastcr.method.build import Training, build
 from fastcr.method.depthwise import FastGradients
+from fastcr.method.encoder import new_encoder
 from fastcr.method.folded import find_pairs, fold, fold_norms, unfold_norms
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -211,6 +214,56 @@ def test_under_autocast_the_fold_is_fp32_and_as_exact_as_the_norm() -> None:
         assert features.dtype == torch.bfloat16
         errors.append(((features - exact).norm() / exact.norm()).item())
     assert 1e-4 < errors[1] < 1.5 * errors[0] < 0.03
+
+
+@pytest.mark.parametrize("was_folded", [False, True])
+def test_an_evaluation_folds_once_and_leaves_the_encoder_as_it_was(was_folded: bool) -> None:
+    encoder = new_encoder(config_of())
+    randomised(encoder.backbone)
+    images = torch.randn(2, 3, 64, 64)
+    expected = encoder(images)
+    if was_folded:
+        fold_norms(encoder.backbone, 64)
+    encoder.train()
+    before, state = are_folded(encoder), copy.deepcopy(encoder.state_dict())
+    with torch.inference_mode(), encoder.evaluating():
+        assert len(are_folded(encoder)) == 2 * 15
+        with encoder.evaluating():  # as the start with DDT does
+            torch.testing.assert_close(encoder(images), expected, rtol=1e-4, atol=1e-5)
+        with count_calls("rsqrt") as calls:
+            torch.testing.assert_close(encoder(images), expected, rtol=1e-4, atol=1e-5)
+        assert not calls
+    assert are_folded(encoder) == before
+    torch.testing.assert_close(encoder.state_dict(), state, rtol=0, atol=0)
+    assert encoder.training
+    with torch.no_grad():  # weights that change afterwards count
+        encoder.backbone.layer3[0].bn1.weight.mul_(2)  # type: ignore[index,operator,union-attr]
+    with torch.no_grad(), encoder.evaluating():
+        changed = encoder(images)
+    assert not torch.allclose(changed.embedding, expected.embedding, rtol=1e-3)
+    gradient = torch.autograd.grad(encoder.eval()(images).embedding[0, 0], encoder.backbone.conv1.weight)
+    assert gradient[0].any()
+
+
+@contextmanager
+def count_calls(name: str) -> Iterator[list[str]]:
+    """The calls of an operation of torch's inside it."""
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found.extend([name] if func.overloadpacket.__name__ == name else [])
+            return func(*args, **(kwargs or {}))
+
+    found: list[str] = []
+    with Calls():
+        yield found
+
+
+def test_a_compiled_backbone_is_evaluated_as_it_is() -> None:
+    encoder = new_encoder(config_of())
+    encoder.backbone.compile(backend="eager")
+    with encoder.evaluating():
+        assert not are_folded(encoder)
 
 
 def saved_bytes(backbone: nn.Module, images: Tensor) -> int:
