@@ -12,7 +12,7 @@ from bench.timing import Ceilings, Work
 from fastcr.errors import UsageError
 
 Entry = dict[str, Any]
-HOW = {"graph": "CUDA graph", "events": "events, not capturable", "wall": "wall clock"}
+HOW = {"graph": "CUDA graph", "events": "events, not capturable", "wall": "wall clock", "cpu": "CPU time of a thread"}
 RESULTS = Path(__file__).parent / "results"
 PEERS = ("released", "lightly", "lightly-tuned", "lightly-tuned-compile")
 MOCO_ONLY = PEERS[1:]  # plain MoCo v2: they do less than `ours`
@@ -162,6 +162,30 @@ def comparisons(ways: dict[tuple[str, int], Entry], batch: int) -> list[str]:
     return notes
 
 
+def folded_table(infos: list[Entry]) -> list[str]:
+    """Steps with frozen BatchNorm, folded beside not folded, and what each keeps for the backward pass."""
+    ways = {(str(info["setting"]), info["frozen_step"]): info for info in infos}
+    rows = []
+    for info in (info for info in infos if info["frozen_step"] == "folded"):
+        plain, setting = ways[str(info["setting"]), "norms"], info["setting"]
+        times, kept = info["norms_over_folded"], (plain["kept_bytes"], info["kept_bytes"])
+        right = "{median:.3f}|{p20:.3f} to {p80:.3f}".format(**times) if info["correct"] is True else "wrong results|"
+        rows.append(
+            [
+                f"{setting['backbone']} up to {setting['last_stage']}, {setting['frozen_stages']} stages kept",
+                f"{setting['batch']} x {setting['image_size']} px",
+                setting["precision"],
+                *(f"{each['seconds']['median'] * 1e3:.1f}" for each in (plain, info)),
+                *right.split("|"),
+                *("" if each is None else f"{each / 2**20:.0f}" for each in kept),
+            ]
+        )
+    columns = ["encoder", "batch", "precision", "BatchNorm, ms", "folded, ms", "times as fast", "p20 to p80",
+               "kept with BatchNorm, MiB", "kept folded, MiB"]  # fmt: skip
+    legend = f"Steps in turn, {HOW[infos[0]['seconds']['how']]}, {infos[0]['rounds']} of each; ratios of neighbours."
+    return [*table(columns, rows, left=3), "", legend]
+
+
 def loaders_table(entries: list[Entry]) -> list[str]:
     """Each loader and cache, seconds of the first and the second epoch."""
     rows = []
@@ -176,14 +200,16 @@ def loaders_table(entries: list[Entry]) -> list[str]:
 
 
 def sorted_out(report: Entry) -> dict[str, list[Entry]]:
-    """The report's entries by what they are: `ops` and `step` (their extra_info), `loader` and `rest` (whole)."""
-    kinds: dict[str, list[Entry]] = {"ops": [], "step": [], "loader": [], "rest": []}
+    """The report's entries by what they are: `ops`, `step`, `folded` (extra_info), `loader` and `rest` (whole)."""
+    kinds: dict[str, list[Entry]] = {"ops": [], "step": [], "folded": [], "loader": [], "rest": []}
     for entry in report["benchmarks"]:
         info = entry["extra_info"]
         if "work" in info:
             kinds["ops"].append(info)
         elif "step" in info:
             kinds["step"].append(info)
+        elif "frozen_step" in info:
+            kinds["folded"].append(info)
         else:
             kinds["loader" if "first_epoch_seconds" in info else "rest"].append(entry)
     return kinds
@@ -193,7 +219,8 @@ def tables(path: Path) -> str:
     """The report in `path`: heading, tables of the ops, the steps, the loaders, and the rest."""
     report = read(path)
     kinds = sorted_out(report)
-    makers = {"ops": ops_table, "step": steps_table, "loader": loaders_table, "rest": plain_table}
+    makers = {"ops": ops_table, "step": steps_table, "folded": folded_table, "loader": loaders_table}
+    makers["rest"] = plain_table
     parts = [[heading(report)], *(make(kinds[kind]) for kind, make in makers.items() if kinds[kind])]
     return "\n\n".join("\n".join(part) for part in parts)
 

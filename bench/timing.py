@@ -13,6 +13,8 @@ import torch
 
 SECONDS, FEWEST, MOST = 0.3, 10, 500  # of one measurement: what it aims at, and its samples
 
+How = Literal["graph", "events", "wall", "cpu"]
+
 
 class Ceilings(NamedTuple):
     """What the device reached in the same run: bytes a second of a copy, FLOP a second of a matrix product."""
@@ -43,10 +45,10 @@ class Timing(NamedTuple):
     median: float
     p20: float
     p80: float
-    how: Literal["graph", "events", "wall"]
+    how: How
 
 
-def summary(samples: Sequence[float], how: Literal["graph", "events", "wall"]) -> Timing:
+def summary(samples: Sequence[float], how: How) -> Timing:
     """Median, 20th and 80th percentile of samples in seconds."""
     if len(samples) == 1:
         return Timing(samples[0], samples[0], samples[0], how)

@@ -123,7 +123,8 @@ def embed_folder(config: EmbedConfig, console: Console) -> None:
     batches = [list(range(*batch)) for batch in pairwise(starts) if batch[0] >= job.images]
     workers = pick_workers(config.data.workers)
     crops = load_crops(parts, batches, image_size=size, workers=workers, pin=device.type == "cuda")
-    fill(job, parts, batches, encode(crops, encoder, dtype, config.attention), console)
+    with encoder.evaluating():
+        fill(job, parts, batches, encode(crops, encoder, dtype, config.attention), console)
     if not job.rows:
         job.remove()
         raise UsageError(f"none of the {len(rows)} images under {config.folder} can be read")

@@ -20,6 +20,7 @@ from fastcr.kernels import launch
 from fastcr.method.backbone import backbone_mistake, build_backbone, freeze_stages
 from fastcr.method.depthwise import FastGradients, has_slow_gradients
 from fastcr.method.encoder import Branch, Encoder, build_branch, describe
+from fastcr.method.folded import fold_norms
 from fastcr.method.moco import MoCo
 from fastcr.method.objectives import QUEUED, build_objective
 from fastcr.method.parallel import Synchronised
@@ -167,6 +168,8 @@ def _modules(
         console.print(f"{len(missing)} weights stay random: {names}", highlight=False, soft_wrap=True)
     backbone.requires_grad_(config.optim.backbone_lr != 0)  # if it is not trained, no gradient has to pass through it
     freeze_stages(backbone, config.model.frozen_stages)
+    if config.model.norms == "frozen":
+        fold_norms(backbone, config.data.image_size)
     moco = MoCo(backbone, channels, config.moco)
     if initial_weights:
         load_byol_heads(moco, Path(config.model.weights))

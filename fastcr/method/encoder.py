@@ -28,6 +28,7 @@ from fastcr.data.views import MEAN, STD
 from fastcr.errors import UsageError, one_line
 from fastcr.kernels.launch import Impl
 from fastcr.method.backbone import TIMM, TimmEncoder, build_backbone
+from fastcr.method.folded import folded_once
 from fastcr.method.moco import mean_pool
 from fastcr.method.rationale import RationaleHead
 from fastcr.method.released import ReleasedBranch, from_released_checkpoint, released_facts
@@ -125,11 +126,12 @@ class Encoder(nn.Module):
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """All parts in eval mode, put back as they were afterwards."""
+        """All parts in eval mode, put back as they were afterwards; inside it the weights shall not change."""
         training = {module: module.training for module in self.modules()}  # frozen parts are always in eval mode
         self.eval()
         try:
-            yield
+            with folded_once(self.backbone, self.image_size):
+                yield
         finally:
             for module, mode in training.items():
                 module.training = mode

@@ -36,8 +36,12 @@ def projection_head(channels: int, config: MocoConfig) -> nn.Sequential:
 
 
 def mean_pool(features: Tensor) -> Tensor:
-    """Features `[B,C,H,W]` to `[B,C]` in fp32, so that GradCAM's gradient is fp32 under autocast too."""
-    return features.mean((2, 3), dtype=torch.float32)
+    """Features `[B,C,H,W]` to their mean `[B,C]` in fp32, so that GradCAM's gradient is fp32 under autocast too.
+
+    Their gradient is channels-last and in their dtype: expanded in fp32, written once in 16 bits.
+    """
+    # the division comes last: before it, the backward pass would write the gradients of all positions in fp32
+    return features.permute(0, 2, 3, 1).sum((1, 2), dtype=torch.float32) / features[0, 0].numel()
 
 
 class MoCo(nn.Module):

@@ -53,7 +53,8 @@ class RationaleHead(nn.Module):
         The attention is taken as it is: no gradient passes through it, nor to the detectors.
         """
         attention = self.pool(features.detach()).attention.detach()
-        return torch.einsum("bcs,bs->bc", features.float().flatten(2), attention.float())
+        maps = features.permute(0, 2, 3, 1).flatten(1, 2)  # [B,S,C], so that their gradient is channels-last
+        return (attention.float()[:, None] @ maps.float())[:, 0]
 
     def loss(self, features: Tensor, pooled: Tensor, projected: Tensor, key: Tensor) -> Tensor:
         """Fit loss (a scalar, nats): KL divergence of the attention from GradCAM; call it before `backward`.

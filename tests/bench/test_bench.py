@@ -146,6 +146,30 @@ def test_columns_a_cpu_cannot_fill_are_left_out(tmp_path: Path) -> None:
     assert lines[5] == "| released | 256 | 1280 | 200.0 | 180.0 to 240.0 | 40.00 | 2.00 |"
 
 
+def frozen_step(way: str, median: float, *, correct: bool = True, kept: int | None = 2**20) -> dict[str, Any]:
+    sizes = {"backbone": "resnet18", "last_stage": "layer3", "image_size": 112, "batch": 32, "queue_size": 4096}
+    times = {"median": 1.25, "p20": 1.2, "p80": 1.3, "how": "cpu"}
+    info = {
+        "frozen_step": way,
+        "setting": sizes | {"frozen_stages": 1, "precision": "bf16"},
+        "correct": correct,
+        "rounds": 7,
+        "seconds": {"median": median, "p20": median, "p80": median, "how": "cpu"},
+        "norms_over_folded": times,
+        "kept_bytes": kept,
+    }
+    return {"name": f"test_frozen_step[{way}]", "stats": {"median": 1.0, "iqr": 0.5}, "extra_info": info}
+
+
+def test_folded_steps_stand_beside_those_with_batchnorm(tmp_path: Path) -> None:
+    lines = printed([frozen_step("norms", 0.5, kept=3 * 2**20), frozen_step("folded", 0.4)], tmp_path)
+    row = "| resnet18 up to layer3, 1 stages kept | 32 x 112 px | bf16 | 500.0 | 400.0 |"
+    assert lines[4] == f"{row} 1.250 | 1.200 to 1.300 | 3 | 1 |"
+    assert lines[-1] == "Steps in turn, CPU time of a thread, 7 of each; ratios of neighbours."
+    lines = printed([frozen_step(way, 0.5, correct=False, kept=None) for way in ("norms", "folded")], tmp_path)
+    assert lines[4].endswith("| 500.0 | 500.0 | wrong results |")
+
+
 def test_loaders_have_a_table_of_their_own(tmp_path: Path) -> None:
     info = {"first_epoch_seconds": 46.31, "second_epoch_seconds": 38.8, "images_per_second": 128.9}
     loader = {"name": "test_loader[torch-host]", "params": {"loader": "torch", "cache": "host"}, "extra_info": info}

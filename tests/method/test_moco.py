@@ -105,6 +105,34 @@ def test_queries_and_keys_are_of_unit_length() -> None:
     torch.testing.assert_close(bf16.norm(dim=1), ones)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("pooling", ["mean", "rationale"])
+def test_gradients_of_pooled_features_are_channels_last_down_to_the_convolution(
+    pooling: str, dtype: torch.dtype
+) -> None:
+    convolution = nn.Conv2d(3, 6, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    seen: list[Tensor] = []
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        made = convolution(torch.randn(4, 3, 7, 8).contiguous(memory_format=torch.channels_last))
+        features = F.relu6(made)
+    made.register_hook(seen.append)
+    features.register_hook(seen.append)
+    branch = RationaleHead(6, RationaleConfig(detectors=3))
+    pooled = mean_pool(features) if pooling == "mean" else branch.attended(features)
+    back = torch.randn(4, 6)
+    pooled.backward(back)
+    of_features, of_made = seen
+    assert pooled.dtype == torch.float32
+    assert of_made.dtype == of_features.dtype == dtype
+    assert of_made.is_contiguous(memory_format=torch.channels_last)
+    expanded = pooling == "mean" and dtype == torch.float32
+    assert of_features.stride() == ((6, 1, 0, 0) if expanded else (180, 1, 36, 6))
+    weights = torch.full((4, 30), 1 / 30) if pooling == "mean" else branch.pool(features.detach()).attention
+    weights = weights.view(4, 1, 5, 6)
+    torch.testing.assert_close(pooled, (features.float() * weights).sum((2, 3)))
+    torch.testing.assert_close(of_features.float(), back[:, :, None, None] * weights, rtol=1e-2, atol=1e-4)
+
+
 def step(
     moco: MoCo, batch: Batch, branch: RationaleHead | None, *, fit_weight: float = 1.0, lr: float = 0.1
 ) -> tuple[Tensor, Losses]:
