@@ -41,7 +41,7 @@ def mean_pool(features: Tensor) -> Tensor:
     Their gradient is channels-last and in their dtype: expanded in fp32, written once in 16 bits.
     """
     # the division comes last: before it, the backward pass would write the gradients of all positions in fp32
-    return features.permute(0, 2, 3, 1).sum((1, 2), dtype=torch.float32) / features[0, 0].numel()
+    return features.permute(0, 2, 3, 1).sum((1, 2), dtype=torch.float32) / (features.shape[2] * features.shape[3])
 
 
 class MoCo(nn.Module):
