@@ -35,7 +35,7 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[1]
 GRACE = 10.0  # seconds from SIGINT to SIGKILL: pytest writes its report in between
 LEAST = 5.0  # seconds below which a stage is not begun
-SHARES = {"tests": 3, "ops": 4, "steps": 6, "loaders": 1, "trace": 1, "training": 3, "tune": 0}  # tune: what is left
+SHARES = {"tests": 3, "ops": 4, "steps": 6, "loaders": 2, "trace": 2, "training": 3, "tune": 0}  # tune: what is left
 KINDS = ("failures", "errors", "skipped")  # of tests, in pytest's report
 
 
@@ -284,7 +284,7 @@ def main(args: Sequence[str] | None = None) -> None:
             raise SystemExit(2)
         (given.out / "facts.json").unlink()  # they are in summary.json
         chosen = [stage for stage in stages if stage.name in given.only]
-        outcomes = [look, *run_all(chosen, given.out, deadline, facts, console)]
+        outcomes = [look._replace(file="summary.json"), *run_all(chosen, given.out, deadline, facts, console)]
     where = f"{facts['gpu'] or 'rehearsal on the CPU'}, torch {facts['torch']}, Triton {facts['triton']}"
     console.print(summary_table(outcomes, where))
     console.print(f"results: {given.out}", highlight=False, soft_wrap=True)
