@@ -6,6 +6,8 @@ lies 8 rows below and 8 columns to the right (PTX ISA, "Matrix Fragments for mma
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 
 from tests.ptx.machine import TYPES, Block, ExecutionError, Values, opcode, widened
@@ -86,6 +88,7 @@ def store_matrices(block: Block, address: Address, value: Operand, count: str, t
         block.shared.store(at, matrix.view(np.uint8).reshape(-1, 16), warp)
 
 
+@lru_cache(512)
 def tile(descriptor: int, rows: int, transposed: bool) -> Numbers:
     """Addresses of the `[rows, 16]` numbers of an operand in shared memory.
 
