@@ -104,6 +104,7 @@ CASES: dict[str, Case] = {
     "contrast bf16 B3 D256": contrast(3, 256, 2000, dtype=BF16),
     "contrast bf16 B3 D512": contrast(3, 512, 1000, dtype=BF16),
     "contrast bf16 B70 D256": contrast(70, 256, 2000, dtype=BF16),
+    "contrast bf16 B70 D64": contrast(70, 64, 600, dtype=BF16),
     "contrast bf16 B70 D512": contrast(70, 512, 1000, dtype=BF16),
     "contrast fp16 B130 D128": contrast(130, 128, 1500, dtype=FP16),
     "contrast fp16 B17 D100 odd": contrast(17, 100, 777, dtype=FP16),

@@ -20,6 +20,7 @@ TYPES = {f"{kind}{bits}": np.dtype(f"{letter}{bits // 8}")
          for kind, letter in (("b", "u"), ("u", "u"), ("s", "i"), ("f", "f"))
          for bits in (8, 16, 32, 64) if (kind, bits) != ("f", 8)}  # fmt: skip
 TYPES["pred"] = np.dtype(bool)
+MOST = 20_000_000  # instructions of a block: a loop that never ends is found
 Handler = Callable[..., None]
 HANDLERS: list[tuple[re.Pattern[str], Handler]] = []
 
@@ -103,11 +104,11 @@ class Block:
         """Count a finding at the instruction that runs."""
         self.findings[f"{finding} ({self.step.opcode}, {self.step.source or f'instruction {self.next - 1}'})"] += 1
 
-    def run(self, most: int = 20_000_000) -> None:
-        """Execute the program from its start; an error after `most` instructions."""
+    def run(self) -> None:
+        """Execute the program from its start to its end."""
         handlers = [handler_of(step.opcode) for step in self.program.code]
         self.memory.epoch += 1
-        for _ in range(most):
+        for _ in range(MOST):
             if self.next >= len(handlers):
                 return
             self.step = self.program.code[self.next]
@@ -121,7 +122,7 @@ class Block:
             except Exception as error:
                 where = f"{self.program.name}, {self.step.source or f'instruction {self.next - 1}'}"
                 raise ExecutionError(f"{self.step.opcode} in {where}: {error!r}") from error
-        raise ExecutionError(f"{self.program.name} has not ended after {most} instructions")
+        raise ExecutionError(f"{self.program.name} has not ended after {MOST} instructions")
 
     def masked(self) -> bool:
         """Whether any thread takes part in this step."""
