@@ -37,11 +37,11 @@ CHOICES: dict[str, dict[str, tuple[int, ...]]] = {
     "rationale_pool": MAP_CHOICES,
     "attention_gradient": {"BLOCK_S": (32, 64), "BLOCK_C": (64, 128), "num_warps": (4, 8), "num_stages": (2, 3)},
     "spread_gradients": {
-        "BLOCK_S": (32, 64), "BLOCK_C": (32, 64), "num_warps": (4, 8), "num_stages": (2, 3),
+        "BLOCK_S": (32, 64), "BLOCK_C": (32, 64), "num_warps": (4, 8), "num_stages": (1, 2, 3),
         "programs": (264, 528, 1056),
     },
     "info_nce": {
-        "BLOCK_B": (16, 32, 64), "BLOCK_N": (32, 64), "num_warps": (4, 8), "num_stages": (2, 3),
+        "BLOCK_B": (16, 32, 64, 128), "BLOCK_N": (32, 64), "num_warps": (4, 8), "num_stages": (1, 2, 3),
         "programs": (132, 264, 528),
     },
 }  # fmt: skip
