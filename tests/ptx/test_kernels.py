@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,9 +46,8 @@ def assert_nothing_found(target: int, *names: str) -> None:
         assert all(each["instructions"] > 0 for each in case["launches"])
 
 
-@pytest.mark.parametrize("name", QUICK)
-def test_kernels_do_as_compiled_what_they_should(name: str) -> None:
-    assert_nothing_found(90, name)
+def test_kernels_do_as_compiled_what_they_should() -> None:
+    assert_nothing_found(90, *QUICK)
 
 
 @pytest.mark.slow
@@ -97,6 +97,16 @@ def test_products_of_all_layouts_are_numpys(target: int, instructions: set[str],
     out = python(str(script), str(target)).splitlines()
     assert len(out) == 24
     assert instructions <= {name for line in out for name in line.split()}
+
+
+def test_the_example_of_the_page_runs(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "compiled-code.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    script = tmp_path / "example.py"
+    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}")
+    findings, counts = python(str(script)).splitlines()
+    assert findings == "Counter()"
+    assert int(counts.split()[1]) > 4
 
 
 CHANGED = """
