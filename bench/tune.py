@@ -41,11 +41,11 @@ CHOICES: dict[str, dict[str, tuple[int, ...]]] = {
         "BLOCK": (4096, 8192, 16384), "num_warps": (2, 4, 8, 16), "num_stages": (2, 3, 4), "programs": (132, 264, 528),
     },
     "spread_gradients": {
-        "BLOCK_S": (32, 64), "BLOCK_C": (32, 64), "num_warps": (4, 8), "num_stages": (2, 3),
+        "BLOCK_S": (32, 64), "BLOCK_C": (32, 64), "num_warps": (4, 8), "num_stages": (1, 2, 3),
         "programs": (264, 528, 1056),
     },
     "info_nce": {
-        "BLOCK_B": (16, 32, 64), "BLOCK_N": (32, 64), "num_warps": (4, 8), "num_stages": (2, 3),
+        "BLOCK_B": (16, 32, 64, 128), "BLOCK_N": (32, 64), "num_warps": (4, 8), "num_stages": (1, 2, 3),
         "programs": (132, 264, 528),
     },
 }  # fmt: skip

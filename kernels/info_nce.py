@@ -117,7 +117,8 @@ def _fused(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> tup
     # whole tiles of keys to each of the programs that share a block of queries
     blocks_of_queries = triton.cdiv(batch, blocks["BLOCK_B"])
     parts = max(blocks.pop("programs") // blocks_of_queries, 1)
-    rows = triton.cdiv(triton.cdiv(keys, parts), blocks["BLOCK_N"]) * blocks["BLOCK_N"]
+    # at least 256 each: a part writes `[B,D]` sums in fp32, and with fewer keys those would be most of the bytes
+    rows = triton.cdiv(max(triton.cdiv(keys, parts), 256), blocks["BLOCK_N"]) * blocks["BLOCK_N"]
     parts = triton.cdiv(keys, rows)
     peak, total = (loss.new_empty(parts, batch) for _ in range(2))
     weighted = loss.new_empty(parts, batch, dim)

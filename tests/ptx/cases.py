@@ -1,0 +1,158 @@
+"""What `test_kernels.py` executes: every op, forward and backward, at sizes of every row of the launch settings.
+
+`python -m tests.ptx.cases 90 NAME ...` executes the cases of these names (none: all) as compiled for capability 9.0,
+and prints a line of JSON for each. Triton must not be the interpreter: `TRITON_INTERPRET=0` where it would be.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+
+from fastcr.kernels import launch
+from fastcr.kernels.settings import TABLE, Settings, contrast_class, map_class
+from tests.kernels import test_kernels as kernels
+from tests.kernels import test_two_views as views
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+PROGRAMS = 8  # of a launch, in place of hundreds: each then has several images, or several tiles of keys
+
+
+class Case(NamedTuple):
+    """An op at some sizes."""
+
+    check: Callable[[], None]  # values and gradients against fp64, within the tolerances of the other kernel tests
+    rows: set[str]  # of the launch settings that it is to use
+
+
+class Recorder(dict[str, Settings]):
+    """Rows of one kernel: remembers which are used, and makes few programs of many."""
+
+    used: set[str]
+
+    def __getitem__(self, row: str) -> Settings:
+        self.used.add(row)
+        settings = super().__getitem__(row)
+        return settings | {name: PROGRAMS for name in settings if name == "programs"}
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[set[str]]:
+    """The rows of the launch settings that are used, as `kernel: row`."""
+    recorders = {kernel: Recorder(rows) for kernel, rows in TABLE.items()}
+    used: set[str] = set()
+    for recorder in recorders.values():
+        recorder.used = set()
+    with mock.patch.dict(TABLE, recorders):
+        yield used
+    used.update(f"{kernel}: {row}" for kernel, recorder in recorders.items() for row in recorder.used)
+
+
+def maps(op: str, *shape: int, dtype: torch.dtype, **options: Any) -> Case:
+    """`rationale_fit` or `rationale_pool` of `images, channels, height, width, detectors`."""
+
+    def check() -> None:
+        function = {"fit": kernels.fit, "pool": kernels.pool}[op]
+        kernels.assert_as_exact_as_torch(function, kernels.draw(*shape, dtype=dtype), dtype, **options)
+
+    row = map_class(dtype, shape[-1])
+    attention = {f"attention_gradient: {map_class(dtype)}"} if op == "pool" else set()
+    return Case(check, {f"rationale_{op}: {row}", f"spread_gradients: {row}"} | attention)
+
+
+def contrast(*shape: int, dtype: torch.dtype) -> Case:
+    """`info_nce` of `images, dimensions, keys`."""
+
+    def check() -> None:
+        kernels.assert_as_exact_as_torch(kernels.contrast, kernels.draw_contrast(*shape, dtype=dtype), dtype)
+
+    return Case(check, {f"info_nce: {contrast_class(dtype, *shape[:2])}"})
+
+
+def two_views(size: int, dtype: torch.dtype) -> Case:
+    def check() -> None:
+        views.assert_as_exact_as_torch(views.draw(views.SIZES)[0], size, dtype)
+
+    return Case(check, set())
+
+
+def both(name: str, *shape: int, dtype: torch.dtype, **options: Any) -> dict[str, Case]:
+    """The two ops on maps; `options` are of `rationale_fit`."""
+    return {
+        f"fit {name}": maps("fit", *shape, dtype=dtype, **options),
+        f"pool {name}": maps("pool", *shape, dtype=dtype),
+    }
+
+
+# channels in multiples of 16 are copied asynchronously; 90 positions are two tiles, the second one not full
+CASES: dict[str, Case] = {
+    **both("bf16 K32", 9, 256, 7, 7, 32, dtype=BF16),
+    **both("fp16 K5 odd", 2, 70, 10, 9, 5, dtype=FP16, target="sum", pool_weight=0.5),
+    **both("bf16 K20 tiles", 2, 192, 10, 9, 20, dtype=BF16, cam_keeps="match"),
+    **both("bf16 K64", 9, 256, 7, 7, 64, dtype=BF16),
+    **both("bf16 K128 tiles", 2, 192, 10, 9, 128, dtype=BF16, target="sum"),
+    **both("fp16 K33 odd", 2, 70, 7, 7, 33, dtype=FP16, stop_gradient=True),
+    **both("fp32 K32", 2, 128, 7, 7, 32, dtype=FP32),
+    **both("fp32 K64 tiles", 2, 64, 5, 7, 64, dtype=FP32, target="sum", pool_weight=0.5),
+    **both("bf16 K1 one position", 3, 64, 1, 1, 1, dtype=BF16),
+    "contrast bf16 B3 D256": contrast(3, 256, 2000, dtype=BF16),
+    "contrast bf16 B3 D512": contrast(3, 512, 1000, dtype=BF16),
+    "contrast bf16 B70 D256": contrast(70, 256, 2000, dtype=BF16),
+    "contrast bf16 B70 D64": contrast(70, 64, 600, dtype=BF16),
+    "contrast bf16 B70 D512": contrast(70, 512, 1000, dtype=BF16),
+    "contrast fp16 B130 D128": contrast(130, 128, 1500, dtype=FP16),
+    "contrast fp16 B17 D100 odd": contrast(17, 100, 777, dtype=FP16),
+    "contrast fp32 B3 D128": contrast(3, 128, 600, dtype=FP32),
+    "contrast fp32 B3 D512": contrast(3, 512, 300, dtype=FP32),
+    "contrast fp32 B40 D128": contrast(40, 128, 300, dtype=FP32),
+    "contrast fp32 B20 D512": contrast(20, 512, 150, dtype=FP32),
+    "views bf16": two_views(16, BF16),
+    "views fp16 ragged": two_views(19, FP16),
+    "views fp32": two_views(16, FP32),
+}
+
+
+def run(name: str, target: int) -> dict[str, Any]:
+    """Execute one case: its error if it has one, the rows it used, and what each launch did."""
+    from tests.ptx.run import executed
+
+    error = ""
+    with executed(target) as launches, recorded() as used:
+        try:
+            CASES[name].check()
+        except AssertionError as wrong:
+            error = f"wrong result: {wrong}"
+    return {
+        "case": name,
+        "error": error,
+        "rows": sorted(used),
+        "launches": [
+            {
+                "kernel": each.kernel,
+                "findings": dict(each.findings),
+                "blocks": each.blocks,
+                "instructions": each.executed.total(),
+                "barriers": each.executed["bar.sync"],
+                "products": sum(count for name, count in each.executed.items() if "mma" in name and ".m" in name),
+                "seconds": round(each.seconds, 1),
+            }
+            for each in launches
+        ],
+    }
+
+
+def main(args: list[str]) -> None:
+    if launch.INTERPRET:
+        sys.exit("tests.ptx.cases: error: TRITON_INTERPRET=1 takes the place of Triton's compiler: unset it")
+    for name in args[1:] or CASES:
+        print(json.dumps(run(name, int(args[0]))), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,149 @@
+"""Run Triton kernels as compiled: `with executed(90) as launches` a launch on CPU tensors executes its PTX.
+
+The kernel is compiled for a target that need not be there, and its blocks are executed one after the other on the
+launch's tensors. Needs Triton's compiler, so not `TRITON_INTERPRET=1`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastcr.kernels import launch
+from tests.ptx import instructions, tensor_cores, transfers  # noqa: F401  (they register what they serve)
+from tests.ptx.machine import Block, Place
+from tests.ptx.memory import GlobalMemory
+from tests.ptx.parse import parse
+
+NOBODY_WROTE = 0x7FA7  # 16 bits that tensors without contents are made of: NaN in every dtype, and far out as indices
+
+
+class Launch(NamedTuple):
+    """What one launch did."""
+
+    kernel: str
+    findings: Counter[str]  # what is wrong and where, and how many instructions found it
+    executed: Counter[str]  # instructions by opcode, of all blocks
+    blocks: int
+    seconds: float
+
+
+def execute(
+    ptx: str, grid: Sequence[int], arguments: Sequence[int | float], memory: GlobalMemory, shared: int
+) -> Launch:
+    """Run every block of a grid; `shared` bytes of memory each. Arguments are numbers and addresses in `memory`."""
+    program, began = parse(ptx), time.monotonic()
+    bits = [int(np.float32(each).view(np.uint32)) if isinstance(each, float) else each for each in arguments]
+    bits += [0] * (len(program.parameters) - len(bits))  # Triton's own scratch memory
+    sizes = tuple(grid) + (1,) * (3 - len(grid))
+    result = Launch(program.name, Counter(), Counter(), int(np.prod(sizes)), 0.0)
+    for number, (z, y, x) in enumerate(np.ndindex(sizes[::-1])):
+        memory.block = number
+        block = Block(program, bits, Place((x, y, z), sizes), memory, shared)
+        with np.errstate(all="ignore"):
+            block.run()
+        result.findings.update(block.findings)
+        result.executed.update(block.executed)
+    return result._replace(seconds=time.monotonic() - began)
+
+
+def octets(tensor: Tensor) -> np.ndarray:
+    """The bytes of a tensor's storage, which may hold more than the tensor; writing to them changes it."""
+    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()
+
+
+def written(tensor: Tensor) -> np.ndarray:
+    """Of the bytes of its storage, those that something has been put into."""
+    known = np.ones(tensor.untyped_storage().nbytes(), bool)
+    if size := max(tensor.itemsize, 2) if tensor.itemsize > 1 else 0:
+        whole = len(known) // size * size
+        values = octets(tensor)[:whole].view(np.uint16).reshape(-1, size // 2)
+        known[:whole] = np.repeat((values != NOBODY_WROTE).any(1), size)
+    return known
+
+
+def flat(values: Any) -> Iterator[Any]:
+    for value in values:
+        yield from flat(value) if isinstance(value, tuple) else (value,)
+
+
+def launched(ptx: str, grid: Sequence[int], arguments: Sequence[Any], shared: int) -> Launch:
+    """Execute on copies of the tensors' storages, and copy them back."""
+    storages = {each.untyped_storage().data_ptr(): each for each in arguments if isinstance(each, Tensor)}
+    memory = GlobalMemory(GlobalMemory.room([each.untyped_storage().nbytes() for each in storages.values()]))
+    at = {pointer: memory.place(octets(each), written(each)) for pointer, each in storages.items()}
+    values = [
+        at[each.untyped_storage().data_ptr()] + each.storage_offset() * each.itemsize
+        if isinstance(each, Tensor)
+        else float(each) if isinstance(each, float) else int(each)
+        for each in arguments
+    ]  # fmt: skip
+    result = execute(ptx, grid, values, memory, shared)
+    for pointer, each in storages.items():
+        octets(each)[:] = memory.contents(at[pointer], len(octets(each)))
+    return result
+
+
+class _Driver:
+    """Stands in for that of a GPU: what Triton's launcher asks before it compiles."""
+
+    def __init__(self, target: int) -> None:
+        self.target = launch.triton.backends.compiler.GPUTarget("cuda", target, 32)
+
+    def get_current_device(self) -> int:
+        return self.target.arch  # Triton keeps what it has compiled by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+
+def _unwritten(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def made(*args: Any, **kwargs: Any) -> Tensor:
+        tensor = make(*args, **kwargs)
+        if tensor.device.type == "cpu" and tensor.itemsize > 1 and tensor.is_contiguous():
+            octets(tensor).view(np.uint16)[:] = NOBODY_WROTE
+        return tensor
+
+    return made
+
+
+@contextlib.contextmanager
+def executed(target: int, change: Callable[[str], str] = lambda ptx: ptx) -> Iterator[list[Launch]]:
+    """Execute launches on CPU tensors as compiled for `target`, 80 or 90; `change` may alter the PTX first.
+
+    The list grows by one a launch.
+    """
+    launches: list[Launch] = []
+    runtime = launch.triton.runtime
+    compile_only = runtime.jit.JITFunction.run
+
+    def run(self: Any, *args: Any, grid: Sequence[int], warmup: bool, **kwargs: Any) -> None:
+        compiled = compile_only(self, *args, grid=grid, warmup=True, **kwargs)
+        values = dict(zip(self.arg_names, args, strict=False)) | kwargs
+        constant = [name for name, kind in compiled.src.signature.items() if kind == "constexpr"]
+        arguments = list(flat(values[name] for name in self.arg_names if name not in constant))
+        launches.append(launched(change(compiled.asm["ptx"]), grid, arguments, compiled.metadata.shared))
+
+    with contextlib.ExitStack() as patches:
+        before = runtime.driver._active
+        patches.callback(lambda: setattr(runtime.driver, "_active", before))
+        runtime.driver.set_active(_Driver(target))
+        for owner, name, new in (
+            (runtime.jit.JITFunction, "run", run),
+            (launch, "INTERPRET", True),  # the ops then take CPU tensors
+            *((owner, name, _unwritten(getattr(owner, name)))
+              for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty"))),
+        ):  # fmt: skip
+            patches.enter_context(mock.patch.object(owner, name, new))
+        yield launches
