@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastcr.kernels.detectors import upcast
-from fastcr.kernels.settings import TABLE, map_class
+from fastcr.kernels.settings import FENCED, TABLE, map_class
 
 try:
     import triton
@@ -20,9 +20,6 @@ except ImportError:
     triton = None
 
 POSITIONS, DETECTORS = 64, 32  # the most it takes
-# Triton 3.6 leaves out the fence between the writes of cp.async and wgmma's reads; of later ones 3.8 was checked
-FENCED = triton is not None and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
-
 
 if triton is not None:
 

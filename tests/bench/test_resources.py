@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from bench import resources
-from fastcr.kernels import fit_pairs, settings
+from fastcr.kernels import settings
 
 triton = pytest.importorskip("triton")
 
@@ -25,7 +25,7 @@ MULTIPLYING = {
 }
 OTHERS = {"_combine_kernel", "_attention_gradient_kernel", "_common_kernel", "_split_kernel"}
 OTHERS |= {"_cut_kernel", "_colour_kernel", "_blur_kernel"}
-if not fit_pairs.FENCED:  # with this Triton a program does one image
+if not settings.FENCED:  # with this Triton a program does one image
     MULTIPLYING -= {"_pairs_kernel"}
     OTHERS -= {"_split_kernel"}
 RESOURCES = """

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastcr.kernels import detectors as detectors_module
-from fastcr.kernels import fit_pairs, launch
 from fastcr.kernels import info_nce as contrast_module
+from fastcr.kernels import launch
 from fastcr.kernels import rationale_fit as fit_module
 from fastcr.kernels import rationale_pool as pool_module
 from fastcr.kernels.info_nce import MAX_DIM, info_nce, info_nce_reference
 from fastcr.kernels.rationale_fit import rationale_fit, rationale_fit_reference
 from fastcr.kernels.rationale_pool import rationale_pool, rationale_pool_reference
-from fastcr.kernels.settings import TABLE
+from fastcr.kernels.settings import FENCED, TABLE
 
 pytest.importorskip("triton")
 
@@ -419,7 +419,7 @@ def test_the_target_does_not_depend_on_the_scale_of_the_gradient(dtype: torch.dt
     torch.testing.assert_close(scaled, plain, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.skipif(not fit_pairs.FENCED, reason="with this Triton a program does one image")
+@pytest.mark.skipif(not FENCED, reason="with this Triton a program does one image")
 def test_two_images_a_program_are_for_small_maps_in_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any) -> None:
         raise AssertionError("two images a program")

@@ -16,7 +16,10 @@ from unittest import mock
 import torch
 
 from fastcr.kernels import launch
-from fastcr.kernels.settings import TABLE, Settings, contrast_class, map_class
+from fastcr.kernels.common_weights import common_weights
+from fastcr.kernels.fit_pairs import takes_pairs
+from fastcr.kernels.settings import TABLE, Settings, channels_class, contrast_class, map_class
+from tests.kernels import test_common_weights as weights
 from tests.kernels import test_kernels as kernels
 from tests.kernels import test_two_views as views
 
@@ -61,9 +64,22 @@ def maps(op: str, *shape: int, dtype: torch.dtype, **options: Any) -> Case:
         function = {"fit": kernels.fit, "pool": kernels.pool}[op]
         kernels.assert_as_exact_as_torch(function, kernels.draw(*shape, dtype=dtype), dtype, **options)
 
-    row = map_class(dtype, shape[-1])
+    row, (images, channels, height, width, detectors) = map_class(dtype, shape[-1]), shape
+    pairs = op == "fit" and takes_pairs(torch.empty(images, height * width, channels, dtype=dtype), detectors)
     attention = {f"attention_gradient: {map_class(dtype)}"} if op == "pool" else set()
-    return Case(check, {f"rationale_{op}: {row}", f"spread_gradients: {row}"} | attention)
+    forward = "fit_pairs" if pairs else f"rationale_{op}"
+    return Case(check, {f"{forward}: {row}", f"spread_gradients: {row}"} | attention)
+
+
+def common(*shape: int, dtype: torch.dtype) -> Case:
+    """`common_weights` of `images, channels, height, width`."""
+
+    def check() -> None:
+        features, gradient = weights.draw(shape, dtype)
+        got = common_weights(features, gradient, impl="triton")
+        assert weights.error(got, weights.naive(features, gradient, "mismatch")) < 1e-5
+
+    return Case(check, {f"common_weights: {channels_class(dtype, shape[1])}"})
 
 
 def contrast(*shape: int, dtype: torch.dtype) -> Case:
@@ -101,6 +117,12 @@ CASES: dict[str, Case] = {
     **both("fp32 K32", 2, 128, 7, 7, 32, dtype=FP32),
     **both("fp32 K64 tiles", 2, 64, 5, 7, 64, dtype=FP32, target="sum", pool_weight=0.5),
     **both("bf16 K1 one position", 3, 64, 1, 1, 1, dtype=BF16),
+    "common bf16 C256": common(19, 256, 7, 7, dtype=BF16),
+    "common fp16 C700 odd": common(9, 700, 3, 5, dtype=FP16),
+    "common bf16 C2100": common(9, 2100, 2, 2, dtype=BF16),
+    "common fp32 C256": common(9, 256, 7, 7, dtype=FP32),
+    "common fp32 C700": common(9, 700, 3, 5, dtype=FP32),
+    "common fp32 C2100": common(9, 2100, 2, 2, dtype=FP32),
     "contrast bf16 B3 D256": contrast(3, 256, 2000, dtype=BF16),
     "contrast bf16 B3 D512": contrast(3, 512, 1000, dtype=BF16),
     "contrast bf16 B70 D256": contrast(70, 256, 2000, dtype=BF16),
