@@ -199,9 +199,20 @@ def loaders_table(entries: list[Entry]) -> list[str]:
     return table(columns, rows, left=2)
 
 
+def views_table(entries: list[Entry]) -> list[str]:
+    """Views of decoded pixels a second on one CPU core, beside torchvision's of the same pixels."""
+    rows = []
+    for entry in entries:
+        info, params = entry["extra_info"], entry["params"]
+        ours, theirs = (info.get(f"{of}views_per_second") for of in ("", "torchvision_"))
+        compared = [f"{ours:.0f}", f"{theirs:.0f}", f"{ours / theirs:.2f}"] if ours else ["", f"{theirs:.0f}", ""]
+        rows.append([params["kind"], f"{params['width']}x{params['height']}", str(params["size"]), *compared])
+    return table(["views", "images, px", "to, px", "views/s", "torchvision's", "times as fast"], rows, left=2)
+
+
 def sorted_out(report: Entry) -> dict[str, list[Entry]]:
-    """The report's entries by what they are: `ops`, `step`, `folded` (extra_info), `loader` and `rest` (whole)."""
-    kinds: dict[str, list[Entry]] = {"ops": [], "step": [], "folded": [], "loader": [], "rest": []}
+    """The entries by what they are: `ops`, `step`, `folded` (their extra_info), `loader`, `views`, `rest` (whole)."""
+    kinds: dict[str, list[Entry]] = {"ops": [], "step": [], "folded": [], "loader": [], "views": [], "rest": []}
     for entry in report["benchmarks"]:
         info = entry["extra_info"]
         if "work" in info:
@@ -210,17 +221,19 @@ def sorted_out(report: Entry) -> dict[str, list[Entry]]:
             kinds["step"].append(info)
         elif "frozen_step" in info:
             kinds["folded"].append(info)
+        elif "torchvision_views_per_second" in info:
+            kinds["views"].append(entry)
         else:
             kinds["loader" if "first_epoch_seconds" in info else "rest"].append(entry)
     return kinds
 
 
 def tables(path: Path) -> str:
-    """The report in `path`: heading, tables of the ops, the steps, the loaders, and the rest."""
+    """The report in `path`: heading, tables of the ops, the steps, the loaders, the views, and the rest."""
     report = read(path)
     kinds = sorted_out(report)
     makers = {"ops": ops_table, "step": steps_table, "folded": folded_table, "loader": loaders_table}
-    makers["rest"] = plain_table
+    makers |= {"views": views_table, "rest": plain_table}
     parts = [[heading(report)], *(make(kinds[kind]) for kind, make in makers.items() if kinds[kind])]
     return "\n\n".join("\n".join(part) for part in parts)
 

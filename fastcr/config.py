@@ -61,7 +61,7 @@ class DataConfig:
     root: Path | None = None
     """Folder of images; docs/data.md lists the layouts. Default: the embedded set of drawn birds."""
     loader: Literal["auto", "dali", "torch", "fused"] = "auto"
-    """fused: views cut from the cache by one kernel; auto: fused on CUDA, dali there without a cache, else torch."""
+    """fused: views cut from the cache, on CUDA by one kernel; auto: fused; without a cache dali on CUDA, else torch."""
     cache: Literal["auto", "device", "host", "disk", "off"] = "auto"
     """Where decoded images are kept: on the GPU, in main memory, in a file, or nowhere; auto: where they easily fit."""
     cache_side: int | None = number(None, 1)

@@ -1,4 +1,4 @@
-"""Colour jitter as torchvision defines it, in torch and in Triton: what `two_views` does to a pixel's colour.
+"""What `two_views` does to the colours of a view: torchvision's jitter, in torch and in Triton; blur in torch.
 
     0 brightness   clamp(f x)
     1 contrast     clamp(f x + (1 - f) mean(grey(x)))      mean over the view
@@ -12,6 +12,7 @@ the hue `t` in turns, `clamp(|6t - 3| - 1, 0, 1)`, shifted by thirds of a turn f
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 try:
@@ -32,20 +33,43 @@ def jitter_reference(x: Tensor, which: int, factor: float) -> Tensor:
     """One of the four adjustments of a view `[3,H,W]`, by its number above; any other number: none."""
     match which:
         case 0:
-            return (factor * x).clamp(0, 1)
+            mixed = factor * x
         case 1:
-            return (factor * x + (1 - factor) * grey_reference(x).mean()).clamp(0, 1)
+            mixed = (factor * x).add_((1 - factor) * (x.mean((1, 2)) @ x.new_tensor(GREY)))
         case 2:
-            return (factor * x + (1 - factor) * grey_reference(x)).clamp(0, 1)
+            mixed = torch.lerp(grey_reference(x), x, factor)
         case 3:
-            high, largest = x.max(0)
-            low = x.amin(0)
-            chroma = high - low
-            r, g, b = x
-            within = torch.stack([g - b, b - r, r - g]).gather(0, largest[None])[0]  # of the sixth around the largest
-            hue = within / (6 * torch.where(chroma == 0, 1, chroma)) + largest / 3 + factor
-            t = (hue + x.new_tensor([0, 2 / 3, 1 / 3])[:, None, None]) % 1
-            return low + chroma * ((6 * t - 3).abs() - 1).clamp(0, 1)
+            return _turned(x, factor)
+        case _:
+            return x
+    return mixed if 0 <= factor <= 1 else mixed.clamp_(0, 1)  # a mean of colours is a colour
+
+
+def _turned(x: Tensor, turns: float) -> Tensor:
+    """Turn the hue, found in sixths of a turn from red as `s` from 0 to 3, towards green or, negative, towards blue.
+
+    `s = 1 + (g + b - r - low) / chroma`: from red to cyan first green rises, then red falls, then blue rises.
+    """
+    r, g, b = x
+    low = torch.minimum(torch.minimum(r, g), b)
+    chroma = torch.maximum(torch.maximum(r, g), b).sub_(low)
+    s = (g + b).sub_(r).sub_(low).div_(chroma.clamp(min=torch.finfo(x.dtype).tiny)).add_(1)
+    hue = s.copysign_(g - b).add_(6 * turns)
+    hue.sub_(torch.round(hue / 6), alpha=6)  # from -3 to 3 again
+    t = hue + x.new_tensor([0, -2, 2])[:, None, None]
+    return torch.addcmul(low, chroma, t.abs_().sub_(3).abs_().sub_(1).clamp_(0, 1))
+
+
+def blur_reference(x: Tensor, sigma: float, window: int) -> Tensor:
+    """Gaussian blur of a view `[3,H,W]`: `sigma` pixels, `window` taps an axis, odd; edges reflected."""
+    reach = window // 2
+    taps = torch.arange(window, dtype=x.dtype, device=x.device) - reach
+    weights = torch.softmax(-0.5 * (taps / sigma) ** 2, 0).tolist()
+    for axis, edges in ((1, [0, 0, reach, reach]), (2, [reach, reach, 0, 0])):
+        padded, side = F.pad(x, edges, mode="reflect"), x.shape[axis]
+        x = torch.zeros_like(x)
+        for i, weight in enumerate(weights):  # on a CPU twice as fast as a convolution
+            x.add_(padded.narrow(axis, i, side), alpha=weight)
     return x
 
 

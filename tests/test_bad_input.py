@@ -407,7 +407,7 @@ ROWS = {
     "DALI asked for and absent": Row(
         dali_by_name, ('--data.loader dali needs NVIDIA DALI: pip install "fastcr[dali]"',)
     ),
-    "DALI absent": works(dali_not_asked_for, says=("loader: torch; cache: host; device: cpu",)),
+    "DALI absent": works(dali_not_asked_for, says=("loader: fused; cache: host; device: cpu",)),
     "Triton asked for and absent": Row(triton_by_name, ("--run.kernels triton", "Triton is not installed")),
     "Triton absent": works(triton_not_asked_for),
     "Triton asked for without a GPU": Row(triton_without_gpu, ("--run.kernels triton", "the tensors are on cpu")),

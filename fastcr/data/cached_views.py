@@ -1,4 +1,4 @@
-"""Decoded pixels to two views in one fused pass (`kernels/two_views.py`): the loader for a GPU.
+"""Decoded pixels to two views by `kernels/two_views.py`: on a GPU in one fused pass.
 
 The pixels come from the cache (`pixel_cache.py`), which may lie on the device or in memory; or, a batch at a time, from
 DALI's decoder (`dali_views.py`).

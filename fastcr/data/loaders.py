@@ -75,9 +75,7 @@ def make_views(
                 bad.note(index)
         seconds = time.perf_counter() - start
         console.print(f"decoded once: {images.pixels.numel() / GIB:.2f} GiB in {seconds:.1f} s", highlight=False)
-    views: Views = loader_class(loader)(images, loading, bad)
-    if device.type == "cuda":
-        views = Prefetched(views, device)
+    views = Prefetched(loader_class(loader)(images, loading, bad), device)
     return views, replace(config, data=replace(data, loader=loader, cache=place))
 
 
@@ -126,9 +124,9 @@ def choose_loader(config: Config, place: str, device: torch.device, console: Con
     asked, cuda = config.data.loader, device.type == "cuda"
     if asked == "fused" and place == "off":
         raise UsageError("--data.loader fused needs the decoded images: take --data.cache device, host or disk")
-    if asked == "fused" or (asked == "auto" and cuda and place != "off"):
+    if asked == "fused" or (asked == "auto" and place != "off"):
         return "fused"
-    if asked == "torch" or (asked == "auto" and not cuda):  # its processes cut views in parallel
+    if asked == "torch" or (asked == "auto" and not cuda):
         return "torch"
     if importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"):
         return "dali"
@@ -139,7 +137,10 @@ def choose_loader(config: Config, place: str, device: torch.device, console: Con
 
 
 class Prefetched:
-    """The same batches, each made while the one before is used: by a thread, and on a stream of its own with CUDA."""
+    """The same batches, each made while the one before is used: by a thread, and on a stream of its own with CUDA.
+
+    On a CPU that thread computes on one core: its operations are small, and the step needs the others.
+    """
 
     def __init__(self, views: Views, device: torch.device) -> None:
         self.views, self.device, self.bad = views, device, views.bad
@@ -156,6 +157,11 @@ class Prefetched:
         with ThreadPoolExecutor(1) as thread:
             if stream:
                 thread.submit(torch.cuda.set_device, self.device).result()  # a thread begins on the first device
+            else:
+                cores = torch.get_num_threads()
+                thread.submit(torch.get_num_threads).result()  # the first call would undo what was set before
+                thread.submit(torch.set_num_threads, 1).result()
+                torch.set_num_threads(cores)  # what threads to come begin with
             future = thread.submit(make)
             while True:
                 batch, made = future.result()

@@ -1,4 +1,4 @@
-"""Files, or cached pixels, to two views with PIL and torchvision: the reference for every other loader."""
+"""Files to two views with PIL and torch, in worker processes: the loader that needs neither a cache nor DALI."""
 
 from __future__ import annotations
 
@@ -6,32 +6,25 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.v2 import functional as F
 
+from fastcr.data.cached_views import view_table
 from fastcr.data.images import BadFiles, ImageList
 from fastcr.data.views import Batch, Loading, ViewParameters, draw_parameters, normalise
+from fastcr.kernels.two_views import two_views
 from fastcr.runs.machine import leave_signals
 
 Sample = tuple[Tensor, list[int]]
-ADJUSTMENTS = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
 
 
-def augment(image: Tensor, parameters: ViewParameters, view: int, size: int) -> Tensor:
-    """View `view` of one image: uint8 `[3,H,W]` to uint8 `[size,size,3]`; `parameters` are of that image alone."""
-    p = ViewParameters(*(values[0, view] for values in parameters))
-    cropped = F.resized_crop(image, *p.crop.tolist(), [size, size], antialias=True)
-    x = F.to_dtype(cropped, torch.float32, scale=True)
-    for which in p.order[p.order >= 0].tolist() if p.jitter else ():
-        x = ADJUSTMENTS[which](x, float(p.factors[which]))
-    if p.grey:
-        x = F.rgb_to_grayscale(x, num_output_channels=3)
-    if p.blur:
-        x = F.gaussian_blur(x, [int(p.window)] * 2, [float(p.sigma)])
-    if p.flip:
-        x = F.horizontal_flip(x)
-    return x.mul(255).round_().to(torch.uint8).permute(1, 2, 0).contiguous()
+def cut_image(image: Image.Image, parameters: ViewParameters, size: int) -> Tensor:
+    """The two views of an RGB image, uint8 `[2,size,size,3]`; `parameters` are of that image alone."""
+    pixels, table = torch.from_numpy(np.array(image)).flatten(), torch.from_numpy(view_table(parameters))
+    start, width = torch.zeros(1, dtype=torch.int64), torch.tensor([image.width])
+    views = two_views(pixels, start, width, table, size, mean=(0.0,) * 3, std=(1 / 255,) * 3)[:, 0]
+    return views.round_().to(torch.uint8).permute(0, 2, 3, 1)
 
 
 class _ViewDataset(Dataset[Sample]):
@@ -43,10 +36,9 @@ class _ViewDataset(Dataset[Sample]):
     def __getitem__(self, item: tuple[int, int]) -> Sample:
         epoch, index = item
         rgb, bad = self.images.rgb_or_next(index)
-        image = F.pil_to_tensor(rgb)
-        loading, size = self.loading, np.array([image.shape[1:]])
+        loading, size = self.loading, np.array([[rgb.height, rgb.width]])
         parameters = draw_parameters(loading.seed, epoch, np.array([index]), size, loading.views)
-        return torch.stack([augment(image, parameters, view, loading.image_size) for view in (0, 1)]), bad
+        return cut_image(rgb, parameters, loading.image_size), bad  # uint8: a quarter of the room between processes
 
 
 def _collate(samples: list[Sample]) -> tuple[Tensor, list[int]]:
@@ -54,7 +46,7 @@ def _collate(samples: list[Sample]) -> tuple[Tensor, list[int]]:
 
 
 class TorchViews:
-    """Two views of each image through torchvision, decoded and augmented by worker processes."""
+    """Two views of each image, decoded and augmented by worker processes."""
 
     def __init__(self, images: ImageList, loading: Loading, bad: BadFiles) -> None:
         self.images, self.loading, self.bad = images, loading, bad

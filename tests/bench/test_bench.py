@@ -176,6 +176,13 @@ def test_loaders_have_a_table_of_their_own(tmp_path: Path) -> None:
     assert printed([loader], tmp_path)[-1] == "| torch | host | 46.3 | 38.8 | 129 |"
 
 
+def test_views_stand_beside_torchvisions(tmp_path: Path) -> None:
+    info = {"views_per_second": 3810.4, "torchvision_views_per_second": 1020.0}
+    params = {"kind": "tuned", "height": 128, "width": 170, "size": 112}
+    views = {"name": "test_views[tuned-128-170-112]", "params": params, "extra_info": info}
+    assert printed([views], tmp_path)[-1] == "| tuned | 170x128 | 112 | 3810 | 1020 | 3.74 |"
+
+
 def test_a_kept_report_is_named_after_what_it_holds_and_has_no_raw_samples(tmp_path: Path) -> None:
     entries = [entry("op", 20e-6, correct=True), step("ours", 0.1)]
     entries[0]["stats"]["data"] = [0.1] * 1000

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import io
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -252,11 +254,34 @@ def test_prefetched_batches_are_the_same_and_errors_come_through(photos: ImageLi
         list(islice(Prefetched(failing, CPU).batches(0), 4))
 
 
+def test_a_thread_that_prefetches_takes_one_core_from_the_step_and_no_more(photos: ImageList) -> None:
+    seen = []
+
+    class Watched(CachedViews):
+        def batches(self, start_step: int) -> Any:
+            for batch in super().batches(start_step):
+                seen.append((threading.current_thread().name, torch.get_num_threads()))
+                yield batch
+
+    cores = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        views = Prefetched(Watched(cached(photos), LOADING, BadFiles(photos, "skip")), CPU)
+        list(islice(views.batches(0), 2))
+        assert {threads for _, threads in seen} == {1}
+        assert threading.current_thread().name not in {name for name, _ in seen}
+        assert torch.get_num_threads() == 3
+        with ThreadPoolExecutor(1) as another:
+            assert another.submit(torch.get_num_threads).result() == 3
+    finally:
+        torch.set_num_threads(cores)
+
+
 def test_auto_is_settled_and_said(photos: ImageList, monkeypatch: pytest.MonkeyPatch) -> None:
     said = Console(file=io.StringIO(), width=200)
-    _, config = make_views(settings_of("--data.loader", "torch"), photos, CPU, torch.float32, said)
-    assert (config.data.loader, config.data.cache) == ("torch", "host")
-    assert "loader: torch; cache: host; device: cpu, fp32; 12 training images" in said.file.getvalue()  # type: ignore[attr-defined]
+    _, config = make_views(settings_of(), photos, CPU, torch.float32, said)
+    assert (config.data.loader, config.data.cache) == ("fused", "host")
+    assert "loader: fused; cache: host; device: cpu, fp32; 12 training images" in said.file.getvalue()  # type: ignore[attr-defined]
     monkeypatch.setattr(loaders, "free_memory", lambda: 1000)
     _, config = make_views(settings_of("--data.loader", "torch"), photos, CPU, torch.float32, said)
     assert config.data.cache == "off"
@@ -285,7 +310,7 @@ def test_which_loader_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     said = Console(file=io.StringIO(), width=200)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
     found = [loader(place, device) for device in ("cuda", "cpu") for place in ("device", "host", "off")]
-    assert found == ["fused", "fused", "dali", "torch", "torch", "torch"]
+    assert found == ["fused", "fused", "dali", "fused", "fused", "torch"]
     assert loader("off", "cpu", "--data.loader", "dali") == "dali"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert loader("off", "cuda") == "torch"

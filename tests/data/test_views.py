@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 from fastcr.config import ViewsConfig
 from fastcr.data.crops import centre_crop
 from fastcr.data.images import BadFiles, ImageList
-from fastcr.data.torch_views import TorchViews, augment
+from fastcr.data.torch_views import TorchViews, cut_image
 from fastcr.data.views import (
     CROP_RATIO,
     DEFAULT,
@@ -144,13 +144,14 @@ def test_a_central_key_is_the_crop_of_evaluation(width: int, height: int) -> Non
         np.testing.assert_array_equal(mine[:, 0], other[:, 0])  # the query's view is drawn as ever
     assert not any(flags[:, 1].any() for flags in (p.jitter, p.grey, p.blur, p.flip))
     size = max(round(min(width, height) * 7 / 8), 1)  # nothing is resized, so that only the cut can differ
-    ours = augment(v2.functional.pil_to_tensor(image), p, 1, size)
+    ours = cut_image(image, p, size)[1]
     assert (ours.int() - centre_crop(image, size).int()).abs().float().mean() <= 1
 
 
 def test_jitter_is_torchvisions_color_jitter() -> None:
-    """With the order and factors torchvision drew, `augment` gives what torchvision's own transform gives."""
-    image = v2.functional.pil_to_tensor(photo(np.random.default_rng(1), 40, 40))
+    """With the order and factors torchvision drew, a view is what torchvision's own transform gives."""
+    picture = photo(np.random.default_rng(1), 40, 40)
+    image = v2.functional.pil_to_tensor(picture)
     transform = v2.ColorJitter(0.4, 0.4, 0.4, 0.1)
     for seed in range(5):
         torch.manual_seed(seed)
@@ -164,7 +165,7 @@ def test_jitter_is_torchvisions_color_jitter() -> None:
             whole, yes, np.array([[factors] * 2]), np.array([[drawn["fn_idx"].tolist()] * 2]), no, no,
             np.ones((1, 2)), np.full((1, 2), 7), no,
         )  # fmt: skip
-        ours = augment(image, p, 0, 40).permute(2, 0, 1) / 255
+        ours = cut_image(picture, p, 40)[0].permute(2, 0, 1) / 255
         assert (ours - expected).abs().max() <= 0.51 / 255
 
 

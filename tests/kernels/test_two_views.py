@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.transforms import v2
 
+from bench.torchvision_views import ADJUSTMENTS, torchvision_view
 from fastcr.data.cached_views import view_table
-from fastcr.data.torch_views import augment
 from fastcr.data.views import MEAN, STD, ViewParameters, draw_parameters
 from fastcr.kernels import launch
 from fastcr.kernels import two_views as module
+from fastcr.kernels.colour import jitter_reference
 from fastcr.kernels.two_views import COLUMNS, MAX_SIZE, two_views
 
 triton = pytest.importorskip("triton")
@@ -141,13 +142,13 @@ def single(parameters: ViewParameters, **changes: Any) -> ViewParameters:
 
 
 def torchvision_views(pixels: Tensor, sizes: list[tuple[int, int]], p: ViewParameters, size: int) -> Tensor:
-    """The views of `torch_views.augment`, normalised; it rounds to uint8 after the resize and at the end."""
+    """Torchvision's views, normalised; it rounds to uint8 after the resize and at the end."""
     views, start = [], 0
     for i, (height, width) in enumerate(sizes):
         image = pixels[start : start + 3 * height * width].view(height, width, 3).permute(2, 0, 1)
         start += 3 * height * width
         alone = ViewParameters(*(values[i : i + 1] for values in p))
-        views.append(torch.stack([augment(image, alone, view, size).permute(2, 0, 1) for view in (0, 1)]))
+        views.append(torch.stack([torchvision_view(image, alone, view, size).permute(2, 0, 1) for view in (0, 1)]))
     return v2.functional.normalize(torch.stack(views, dim=1) / 255, list(MEAN), list(STD))
 
 
@@ -198,6 +199,30 @@ def test_all_together_have_torchvisions_statistics() -> None:
     assert (ours - theirs).abs().mean() <= 0.6 * LEVEL
     torch.testing.assert_close(ours.mean((0, 1, 3, 4)), theirs.mean((0, 1, 3, 4)), atol=0.1 * LEVEL, rtol=0)
     torch.testing.assert_close(ours.std((0, 1, 3, 4)), theirs.std((0, 1, 3, 4)), atol=0.1 * LEVEL, rtol=0)
+
+
+def test_on_a_cpu_they_are_torchvisions_but_for_the_last_rounding() -> None:
+    """`auto`: the resize is torchvision's own, and so nothing is left for the hue of nearly grey pixels to enlarge."""
+    sizes = [(48, 36 + i) for i in range(30)]
+    arguments, parameters = draw(sizes)
+    on_cpu = {name: tensor.cpu() for name, tensor in arguments.items()}
+    ours, exact = (two_views(**on_cpu, size=24, **COLOURS, impl=impl) for impl in ("auto", "torch"))
+    theirs = torchvision_views(on_cpu["pixels"], sizes, parameters, 24)
+    levels = torch.tensor(STD)[:, None, None] * 255
+    assert ((ours - theirs) * levels).abs().max() < 0.502
+    assert ((exact - theirs) * levels).abs().max() > 1
+    oracle = two_views(**on_cpu, size=24, **COLOURS, dtype=torch.float64)
+    torch.testing.assert_close(oracle.float(), exact, atol=1e-4, rtol=0)  # in fp64 nothing is rounded
+
+
+@pytest.mark.parametrize(("which", "factors"), [(0, (0, 2)), (1, (0, 2)), (2, (0, 2)), (3, (-0.5, 0.5))])
+def test_any_strength_of_jitter_is_torchvisions(which: int, factors: tuple[float, float]) -> None:
+    x = torch.rand(3, 40, 40, dtype=torch.float64)
+    x[1:, :5], x[:, 5:7], x[:, 7:9] = x[:1, :5], 0, 1  # greys, black and white
+    x[0, 10:20] = x[1, 10:20]  # two channels alike
+    for factor in torch.linspace(*factors, 9).tolist():
+        expected = ADJUSTMENTS[which](x, factor)
+        torch.testing.assert_close(jitter_reference(x, which, factor), expected, atol=1e-5, rtol=0)
 
 
 def test_two_runs_give_the_same_bits_and_compile_in_one_graph() -> None:

@@ -239,7 +239,7 @@ def test_auto_loader_on_the_cpu_needs_no_dali(
 ) -> None:
     train.main([*ONE_STEP, "--data.root", str(flat), "--run.dir", str(tmp_path / "run"), "--data.loader", "auto"])
     captured = capfd.readouterr()
-    assert "loader: torch; cache: host; device: cpu, fp32; 64 training images" in captured.out
+    assert "loader: fused; cache: host; device: cpu, fp32; 64 training images" in captured.out
     assert "DALI" not in captured.out
     assert captured.err == ""
 
