@@ -14,7 +14,7 @@ from fastcr.config import EncoderConfig, ImagesConfig, KnnConfig, LinearConfig, 
 from fastcr.data.layouts import read_splits
 from fastcr.data.synthetic import write_synthetic
 from fastcr.errors import UsageError
-from fastcr.measures.evaluation import Classifiers, Evaluation, show, test_images, write_results
+from fastcr.measures.evaluation import Classifiers, Evaluation, not_measured, show, test_images, write_results
 from fastcr.measures.localisation import read_objects
 from fastcr.method.encoder import find_weights
 from fastcr.runs.command_line import called, load_config, one_line_errors, parse
@@ -29,7 +29,7 @@ class EvaluateData(ImagesConfig):
     """The images to measure on."""
 
     boxes: Path | None = None
-    """CSV of the objects' boxes (path, left, top, right, bottom; fractions). Default: CUB's own, in its archive."""
+    """CSV of the objects' boxes (path, left, top, right, bottom; fractions or pixels). Default: CUB's archive's own."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def main(args: Sequence[str] | None = None) -> None:
         splits = read_splits(root or write_synthetic())
         images = test_images(splits)
         if images is None:
-            raise UsageError(f"{root} has no labels (class folders), so nothing can be measured")
+            raise UsageError(f"{root} has {not_measured(splits)}, so nothing can be measured")
         objects = read_objects(config.data.boxes, images)
         device = pick_device(config.run.device, processes.local_rank, processes.local_ranks)
         dtype = pick_dtype(config.run.precision, device)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -18,8 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 from fastcr.config import tyro
-from fastcr.data.images import ImageList
-from fastcr.data.layouts import read_splits
+from fastcr.data.images import ImageList, Note
+from fastcr.data.layouts import list_splits
+from fastcr.data.listing import SHARED, UNREADABLE, Notes, entries_of
 from fastcr.data.shards import find_shards, list_samples, read_index, write_index
 from fastcr.errors import UsageError
 from fastcr.runs.command_line import called, one_line_errors, parse
@@ -36,17 +38,23 @@ class Facts(NamedTuple):
     width: int = 0  # pixels
     height: int = 0
     error: str | None = None  # why it cannot be used
+    digest: bytes = b""  # of the file
 
 
 def examine(images: ImageList, index: int) -> Facts:
     """Decode image `index` whole, as training does."""
     try:
-        images.rgb(index)
+        width, height = images.rgb(index).size
     except OSError as error:
         return Facts(error=str(error))
-    with Image.open(io.BytesIO(images.read(index))) as header:
+    data = images.read(index)
+    with Image.open(io.BytesIO(data)) as header:
         odd = ["progressive"] * ("progressive" in header.info) + ["animated"] * getattr(header, "is_animated", False)
-        return Facts(" ".join([header.format or "", header.mode, *odd]), header.width, header.height)
+        kind, digest = (
+            " ".join([header.format or "", header.mode, *odd]),
+            hashlib.blake2b(data, digest_size=16).digest(),
+        )
+        return Facts(kind, width, height, digest=digest)
 
 
 def examine_all(images: ImageList, title: str, console: Console) -> list[Facts]:
@@ -82,6 +90,18 @@ def _decoding(kind: str) -> str:
     if not kind.startswith(("JPEG RGB", "JPEG L")):
         return "one by one on the CPU (PIL): slower"
     return "fast, but not by a GPU's JPEG engine" if "progressive" in kind else "fast"
+
+
+def shared(parts: dict[str, tuple[ImageList, list[Facts]]]) -> Iterator[Note]:
+    """A note if files of the test split are, byte by byte, those of training images."""
+    if "test" not in parts:
+        return
+    (train, known), (test, facts) = parts["train"], parts["test"]
+    trained = {fact.digest: index for index, fact in enumerate(known) if fact.digest}
+    both = [index for index, fact in enumerate(facts) if fact.digest in trained]
+    if both:
+        same = train.path(trained[facts[both[0]].digest])
+        yield Note(SHARED, len(both), f"{test.path(both[0])!r} is {same!r}")
 
 
 def print_report(parts: dict[str, tuple[ImageList, list[Facts]]], console: Console, classes: bool) -> None:
@@ -129,12 +149,15 @@ class CheckConfig:
 
 
 def check(root: Path, console: Console, *, classes: bool = False) -> int:
-    """Print what `root` holds and every broken image; returns how many are broken."""
-    start, splits = time.perf_counter(), read_splits(root)
+    """Print what `root` holds, what is left out, and every broken image; returns how many cannot be read."""
+    start, splits = time.perf_counter(), list_splits(root)
     named = {name: images for name, images in (("train", splits.train), ("test", splits.test)) if images is not None}
     parts = {name: (images, examine_all(images, f"decoding, {name}", console)) for name, images in named.items()}
     seconds = time.perf_counter() - start
     print_report(parts, console, classes)
+    notes = [*(note for note in splits.notes if note.what != SHARED), *shared(parts)]
+    for note in notes:
+        console.print(str(note), soft_wrap=True)
     facts = [fact for _, found in parts.values() for fact in found]
     broken = [fact for fact in facts if fact.error]
     for fact in broken:
@@ -142,12 +165,13 @@ def check(root: Path, console: Console, *, classes: bool = False) -> int:
     total = len(facts)
     verdict = f"{len(broken):,} of {total:,} images are broken" if broken else f"all {total:,} images are whole"
     console.print(f"{verdict} ({seconds:.1f} s, {total / seconds:,.0f} images/s)")
-    return len(broken)
+    return len(broken) + sum(note.number for note in notes if note.what == UNREADABLE)
 
 
 def write_indexes(root: Path) -> int:
     """Write the index of every shard in `root` that has none, or an old one; returns how many."""
-    shards = [shard for part in find_shards(root) for shard in part]
+    notes = Notes()
+    shards = [shard for part in find_shards(root, entries_of(root, "", notes), notes) for shard in part]
     if not shards:
         raise UsageError(f"no tar shards in {root}, so there is nothing to index")
     lacking = [shard for shard in shards if read_index(shard) is None]
@@ -157,7 +181,7 @@ def write_indexes(root: Path) -> int:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Command line of `fastcr folders`; exit status 1 if images are broken."""
+    """Command line of `fastcr folders`; exit status 1 if images or folders cannot be read."""
     with one_line_errors("folders"):
         description = "What a folder of images holds, and which of them are broken."
         config = parse(CheckConfig, args, prog=f"{called('folders')} ROOT", description=description)

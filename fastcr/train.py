@@ -9,6 +9,7 @@ import sys
 import time
 import zlib
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,10 +44,11 @@ from fastcr.runs.checkpoint import (
 )
 from fastcr.runs.command_line import called, one_line_errors, read_command_line, save_config
 from fastcr.runs.distributed import ALONE, Processes, processes_of_torchrun
+from fastcr.runs.folder import claim_folder
 from fastcr.runs.log import Meter, RunLog, keep_records
 from fastcr.runs.machine import pick_device, pick_dtype, pick_workers, process_age
 from fastcr.runs.validate import validate
-from fastcr.runs.watch import HealthWatch, LossWatch, StopSignal
+from fastcr.runs.watch import HealthWatch, LossWatch, RunConsole, StopSignal
 
 
 @dataclass(frozen=True)
@@ -78,11 +80,18 @@ def train(
 
     `started` is how many seconds ago the command began, for the time to the first step. Of several processes only the
     first prints and writes.
-    Raises `UsageError` for settings, data or files that cannot work; `SystemExit` 143 or 130 after a SIGTERM or SIGINT,
-    with everything saved.
+    Raises `UsageError` for settings, data or files that cannot work; `SystemExit` 128 + its number after a signal of
+    `StopSignal`, with everything saved.
     """
     began, console = time.monotonic() - started, console or Console(markup=False)
-    run = open_run(validate(config), Path(resume) if resume else None, console, processes)
+    with ExitStack() as folders:
+        run = open_run(validate(config), Path(resume) if resume else None, console, processes, folders)
+        return carry_out(run, began)
+
+
+def carry_out(run: Run, began: float) -> Path:
+    """Train and evaluate; returns the run folder."""
+    config, console, processes = run.config, run.console, run.processes
     workers = pick_workers(config.data.workers, processes.local_ranks)
     evaluation = TrainingEvaluation(run.folder, run.splits, run.device, run.dtype, workers, console, processes)
     if stopped := run_steps(run, evaluation, began):
@@ -166,8 +175,11 @@ def run_steps(run: Run, evaluation: TrainingEvaluation, began: float) -> int:
     return stopped
 
 
-def open_run(config: Config, resume: Path | None, console: Console, processes: Processes) -> Run:
-    """Everything the loop needs; makes the run folder, or puts back what the run in `resume` last saved."""
+def open_run(config: Config, resume: Path | None, console: Console, processes: Processes, folders: ExitStack) -> Run:
+    """Everything the loop needs; makes the run folder, or puts back what the run in `resume` last saved.
+
+    The run folder is this run's alone until `folders` is closed.
+    """
     device = pick_device(config.run.device, processes.local_rank, processes.local_ranks)
     if config.data.root is None and config.preset != "synthetic":
         raise UsageError(f"preset {config.preset} needs --data.root, the folder of its images")
@@ -184,7 +196,7 @@ def open_run(config: Config, resume: Path | None, console: Console, processes: P
     training = build(config, device, console, initial_weights=resume is None, processes=processes)
     dtype = pick_dtype(config.run.precision, device)
     views, config = make_views(config, splits.train, device, dtype, console, processes)
-    folder = resume or processes.once(partial(new_folder, config))
+    folder = processes.once(partial(claim_folder, config, resume, folders))
     console.print(f"run folder: {folder}", soft_wrap=True, highlight=False)
     start = restore(folder / "resume.pt", training, images, processes, console) if resume else 0
     if (branch := training.encoder.branch) and resume is None and config.rationale.init == "ddt":
@@ -198,17 +210,6 @@ def open_run(config: Config, resume: Path | None, console: Console, processes: P
         write_whole(folder / "config.yaml", partial(save_config, config))
         keep_records(folder / HISTORY, "epoch", start / schedule.steps_per_epoch)
     return Run(config, folder, start, schedule, splits, views, training, device, dtype, console, processes)
-
-
-def new_folder(config: Config) -> Path:
-    """Make the run folder. `UsageError` if it cannot be made."""
-    folder = Path(config.run.dir or Path("runs") / f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
-    try:
-        folder.mkdir(parents=True, exist_ok=config.run.dir is not None)
-        save_config(config, folder / "config.yaml")  # here, to find out early that it can be written
-    except OSError as error:
-        raise UsageError(f"cannot write into --run.dir {folder}: {error.strerror}") from None
-    return folder
 
 
 def fingerprint(images: ImageList) -> int:
@@ -281,7 +282,7 @@ def main(args: Sequence[str] | None = None) -> None:
     with one_line_errors("train"), processes_of_torchrun(called("train")) as processes:
         config, resume = processes.once(partial(read_command_line, sys.argv[1:] if args is None else args))
         try:
-            console = Console(markup=False, quiet=not processes.first)
+            console = RunConsole(markup=False, quiet=not processes.first)
             train(config, resume=resume, console=console, started=process_age(), processes=processes)
         except torch.OutOfMemoryError:
             half = max(config.optim.batch_size // 2, 2)

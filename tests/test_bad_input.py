@@ -324,12 +324,14 @@ ROWS = {
     "empty folder, evaluate": Row(
         lambda s: s.measuring("--data.root", emptied(s)), ("no images under {images}",), main=evaluate.main
     ),
-    "class folders that differ": Row(
-        lambda s: s.training("--data.root", odd_classes(s)),
-        ("{images}/train and {images}/test name different classes", "2 are in one only", "'robin'"),
+    "class folders that differ": works(
+        lambda s: s.training("--data.root", odd_classes(s), "--optim.batch_size", 2, "--moco.queue_size", 2),
+        says=("no class of two images: retrieval is not measured",),
     ),
     "class folders that differ, evaluate": Row(
-        lambda s: s.measuring("--data.root", odd_classes(s)), ("name different classes", "'robin'"), main=evaluate.main
+        lambda s: s.measuring("--data.root", odd_classes(s)),
+        ("has no class of two images, so nothing can be measured",),
+        main=evaluate.main,
     ),
     "unreadable images, cache": works(spoiled, *NAMED, says=(COUNTED,)),
     "unreadable images, no cache": works(lambda s: spoiled(s, "--data.cache", "off"), *NAMED, says=(COUNTED,)),

@@ -132,6 +132,75 @@ def test_without_a_test_split_there_is_nothing_to_train_a_classifier_on(copied: 
     assert not SECTIONS.keys() & results(copied).keys() - {"retrieval"}
 
 
+def some_classes(birds: Path, root: Path, train: slice, test: slice) -> Path:
+    """The birds with some of the classes in each split."""
+    for split, part in (("train", train), ("test", test)):
+        (root / split).mkdir(parents=True)
+        for folder in sorted((birds / split).iterdir())[part]:
+            (root / split / folder.name).symlink_to(folder)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("train_", "test", "known"),
+    [
+        (slice(16), slice(6), slice(6)),  # the test split lacks classes
+        (slice(6), slice(10), slice(6)),  # it has others besides
+        (slice(4, 9), slice(2, 6), slice(4, 6)),  # both
+        (slice(8), slice(8, 16), None),  # it has only others
+    ],
+)
+def test_splits_need_not_have_the_same_classes(
+    copied: Path,
+    birds: Path,
+    tmp_path: Path,
+    train_: slice,
+    test: slice,
+    known: slice | None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Retrieval is that of the test images alone; classifiers get those whose class has training images."""
+    odd = some_classes(birds, tmp_path / "odd", train_, test)
+    few = ["--linear.epochs", "2", "--linear.few", "50"]
+    evaluate.main([str(copied), "--data.root", str(odd), *CPU, *few])
+    found, said = results(copied), capsys.readouterr().out
+    evaluate.main([str(copied), "--data.root", str(odd / "test"), *CPU])
+    assert found["retrieval"]["mean"] == results(copied)["retrieval"]["mean"]
+    assert (found["images"], found["classes"]) == (2 * (test.stop - (test.start or 0)), test.stop - (test.start or 0))
+    left_out = found["images"] - (0 if known is None else 2 * (known.stop - (known.start or 0)))
+    assert (f"{left_out} of {found['images']} test images are of classes without training images" in said) == (
+        left_out > 0
+    )
+    assert {"knn", "linear", "few_label"} & found.keys() == ({"knn", "linear", "few_label"} if known else set())
+    if known:
+        shared = some_classes(birds, tmp_path / "shared", train_, known)
+        evaluate.main([str(copied), "--data.root", str(shared), *CPU, *few])
+        assert found["knn"] == results(copied)["knn"]
+
+
+@pytest.mark.parametrize(
+    ("keep", "why"),
+    [
+        (lambda folders: [next(iter(sorted(folder.iterdir()))) for folder in folders], "no class of two images"),
+        (lambda folders: list(folders[0].iterdir()), "images of one class only"),
+    ],
+)
+def test_what_cannot_be_retrieved_gets_no_score(
+    copied: Path,
+    birds: Path,
+    tmp_path: Path,
+    refused: Callable[..., str],
+    keep: Callable[[list[Path]], list[Path]],
+    why: str,
+) -> None:
+    folders = sorted((birds / "test").iterdir())
+    for file in keep(folders):
+        (tmp_path / "root" / file.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, tmp_path / "root" / file.parent.name)
+    line = refused(evaluate.main, copied, "--data.root", tmp_path / "root", *CPU)
+    assert f"has {why}, so nothing can be measured" in line
+
+
 def test_boxes_say_where_the_attention_lies(
     copied: Path, birds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -394,7 +395,7 @@ def test_resumed_run_evaluates_an_epoch_once(birds: Path, tmp_path: Path) -> Non
     assert [json.loads(line)["epoch"] for line in lines] == [1]
 
 
-@pytest.mark.parametrize(("sent", "status"), [("SIGTERM", 143), ("SIGUSR1", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize(("sent", "status"), [("SIGTERM", 143), ("SIGUSR1", 143), ("SIGINT", 130), ("SIGHUP", 129)])
 def test_signals_save_and_end_the_run(
     flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: str, status: int
 ) -> None:
@@ -412,6 +413,39 @@ def test_signals_save_and_end_the_run(
     assert stop.value.code == status
     assert state(tmp_path / "run")["step"] == 2
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL  # as it was before
+
+
+def test_a_reader_that_goes_away_ends_the_run_with_a_save(flat: Path, tmp_path: Path) -> None:
+    """As `| head` does; stderr leads into the same pipe."""
+    folder = tmp_path / "run"
+    command = ["-m", "fastcr.train", "synthetic", *flags(flat, folder, "--optim.epochs", "100000")]
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("epoch 2/"):
+            break
+    process.stdout.close()
+    assert process.wait(60) == 141
+    step = state(folder)["step"]
+    resume(folder, "--run.steps", str(step + 1))
+    assert state(folder)["step"] == step + 1
+
+
+def test_nohup_lets_a_run_go_on(flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        original = training.train_step
+        monkeypatch.setattr(
+            training,
+            "train_step",
+            lambda *args, **more: (signal.raise_signal(signal.SIGHUP), original(*args, **more))[1],
+        )
+        run(flat, tmp_path / "run", "--run.steps", "2")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert state(tmp_path / "run")["step"] == 2
 
 
 def test_signal_to_the_whole_job_spares_the_loaders_processes(flat: Path, tmp_path: Path) -> None:

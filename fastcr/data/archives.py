@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastcr.data.images import ImageList, Splits
+from fastcr.data.text_lists import read_text
 from fastcr.errors import UsageError
 
 Rows = Iterable[tuple[str, str]]  # file, name of its class
@@ -49,8 +50,8 @@ def read_archive(root: Path) -> Splits | None:
         for base in (root, *(root / home for home in homes)):
             # exists() would take a pipe, and its reader wait for ever
             if any((base / mark).is_file() or (base / mark).is_dir() for mark in marks):
-                classes, *parts = read(base)
-                return Splits(*(_split(classes, *part) for part in parts))
+                classes, train, test = read(base)
+                return Splits(_split(classes, *train), _split(classes, *test))
     return None
 
 
@@ -73,7 +74,7 @@ def _split(classes: tuple[str, ...], table: Path, root: Path, rows: Rows) -> Ima
 def _lines(file: Path) -> dict[str, str]:
     """A table of lines `<image id> <value>`; the value may hold spaces."""
     try:
-        pairs = (line.split(None, 1) for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
+        pairs = (line.split(None, 1) for line in read_text(file).splitlines() if line.strip())
         return {id_: value.strip() for id_, value in pairs}
     except (OSError, ValueError):
         raise UsageError(f"{file} is missing or is not a table of '<image id> <value>'") from None
@@ -84,6 +85,7 @@ def _cub(root: Path) -> Archive:
     files, training, labels = (_lines(root / name) for name in names)
     if not files.keys() == training.keys() == labels.keys():
         raise UsageError(f"images.txt, train_test_split.txt and image_class_labels.txt of {root} list different ids")
+    files = {id_: file.replace("\\", "/") for id_, file in files.items()}
     rows = {id_: (file, file.split("/")[0]) for id_, file in files.items()}
     train, test = ([row for id_, row in rows.items() if training[id_] == flag] for flag in "10")
     table, folder = root / "train_test_split.txt", root / "images"
@@ -139,7 +141,7 @@ def _numbered(files: Any, numbers: Any, classes: tuple[str, ...], table: Path) -
 
 def _aircraft(root: Path) -> Archive:
     try:
-        classes = tuple((root / "variants.txt").read_text(encoding="utf-8").splitlines())
+        classes = tuple(name.strip() for name in read_text(root / "variants.txt").splitlines() if name.strip())
     except (OSError, ValueError):
         raise UsageError(f"{root / 'variants.txt'}, the list of classes, is missing or is not text") from None
 

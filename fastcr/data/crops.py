@@ -8,6 +8,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
+LONGEST = 16  # times the shorter side: what of an image is resized
+
 
 def _shorter_side(size: int) -> int:
     """The shorter side, in pixels, to which an image is resized before the central square of `size` is cut."""
@@ -16,6 +18,10 @@ def _shorter_side(size: int) -> int:
 
 def centre_crop(image: Image.Image, size: int) -> Tensor:
     """The central square of an RGB image, uint8 `[size,size,3]`; its side is 7/8 of the image's shorter side."""
+    longest = LONGEST * min(image.size)
+    if max(image.size) > longest:  # what is enlarged is kept small: a picture of 4 x 20,000 pixels would take gigabytes
+        across, down = (max(side - longest, 0) // 2 for side in image.size)
+        image = image.crop((across, down, image.width - across, image.height - down))
     crop = TF.resize(TF.pil_to_tensor(image), [_shorter_side(size)], antialias=True)
     return TF.center_crop(crop, [size, size]).permute(1, 2, 0)
 

@@ -33,7 +33,7 @@ def decoded(source: Iterator[list[np.ndarray]], decoder: str) -> Any:
         fn.external_source(source=source),
         device=decoder,
         output_type=types.RGB,
-        adjust_orientation=False,
+        adjust_orientation=True,
         jpeg_fancy_upsampling=True,
     )
 
@@ -63,7 +63,7 @@ class DaliViews:
     def __init__(self, images: ImageList, loading: Loading, bad: BadFiles) -> None:
         self.images, self.loading, self.bad = images, loading, bad
         self._threads = ThreadPoolExecutor(max(loading.workers, 1))
-        self._undecodable: set[int] = set()  # sound ends, broken insides: PIL reads these, and names them
+        self._undecodable: set[int] = set()  # PIL reads these: sound ends, broken insides, or more than DALI can
 
     def batches(self, start_step: int) -> Iterator[Batch]:
         """Batches from `start_step` on, epoch after epoch, without end."""
@@ -120,9 +120,12 @@ class DaliViews:
         return read_encoded(self.images, index, by_pil=index in self._undecodable)
 
     def _finds_undecodable(self, step: int) -> bool:
-        """After an error at `step`: whether it comes from images that PIL cannot read either; they are remembered."""
+        """After an error at `step`: whether there are images that PIL shall read from now on.
+
+        Those that it cannot read either, which it names; if there are none, all that DALI had before it.
+        """
         ahead = islice(self.loading.steps(len(self.images), step), AHEAD)
         indices = {index for _, batch in ahead for index in batch.tolist()} - self._undecodable
-        found = {index for index in indices if self.images.rgb_or_next(index)[1]}
+        found = {index for index in indices if self.images.rgb_or_next(index)[1]} or indices
         self._undecodable |= found
         return bool(found)

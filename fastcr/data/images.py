@@ -5,18 +5,33 @@ from __future__ import annotations
 import io
 import os
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
 from fastcr.errors import UsageError
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif"})
+ENDINGS = """.jpg .jpeg .jpe .jfif .mpo .png .apng .bmp .dib .webp .tif .tiff .ppm .pgm .pbm .pnm .gif .avif .jp2 .j2k
+    .jpx"""
+SUFFIXES = frozenset(ENDINGS.split()) & Image.registered_extensions().keys()  # a PIL without AVIF reads none
 # PIL's own guard against decompression bombs, moved up: photographs of 12,000 x 9,000 pixels exist
 Image.MAX_IMAGE_PIXELS = 250_000_000
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # of its 64 MB, editors fill more than 1 with one text
+warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)  # which turns nothing, and spoils nothing
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # of EXIF's orientations
+SIDEWAYS = [TURNS[orientation] for orientation in (5, 6, 7, 8)]
 
 
 @dataclass(frozen=True)
@@ -77,32 +92,75 @@ class ImageList:
         return UsageError(f"none of the {len(self)} images under {self.root} can be read")
 
 
+class Note(NamedTuple):
+    """What of a root is left out, or is read in a way that one may not expect."""
+
+    what: str
+    number: int
+    example: str  # a path below the root, and perhaps a reason; none where it would tell nothing
+
+    def __str__(self) -> str:
+        """One line."""
+        return f"{self.what}: {self.number:,}" + (f", e.g. {self.example}" if self.example else "")
+
+
 @dataclass(frozen=True)
 class Splits:
-    """What a root holds; `test` is None where nothing is set aside for testing."""
+    """What a root holds; `test` is None where nothing is set aside for testing. `notes`: what is to be said of it."""
 
     train: ImageList
     test: ImageList | None
+    notes: tuple[Note, ...] = ()
 
 
 def read_rgb(file: str | BinaryIO, name: str = "") -> Image.Image:
-    """Decode any image PIL can read to RGB, 8 bits; 16-bit grey is scaled, alpha is dropped.
+    """Decode any image PIL can read to RGB, 8 bits, the right way up; alpha is dropped.
 
     Raises `OSError`, with `name` or else `file` in it, for whatever is not a whole image.
     """
     try:
         with Image.open(file) as image:
+            turned = turn_of(image)
             image.load()
-            return to_rgb(image)
-    except Exception as error:  # decoders raise whatever the broken bytes lead them to
+            rgb = to_rgb(image)
+            return rgb if turned is None else rgb.transpose(turned)
+    except Exception as error:  # decoders raise whatever the broken bytes lead it to
         reason = "no known image format" if isinstance(error, UnidentifiedImageError) else error
         raise OSError(f"{(name or file)!r} is not a readable image: {reason}") from error
 
 
+def turn_of(image: Image.Image) -> Image.Transpose | None:
+    """What brings an opened image the right way up, as its EXIF data says before the pixels; None for nothing."""
+    if image.format == "TIFF":  # PIL itself turns these
+        return None
+    try:
+        exif = Image.Image.getexif(image)  # not PNG's own, which decodes the pixels to look behind them
+        return TURNS.get(exif.get(ExifTags.Base.Orientation, 1))
+    except Exception:  # PIL raises whatever the broken bytes lead it to
+        return None
+
+
+def size_of(image: Image.Image) -> tuple[int, int]:
+    """Height and width of an opened image as `read_rgb` will turn it, without decoding it."""
+    lying = turn_of(image) in SIDEWAYS
+    return (image.width, image.height) if lying else (image.height, image.width)
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode as RGB, 8 bits; 16-bit grey is scaled, alpha is dropped."""
-    if image.mode.startswith("I"):  # convert("RGB") would clip 16-bit values at 255
+    """An image of any mode as RGB, 8 bits; deeper values are scaled (convert would clip them), alpha is dropped.
+
+    16 bits to their upper 8; 32 bits and floats by the smallest usual range they fit into, 1 (floats only), 255 or
+    65,535, else by their own.
+    """
+    if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image, dtype=np.int64) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        values = np.asarray(image, dtype=np.float64)
+        values = np.nan_to_num(values, nan=0, posinf=0, neginf=0)
+        low, high = values.min(), values.max()
+        top = next((limit for limit in (1, 255, 65_535)[image.mode == "I" :] if low >= 0 and high <= limit), None)
+        low, high = (low, high) if top is None else (0, top)
+        image = Image.fromarray(((values - low) * (255 / max(high - low, 1e-12))).astype(np.uint8))
     return image if image.mode == "RGB" else image.convert("RGB")  # a copy of a large image costs memory
 
 

@@ -1,101 +1,138 @@
 """A root to the images of its splits, whichever of these layouts it has.
 
 - an original archive (`archives.py`): CUB-200-2011, Stanford Cars, FGVC-Aircraft or iNaturalist 2019;
-- class folders below `train/` and, if there is a test split, `test/`; or class folders alone;
+- class folders below `train/` and, if there is a test split, `test/` or `val/`; or class folders alone;
 - a flat folder of images without labels (also as `train/` and `test/`);
 - a folder of tar shards (`shards.py`);
-- a text file that lists images, with or without labels.
+- any of these in a folder that lies alone in the root, as some archives unpack;
+- a text file that lists images (`text_lists.py`), with or without labels.
 """
 
 from __future__ import annotations
 
 import os
-from itertools import pairwise
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from fastcr.data.archives import read_archive
 from fastcr.data.images import SUFFIXES, ImageList, Splits
+from fastcr.data.listing import BESIDE, FEW, SHARED, Entries, Notes, ending_of, entries_of, images_among, images_below
 from fastcr.data.shards import read_shards
+from fastcr.data.text_lists import read_list
 from fastcr.errors import UsageError
+
+TRAIN = ("train", "training")
+TEST = ("test", "testing", "val", "valid", "validation")  # the first of them that has labels is measured on
+NESTED = 3  # folders that lie alone in one another
 
 
 def read_splits(root: Path) -> Splits:
-    """List the images of `root`, a folder or a text file.
+    """List the images of `root`, a folder or a text file; what is left out is said on stderr, in a line for each kind.
 
-    Raises `UsageError` if `root` is missing, holds no image, or its splits name different classes.
+    Raises `UsageError` if `root` is missing or holds no image.
     """
-    root = Path(root)
+    splits = list_splits(Path(root))
+    for note in splits.notes:
+        print(f"fastcr: {root}: {note}", file=sys.stderr)
+    return splits
+
+
+def list_splits(root: Path) -> Splits:
+    """As `read_splits`, without a word."""
     if root.is_file():
-        return Splits(_listed(root), None)
+        return Splits(read_list(root), None)
     if not root.is_dir():
         raise UsageError(f"no folder {root}")
-    return read_archive(root) or _split_folders(root) or read_shards(root) or Splits(_class_folders(root), None)
+    notes = Notes()
+    for _ in range(NESTED):
+        entries = entries_of(root, "", notes)
+        found = read_archive(root) or _split_folders(root, entries, notes) or read_shards(root, entries, notes)
+        inner = None if found else _alone(root, entries, notes)
+        if inner is None:
+            break
+        root, notes = root / inner, notes.within(inner)
+    found = found or Splits(_class_folders(root, entries, notes), None)
+    return replace(found, notes=tuple(notes))
 
 
-def _split_folders(root: Path) -> Splits | None:
-    """The images below `train` and `test`; None where there is neither."""
-    train, test = (_class_folders(root / name) if (root / name).is_dir() else None for name in ("train", "test"))
-    if test and not train:
-        raise UsageError(f"{root} has a folder test but none named train")
-    if train and test and train.labels and train.classes != test.classes:
-        odd = sorted(set(train.classes) ^ set(test.classes))
-        raise UsageError(
-            f"{root}/train and {root}/test name different classes: {len(odd)} are in one only, e.g. {odd[0]!r}"
+def _split_folders(root: Path, entries: Entries, notes: Notes) -> Splits | None:
+    """The images below `train` and `test` or `val`; None where there is no `train`, or where it is a class."""
+    named = {name.casefold(): name for name in entries.folders}
+    train, *_ = [*(named[name] for name in TRAIN if name in named), None]
+    tests = [named[name] for name in TEST if name in named]
+    if train is None:
+        if "test" in named:
+            raise UsageError(f"{root} has a folder {named['test']} but none named train")
+        return None
+    inside = entries_of(root / train, "", notes.within(train))
+    if not inside.folders and any(ending_of(name) == ".tar" for name in inside.others) and not inside.images:
+        return None  # shards
+    if not inside.folders and not tests and len(entries.folders) > 1:
+        return None  # a class of vehicles
+    chosen, split = None, None
+    for name in tests:
+        within = notes.within(name)
+        images = _class_folders(root / name, entries_of(root / name, "", within), within)
+        if split is None or (split.labels is None and images.labels is not None):
+            chosen, split = name, images
+        if images.labels is not None:
+            break
+    for name in sorted({*entries.folders, *entries.images} - {train, chosen}):
+        notes.add(BESIDE, name)
+    if chosen and os.path.samefile(root / train, root / chosen):
+        notes.add(SHARED, chosen)
+    return _alike(_class_folders(root / train, inside, notes.within(train)), split)
+
+
+def _alike(train: ImageList, test: ImageList | None) -> Splits:
+    """The two splits with labels of the same classes, those of both together."""
+    if test and train.labels is not None and test.labels is not None and train.classes != test.classes:
+        classes = tuple(sorted({*train.classes, *test.classes}))
+        number = {name: label for label, name in enumerate(classes)}
+        train, test = (
+            replace(part, labels=tuple(number[part.classes[label]] for label in part.labels or ()), classes=classes)
+            for part in (train, test)
         )
-    return Splits(train, test) if train else None
+    return Splits(train, test)
 
 
-def _class_folders(root: Path) -> ImageList:
+def _alone(root: Path, entries: Entries, notes: Notes) -> str | None:
+    """The folder in `root` that holds everything: alone one with a folder `train`, or alone, and full of folders."""
+    if entries.images:
+        return None
+    inside = {name: entries_of(root, name, Notes()) for name in entries.folders[:FEW]}
+    split = [name for name, found in inside.items() if {each.casefold() for each in found.folders} & {*TRAIN}]
+    if len(split) > 1:  # of detectors' data sets, one folder holds the images and one the labels
+        split = [name for name in split if any(ending_of(each) in SUFFIXES for each in _files(root / name))]
+    if len(split) == 1:
+        for name in entries.folders:
+            if name != split[0]:
+                notes.add(BESIDE, name)
+        return split[0]
+    if len(inside) == 1:
+        ((name, found),) = inside.items()
+        tars = any(ending_of(each) == ".tar" for each in found.others)
+        return name if (found.folders or tars) and not found.images else None
+    return None
+
+
+def _files(folder: Path) -> Iterator[str]:
+    return (name for _, _, names in os.walk(folder) for name in names)
+
+
+def _class_folders(root: Path, entries: Entries, notes: Notes) -> ImageList:
     """The images in the class folders of `root`, or else those directly in `root`, without labels."""
-    classes = tuple(sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != "."))
-    here = Path(os.path.realpath(root))
-    if around := [name for name in classes if here.is_relative_to(os.path.realpath(here / name))]:
-        raise UsageError(f"{root / around[0]} is a link to a folder that holds {root} itself")
-    files, labels = [], []
-    for label, name in enumerate(classes):
-        found = [os.path.relpath(os.path.join(folder, file), root)
-                 for folder, _, names in os.walk(root / name) for file in names if _is_image(folder, file)]  # fmt: skip
-        files += sorted(found)
-        labels += [label] * len(found)
-    flat = sorted(name for name in os.listdir(root) if _is_image(root, name))
-    if files and flat:
-        raise UsageError(f"{root} holds images and also folders of images ({files[0]!r}): keep one kind")
-    if files:
-        return ImageList(root, tuple(files), tuple(labels), classes)
+    classes = tuple(sorted(entries.folders))
+    found = [images_below(root, name, notes) for name in classes]
+    flat = sorted([*entries.images, *images_among(root, entries.others, notes)])
+    if any(found) and flat:
+        first = next(images[0] for images in found if images)
+        raise UsageError(f"{root} holds images and also folders of images ({first!r}): keep one kind")
+    if any(found):
+        labels = tuple(label for label, images in enumerate(found) for _ in images)
+        return ImageList(root, tuple(file for images in found for file in images), labels, classes)
     if not flat:
         raise UsageError(f"no images under {root} (looked for {' '.join(sorted(SUFFIXES))})")
     return ImageList(root, tuple(flat), None, ())
-
-
-def _is_image(folder: str | Path, name: str) -> bool:
-    file = os.path.join(folder, name)  # a link that leads nowhere is listed too, to be named as unreadable
-    return Path(name).suffix.lower() in SUFFIXES and (os.path.isfile(file) or not os.path.exists(file))
-
-
-def _listed(file: Path) -> ImageList:
-    """The images a text file names: on each line a path (from the file's own folder), then perhaps a tab and a label.
-
-    Blank lines and lines that begin with `#` are skipped.
-    """
-    try:
-        lines = file.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
-    except OSError as error:
-        raise UsageError(f"{file} cannot be read: {error.strerror}") from None
-    if any("\0" in line for line in lines):
-        raise UsageError(f"{file} is neither a folder of images or tar shards nor a text file that lists images")
-    lines = [line.rstrip("\r") for line in lines if line.strip() and line[0] != "#"]
-    if not lines:
-        raise UsageError(f"{file} names no images")
-    paths, tabs, labels = zip(*sorted(line.partition("\t") for line in lines), strict=True)
-    if missing := [path for path in paths if not os.path.isfile(file.parent / path)]:
-        raise UsageError(
-            f"{len(missing)} of the {len(paths)} images that {file} names are not there, e.g. {missing[0]!r}"
-        )
-    if twice := [path for path, after in pairwise(paths) if path == after]:
-        raise UsageError(f"{file} names {twice[0]!r} twice")
-    if not any(tabs):
-        return ImageList(file.parent, paths, None, ())
-    if not all(tabs):
-        raise UsageError(f"{file}: some images have a label and some, e.g. {paths[tabs.index('')]!r}, have none")
-    classes = tuple(sorted(set(labels)))
-    return ImageList(file.parent, paths, tuple(map(classes.index, labels)), classes)

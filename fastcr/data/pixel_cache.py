@@ -22,7 +22,7 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
-from fastcr.data.images import ImageList
+from fastcr.data.images import ImageList, size_of
 from fastcr.data.views import Loading
 from fastcr.errors import UsageError
 from fastcr.runs.log import progress
@@ -65,7 +65,7 @@ def measure(images: ImageList, side: int, workers: int, console: Console) -> np.
     def size(index: int) -> tuple[int, int]:
         try:
             with images.open(index) as file, Image.open(file) as image:
-                return bounded_size(image.height, image.width, side)
+                return bounded_size(*size_of(image), side)
         except Exception:  # PIL raises whatever the broken bytes lead it to; `BadFiles` names the image later
             return 0, 0
 

@@ -1,7 +1,8 @@
-"""Tar shards in WebDataset's layout: `train-*.tar` and `test-*.tar`, or any `*.tar` without a split.
+"""Tar shards in WebDataset's layout: `*train*.tar` and `*test*.tar` or `*val*.tar`, or any `*.tar` without a split.
 
 Members that follow each other and share a key (the name up to the first dot of its last part) are a sample: its first
-image, and a label from `.cls` (a number) or from `"label"` in `.json`, if it has one.
+image, and a label from `.cls` (a number) or from `"label"` in `.json`, if it has one. Keys that hold dots themselves
+(`v1.0001.jpg`) end at the last one.
 
 An index beside each shard (`train-0.tar`: `train-0.idx`) spares listing the shard at every start. It is what DALI's
 `wds2idx` writes: a line `v1.2 <samples>`, then of each sample one line, `extension offset size name` of every member.
@@ -20,19 +21,23 @@ import sys
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
+from functools import partial
+from itertools import chain, groupby
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from fastcr.data.images import SUFFIXES, ImageList, Splits
+from fastcr.data.listing import BESIDE, Entries, Notes, ending_of, entries_of
 from fastcr.errors import UsageError, one_line
 from fastcr.runs.checkpoint import write_whole
 from fastcr.runs.command_line import called
 from fastcr.runs.log import progress
 
 VERSION = b"v1.2"
+SPLIT = re.compile(r"(?<![a-z])(train|test|val)(?:ing|val|id|idation)?(?![a-z])")  # in a shard's name, or its folder's
+BARE = "left out: samples in shards that hold no image"
 Label = int | str
 
 
@@ -69,26 +74,39 @@ class TarImages(ImageList):
         return f"{self.path(index)} {offset} {size} {facts.st_size} {facts.st_mtime_ns}"
 
 
-def find_shards(root: Path) -> tuple[list[Path], list[Path]]:
-    """Training and test shards of `root`; none where there are images or folders and the tars have no split's name."""
+def find_shards(root: Path, inside: Entries, notes: Notes) -> tuple[list[Path], list[Path]]:
+    """Training and test shards of `root`, which holds `inside`.
 
-    def tars(pattern: str) -> list[Path]:
-        return sorted(file for file in root.glob(pattern) if not file.is_fifo())  # reading a pipe would never end
+    None where there are images or folders too, and no name begins with a split.
+    The split is a word of the name, or of the folder: `birds-train-0.tar`, `train/0.tar`. Without `test`, it is `val`.
+    """
+    folders = [name for name in inside.folders if SPLIT.search(name.lower())]
+    beside = {*inside.folders, *inside.images} - {*folders}
+    found: dict[str, list[Path]] = {}
+    for folder in ("", *sorted(folders)):
+        others = entries_of(root, folder, notes).others if folder else inside.others
+        for name in sorted(others):
+            # archives may lie beside what they were unpacked to
+            if ending_of(name) == ".tar" and (folder or not beside or name.startswith(("train-", "test-"))):
+                word = SPLIT.search(os.path.join(folder, name).lower())
+                found.setdefault(word.group(1)[:2] if word else "", []).append(root / folder / name)
+    train, held_out = found.pop("tr", []), next((split for split in ("te", "va") if split in found), "")
+    if held_out and not train:
+        raise UsageError(f"{root} has shards like {found[held_out][0].name} but none named train")
+    if not train:
+        return found.get("", []), []
+    test = found.pop(held_out) if held_out else []
+    for other in (*(os.path.relpath(shard, root) for shard in chain(*found.values())), *sorted(beside)):
+        notes.add(BESIDE, other)
+    return train, test
 
-    train, test = tars("train-*.tar"), tars("test-*.tar")
-    if test and not train:
-        raise UsageError(f"{root} has shards test-*.tar but none named train-*.tar")
-    if train or any(entry.is_dir() or Path(entry.name).suffix.lower() in SUFFIXES for entry in os.scandir(root)):
-        return train, test
-    return tars("*.tar"), []
 
-
-def read_shards(root: Path) -> Splits | None:
+def read_shards(root: Path, inside: Entries, notes: Notes) -> Splits | None:
     """The images in the tar shards of `root`; None where there are none.
 
     Raises `UsageError` if a shard is broken or holds no image, or if only some images of a split have a label.
     """
-    splits = find_shards(root)
+    splits = find_shards(root, inside, notes)
     if not splits[0]:
         return None
     listed, bare = {}, 0
@@ -99,32 +117,50 @@ def read_shards(root: Path) -> Splits | None:
     if bare:
         how = f"to keep them beside the shards: {called('folders')} {root} --index"
         print(f"fastcr: {bare} shards have no index, or an old one: made anew; {how}", file=sys.stderr)
-    parts = [_images(root, {shard: listed[shard] for shard in split}) for split in splits if split]
+    parts = [_images(root, {shard: listed[shard] for shard in split}, notes) for split in splits if split]
     known = {label for _, labels in parts for label in labels if label is not None}
     classes = sorted(known, key=lambda label: (isinstance(label, str), label))  # numbers by their value, then names
     train, *test = (_labelled(images, labels, classes) for images, labels in parts)
     return Splits(train, test[0] if test else None)
 
 
-def _images(root: Path, listed: dict[Path, list[Sample]]) -> tuple[TarImages, list[Label | None]]:
+def _images(root: Path, listed: dict[Path, list[Sample]], notes: Notes) -> tuple[TarImages, list[Label | None]]:
     """The images of one split, still without labels, and their labels."""
-    files, extents, labels, without = [], [], [], []
-    for number, (shard, samples) in enumerate(listed.items()):
-        with open(shard, "rb", buffering=0) as file:
-            for sample in samples:
-                image = next((member for member in sample if f".{member.extension.lower()}" in SUFFIXES), None)
+    files, extents, labels = [], [], []
+    shards = {os.path.relpath(shard, root): samples for shard, samples in listed.items()}
+    for number, (shard, samples) in enumerate(shards.items()):
+        with open(root / shard, "rb", buffering=0) as file:
+            for sample, image in chain.from_iterable(map(partial(_pictures, shard), samples)):
                 if image is None:
-                    without.append(f"{shard.name}/{sample[0].name}")
+                    notes.add(BARE, f"{shard}/{sample[0].name}")
                     continue
-                files.append(f"{shard.name}/{image.name}")
+                files.append(f"{shard}/{image.name}")
                 extents.append((number, image.offset, image.size))
-                labels.append(_label(file.fileno(), shard, sample))
+                labels.append(_label(file.fileno(), root / shard, sample))
     if not files:
         raise UsageError(f"no images in the shards of {root} (looked for {' '.join(sorted(SUFFIXES))})")
-    if without:
-        print(f"fastcr: {len(without)} samples hold no image, e.g. {without[0]!r}: skipped", file=sys.stderr)
-    shards = tuple(shard.name for shard in listed)
-    return TarImages(root, tuple(files), None, (), shards, np.array(extents, dtype=np.int64)), labels
+    return TarImages(root, tuple(files), None, (), tuple(shards), np.array(extents, dtype=np.int64)), labels
+
+
+def _pictures(shard: str, sample: Sample) -> list[tuple[Sample, Member | None]]:
+    """The sample and its image, if it has one; several samples if it is one only because their keys hold dots.
+
+    Raises `UsageError` for names of which it is not clear what they share.
+    """
+    if image := next((member for member in sample if f".{member.extension.lower()}" in SUFFIXES), None):
+        return [(sample, image)]
+    sample = [member._replace(extension=ending_of(member.name)[1:]) for member in sample]
+    images = [member for member in sample if f".{member.extension}" in SUFFIXES]
+    if len(images) < 2:
+        return [(sample, images[0] if images else None)]
+    parts = [list(part) for _, part in groupby(sample, lambda member: os.path.splitext(member.name)[0])]
+    found = [[member for member in part if member in images] for part in parts]
+    if any(len(each) != 1 for each in found):
+        raise UsageError(
+            f"{shard}: {images[0].name!r} and {images[1].name!r} are one sample, whose key ends at the first dot: "
+            "write a dash for the dots within a key"
+        )
+    return [(part, image) for part, (image,) in zip(parts, found, strict=True)]
 
 
 def _labelled(images: TarImages, labels: list[Label | None], classes: list[Label]) -> TarImages:

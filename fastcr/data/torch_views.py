@@ -14,7 +14,7 @@ from fastcr.data.cached_views import view_table
 from fastcr.data.images import BadFiles, ImageList
 from fastcr.data.views import Batch, Loading, ViewParameters, draw_parameters, normalise
 from fastcr.kernels.two_views import two_views
-from fastcr.runs.machine import leave_signals
+from fastcr.runs.machine import leave_signals, workers_that_fit
 
 Sample = tuple[Tensor, list[int]]
 
@@ -58,7 +58,7 @@ class TorchViews:
         loader = DataLoader(
             _ViewDataset(self.images, loading),
             batch_sampler=([(epoch, index) for index in indices.tolist()] for epoch, indices in steps),
-            num_workers=loading.workers,
+            num_workers=workers_that_fit(loading.workers, 2 * 3 * loading.batch_size * loading.image_size**2),
             collate_fn=_collate,
             pin_memory=loading.device.type == "cuda",
             worker_init_fn=leave_signals,

@@ -21,7 +21,7 @@ from fastcr.method.encoder import Encoder
 from fastcr.method.rationale import RationaleHead
 from fastcr.runs.distributed import ALONE, Processes
 from fastcr.runs.log import progress
-from fastcr.runs.machine import leave_signals
+from fastcr.runs.machine import leave_signals, workers_that_fit
 
 BATCH_SIZE = 128
 AXIS_IMAGES = 2048  # whose positions DDT's axis is of: far more than it takes
@@ -71,11 +71,12 @@ def load_crops(
     parts: Sequence[ImageList], batches: Sequence[list[int]], *, image_size: int, workers: int, pin: bool
 ) -> DataLoader[Any]:
     """What `collate` gives of each batch, decoded by `workers` processes; the indices count through `parts`."""
+    most = max(map(len, batches), default=1)
     dataset: ConcatDataset[Crop | None] = ConcatDataset([_Crops(images, image_size) for images in parts])
     return DataLoader(
         dataset,
         batch_sampler=batches,
-        num_workers=workers,
+        num_workers=workers_that_fit(workers, 3 * most * image_size**2),
         collate_fn=collate,
         pin_memory=pin,
         worker_init_fn=leave_signals,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import json
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,12 +17,14 @@ from torch import Tensor, nn
 
 from fastcr.config import KnnConfig, LinearConfig
 from fastcr.data.images import ImageList, Splits
+from fastcr.errors import UsageError
 from fastcr.measures.embeddings import NO_POOLINGS, Embeddings, ddt_axis, embed
 from fastcr.measures.linear_probe import fit_augmented
 from fastcr.measures.localisation import Objects
 from fastcr.measures.poolings import Pooling, without_training
 from fastcr.measures.results import (
     Scores,
+    Split,
     best_pooling,
     few_label_probe_scores,
     knn_scores,
@@ -59,9 +62,18 @@ class Measured(NamedTuple):
 
 
 def test_images(splits: Splits) -> ImageList | None:
-    """The labelled images to measure on: the test split, else the training images; None without labels."""
-    images = splits.test or splits.train
-    return images if images.labels is not None and len(images.classes) > 1 else None
+    """The images to measure on, the test split, else the training images; None where `not_measured` says why."""
+    return None if not_measured(splits) else splits.test or splits.train
+
+
+def not_measured(splits: Splits) -> str | None:
+    """What the images to measure on have that leaves nothing to measure: for retrieval, some must have a partner."""
+    labels = Counter((splits.test or splits.train).labels)
+    if not labels:
+        return "no labels (class folders)"
+    if len(labels) == 1:
+        return "images of one class only"
+    return "no class of two images" if max(labels.values()) == 1 else None
 
 
 @dataclass(frozen=True)
@@ -81,11 +93,15 @@ class Evaluation:
     def measure(self, encoder: Encoder, title: str, *, baselines: bool = True) -> Measured:
         """Every score of an encoder; with `baselines`, retrieval by each pooling that needs no training too."""
         train = self.splits.train
-        classified = self.classifiers is not None and self.splits.test is not None and train.labels is not None
+        classified = self.classifiers is not None and self.splits.test is not None and bool(self._in_common().any())
         poolings = without_training(self._axis(encoder)) if baselines else {}
         found = self._embed(encoder, self.images, title, poolings)
         known = self._embed(encoder, train, f"{title}, training images") if classified else None
         return self.processes.once(lambda: self._scores(encoder, found, known))
+
+    def _in_common(self) -> Tensor:
+        """Which images are of a class with training images, bool `[N]`: only these can be classified."""
+        return torch.isin(torch.tensor(self.images.labels), torch.tensor(self.splits.train.labels or ()))
 
     def _work(self) -> dict[str, Any]:
         names = ("device", "dtype", "workers", "console", "processes")
@@ -104,12 +120,15 @@ class Evaluation:
         test = split_of(found, self.images, self.device)
         every = {**test.vectors, **{name: each.to(self.device) for name, each in found.others.items()}}
         retrieved, skipped = retrieval_scores(every, test.labels)
+        if skipped == len(test.labels):
+            raise UsageError(f"no two readable images of a class in {self.images.root}: there is nothing to measure")
         scores: Scores = {"retrieval": retrieved}
         if found.others:
             scores["retrieval_centred"] = retrieval_scores(every, test.labels, centred=True)[0]
         if self.classifiers and found_train:
             knn, linear = self.classifiers
-            known = split_of(found_train, train, self.device)
+            known, kept = split_of(found_train, train, self.device), self._in_common()[found.kept]
+            test = Split({name: each[kept.to(each.device)] for name, each in test.vectors.items()}, test.labels[kept])
             scores["knn"] = knn_scores(known, test, classes, k=knn.k, temperature=knn.temperature)
             if linear.enabled and linear.augment:
                 scores["linear"] = linear_scores(test, self._augmented(encoder, linear.epochs))
@@ -151,12 +170,15 @@ class Evaluation:
             self.console.print(f"unreadable image {path!r}: left out", soft_wrap=True, highlight=False)
         if skipped:
             self.console.print(f"{skipped} images are alone in their class: retrieved from, but not used as queries")
+        if self.classifiers and self.splits.test and (alone := int((~self._in_common()).sum())):
+            left_out = f"{alone} of {len(self.images)} test images are of classes without training images"
+            self.console.print(f"{left_out}: kNN and linear probes leave them out", highlight=False)
         results: dict[str, Any] = {
             "folder": str(self.images.root),
             "images": len(self.images) - len(unreadable),
             "unreadable": len(unreadable),
             "skipped": skipped,
-            "classes": len(self.images.classes),
+            "classes": len(set(self.images.labels or ())),
             **scores,
         }
         if frozen is not None:
@@ -197,6 +219,7 @@ class TrainingEvaluation:
         self.evaluation = (
             Evaluation(splits, images, device, dtype, workers, console, processes=processes) if images else None
         )
+        self.lacking = not_measured(splits)
         self.frozen: Measured | None = None
 
     def _frozen(self, evaluation: Evaluation) -> Measured:
@@ -228,7 +251,7 @@ class TrainingEvaluation:
     def at_the_end(self) -> None:
         """Evaluate weights.safetensors, write results.json and print the table."""
         if self.evaluation is None:
-            self.console.print("no labels (class folders): retrieval is not measured")
+            self.console.print(f"{self.lacking}: retrieval is not measured", highlight=False)
             return
         results = self.evaluation.results(self.folder / "weights.safetensors", self._frozen(self.evaluation))
         show(results, self.console)

@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 from fastcr.data.images import ImageList
 from fastcr.data.views import normalise
 from fastcr.runs.log import progress
-from fastcr.runs.machine import leave_signals
+from fastcr.runs.machine import leave_signals, workers_that_fit
 
 LEARNING_RATE, EPOCHS, MILESTONES, BATCH = 30.0, 100, (60, 80), 256
 
@@ -55,6 +55,7 @@ def fit_augmented(
     `encode` maps normalised images `[B,3,S,S]` to unit embeddings `[B,C]` by name; `images` need labels.
     """
     crops = v2.Compose([v2.PILToTensor(), v2.RandomResizedCrop(image_size, antialias=True), v2.RandomHorizontalFlip()])
+    workers = workers_that_fit(workers, 3 * BATCH * image_size**2)
     loader = DataLoader(
         _Labelled(images, crops), BATCH, shuffle=True, num_workers=workers, collate_fn=_readable,
         persistent_workers=workers > 0, generator=torch.Generator().manual_seed(0), worker_init_fn=leave_signals,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,9 +15,11 @@ from torch import Tensor
 
 from fastcr.data.crops import in_crop
 from fastcr.data.images import ImageList
+from fastcr.data.text_lists import read_text
 from fastcr.errors import UsageError
 
 CUB_BOXES, CUB_PARTS = "bounding_boxes.txt", "parts/part_locs.txt"
+SLACK = 1.05  # fractions above it are none: a box may be drawn a little beyond the image
 MOST_PARTS = 1000  # CUB has 15; a broken table may name the billionth
 COLUMNS = ["path", "left", "top", "right", "bottom"]
 
@@ -40,43 +44,73 @@ class Objects(NamedTuple):
 def read_objects(source: Path | None, images: ImageList) -> Objects | None:
     """Boxes of `images` from a CSV, or boxes and parts from the tables of the CUB-200-2011 archive.
 
-    `source` is a CSV with the columns path, left, top, right, bottom, in fractions of width and height; its paths are
-    those of the list's files, or these below the folder of their split (`test/<class>/a.jpg`). Or it is the archive's
-    folder. None: that of `images`, if they are the archive's; else nothing is known.
-    Raises `UsageError` for anything else, or if no image has a box.
+    `source` is a CSV with the columns path, left, top, right, bottom, in fractions of width and height, or in pixels;
+    its paths are those of the list's files, or these below the folder of their split (`test/<class>/a.jpg`). Or it is
+    the archive's folder. None: that of `images`, if they are the archive's; else nothing is known.
+    Raises `UsageError` for anything else, for boxes that are none, or if no image has a box.
     """
     if source is None:
         return _cub_objects(images.root.parent, images) if (images.root.parent / CUB_BOXES).is_file() else None
     folder = source.parent if source.name == CUB_BOXES else source
-    return _cub_objects(folder, images) if folder.is_dir() else Objects(_csv_boxes(source, images), None, False)
+    return _cub_objects(folder, images) if folder.is_dir() else _csv_objects(source, images)
 
 
-def _csv_boxes(source: Path, images: ImageList) -> Tensor:
+def _csv_objects(source: Path, images: ImageList) -> Objects:
     try:
-        with source.open(newline="", encoding="utf-8") as file:
-            table = csv.DictReader(file)
-            if table.fieldnames is None or not set(COLUMNS) <= set(table.fieldnames):
-                raise UsageError(f"{source} must have the columns {', '.join(COLUMNS)}")
-            boxes = {row["path"]: [float(row[name]) for name in COLUMNS[1:]] for row in table}
-    except (OSError, ValueError, TypeError, csv.Error) as error:
+        text = read_text(source)
+        separator = max(",;\t", key=text.partition("\n")[0].count)
+        table = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
+        table.fieldnames = [name.strip().lower() for name in table.fieldnames or ()]
+        if not set(COLUMNS) <= set(table.fieldnames):
+            found = ", ".join(table.fieldnames)
+            raise UsageError(f"{source} must have the columns {', '.join(COLUMNS)}; found: {found[:100] or 'nothing'}")
+        # where commas do not separate, they may be those of decimals
+        rows = [(_plain(row["path"]), [float(row[name].replace(",", ".")) for name in COLUMNS[1:]]) for row in table]
+    except (OSError, ValueError, TypeError, AttributeError, csv.Error) as error:
         raise UsageError(f"{source} holds no boxes: {error}") from None
+    boxes = dict(rows)
+    if len(boxes) < len(rows):
+        twice, _ = Counter(path for path, _ in rows).most_common(1)[0]
+        raise UsageError(f"{source} has more than one box for {len(rows) - len(boxes)} images, e.g. {twice!r}")
     split = images.root.name
-    found = [boxes.get(f"{split}/{name}") or boxes.get(name) or [math.nan] * 4 for name in images.files]
-    return _known(torch.tensor(found, dtype=torch.float64), source, images)
+    names = [_plain(name) for name in images.files]
+    found_boxes = [boxes.get(f"{split}/{name}") or boxes.get(name) or [math.nan] * 4 for name in names]
+    known = _known(torch.tensor(found_boxes, dtype=torch.float64), source, images)
+    return Objects(known, None, _in_pixels(known, source))
+
+
+def _plain(path: str) -> str:
+    """A path as it is compared: Windows' separators turned, and no `./` before it."""
+    return path.strip().replace("\\", "/").removeprefix("./")
+
+
+def _in_pixels(boxes: Tensor, source: Path) -> bool:
+    """Whether boxes `[N,4]` are in pixels, not in fractions. `UsageError` where they are neither."""
+    known = boxes[~boxes.isnan().any(1)]
+    if bad := ((known[:, 2] <= known[:, 0]) | (known[:, 3] <= known[:, 1]) | known.isinf().any(1)).nonzero().tolist():
+        box = " ".join(f"{value:g}" for value in known[bad[0][0]].tolist())
+        raise UsageError(f"{source}: in {len(bad)} boxes left is not below right, or top not below bottom, e.g. {box}")
+    beyond = (known > SLACK).any(1)
+    if beyond.any() and not beyond.all():
+        raise UsageError(
+            f"{source}: {int(beyond.sum())} of {len(known)} boxes reach beyond 1, the others do not: "
+            "write all in fractions of width and height, or all in pixels"
+        )
+    return bool(beyond.any())
 
 
 def _cub_objects(folder: Path, images: ImageList) -> Objects:
     """Boxes and parts as the archive's tables give them: `bounding_boxes.txt`, `parts/part_locs.txt`, in pixels."""
     try:
-        lines = (line.split() for line in (folder / "images.txt").read_text().splitlines())
-        files = {name: id_ for id_, name in lines}
-        rows = np.loadtxt(folder / CUB_BOXES, ndmin=2)
+        lines = (line.split(None, 1) for line in read_text(folder / "images.txt").splitlines() if line.strip())
+        files = {_plain(name): id_ for id_, name in lines}
+        rows = _numbers(folder / CUB_BOXES)
         boxes = {int(row[0]): [row[1], row[2], row[1] + row[3], row[2] + row[4]] for row in rows}
         ids = [int(files.get(name, -1)) for name in images.files]
         found = torch.tensor([boxes.get(id_, [math.nan] * 4) for id_ in ids], dtype=torch.float64)
         parts = None
         if (folder / CUB_PARTS).is_file():
-            rows = np.loadtxt(folder / CUB_PARTS, ndmin=2)
+            rows = _numbers(folder / CUB_PARTS)
             if not np.isin(rows[:, 1], np.arange(1, MOST_PARTS + 1)).all():
                 raise ValueError(f"parts are numbered from 1 to at most {MOST_PARTS}")
             parts = torch.full((len(ids), int(rows[:, 1].max()), 2), math.nan, dtype=torch.float64)
@@ -86,7 +120,15 @@ def _cub_objects(folder: Path, images: ImageList) -> Objects:
                     parts[row_of[int(id_)], int(part) - 1] = torch.tensor([x, y], dtype=torch.float64)
     except (OSError, ValueError, IndexError, OverflowError) as error:
         raise UsageError(f"{folder} does not hold CUB's tables of boxes and parts: {error}") from None
-    return Objects(_known(found, folder, images), parts, True)
+    known = _known(found, folder, images)
+    in_pixels = _in_pixels(known, folder / CUB_BOXES)
+    if parts is not None and in_pixels != bool((parts > SLACK).any()):
+        raise UsageError(f"{folder}: of boxes and parts, one is in pixels and one in fractions of width and height")
+    return Objects(known, parts, in_pixels)
+
+
+def _numbers(file: Path) -> np.ndarray:
+    return np.loadtxt(read_text(file).splitlines(), ndmin=2)
 
 
 def _known(boxes: Tensor, source: Path, images: ImageList) -> Tensor:
@@ -96,8 +138,17 @@ def _known(boxes: Tensor, source: Path, images: ImageList) -> Tensor:
 
 
 def objects_in_crop(objects: Objects, sizes: Tensor, image_size: int) -> Objects:
-    """Objects as fractions of the square that evaluation cuts; boxes are clipped to it. As `in_crop`."""
+    """Objects as fractions of the square that evaluation cuts; boxes are clipped to it. As `in_crop`.
+
+    `UsageError` for boxes in pixels of which most reach beyond their images: they are of images of other sizes.
+    """
     unit = sizes.double().flip(1)[:, None] if objects.in_pixels else torch.ones(1, 1, 2, dtype=torch.float64)
+    reach = (objects.boxes[:, 2:] / unit[:, 0]).amax(1)
+    if objects.in_pixels and (reach[~reach.isnan()] > SLACK).double().mean() > 0.1:
+        raise UsageError(
+            f"boxes in pixels reach to {reach.nan_to_num(0).max():.1f} times the size of their images: they are of "
+            "images of other sizes (fractions of width and height fit any size)"
+        )
     boxes = in_crop(objects.boxes.view(-1, 2, 2) / unit, sizes, image_size).clamp(0, 1).view(-1, 4)
     parts = None if objects.parts is None else in_crop(objects.parts / unit, sizes, image_size)
     return Objects(boxes, parts, False)

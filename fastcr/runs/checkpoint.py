@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastcr.errors import UsageError
+
+WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")  # of DistributedDataParallel and torch.compile
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -56,9 +60,16 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `save_weights` wrote; no facts for a file of another kind. `UsageError` if it is missing or broken."""
     state, facts = read_state_dict(path), {}
     if path.suffix == ".safetensors":
-        with safe_open(path, "pt") as file:
+        with _opened(path) as file:
             facts = _facts(path, file.metadata())
     return state, {key: value for key, value in facts.items() if key != "crc32"}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file, opened by its number: safetensors takes no names of any bytes."""
+    with open(path, "rb") as file, safe_open(f"/proc/self/fd/{file.fileno()}", "pt") as opened:
+        yield opened
 
 
 def _facts(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
@@ -84,15 +95,16 @@ def checksum(tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> str:
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """Tensors of a .safetensors, .pt or .pth file, as fp32 where they are floating-point.
 
-    A checkpoint that keeps them under `state_dict`, `model` or with the prefix `module.` is unwrapped. Never runs code
-    from the file. Raises `UsageError` if it is missing, broken, or no dict of tensors.
+    A checkpoint that keeps them under `state_dict` or `model`, with the prefixes `module.` or `_orig_mod.`, or in two
+    dicts `student` and `teacher`, which become prefixes, is unwrapped. Never runs code from the file. Raises
+    `UsageError` if it is missing, broken, or no dict of tensors.
     """
     if not path.is_file():
         raise UsageError(f"no weights file {path}")
     if path.suffix == ".safetensors":
         content: Any
         try:
-            with safe_open(path, "pt") as file:
+            with _opened(path) as file:
                 content = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
                 facts = _facts(path, file.metadata())
         except (SafetensorError, OSError) as error:
@@ -101,24 +113,27 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             raise UsageError(f"{path} is broken: it is not what was written (its checksum does not match)")
     else:
         content = load_torch(path)
-    for key in ("state_dict", "model"):
+    for key in ("state_dict", "model", "model_state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
+    if isinstance(content, dict) and isinstance(content.get("teacher"), dict):
+        pair = {name: content[name] for name in ("student", "teacher") if isinstance(content.get(name), dict)}
+        content = {f"{name}.{key}": value for name, state in pair.items() for key, value in state.items()}
     if not isinstance(content, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
     ):
         keys = ", ".join(map(str, list(content)[:5])) if isinstance(content, dict) else type(content).__name__
         raise UsageError(f"{path} holds no dict of tensors (found: {keys})")
     return {
-        key.removeprefix("module."): value.float() if value.is_floating_point() else value
-        for key, value in content.items()
+        WRAPPERS.sub("", key): value.float() if value.is_floating_point() else value for key, value in content.items()
     }
 
 
 def load_torch(path: Path) -> Any:
     """`torch.load` of plain data only, onto the CPU. `UsageError` for a broken file or one with pickled code."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([Namespace]):  # the settings that others save beside their weights
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UsageError(
             f"{path} is refused: it holds pickled code or is no checkpoint (only tensors are read)"

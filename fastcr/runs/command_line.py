@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import os
 import re
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any, TypeVar
 import yaml
 
 from fastcr.config import Config, tyro
-from fastcr.errors import UsageError
+from fastcr.errors import UsageError, one_line
 from fastcr.presets import PRESETS, preset
 from fastcr.runs.checkpoint import has_resume
 from fastcr.runs.validate import validate
@@ -39,6 +41,13 @@ def called(command: str) -> str:
     if program.name == "fastcr":
         return f"fastcr {command}"
     return f"python -m fastcr{' ' if program.parts[-2:] == ('fastcr', '__main__.py') else '.'}{command}"
+
+
+def print_any_name() -> None:
+    """Let stdout and stderr take names of files that are no UTF-8, as they are."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="surrogateescape")
 
 
 def parse(
@@ -81,11 +90,20 @@ def _first_paragraph(box: str) -> str:
 @contextlib.contextmanager
 def one_line_errors(command: str) -> Iterator[None]:
     """Turn `UsageError` into `fastcr.<command>: error: <message>` on stderr and exit status 2."""
+    print_any_name()
     try:
         yield
-    except (UsageError, OSError) as error:  # OSError: a full disk, a folder taken away
+    except BrokenPipeError:  # nobody reads what is printed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left in the buffer would be an error at the end
+        raise SystemExit(128 + signal.SIGPIPE) from None
+    except (UsageError, OSError, RuntimeError) as error:  # OSError: a full disk, a folder taken away
+        said = str(error)
+        if isinstance(error, RuntimeError):  # a loader's process that was killed, for lack of memory in most cases
+            if not said.startswith("DataLoader worker"):
+                raise
+            said = f"{one_line(error)} (fewer --data.workers need less memory)"
         # names of files may hold anything: what is not printable is shown as Python writes it
-        message = "".join(each if each.isprintable() else repr(each)[1:-1] for each in str(error))
+        message = "".join(each if each.isprintable() else repr(each)[1:-1] for each in said)
         program = called(command).removeprefix("python ").removeprefix("-m ")
         print(f"{program}: error: {message}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -111,9 +129,20 @@ def read_command_line(args: Sequence[str]) -> tuple[Config, Path | None]:
         prog=f"{called('train')} [PRESET | --resume RUN]",
         description=f"Train an image encoder and its attention on unlabelled images.\n\nPresets:\n{presets}",
     )
+    if not resume:
+        config = _with_own_weights(config, default)
     if resume and (config.run.seed, config.optim.batch_size) != (default.run.seed, default.optim.batch_size):
         raise UsageError("--run.seed and --optim.batch_size of a run cannot change: they order its images")
     return config, resume
+
+
+def _with_own_weights(config: Config, default: Config) -> Config:
+    """The settings, another backbone than the preset's with its own weights, not with the file of the preset's."""
+    model, preset_s = config.model, default.model
+    other = model.backbone != preset_s.backbone and model.weights == preset_s.weights
+    if other and model.weights not in ("imagenet", "none"):
+        return dataclasses.replace(config, model=dataclasses.replace(model, weights="imagenet"))
+    return config
 
 
 def _without_resume(args: list[str]) -> tuple[list[str], Path | None]:
@@ -161,13 +190,13 @@ def todays_flags(args: Sequence[str]) -> Iterator[str]:
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Write `config` as YAML."""
+    """Write `config` as YAML, its paths so that they hold from any working folder."""
     text = yaml.safe_dump(dataclasses.asdict(config, dict_factory=_plain), sort_keys=False)
     path.write_text(text)
 
 
 def _plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    return {key: str(value) if isinstance(value, Path) else value for key, value in items}
+    return {key: os.path.abspath(value) if isinstance(value, Path) else value for key, value in items}
 
 
 def load_config(path: Path) -> Config:

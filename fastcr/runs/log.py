@@ -62,7 +62,7 @@ class RunLog:
         self.writer: Any = None
         self.file: TextIO | None = None
         if writes:
-            with warnings.catch_warnings(), suppress(ImportError):  # a run does without TensorBoard
+            with warnings.catch_warnings(), suppress(ImportError, UnicodeError):  # which takes no folder of any bytes
                 warnings.simplefilter("ignore")  # its own, about its dependencies
                 from torch.utils.tensorboard import SummaryWriter
 

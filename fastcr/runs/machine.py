@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import signal
+import sys
 import tempfile
 import time
 from contextlib import suppress
@@ -68,8 +69,24 @@ def leave_signals(worker: int) -> None:
 
     It still needs batches until it has saved; the loader's processes end when it does.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+
+
+def workers_that_fit(workers: int, batch: int) -> int:
+    """So many loader processes, or as many as /dev/shm has room for: each keeps three batches of `batch` bytes there.
+
+    A container has 64 MB of it by default, and a loader process that finds it full never says so to the others.
+    """
+    try:
+        room = os.statvfs("/dev/shm")
+    except OSError:
+        return workers
+    fit = min(workers, room.f_bavail * room.f_frsize // (3 * batch))
+    if fit < workers:
+        free = f"/dev/shm has {room.f_bavail * room.f_frsize / 1e6:.0f} MB free"
+        print(f"fastcr: {free}: {fit} loader processes, not {workers} (docker run --shm-size)", file=sys.stderr)
+    return fit
 
 
 def free_memory() -> int:
@@ -91,8 +108,15 @@ def process_age() -> float:
 
 
 def cache_folder() -> Path:
-    """fastcr's folder in the user's cache: `$XDG_CACHE_HOME/fastcr`, or else `~/.cache/fastcr`; it may not exist."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastcr"
+    """fastcr's folder in the user's cache: `$XDG_CACHE_HOME/fastcr`, or else `~/.cache/fastcr`; it may not exist.
+
+    Where that cannot be written, as in a read-only home, it is the user's own folder among the temporary ones.
+    """
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastcr"
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
+        return folder
+    return Path(tempfile.gettempdir()) / f"fastcr-{os.getuid()}"
 
 
 def keep_compiled() -> None:

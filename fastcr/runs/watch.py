@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
+import stat
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 
@@ -101,7 +104,10 @@ class HealthWatch:
 
 
 class StopSignal:
-    """Turns SIGTERM, SIGUSR1 and SIGINT into a wish the loop looks at between steps; used as a context manager."""
+    """Turns signals into a wish the loop looks at between steps; used as a context manager.
+
+    SIGTERM, SIGUSR1 (sent ahead of time), SIGINT, SIGHUP (the terminal is closed), and SIGPIPE: nobody reads stdout.
+    """
 
     def __init__(self) -> None:
         self.received = 0
@@ -109,14 +115,18 @@ class StopSignal:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received == number == signal.SIGINT:  # a second Ctrl-C does not wait for the step
             raise KeyboardInterrupt
+        if number == signal.SIGHUP:
+            to_nobody(stat.S_ISCHR)
         if not self.received:  # SIGTERM may come from a scheduler and from torchrun as well
-            self.received = number if number == signal.SIGINT else signal.SIGTERM  # USR1 is sent ahead of time
+            self.received = signal.SIGTERM if number == signal.SIGUSR1 else number
 
     def __enter__(self) -> StopSignal:
-        """Listen, where signals can be (the main thread)."""
+        """Listen, where signals can be (the main thread); a SIGHUP that nohup has others ignore stays ignored."""
         self.before = {}
         if threading.current_thread() is threading.main_thread():
-            numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+            numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGPIPE]
+            if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+                numbers.append(signal.SIGHUP)
             self.before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
@@ -126,3 +136,24 @@ class StopSignal:
         """Put back the handlers that were there."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+
+class RunConsole(Console):
+    """A console whose reader may go away (`| head`): the run is asked to stop, as by a signal."""
+
+    def on_broken_pipe(self) -> None:
+        """Print no more. `SystemExit` 141, as of SIGPIPE, where nothing has to be saved."""
+        self.quiet = True
+        to_nobody(stat.S_ISFIFO)
+        if signal.getsignal(signal.SIGPIPE) in (signal.SIG_IGN, signal.SIG_DFL):
+            raise SystemExit(128 + signal.SIGPIPE)
+
+
+def to_nobody(gone: Callable[[int], bool]) -> None:
+    """Have stdout and stderr lead nowhere, if their file mode is of the kind that is `gone`: a terminal, or a pipe."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for number in (1, 2):
+        with suppress(OSError):
+            if gone(os.fstat(number).st_mode):
+                os.dup2(nowhere, number)
+    os.close(nowhere)

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -258,6 +260,22 @@ def test_unreadable_images_are_named_and_passed_over(
     assert capfd.readouterr().err.count(str(file)) == 1
     with pytest.raises(UsageError, match=r"unreadable image .*07\.jpg"):
         take(make(broken, on_corrupt="fail"), 0, 3)
+
+
+def test_what_dali_refuses_is_decoded_by_pil(photos: ImageList, monkeypatch: pytest.MonkeyPatch) -> None:
+    views, plain = make_dali(photos), make_dali(photos)
+    whole = views._pipeline
+
+    def refusing(step: int) -> Any:
+        return whole(step) if views._undecodable else SimpleNamespace(run=MagicMock(side_effect=RuntimeError("no")))
+
+    monkeypatch.setattr(views, "_pipeline", refusing)
+    batch, expected = (next(each.batches(0)) for each in (views, plain))
+    assert (batch.first - expected.first).abs().mean() < 0.03  # two decoders
+    assert views.bad.files == []
+    monkeypatch.setattr(views, "_pipeline", lambda step: SimpleNamespace(run=MagicMock(side_effect=RuntimeError("no"))))
+    with pytest.raises(RuntimeError, match="no"):  # not for want of a decoder
+        take(views, 0, 1)
 
 
 @BOTH

