@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError, features
 
 from fastcr.errors import UsageError
 
-ENDINGS = """.jpg .jpeg .jpe .jfif .mpo .png .apng .bmp .dib .webp .tif .tiff .ppm .pgm .pbm .pnm .gif .avif .jp2 .j2k
-    .jpx"""
-SUFFIXES = frozenset(ENDINGS.split()) & Image.registered_extensions().keys()  # a PIL without AVIF reads none
+ENDINGS = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".bmp", ".dib", ".webp", ".tif", ".tiff", ".ppm", ".pgm",
+    ".pbm", ".pnm", ".gif",
+)  # fmt: skip
+OPTIONAL = {"avif": [".avif"], "jpg_2000": [".jp2", ".j2k", ".jpx"]}  # of a PIL that was built with them
+SUFFIXES = frozenset([*ENDINGS, *(end for what, ends in OPTIONAL.items() if features.check(what) for end in ends)])
 # PIL's own guard against decompression bombs, moved up: photographs of 12,000 x 9,000 pixels exist
 Image.MAX_IMAGE_PIXELS = 250_000_000
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # of its 64 MB, editors fill more than 1 with one text
@@ -31,6 +34,7 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # of EXIF's orientations
+EXIF_KEYS = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # where an image may say its orientation
 SIDEWAYS = [TURNS[orientation] for orientation in (5, 6, 7, 8)]
 
 
@@ -131,7 +135,8 @@ def read_rgb(file: str | BinaryIO, name: str = "") -> Image.Image:
 
 def turn_of(image: Image.Image) -> Image.Transpose | None:
     """What brings an opened image the right way up, as its EXIF data says before the pixels; None for nothing."""
-    if image.format == "TIFF":  # PIL itself turns these
+    # PIL itself turns TIFFs
+    if image.format == "TIFF" or not any(key in image.info for key in EXIF_KEYS):
         return None
     try:
         exif = Image.Image.getexif(image)  # not PNG's own, which decodes the pixels to look behind them

@@ -337,8 +337,8 @@ def test_presets_are_valid_documented_and_survive_yaml(name: str, tmp_path: Path
     assert (PRESETS[name].__doc__ or "").strip()
     paths = dataclasses.replace(
         config,
-        run=dataclasses.replace(config.run, dir=Path("runs/ä b"), compile=True, steps=3),
-        data=dataclasses.replace(config.data, root=Path("~/images: 1"), workers=0),
+        run=dataclasses.replace(config.run, dir=tmp_path / "runs/ä b", compile=True, steps=3),
+        data=dataclasses.replace(config.data, root=tmp_path / "~/images: 1", workers=0),
     )
     for i, written in enumerate((config, paths)):
         save_config(written, tmp_path / f"{i}.yaml")
