@@ -206,7 +206,7 @@ def make_stages(out: Path, scratch: Path, *, rehearse: bool) -> list[Stage]:
     # On a GPU these run the compiled kernels on CUDA tensors (tests/conftest.py). What stays on the CPU there: all of
     # test_ops.py, which is about the references, and of the other two the tests of arguments and of impl="auto"
     # ("..._on_the_cpu", "..._the_cpu_...", "..._refused", "..._are_named") and torchvision's side of each comparison.
-    kernel_tests = [f"tests/kernels/test_{name}.py" for name in ("two_views", "kernels", "ops")]
+    kernel_tests = [f"tests/kernels/test_{name}.py" for name in ("two_views", "kernels", "relational", "ops")]
     few = "(bias_may_be_absent and pool) or no_images_give or any_size or auto_serves"
     interpreted = {"TRITON_INTERPRET": "1"} if rehearse else {}
     # what other stages have compiled must not shorten the start-up that the training reports

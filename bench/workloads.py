@@ -10,16 +10,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastcr.kernels.info_nce import info_nce, info_nce_reference
+from fastcr.kernels.neighbour import neighbour, neighbour_reference
 from fastcr.kernels.rationale_fit import rationale_fit, rationale_fit_reference
 from fastcr.kernels.rationale_pool import rationale_pool, rationale_pool_reference
+from fastcr.kernels.relational import relational, relational_reference
 
-OPS: dict[str, Callable[..., Any]] = {"fit": rationale_fit, "pool": rationale_pool, "contrast": info_nce}
+OPS: dict[str, Callable[..., Any]] = {
+    "fit": rationale_fit,
+    "pool": rationale_pool,
+    "contrast": info_nce,
+    "relational": relational,
+    "neighbour": neighbour,
+}
 REFERENCES: dict[str, Callable[..., Any]] = {
     "fit": rationale_fit_reference,
     "pool": rationale_pool_reference,
     "contrast": info_nce_reference,
+    "relational": relational_reference,
+    "neighbour": neighbour_reference,
 }
-PER_IMAGE = {"features", "gradient", "query", "key"}
+QUEUED = ("contrast", "relational", "neighbour")  # go over a queue of keys; the others over maps
+PER_IMAGE = {"features", "gradient", "query", "key", "images"}
 CHUNK = 16  # images at a time in fp64
 # relative to the exact result, in the Euclidean norm: a near tie between detectors may fall the other way
 TOLERANCE = {"fp32": 1e-3, "16 bits": 1e-2}
@@ -30,7 +41,7 @@ Inputs = dict[str, Tensor]
 class Workload(NamedTuple):
     """One op at given sizes; `positions` is S of the maps or N, the length of the queue, `channels` C or D."""
 
-    op: Literal["fit", "pool", "contrast"]
+    op: Literal["fit", "pool", "contrast", "relational", "neighbour"]
     way: Literal["forward", "training"]
     """training: forward and backward."""
     batch: int
@@ -40,12 +51,12 @@ class Workload(NamedTuple):
     dtype: torch.dtype = torch.bfloat16
 
     def __str__(self) -> str:
-        return f"{self.op}-{self.way}-B{self.batch}-{'N' if self.op == 'contrast' else 'S'}{self.positions}"
+        return f"{self.op}-{self.way}-B{self.batch}-{'N' if self.op in QUEUED else 'S'}{self.positions}"
 
     @property
     def input_bytes(self) -> int:
         """Of what is large: the features, or the queue."""
-        images = 1 if self.op == "contrast" else self.batch
+        images = 1 if self.op in QUEUED else self.batch
         return images * self.positions * self.channels * self.dtype.itemsize
 
     @property
@@ -54,7 +65,7 @@ class Workload(NamedTuple):
 
         The backward of `pool` reads the features twice: every place's gradient depends on all of them.
         """
-        passes = {"fit": 3, "pool": 4, "contrast": 1}[self.op] if self.way == "training" else 1
+        passes = {"fit": 3, "pool": 4}.get(self.op, 1) if self.way == "training" else 1
         return passes * self.input_bytes
 
     def inputs(self, device: torch.device, seed: int = 0) -> Inputs:
@@ -64,9 +75,13 @@ class Workload(NamedTuple):
         def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.randn(*shape, generator=random, device=device, dtype=dtype)
 
-        if self.op == "contrast":
+        if self.op in QUEUED:
             rows = {"query": self.batch, "key": self.batch, "queue": self.positions}
-            return {name: F.normalize(normal(n, self.channels), dim=1).to(self.dtype) for name, n in rows.items()}
+            units = {name: F.normalize(normal(n, self.channels), dim=1).to(self.dtype) for name, n in rows.items()}
+            if self.op == "contrast":
+                return units
+            keys = torch.arange(self.positions, device=device)  # a queue that holds a key of every image
+            return units | {"images": keys[torch.arange(self.batch) % self.positions], "queue_images": keys}
         side = next(a for a in range(round(self.positions**0.5), 0, -1) if self.positions % a == 0)
         features = normal(self.batch, side, self.positions // side, self.channels, dtype=self.dtype).relu_()
         inputs = {
@@ -83,7 +98,7 @@ class Workload(NamedTuple):
             with torch.no_grad():
                 outputs = function(**inputs, **options)
             return (outputs,) if self.op == "contrast" else tuple(outputs)
-        wanted = ("query",) if self.op == "contrast" else ("features", "detectors", "bias")
+        wanted = ("query",) if self.op in QUEUED else ("features", "detectors", "bias")
         leaves = {name: inputs[name].detach().requires_grad_() for name in wanted}
         outputs = function(**inputs | leaves, **options)
         first = outputs if self.op == "contrast" else outputs[0]
@@ -92,7 +107,7 @@ class Workload(NamedTuple):
     def exact(self, inputs: Inputs) -> tuple[Tensor, ...]:
         """What `run` gives in fp64: some images at a time, gradients by what they share added up."""
         parts = list(self._exact_parts(inputs))
-        shared = {2, 3} if self.way == "training" and self.op != "contrast" else set()
+        shared = {2, 3} if self.way == "training" and self.op not in QUEUED else set()
         columns = list(zip(*parts, strict=True))
         return tuple(
             torch.stack(column).sum(0) if i in shared else torch.cat(column) for i, column in enumerate(columns)
@@ -101,9 +116,9 @@ class Workload(NamedTuple):
     def _exact_parts(self, inputs: Inputs) -> Iterator[tuple[Tensor, ...]]:
         for start in range(0, self.batch, CHUNK):
             part = {
-                name: (tensor[start : start + CHUNK] if name in PER_IMAGE else tensor).double()
-                for name, tensor in inputs.items()
+                name: tensor[start : start + CHUNK] if name in PER_IMAGE else tensor for name, tensor in inputs.items()
             }
+            part = {name: each.double() if each.is_floating_point() else each for name, each in part.items()}
             yield self.run(REFERENCES[self.op], part)
 
     def error(self, got: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:

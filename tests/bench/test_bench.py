@@ -209,6 +209,8 @@ WORK = [
     Workload("fit", "training", 19, 20, 64, 5),
     Workload("pool", "training", 19, 20, 64, 5, torch.float32),
     Workload("contrast", "training", 19, 300, 24),
+    Workload("relational", "training", 19, 300, 24),
+    Workload("neighbour", "training", 19, 300, 24),
 ]
 
 
@@ -218,7 +220,7 @@ def test_a_right_kernel_passes_the_check_of_a_workload_and_a_wrong_one_fails(wor
     exact = work.exact(inputs)
     for function in (REFERENCES[work.op], partial(OPS[work.op], impl="triton")):
         assert work.error(work.run(function, inputs), exact) <= work.tolerance
-    colder = partial(REFERENCES[work.op], temperature=0.35 if work.op != "contrast" else 0.19)
+    colder = partial(REFERENCES[work.op], temperature={"fit": 0.35, "pool": 0.35, "contrast": 0.19}.get(work.op, 0.095))
     wrong = work.run(colder, inputs)
     assert work.error(wrong, exact) > work.tolerance
     broken = (*exact[:-1], torch.full_like(exact[-1], torch.nan))

@@ -20,8 +20,10 @@ triton = pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # most one block may take
-MULTIPLYING = {"_partial_kernel", "_pool_kernel", "_fit_kernel", "_spread_kernel", "_spread_kernel (features)"}
+MULTIPLYING = {"attend_kernel", "_nearest_kernel", "_pool_kernel", "_fit_kernel"}
+MULTIPLYING |= {"_spread_kernel", "_spread_kernel (features)"}
 OTHERS = {"_combine_kernel", "_attention_gradient_kernel", "_cut_kernel", "_colour_kernel", "_blur_kernel"}
+QUEUED = ("info_nce", "relational", "neighbour")
 RESOURCES = """
 import json, sys
 from bench.resources import resources
@@ -70,11 +72,12 @@ def test_every_row_of_the_launch_settings_is_compiled() -> None:
         for sizes in resources.EVERY
         if isinstance(sizes, resources.Maps)
         for kernel in settings.TABLE
-        if kernel != "info_nce"
+        if kernel not in QUEUED
     } | {
-        f"info_nce: {settings.contrast_class(sizes.dtype, sizes.batch, sizes.dim)}"
+        f"{kernel}: {settings.contrast_class(sizes.dtype, rows, sizes.dim)}"
         for sizes in resources.EVERY
         if isinstance(sizes, resources.Contrast)
+        for kernel, rows in zip(QUEUED, (sizes.batch, 2 * sizes.batch, sizes.batch), strict=True)
     }
     assert rows == {f"{kernel}: {row}" for kernel, table in settings.TABLE.items() for row in table}
 

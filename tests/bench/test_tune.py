@@ -22,6 +22,8 @@ SMALL = {
     "attention_gradient": Workload("pool", "training", 3, 20, 70, 5, torch.float32),
     "spread_gradients": Workload("fit", "training", 3, 20, 70, 5, torch.float32),
     "info_nce": Workload("contrast", "training", 3, 100, 24, dtype=torch.float32),
+    "relational": Workload("relational", "training", 3, 100, 24, dtype=torch.float32),
+    "neighbour": Workload("neighbour", "training", 3, 100, 24, dtype=torch.float32),
 }
 Calls = Sequence[Callable[[], Any]]
 
@@ -79,8 +81,9 @@ def test_every_row_has_sizes_of_its_own_class_and_choices_for_all_its_settings()
         for row, today in table.items():
             assert tune.CHOICES[kernel].keys() == today.keys()
             for each in tune.workloads(kernel, row):
-                if kernel == "info_nce":
-                    assert settings.contrast_class(each.dtype, each.batch, each.channels) == row
+                if kernel in tune.QUEUE_OPS:
+                    rows = each.batch * (2 if kernel == "relational" else 1)
+                    assert settings.contrast_class(each.dtype, rows, each.channels) == row
                 else:
                     multiplies = kernel != "attention_gradient"
                     assert settings.map_class(each.dtype, each.detectors if multiplies else None) == row
