@@ -90,6 +90,8 @@ def _fit_flops(features: Tensor, detectors: Tensor) -> int:
 FLOPS: dict[str, Callable[[Any], int]] = {
     "fastcr.info_nce": lambda args: 4 * args[0].numel() * len(args[2]),  # the logits, and the gradient by the query
     "fastcr.common_weights": lambda args: 4 * args[0].numel(),
+    "fastcr.relational": lambda args: 8 * args[0].numel() * len(args[2]),  # the same of queries and of keys
+    "fastcr.neighbour": lambda args: 6 * args[0].numel() * len(args[2]),
     "fastcr.rationale_fit": lambda args: _fit_flops(args[0], args[2]),
     "fastcr.rationale_fit_backward": lambda args: 2 * args[1].numel(),  # only the detector that won
 }
@@ -134,11 +136,8 @@ def step_work(config: Config, dtype: torch.dtype) -> dict[str, Work]:
     side = config.data.image_size
     shape = (config.optim.batch_size, side, side, 3)
     with ExitStack() as stack:
-        for op in (
-            "common_weights",
-            "info_nce",
-            "rationale_fit",
-        ):  # the fused ops, which need no kernels for shapes alone
+        # the fused ops, which need no kernels for shapes alone
+        for op in ("common_weights", "info_nce", "relational", "neighbour", "rationale_fit"):
             stack.enter_context(mock.patch(f"fastcr.kernels.{op}.use_triton", return_value=True))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         views = [torch.empty(shape, dtype=dtype).permute(0, 3, 1, 2) for _ in range(2)]

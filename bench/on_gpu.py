@@ -212,7 +212,7 @@ def make_stages(out: Path, scratch: Path, *, rehearse: bool) -> list[Stage]:
 
     # On a GPU these run the compiled kernels on CUDA tensors (tests/conftest.py). What stays on the CPU there: all of
     # test_ops.py, which is about the references, and of the others the tests of arguments and of impl="auto".
-    kernel_tests = [f"tests/kernels/test_{name}.py" for name in ("two_views", "kernels", "ops")]
+    kernel_tests = [f"tests/kernels/test_{name}.py" for name in ("two_views", "kernels", "relational", "ops")]
     few = "(bias_may_be_absent and pool) or no_images_give or any_size or auto_serves"
     interpreted = {"TRITON_INTERPRET": "1"} if rehearse else {}
     kernel_tests += ["-n", "12"] if importlib.util.find_spec("xdist") and not rehearse else []  # each compiles kernels

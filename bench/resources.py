@@ -24,7 +24,16 @@ from rich.table import Table
 
 from fastcr.config import tyro
 from fastcr.errors import UsageError
-from fastcr.kernels import common_weights, info_nce, launch, rationale_fit, rationale_pool, two_views  # noqa: F401  (ops)
+from fastcr.kernels import (  # noqa: F401  (they register ops)
+    common_weights,
+    info_nce,
+    launch,
+    neighbour,
+    rationale_fit,
+    rationale_pool,
+    relational,
+    two_views,
+)
 from fastcr.runs.command_line import called, one_line_errors, parse
 
 BATCH, CHANNELS, QUEUE = 256, 2048, 65536  # ResNet-50
@@ -63,11 +72,12 @@ class Weights(NamedTuple):
 
 
 class Contrast(NamedTuple):
-    """Sizes of a call of `info_nce`."""
+    """Sizes of a call of the ops over a queue."""
 
     batch: int = BATCH
     dim: int = 256
     dtype: torch.dtype = torch.bfloat16
+    neighbours: int = 1
 
     def __str__(self) -> str:
         return f"B {self.batch}, D {self.dim}, {TYPES[self.dtype]}"
@@ -86,12 +96,13 @@ Sizes = Maps | Weights | Contrast | Views
 COMMON: list[Sizes] = [Maps(49), Maps(196), Weights(), Contrast(), Views()]  # 224 and 448 px
 MAPS = ((49, 32, "max-softmax"), (196, 64, "sum"), (784, 32, "sum"), (1600, 128, "max-softmax"), (4096, 5, "sum"))
 CHANNELS_OF_WEIGHTS = (64, 511, 512, 1280, 2047, CHANNELS, 4095, 4096)  # odd ones are read by single numbers
-CONTRASTS = tuple((batch, dim) for batch in (16, 64, BATCH) for dim in (128, 256, 384, 512))
+CONTRASTS = tuple((batch, dim) for batch in (8, 16, 64, BATCH) for dim in (128, 256, 384, 512))
 EVERY: list[Sizes] = [
     *COMMON,
     *(Maps(positions, detectors, dtype, target) for dtype in WIDTHS for positions, detectors, target in MAPS),
     *(Weights(channels, dtype) for dtype in WIDTHS for channels in CHANNELS_OF_WEIGHTS),
     *(Contrast(batch, dim, dtype) for dtype in WIDTHS for batch, dim in CONTRASTS),
+    *(Contrast(batch, 256, dtype, neighbours=5) for dtype in WIDTHS for batch in (16, BATCH)),
     *map(Views, WIDTHS),
 ]
 
@@ -145,7 +156,10 @@ def run_op(sizes: Sizes) -> None:
     ops = torch.ops.fastcr
     if isinstance(sizes, Contrast):
         query, queue = (torch.empty(rows, sizes.dim, dtype=sizes.dtype) for rows in (sizes.batch, QUEUE))
-        ops.info_nce(query, query.clone(), queue, 0.2)
+        key, images = query.clone(), [torch.zeros(rows, dtype=torch.int64) for rows in (sizes.batch, QUEUE)]
+        ops.info_nce(query, key, queue, 0.2)
+        ops.relational(query, key, queue, *images, 0.1, 0.04)
+        ops.neighbour(query, key, queue, *images, 0.1, sizes.neighbours)
         return
     if isinstance(sizes, Weights):
         features = torch.empty(BATCH, 7, 7, sizes.channels, dtype=sizes.dtype).permute(0, 3, 1, 2)

@@ -1,4 +1,4 @@
-"""The ops: the public function, its eager reference, and that under torch.compile.
+"""The ops on maps and on a queue: the public function, its eager reference, and that under torch.compile.
 
 On a GPU: CUDA-graph replays over inputs that exceed the L2 cache, at the sizes of ResNet-50. Without one: a smoke test
 at small sizes, timed by the wall clock. `bench/report.py` turns the JSON into a table.
@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bench.timing import Timing, rotation, summary, time_on_gpu
-from bench.workloads import OPS, REFERENCES, Workload
+from bench.workloads import OPS, QUEUED, REFERENCES, Workload
 
 BATCHES = (256, 128, 1024)
 GPU = [
@@ -25,6 +25,15 @@ GPU = [
         for positions in (49, 196)
     ),
     *(Workload("contrast", "training", batch, keys, 256) for batch in BATCHES for keys in (4096, 65536)),
+    *(
+        Workload(op, "training", batch, keys, 256, dtype=dtype)  # type: ignore[arg-type]
+        for op in QUEUED[1:]
+        for batch, keys, dtype in (
+            (128, 4096, torch.float32),  # as in training, whose head and queue are fp32
+            (256, 65536, torch.float32),
+            (256, 65536, torch.bfloat16),
+        )
+    ),
 ]
 GPU.sort(key=lambda work: BATCHES.index(work.batch))
 CPU = [
@@ -32,14 +41,14 @@ CPU = [
     Workload("fit", "training", 16, 49, 256, dtype=torch.float32),
     Workload("pool", "forward", 16, 49, 256, dtype=torch.float32),
     Workload("common", "forward", 16, 49, 256, dtype=torch.float32),
-    Workload("contrast", "training", 64, 4096, 256, dtype=torch.float32),
+    *(Workload(op, "training", 64, 4096, 256, dtype=torch.float32) for op in QUEUED),  # type: ignore[arg-type]
 ]
 
 
 def needed_bytes(work: Workload, way: str) -> int:
     """Memory a measurement takes at most: two sets of inputs with their gradients, and what the way holds in fp32."""
     fp32 = 4 * work.input_bytes // work.dtype.itemsize
-    logits = 4 * work.batch * work.positions if work.op == "contrast" else 0
+    logits = 4 * work.batch * work.positions if work.op in QUEUED else 0
     return 4 * work.input_bytes + (0 if way == "op" else 5 * (fp32 + logits))
 
 

@@ -32,6 +32,11 @@ from fastcr.kernels.settings import Settings
 from fastcr.runs.command_line import called, one_line_errors, parse
 
 MAP_CHOICES = {"BLOCK_S": (32, 64), "BLOCK_C": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4)}
+QUEUE_CHOICES = {
+    "BLOCK_B": (16, 32, 64, 128), "BLOCK_N": (32, 64), "num_warps": (4, 8), "num_stages": (1, 2, 3),
+    "programs": (132, 264, 528),
+}  # fmt: skip
+QUEUE_OPS = {"info_nce": "contrast", "relational": "relational", "neighbour": "neighbour"}
 CHOICES: dict[str, dict[str, tuple[int, ...]]] = {
     "rationale_fit": MAP_CHOICES,
     "fit_pairs": {"BLOCK_C": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4)},
@@ -44,10 +49,9 @@ CHOICES: dict[str, dict[str, tuple[int, ...]]] = {
         "BLOCK_S": (32, 64), "BLOCK_C": (32, 64), "num_warps": (4, 8), "num_stages": (1, 2, 3),
         "programs": (264, 528, 1056),
     },
-    "info_nce": {
-        "BLOCK_B": (16, 32, 64, 128), "BLOCK_N": (32, 64), "num_warps": (4, 8), "num_stages": (1, 2, 3),
-        "programs": (132, 264, 528),
-    },
+    "info_nce": QUEUE_CHOICES,
+    "relational": QUEUE_CHOICES,
+    "neighbour": QUEUE_CHOICES,
 }  # fmt: skip
 Timer = Callable[[Sequence[Callable[[], Any]]], float]
 
@@ -67,9 +71,10 @@ class Outcome(NamedTuple):
 def workloads(kernel: str, row: str) -> list[Workload]:
     """The sizes a row is timed at: those of ResNet-50 at 224 and 448 px, or queues of 4,096 and 65,536 keys."""
     dtype = torch.float32 if row.startswith("32 bits") else torch.bfloat16
-    if kernel == "info_nce":
-        batch, dim = 16 if "B <= 16" in row else 256, 256 if "D <= 256" in row else 512
-        return [Workload("contrast", "training", batch, keys, dim, dtype=dtype) for keys in (4096, 65536)]
+    if kernel in QUEUE_OPS:
+        rows, dim = 16 if "B <= 16" in row else 256, 256 if "D <= 256" in row else 512
+        op, batch = QUEUE_OPS[kernel], rows // 2 if kernel == "relational" else rows  # whose rows are queries and keys
+        return [Workload(op, "training", batch, keys, dim, dtype=dtype) for keys in (4096, 65536)]  # type: ignore[arg-type]
     if kernel == "common_weights":
         channels = next((most for most in (512, 2048) if f"C <= {most}" in row), 4096)
         return [Workload("common", "forward", 256, positions, channels, dtype=dtype) for positions in (49, 196)]

@@ -12,22 +12,29 @@ from torch import Tensor
 from bench.timing import Work
 from fastcr.kernels.common_weights import common_weights, common_weights_reference
 from fastcr.kernels.info_nce import info_nce, info_nce_reference
+from fastcr.kernels.neighbour import neighbour, neighbour_reference
 from fastcr.kernels.rationale_fit import rationale_fit, rationale_fit_reference
 from fastcr.kernels.rationale_pool import rationale_pool, rationale_pool_reference
+from fastcr.kernels.relational import relational, relational_reference
 
 OPS: dict[str, Callable[..., Any]] = {
     "fit": rationale_fit,
     "pool": rationale_pool,
     "common": common_weights,
     "contrast": info_nce,
+    "relational": relational,
+    "neighbour": neighbour,
 }
 REFERENCES: dict[str, Callable[..., Any]] = {
     "fit": rationale_fit_reference,
     "pool": rationale_pool_reference,
     "common": common_weights_reference,
     "contrast": info_nce_reference,
+    "relational": relational_reference,
+    "neighbour": neighbour_reference,
 }
-PER_IMAGE = {"features", "gradient", "query", "key"}
+QUEUED = ("contrast", "relational", "neighbour")  # go over a queue of keys; the others over maps
+PER_IMAGE = {"features", "gradient", "query", "key", "images"}
 CHUNK = 16  # images at a time in fp64
 # relative to the exact result, in the Euclidean norm: a near tie between detectors may fall the other way
 TOLERANCE = {"fp32": 1e-3, "16 bits": 1e-2}
@@ -38,7 +45,7 @@ Inputs = dict[str, Tensor]
 class Workload(NamedTuple):
     """One op at given sizes; `positions` is S of the maps or N, the length of the queue, `channels` C or D."""
 
-    op: Literal["fit", "pool", "common", "contrast"]
+    op: Literal["fit", "pool", "common", "contrast", "relational", "neighbour"]
     way: Literal["forward", "training"]
     """training: forward and backward; there is none of `common`."""
     batch: int
@@ -48,12 +55,12 @@ class Workload(NamedTuple):
     dtype: torch.dtype = torch.bfloat16
 
     def __str__(self) -> str:
-        return f"{self.op}-{self.way}-B{self.batch}-{'N' if self.op == 'contrast' else 'S'}{self.positions}"
+        return f"{self.op}-{self.way}-B{self.batch}-{'N' if self.op in QUEUED else 'S'}{self.positions}"
 
     @property
     def input_bytes(self) -> int:
         """Of what is large: the features, or the queue."""
-        images = 1 if self.op == "contrast" else self.batch
+        images = 1 if self.op in QUEUED else self.batch
         return images * self.positions * self.channels * self.dtype.itemsize
 
     @property
@@ -62,13 +69,14 @@ class Workload(NamedTuple):
 
         The backward of `pool` reads the features twice: every place's gradient depends on all of them.
         """
-        passes = {"fit": 3, "pool": 4, "contrast": 1}[self.op] if self.way == "training" else 1
+        passes = {"fit": 3, "pool": 4}.get(self.op, 1) if self.way == "training" else 1
         return passes * self.input_bytes
 
     @property
     def floor(self) -> Work:
         """Least bytes moved, and FLOPs where they may take longer: of `contrast`, `4 B N D` for logits and gradient."""
-        each = {"contrast": 4 * self.batch}.get(self.op, 0)  # FLOPs that an element of the inputs takes part in
+        # FLOPs an image and element of the inputs: similarities and weighted sums, of queries and of keys
+        each = self.batch * {"contrast": 4, "relational": 8, "neighbour": 6}.get(self.op, 0)
         return Work(self.floor_bytes, each * (self.input_bytes // self.dtype.itemsize))
 
     def inputs(self, device: torch.device, seed: int = 0) -> Inputs:
@@ -78,9 +86,13 @@ class Workload(NamedTuple):
         def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.randn(*shape, generator=random, device=device, dtype=dtype)
 
-        if self.op == "contrast":
+        if self.op in QUEUED:
             rows = {"query": self.batch, "key": self.batch, "queue": self.positions}
-            return {name: F.normalize(normal(n, self.channels), dim=1).to(self.dtype) for name, n in rows.items()}
+            units = {name: F.normalize(normal(n, self.channels), dim=1).to(self.dtype) for name, n in rows.items()}
+            if self.op == "contrast":
+                return units
+            keys = torch.arange(self.positions, device=device)  # a queue that holds a key of every image
+            return units | {"images": keys[torch.arange(self.batch) % self.positions], "queue_images": keys}
         side = next(a for a in range(round(self.positions**0.5), 0, -1) if self.positions % a == 0)
         features = normal(self.batch, side, self.positions // side, self.channels, dtype=self.dtype).relu_()
         maps, gradient = features.permute(0, 3, 1, 2), {"gradient": normal(self.batch, self.channels)}
@@ -100,7 +112,7 @@ class Workload(NamedTuple):
             with torch.no_grad():
                 outputs = function(**inputs, **options)
             return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
-        wanted = ("query",) if self.op == "contrast" else ("features", "detectors", "bias")
+        wanted = ("query",) if self.op in QUEUED else ("features", "detectors", "bias")
         leaves = {name: inputs[name].detach().requires_grad_() for name in wanted}
         outputs = function(**inputs | leaves, **options)
         first = outputs if self.op == "contrast" else outputs[0]
@@ -109,7 +121,7 @@ class Workload(NamedTuple):
     def exact(self, inputs: Inputs) -> tuple[Tensor, ...]:
         """What `run` gives in fp64: some images at a time, what they share added up."""
         parts = list(self._exact_parts(inputs))
-        of_maps = {2, 3} if self.way == "training" and self.op != "contrast" else set()
+        of_maps = {2, 3} if self.way == "training" and self.op not in QUEUED else set()
         shared = {0} if self.op == "common" else of_maps
         columns = list(zip(*parts, strict=True))
         return tuple(
@@ -119,9 +131,9 @@ class Workload(NamedTuple):
     def _exact_parts(self, inputs: Inputs) -> Iterator[tuple[Tensor, ...]]:
         for start in range(0, self.batch, CHUNK):
             part = {
-                name: (tensor[start : start + CHUNK] if name in PER_IMAGE else tensor).double()
-                for name, tensor in inputs.items()
+                name: tensor[start : start + CHUNK] if name in PER_IMAGE else tensor for name, tensor in inputs.items()
             }
+            part = {name: each.double() if each.is_floating_point() else each for name, each in part.items()}
             yield self.run(REFERENCES[self.op], part)
 
     def error(self, got: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:

@@ -66,6 +66,26 @@ TABLE: dict[str, dict[str, Settings]] = {
         "32 bits, B > 16, D <= 256": {"BLOCK_B": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2, "programs": 264},
         "32 bits, B > 16, D > 256": {"BLOCK_B": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2, "programs": 264},
     },
+    "relational": {
+        "16 bits, B <= 16, D <= 256": {"BLOCK_B": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "programs": 264},
+        "16 bits, B <= 16, D > 256": {"BLOCK_B": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2, "programs": 264},
+        "16 bits, B > 16, D <= 256": {"BLOCK_B": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2, "programs": 264},
+        "16 bits, B > 16, D > 256": {"BLOCK_B": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2, "programs": 264},
+        "32 bits, B <= 16, D <= 256": {"BLOCK_B": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2, "programs": 264},
+        "32 bits, B <= 16, D > 256": {"BLOCK_B": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2, "programs": 264},
+        "32 bits, B > 16, D <= 256": {"BLOCK_B": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2, "programs": 264},
+        "32 bits, B > 16, D > 256": {"BLOCK_B": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2, "programs": 264},
+    },
+    "neighbour": {
+        "16 bits, B <= 16, D <= 256": {"BLOCK_B": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "programs": 264},
+        "16 bits, B <= 16, D > 256": {"BLOCK_B": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2, "programs": 264},
+        "16 bits, B > 16, D <= 256": {"BLOCK_B": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2, "programs": 264},
+        "16 bits, B > 16, D > 256": {"BLOCK_B": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2, "programs": 264},
+        "32 bits, B <= 16, D <= 256": {"BLOCK_B": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2, "programs": 264},
+        "32 bits, B <= 16, D > 256": {"BLOCK_B": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2, "programs": 264},
+        "32 bits, B > 16, D <= 256": {"BLOCK_B": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2, "programs": 264},
+        "32 bits, B > 16, D > 256": {"BLOCK_B": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2, "programs": 264},
+    },
 }  # fmt: skip
 
 
@@ -81,5 +101,5 @@ def channels_class(dtype: torch.dtype, channels: int) -> str:
 
 
 def contrast_class(dtype: torch.dtype, batch: int, dim: int) -> str:
-    """The row of `info_nce` for `batch` queries `[B,D]` of `dtype`."""
+    """The row of an op over a queue, for `batch` rows `[B,D]` of `dtype` (queries and keys, of `relational`)."""
     return f"{dtype.itemsize * 8} bits, B {'<=' if batch <= 16 else '>'} 16, D {'<=' if dim <= 256 else '>'} 256"

@@ -105,8 +105,8 @@ class MoCo(nn.Module):
     def keys(self, key: Tensor, images: Tensor | None = None) -> Keys:
         """What a batch of queries, of `images` `[B]`, is compared with; `key` `[B*ranks,D]` are of all processes."""
         rank, own = self.processes.rank, key.chunk(self.processes.ranks)
-        mine = None if images is None else images[:, None] == self.queue_images
-        return Keys(own[rank], key, self.queue, rank * len(own[rank]), mine)
+        queue_images = None if images is None else self.queue_images
+        return Keys(own[rank], key, self.queue, rank * len(own[rank]), images, queue_images)
 
     def wait_for_keys(self) -> None:
         """Let what the device does next wait for the keys."""

@@ -254,6 +254,8 @@ WORK = [
     Workload("pool", "training", 19, 20, 64, 5, torch.float32),
     Workload("common", "forward", 19, 20, 64),
     Workload("contrast", "training", 19, 300, 24),
+    Workload("relational", "training", 19, 300, 24),
+    Workload("neighbour", "training", 19, 300, 24),
 ]
 
 
@@ -263,8 +265,9 @@ def test_a_right_kernel_passes_the_check_of_a_workload_and_a_wrong_one_fails(wor
     exact = work.exact(inputs)
     for function in (REFERENCES[work.op], partial(OPS[work.op], impl="triton")):
         assert work.error(work.run(function, inputs), exact) <= work.tolerance
-    others = {"contrast": {"temperature": 0.19}, "common": {"cam_keeps": "match"}}.get(work.op, {"temperature": 0.35})
-    wrong = work.run(partial(REFERENCES[work.op], **others), inputs)
+    others = {"contrast": {"temperature": 0.19}, "common": {"cam_keeps": "match"}}
+    others |= {op: {"temperature": 0.35} for op in ("fit", "pool")}
+    wrong = work.run(partial(REFERENCES[work.op], **others.get(work.op, {"temperature": 0.095})), inputs)
     assert work.error(wrong, exact) > work.tolerance
     broken = (*exact[:-1], torch.full_like(exact[-1], torch.nan))
     assert work.error(broken, exact) == torch.inf

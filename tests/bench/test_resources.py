@@ -20,14 +20,14 @@ triton = pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # most one block may take
-MULTIPLYING = {
-    *("_partial_kernel", "_pool_kernel", "_fit_kernel", "_pairs_kernel", "_spread_kernel", "_spread_kernel (features)")
-}
+MULTIPLYING = {"attend_kernel", "_nearest_kernel", "_pool_kernel", "_fit_kernel", "_pairs_kernel"}
+MULTIPLYING |= {"_spread_kernel", "_spread_kernel (features)"}
 OTHERS = {"_combine_kernel", "_attention_gradient_kernel", "_common_kernel", "_split_kernel"}
 OTHERS |= {"_cut_kernel", "_colour_kernel", "_blur_kernel"}
 if not settings.FENCED:  # with this Triton a program does one image
     MULTIPLYING -= {"_pairs_kernel"}
     OTHERS -= {"_split_kernel"}
+QUEUED = ("info_nce", "relational", "neighbour")
 RESOURCES = """
 import json, sys
 from bench.resources import resources
@@ -71,26 +71,26 @@ def test_kernels_fit_the_target(target: int, sizes: str) -> None:
 
 
 def test_every_row_of_the_launch_settings_is_compiled() -> None:
-    rows = (
-        {
-            f"{kernel}: {settings.map_class(sizes.dtype, None if kernel == 'attention_gradient' else sizes.detectors)}"
-            for sizes in resources.EVERY
-            if isinstance(sizes, resources.Maps)
-            for kernel in settings.TABLE
-            if kernel not in ("info_nce", "common_weights")
-            and (kernel != "fit_pairs" or (sizes.positions <= 64 and sizes.dtype.itemsize == 2))
-        }
-        | {
-            f"common_weights: {settings.channels_class(sizes.dtype, sizes.channels)}"
-            for sizes in resources.EVERY
-            if isinstance(sizes, resources.Weights)
-        }
-        | {
-            f"info_nce: {settings.contrast_class(sizes.dtype, sizes.batch, sizes.dim)}"
-            for sizes in resources.EVERY
-            if isinstance(sizes, resources.Contrast)
-        }
-    )
+    maps = {
+        f"{kernel}: {settings.map_class(sizes.dtype, None if kernel == 'attention_gradient' else sizes.detectors)}"
+        for sizes in resources.EVERY
+        if isinstance(sizes, resources.Maps)
+        for kernel in settings.TABLE
+        if kernel not in (*QUEUED, "common_weights")
+        and (kernel != "fit_pairs" or (sizes.positions <= 64 and sizes.dtype.itemsize == 2))
+    }
+    weights = {
+        f"common_weights: {settings.channels_class(sizes.dtype, sizes.channels)}"
+        for sizes in resources.EVERY
+        if isinstance(sizes, resources.Weights)
+    }
+    queued = {
+        f"{kernel}: {settings.contrast_class(sizes.dtype, rows, sizes.dim)}"
+        for sizes in resources.EVERY
+        if isinstance(sizes, resources.Contrast)
+        for kernel, rows in zip(QUEUED, (sizes.batch, 2 * sizes.batch, sizes.batch), strict=True)
+    }
+    rows = maps | weights | queued
     assert rows == {f"{kernel}: {row}" for kernel, table in settings.TABLE.items() for row in table}
 
 

@@ -23,6 +23,8 @@ SMALL = {
     "spread_gradients": Workload("fit", "training", 3, 20, 70, 5, torch.float32),
     "common_weights": Workload("common", "forward", 3, 20, 10, dtype=torch.float32),
     "info_nce": Workload("contrast", "training", 3, 100, 24, dtype=torch.float32),
+    "relational": Workload("relational", "training", 3, 100, 24, dtype=torch.float32),
+    "neighbour": Workload("neighbour", "training", 3, 100, 24, dtype=torch.float32),
 }
 Calls = Sequence[Callable[[], Any]]
 
@@ -83,8 +85,9 @@ def test_every_row_has_sizes_of_its_own_class_and_choices_for_all_its_settings()
             for each in tune.workloads(kernel, row):
                 if kernel == "common_weights":
                     assert settings.channels_class(each.dtype, each.channels) == row
-                elif kernel == "info_nce":
-                    assert settings.contrast_class(each.dtype, each.batch, each.channels) == row
+                elif kernel in tune.QUEUE_OPS:
+                    rows = each.batch * (2 if kernel == "relational" else 1)
+                    assert settings.contrast_class(each.dtype, rows, each.channels) == row
                 else:
                     multiplies = kernel != "attention_gradient"
                     assert settings.map_class(each.dtype, each.detectors if multiplies else None) == row

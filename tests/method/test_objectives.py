@@ -55,10 +55,11 @@ def softmax(values: list[float]) -> list[float]:
 @pytest.mark.parametrize("known", [False, True], ids=["any key", "own keys left out"])
 def test_losses_and_positives_are_those_of_plain_loops(known: bool) -> None:
     query, own, queue = unit(4, 6), unit(4, 6, seed=1), unit(10, 6, seed=2)
-    mine = torch.zeros(4, 10, dtype=torch.bool)
+    images, queue_images = torch.arange(4), torch.full((10,), -1)
     for row in range(4) if known else ():  # the nearest key of each is an earlier one of its own
-        mine[row, int((own @ queue.T)[row].argmax())] = True
-    keys = Keys(own, own, queue, 0, mine if known else None)
+        queue_images[int((own @ queue.T)[row].argmax())] = row
+    mine = images[:, None] == queue_images
+    keys = Keys(own, own, queue, 0, images, queue_images) if known else Keys(own, own, queue)
     for row in range(4):
         others = [n for n in range(10) if not mine[row, n]]
         to_key, to_query = ([float(each[row] @ queue[n]) for n in others] for each in (own, query))
@@ -153,8 +154,9 @@ def test_the_queue_is_filled_with_the_initial_encoders_keys_and_knows_their_imag
     assert training.moco.queue_images.tolist() == list(range(24))
     assert "neighbour" in QUEUED
     keys = training.moco.keys(expected[0], torch.arange(4, 12))
-    assert keys.mine is not None
-    assert keys.mine.nonzero()[:, 1].tolist() == list(range(4, 12))
+    assert keys.images is not None
+    assert keys.images.tolist() == list(range(4, 12))
+    assert keys.queue_images is training.moco.queue_images
 
 
 def test_the_queue_keeps_images_with_their_keys_when_a_batch_is_taken_in_parts() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from fastcr.config import MocoConfig
 from fastcr.kernels.launch import Impl
@@ -17,11 +18,11 @@ QUEUED = ("neighbour", "relational")  # these learn from the queue's keys: it is
 
 def build_objective(config: MocoConfig, impl: Impl = "auto") -> Objective:
     """The objective that the settings ask for, its temperatures bound."""
-    temperature = config.temperature
+    shared: dict[str, Any] = {"temperature": config.temperature, "impl": impl}
     objectives: dict[str, Objective] = {
-        "infonce": partial(infonce, temperature=temperature, impl=impl),
-        "neighbour": partial(neighbour, temperature=temperature, neighbours=config.neighbours),
-        "relational": partial(relational, temperature=temperature, key_temperature=config.key_temperature),
+        "infonce": partial(infonce, **shared),
+        "neighbour": partial(neighbour, neighbours=config.neighbours, **shared),
+        "relational": partial(relational, key_temperature=config.key_temperature, **shared),
         "byol": byol,
     }
     return objectives[config.objective]

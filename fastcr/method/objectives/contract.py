@@ -15,11 +15,8 @@ class Keys(NamedTuple):
     batch: Tensor  # [B*ranks,D]: of all processes' images, those of `own` among them
     queue: Tensor  # [N,D], N 0 for none
     first: int = 0  # where `own` begins in `batch`
-    mine: Tensor | None = None  # [B,N]: which of the queue are earlier keys of a query's own image; None if not known
-
-    def others(self, similarities: Tensor) -> Tensor:
-        """Similarities `[B,N]` to the queue, those to keys of the own image so low that they do not count."""
-        return similarities if self.mine is None else similarities.masked_fill(self.mine, -1e9)
+    images: Tensor | None = None  # [B]: indices of the queries' images, int64; None if not known
+    queue_images: Tensor | None = None  # [N]: those of the queue's keys, None like `images`
 
 
 class Compared(NamedTuple):

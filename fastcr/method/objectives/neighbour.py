@@ -9,14 +9,22 @@ keys are left out.
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn.functional import normalize
 
+from fastcr.kernels import neighbour as kernel
+from fastcr.kernels.launch import Impl
 from fastcr.method.objectives.contract import Compared, Keys
 
 
-def neighbour(query: Tensor, keys: Keys, *, temperature: float, neighbours: int) -> Compared:
+def neighbour(query: Tensor, keys: Keys, *, temperature: float, neighbours: int, impl: Impl = "auto") -> Compared:
     """Loss of unit queries `[B,D]`, nats; the queue needs at least `neighbours` keys."""
-    nearest = keys.others(keys.own @ keys.queue.T).topk(neighbours, dim=1).indices
-    log_probabilities = keys.others(query @ keys.queue.T / temperature).log_softmax(1)
-    positive = normalize(keys.queue[nearest].mean(1), dim=1)
-    return Compared(-log_probabilities.gather(1, nearest).mean(1), positive)
+    loss, positive = kernel.neighbour(
+        query,
+        keys.own,
+        keys.queue,
+        temperature=temperature,
+        neighbours=neighbours,
+        images=keys.images,
+        queue_images=keys.queue_images,
+        impl=impl,
+    )
+    return Compared(loss, positive)

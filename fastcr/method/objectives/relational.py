@@ -10,13 +10,24 @@ centre`, or `weak`), since it is the teacher.
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn.functional import normalize
 
+from fastcr.kernels import relational as kernel
+from fastcr.kernels.launch import Impl
 from fastcr.method.objectives.contract import Compared, Keys
 
 
-def relational(query: Tensor, keys: Keys, *, temperature: float, key_temperature: float) -> Compared:
+def relational(
+    query: Tensor, keys: Keys, *, temperature: float, key_temperature: float, impl: Impl = "auto"
+) -> Compared:
     """Cross entropy of unit queries `[B,D]` with their keys' similarities to the queue, nats."""
-    target = keys.others(keys.own @ keys.queue.T / key_temperature).softmax(1)
-    log_probabilities = keys.others(query @ keys.queue.T / temperature).log_softmax(1)
-    return Compared(-(target * log_probabilities).sum(1), normalize(target @ keys.queue, dim=1))
+    loss, positive = kernel.relational(
+        query,
+        keys.own,
+        keys.queue,
+        temperature=temperature,
+        key_temperature=key_temperature,
+        images=keys.images,
+        queue_images=keys.queue_images,
+        impl=impl,
+    )
+    return Compared(loss, positive)
