@@ -199,3 +199,11 @@ def test_one_change_to_a_wgmma_is_found(old: str, new: str, expected: str) -> No
         assert expected in {finding.partition(" (")[0] for finding in result.findings}
     else:
         assert set(np.frombuffer(out, np.float32)) == {0.0}
+
+
+def test_a_register_that_a_later_group_writes_is_not_ready() -> None:
+    between = WGMMA.replace("0, 1, 1, 0, 0;", "0, 1, 1, 0, 0; wgmma.commit_group.sync.aligned;", 1)
+    early = between.replace("wgmma.wait_group.sync.aligned 0", "wgmma.wait_group.sync.aligned 1")
+    right, wrong = (launched(body, NUMBERS, 2048, threads=128, shared=2304)[0].findings for body in (between, early))
+    assert right == {}
+    assert "read of a register that a wgmma may still write" in {finding.partition(" (")[0] for finding in wrong}
