@@ -21,6 +21,7 @@ from fastcr.kernels.fit_pairs import takes_pairs
 from fastcr.kernels.settings import TABLE, Settings, channels_class, contrast_class, map_class
 from tests.kernels import test_common_weights as weights
 from tests.kernels import test_kernels as kernels
+from tests.kernels import test_relational as queued
 from tests.kernels import test_two_views as views
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -91,6 +92,22 @@ def contrast(*shape: int, dtype: torch.dtype) -> Case:
     return Case(check, {f"info_nce: {contrast_class(dtype, *shape[:2])}"})
 
 
+def pulled(op: str, *shape: int, dtype: torch.dtype) -> Case:
+    """`relational`, whose kernel gets queries and keys as rows, or `neighbour`, of `images, dimensions, keys`."""
+
+    def check() -> None:
+        queued.assert_as_exact_as_torch(
+            {"relational": queued.relational, "neighbour": queued.nearest3}[op], queued.draw(*shape, dtype=dtype), dtype
+        )
+
+    rows = shape[0] * (2 if op == "relational" else 1)
+    return Case(check, {f"{op}: {contrast_class(dtype, rows, shape[1])}"})
+
+
+def every_pull(name: str, *shape: int, dtype: torch.dtype) -> dict[str, Case]:
+    return {f"{op} {name}": pulled(op, *shape, dtype=dtype) for op in ("relational", "neighbour")}
+
+
 def two_views(size: int, dtype: torch.dtype) -> Case:
     def check() -> None:
         views.assert_as_exact_as_torch(views.draw(views.SIZES)[0], size, dtype)
@@ -134,6 +151,15 @@ CASES: dict[str, Case] = {
     "contrast fp32 B3 D512": contrast(3, 512, 300, dtype=FP32),
     "contrast fp32 B40 D128": contrast(40, 128, 300, dtype=FP32),
     "contrast fp32 B20 D512": contrast(20, 512, 150, dtype=FP32),
+    **every_pull("bf16 B3 D256", 3, 256, 1000, dtype=BF16),
+    **every_pull("fp16 B5 D100 odd", 5, 100, 333, dtype=FP16),
+    **every_pull("bf16 B3 D512", 3, 512, 600, dtype=BF16),
+    **every_pull("bf16 B40 D128", 40, 128, 600, dtype=BF16),
+    **every_pull("bf16 B40 D512", 40, 512, 300, dtype=BF16),
+    **every_pull("fp32 B3 D128", 3, 128, 300, dtype=FP32),
+    **every_pull("fp32 B3 D512", 3, 512, 300, dtype=FP32),
+    **every_pull("fp32 B20 D128", 20, 128, 300, dtype=FP32),
+    **every_pull("fp32 B20 D512", 20, 512, 150, dtype=FP32),
     "views bf16": two_views(16, BF16),
     "views fp16 ragged": two_views(19, FP16),
     "views fp32": two_views(16, FP32),

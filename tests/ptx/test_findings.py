@@ -113,6 +113,21 @@ def test_warps_may_write_the_same_value_to_shared_memory_but_no_other() -> None:
     assert not {each for each in findings(same) if "one address" in each}
 
 
+@pytest.mark.parametrize("reads", ["ld.shared.b64 %y, [0];", "@%f ld.shared.b64 %y, [0]; @%l ld.shared.b64 %y, [0];"])
+def test_a_write_after_reads_of_several_warps_is_found_whichever_read_last(reads: str) -> None:
+    body = f"""
+        setp.lt.s32 %f, %t, 32; setp.ge.s32 %l, %t, 96;
+        @%f st.shared.b64 [0], 5;
+        bar.sync 0;
+        {reads}
+        bar.sync 0;
+        @%l st.shared.b64 [0], 6;"""
+    right, _ = launched(body, NUMBERS, 8, threads=128, shared=8)
+    wrong, _ = launched(body.replace("bar.sync 0;\n        @%l st", "@%l st"), NUMBERS, 8, threads=128, shared=8)
+    assert (right.executed["bar.sync"], wrong.executed["bar.sync"]) == (2, 1)
+    assert [finding.partition(" (")[0] for result in (right, wrong) for finding in result.findings] == [WRITE]
+
+
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
@@ -184,3 +199,11 @@ def test_one_change_to_a_wgmma_is_found(old: str, new: str, expected: str) -> No
         assert expected in {finding.partition(" (")[0] for finding in result.findings}
     else:
         assert set(np.frombuffer(out, np.float32)) == {0.0}
+
+
+def test_a_register_that_a_later_group_writes_is_not_ready() -> None:
+    between = WGMMA.replace("0, 1, 1, 0, 0;", "0, 1, 1, 0, 0; wgmma.commit_group.sync.aligned;", 1)
+    early = between.replace("wgmma.wait_group.sync.aligned 0", "wgmma.wait_group.sync.aligned 1")
+    right, wrong = (launched(body, NUMBERS, 2048, threads=128, shared=2304)[0].findings for body in (between, early))
+    assert right == {}
+    assert "read of a register that a wgmma may still write" in {finding.partition(" (")[0] for finding in wrong}
