@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastcr.kernels.detectors import upcast
+from fastcr.kernels.launch import on_its_device
 from fastcr.kernels.settings import FENCED, TABLE, map_class
 
 try:
@@ -121,6 +122,7 @@ def takes_pairs(rows: Tensor, detectors: int) -> bool:
     return FENCED and rows.dtype.itemsize == 2 and rows.shape[1] <= POSITIONS and detectors <= DETECTORS
 
 
+@on_its_device
 def launch_pairs(
     rows: Tensor, gradient: Tensor, detectors: Tensor, bias: Tensor | None, outputs: tuple[Tensor, ...],
     temperature: float, sign: float, by_sum: bool,

@@ -45,7 +45,9 @@ def test_every_phase_is_there_and_they_add_up(facts: dict[str, Any]) -> None:
     rows = {row["name"]: row for row in facts["phases"]}
     assert list(rows) == ["waiting for data", *PHASES, "between", "whole step"]
     whole = rows.pop("whole step")
-    assert all(row["host_ms"] > 0 and row["device_ms"] > 0 for row in rows.values())
+    assert all(row["host_ms"] > 0 for row in rows.values())
+    # what is waited for is made by another thread
+    assert [name for name, row in rows.items() if not row["device_ms"] > 0] in ([], ["waiting for data"])
     assert sum(row["host_ms"] for row in rows.values()) == pytest.approx(whole["host_ms"])
     assert sum(row["device_ms"] for row in rows.values()) == pytest.approx(whole["device_ms"])
     assert whole["device_ms"] < whole["host_ms"] == facts["recorded_step_ms"]

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from fastcr import preset
 from fastcr.data.crops import centre_crop
 from fastcr.data.synthetic import CLASSES, draw_bird
-from fastcr.data.torch_views import augment
-from fastcr.data.views import Batch, draw_parameters, normalise, step_indices
+from fastcr.data.torch_views import cut_image
+from fastcr.data.views import Batch, ViewParameters, draw_parameters, normalise, step_indices
 from fastcr.method.backbone import build_backbone
 from fastcr.method.encoder import Encoder, describe
 from fastcr.method.moco import MoCo, mean_pool
@@ -48,8 +48,7 @@ def shapes() -> Iterator[tuple[str, Any]]:
 
     epoch, indices = step_indices(5994, batch_size, seed=0, step=0)
     parameters = draw_parameters(0, epoch, indices, np.tile([picture.height, picture.width], (batch_size, 1)))
-    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-    view = augment(pixels, parameters, 0, size)
+    view = cut_image(picture, ViewParameters(*(values[:1] for values in parameters)), size)[0]
     batch = Batch(*(normalise(view.expand(batch_size, -1, -1, -1), torch.float32) for _ in range(2)))
     yield from {
         "indices": indices,
