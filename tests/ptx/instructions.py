@@ -44,6 +44,8 @@ def move(block: Block, to: Operand, value: Operand, type: str) -> None:
         part = TYPES[type].itemsize * 8 // len(value)
         parts = [block.read(each, f"b{part}").astype(TYPES[type]) << (i * part) for i, each in enumerate(value)]
         block.write(to, np.bitwise_or.reduce(parts), type)
+    elif value in block.program.parameters:  # as an address that only ld.param reads: its number
+        block.write(to, np.full(block.threads, block.program.parameters.index(value)), type)
     else:
         block.write(to, block.read(value, type), type)
 

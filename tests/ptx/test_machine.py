@@ -132,6 +132,17 @@ def test_threads_of_a_warp_exchange_values(code: str, expected: Callable[[np.nda
     np.testing.assert_array_equal(computed(code, I32[0], I32[1], np.int32), expected(I32[0]))
 
 
+def test_a_parameter_is_chosen_by_its_address() -> None:
+    body = f"""
+        {OWN}
+        mov.b64 %a, f_param_1; mov.b64 %b, f_param_2; setp.lt.u32 %p, %t, 7; selp.b64 %c, %a, %b, %p;
+        ld.param.b32 %d, [%c]; mov.b32 %e, 5; selp.b32 %d, %e, %d, %p; cvt.u64.u32 %f, %d; st.global.b64 [%rd3], %f;
+    """
+    found, written = launched(body, I64[0], 256, number=1234)
+    assert not found.findings
+    np.testing.assert_array_equal(np.frombuffer(written, LONG), np.where(np.arange(32) < 7, 5, 1234))
+
+
 def test_loops_tables_and_the_grid() -> None:
     body = f"""{OWN}
         mov.b32 %sum, 0; mov.b32 %i, 0;

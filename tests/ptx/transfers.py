@@ -13,8 +13,14 @@ TYPE = r"(?P<type>[bsu](?:8|16|32|64)|f32|f64)"
 
 @opcode(rf"ld\.param\.{TYPE}")
 def parameter(block: Block, to: Operand, address: Address, type: str) -> None:
-    value = block.arguments[block.program.parameters.index(address.base)] % (1 << 8 * TYPES[type].itemsize)
-    block.write(to, np.full(block.threads, value, f"u{TYPES[type].itemsize}").view(TYPES[type]), type)
+    names, arguments = block.program.parameters, np.array([each % 2**64 for each in block.arguments], np.uint64)
+    if address.offset:
+        raise ExecutionError("a part of a parameter")
+    if address.base in names:
+        values = np.full(block.threads, arguments[names.index(address.base)])
+    else:  # an address that `move` has made
+        values = arguments[block.read(address.base, "u64")]
+    block.write(to, values.astype(f"u{TYPES[type].itemsize}").view(TYPES[type]), type)
 
 
 @opcode(rf"ld\.{SPACE}(?:\.v(?P<count>[24]))?\.{TYPE}")
