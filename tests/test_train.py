@@ -408,8 +408,12 @@ def test_signals_save_and_end_the_run(
         return original(*args, **kwargs)
 
     monkeypatch.setattr(training, "train_step", stopped)
-    with pytest.raises(SystemExit) as stop:
-        run(flat, tmp_path / "run")
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored, and then so does a run
+    try:
+        with pytest.raises(SystemExit) as stop:
+            run(flat, tmp_path / "run")
+    finally:
+        signal.signal(signal.SIGHUP, before)
     assert stop.value.code == status
     assert state(tmp_path / "run")["step"] == 2
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL  # as it was before
