@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ WAIT = "import time; time.sleep(60)"
 
 
 @pytest.fixture
-def run_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+def run_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., dict[str, Any]]]:
     """Run Python snippets as stages within `seconds`; how each ended, as summary.json says it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
 
     def run(seconds: float, **snippets: str) -> dict[str, Any]:
         monkeypatch.setattr(on_gpu, "LEAST", 0.0)
@@ -40,7 +42,8 @@ def run_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., di
         assert written == [each._asdict() for each in returned]
         return {each["stage"]: each for each in written}
 
-    return run
+    yield run
+    signal.signal(signal.SIGINT, before)
 
 
 WRITE = "import sys, pathlib; pathlib.Path(sys.argv[1]).write_text('done'); "
