@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
+from typing import Any
 
 import yaml
 from hypothesis import strategies as st
@@ -53,12 +55,23 @@ OTHER_CONFIG = st.one_of(
 ).map(str.encode)
 
 
+def from_anywhere(settings: Any) -> Any:
+    """Settings with absolute paths."""
+    values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(value):
+            values[name] = from_anywhere(value)
+        elif isinstance(value, Path):
+            values[name] = Path(os.path.abspath(value))
+    return dataclasses.replace(settings, **values)
+
+
 def kept(config: Config, folder: Path) -> bool:
-    """Whether `config` is the same after a resume has read it back."""
+    """Whether `config` is the same after a resume has read it back, with the paths that it names from here."""
     file = folder / "kept" / "config.yaml"
     file.parent.mkdir(exist_ok=True)
     save_config(config, file)
-    return load_config(file) == config
+    return load_config(file) == from_anywhere(config)
 
 
 @fuzzed(sample=50, count=1500, command=COMMAND)
