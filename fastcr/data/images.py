@@ -20,7 +20,8 @@ ENDINGS = (
     ".pbm", ".pnm", ".gif",
 )  # fmt: skip
 OPTIONAL = {"avif": [".avif"], "jpg_2000": [".jp2", ".j2k", ".jpx"]}  # of a PIL that was built with them
-SUFFIXES = frozenset([*ENDINGS, *(end for what, ends in OPTIONAL.items() if features.check(what) for end in ends)])
+SUPPORTED = features.get_supported()
+SUFFIXES = frozenset([*ENDINGS, *(end for what, ends in OPTIONAL.items() if what in SUPPORTED for end in ends)])
 # PIL's own guard against decompression bombs, moved up: photographs of 12,000 x 9,000 pixels exist
 Image.MAX_IMAGE_PIXELS = 250_000_000
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # of its 64 MB, editors fill more than 1 with one text

@@ -59,7 +59,8 @@ def test_kernels_fit_the_target(target: int, sizes: str) -> None:
     assert {row["kernel"] for row in rows} == MULTIPLYING | OTHERS
     dtypes = {row["shape"].split(", ")[-1] for row in rows}
     assert dtypes == ({"bf16"} if sizes == "common" else {"bf16", "fp16", "fp32"})
-    spilled = {(row["kernel"], row["shape"]): row["spills"] for row in rows if row["spills"]}
+    most = 8 if VERSION < (3, 8) else 0  # `info_nce` at the usual size, on 8.0, with one stage
+    spilled = {(row["kernel"], row["shape"]): row["spills"] for row in rows if row["spills"] > most}
     too_big = {(row["kernel"], row["shape"]): row["shared"] for row in rows if row["shared"] > SHARED_KB[target] << 10}
     scalar = {
         (row["kernel"], row["shape"])

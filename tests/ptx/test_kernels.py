@@ -58,7 +58,8 @@ def test_every_case_does_as_compiled_what_it_should(name: str, target: int) -> N
 
 
 def test_every_row_of_the_launch_settings_has_a_case() -> None:
-    rows = {f"{kernel}: {row}" for kernel, table in settings.TABLE.items() for row in table}
+    used = {kernel: table for kernel, table in settings.TABLE.items() if settings.FENCED or kernel != "fit_pairs"}
+    rows = {f"{kernel}: {row}" for kernel, table in used.items() for row in table}
     assert set().union(*(case.rows for case in CASES.values())) == rows
 
 
