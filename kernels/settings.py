@@ -76,17 +76,8 @@ TABLE: dict[str, dict[str, Settings]] = {
         "32 bits, B > 16, D <= 256": {"BLOCK_B": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2, "programs": 264},
         "32 bits, B > 16, D > 256": {"BLOCK_B": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2, "programs": 264},
     },
-    "neighbour": {
-        "16 bits, B <= 16, D <= 256": {"BLOCK_B": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "programs": 264},
-        "16 bits, B <= 16, D > 256": {"BLOCK_B": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2, "programs": 264},
-        "16 bits, B > 16, D <= 256": {"BLOCK_B": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2, "programs": 264},
-        "16 bits, B > 16, D > 256": {"BLOCK_B": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2, "programs": 264},
-        "32 bits, B <= 16, D <= 256": {"BLOCK_B": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2, "programs": 264},
-        "32 bits, B <= 16, D > 256": {"BLOCK_B": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2, "programs": 264},
-        "32 bits, B > 16, D <= 256": {"BLOCK_B": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2, "programs": 264},
-        "32 bits, B > 16, D > 256": {"BLOCK_B": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2, "programs": 264},
-    },
 }  # fmt: skip
+TABLE["neighbour"] = dict(TABLE["relational"])  # until a GPU has timed them apart
 
 
 def map_class(dtype: torch.dtype, detectors: int | None = None) -> str:
