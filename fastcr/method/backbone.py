@@ -158,6 +158,14 @@ def freeze_stages(backbone: nn.Module, count: int | Literal["half"]) -> None:
             module.eval()
 
 
+def synchronise_norms(model: nn.Module) -> None:
+    """Put in place of each BatchNorm in `model` one that takes the statistics of all processes."""
+    if any(isinstance(module, TimmEncoder) for module in model.modules()):  # torch's would drop the activations
+        importlib.import_module("timm.layers").convert_sync_batchnorm(model)
+    else:
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
 def _build_timm(name: str, image_size: int | None) -> tuple[nn.Module, int]:
     model = create_timm(name, pretrained=False)
     for head in TIMM_HEADS:

@@ -17,7 +17,7 @@ from fastcr.data.images import ImageList
 from fastcr.data.views import Batch
 from fastcr.errors import UsageError
 from fastcr.kernels import launch
-from fastcr.method.backbone import backbone_mistake, build_backbone, freeze_stages
+from fastcr.method.backbone import backbone_mistake, build_backbone, freeze_stages, synchronise_norms
 from fastcr.method.depthwise import FastGradients, has_slow_gradients
 from fastcr.method.encoder import Branch, Encoder, build_branch, describe
 from fastcr.method.folded import fold_norms
@@ -183,7 +183,7 @@ def _modules(
     moco.processes = processes
     moco.shuffle = processes.ranks > 1 and config.model.norms == "local" and bool(norms)
     if config.model.norms == "sync":
-        nn.SyncBatchNorm.convert_sync_batchnorm(moco)
+        synchronise_norms(moco)
     elif config.model.norms == "frozen":
         for norm in norms:
             norm.eval()
@@ -251,6 +251,13 @@ def check_settings(config: Config, device: torch.device, console: Console, proce
         launch.use_triton(config.run.kernels, {"features": torch.empty(0, device=device)})
     except ValueError as error:
         raise UsageError(f"--run.kernels {config.run.kernels}: {error}") from None
+    if model.weights == "none" and config.moco.objective in QUEUED and config.optim.epochs:
+        console.print(
+            f"warning: {config.moco.objective} learns from keys of the initial weights, and those are random: "
+            "docs/training.md has a recipe for them (--moco.objective infonce ...)",
+            highlight=False,
+            soft_wrap=True,
+        )
     if device.type == "cuda" and config.run.kernels == "auto" and launch.triton is None:
         console.print("Triton is not installed: plain torch is used in place of the kernels")
 

@@ -23,7 +23,7 @@ from fastcr import train
 from fastcr.config import ModelConfig
 from fastcr.data.views import MEAN, STD
 from fastcr.errors import UsageError
-from fastcr.method.backbone import PACKAGED, backbone_mistake, build_backbone, freeze_stages
+from fastcr.method.backbone import PACKAGED, backbone_mistake, build_backbone, freeze_stages, synchronise_norms
 from fastcr.method.build import check_settings
 from fastcr.method.encoder import Encoder, load
 from fastcr.method.weights import FILE_OF, MODULE, PACKAGE, load_initial_weights
@@ -716,3 +716,31 @@ def test_class_token_is_what_timm_pools(name: str, there: bool) -> None:
         mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
         pixels = images * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
         torch.testing.assert_close(token, model((pixels - mean) / std))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "timm:tf_efficientnet_lite0"])
+def test_norms_of_all_processes_keep_the_encoder_as_it_is(name: str) -> None:
+    if name.startswith("timm"):
+        pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = nn.Sequential(build_backbone(name, image_size=64)[0]).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        before = model(images)
+        synchronise_norms(model)
+        torch.testing.assert_close(model(images), before)
+    norms = [each for each in model.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)]
+    assert norms
+    assert all(isinstance(each, nn.SyncBatchNorm) for each in norms)
+
+
+@pytest.mark.parametrize(
+    ("flags", "warned"),
+    [((), True), (("--moco.objective", "infonce"), False), (("--model.weights", "imagenet"), False)],
+)
+def test_random_weights_with_an_objective_that_learns_from_them_are_named(
+    flags: tuple[str, ...], warned: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["folder", "--data.root", ".", "--model.weights", "none", *flags]
+    check_settings(read_command_line(args)[0], torch.device("cpu"), Console())
+    assert ("those are random" in capsys.readouterr().out) == warned
