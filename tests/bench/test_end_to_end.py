@@ -100,7 +100,7 @@ def test_the_tables() -> None:
         "23.0 [11.0, 42.0]", "20.0 [10.0, 40.0]", "10.0 [5.0, 20.0]", "2.0 [1.0, 3.0]", "0.5", "2.00 |"
     ]  # fmt: skip
     assert "| timm, its inference |  |  |  | 7.0 | 6.0 | 1.00 |" in lines
-    assert "| fastcr, the preset folder | 12.3 | 4.0 | 1.00 | 50.00 | 25.50 |" in lines
+    assert "| fastcr | 12.3 | 4.0 | 1.00 | 50.00 | 25.50 |" in lines
     assert lines[-1] == "- lightly, its MoCo v2 example: not installed"
 
 
