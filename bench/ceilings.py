@@ -24,11 +24,11 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `bench`, when this file is run as a script
 
 from bench.crops import centre_crops
+from fastcr.arguments import EvaluateData
 from fastcr.config import DeviceConfig, tyro
 from fastcr.data.images import ImageList
 from fastcr.data.layouts import read_splits
 from fastcr.errors import UsageError
-from fastcr.evaluate import EvaluateData
 from fastcr.measures.localisation import Objects, covered, localisation, objects_in_crop, read_objects
 from fastcr.measures.retrieval import retrieval
 from fastcr.method.encoder import Encoder, load

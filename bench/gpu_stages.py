@@ -33,6 +33,7 @@ from bench import tune as search
 from bench.on_gpu import GRACE, ROOT, write
 from bench.timing import time_on_gpu
 from bench.workloads import Workload
+from fastcr.arguments import TraceConfig
 from fastcr.config import Config, DataConfig, MocoConfig, ModelConfig, OptimConfig, RunConfig
 from fastcr.data.synthetic import CLASSES, draw_bird
 from fastcr.errors import UsageError
@@ -40,7 +41,7 @@ from fastcr.kernels import settings
 from fastcr.kernels.launch import triton
 from fastcr.runs.log import read_records
 from fastcr.runs.machine import process_age
-from fastcr.trace import TRACE, TraceConfig, trace
+from fastcr.trace import TRACE, trace
 from fastcr.train import train
 
 PACKAGES = (

@@ -29,12 +29,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `bench`, when this file is run as a script
 
 from bench.crops import centre_crops
+from fastcr.arguments import EvaluateData
 from fastcr.config import Config, DeviceConfig, tyro
 from fastcr.data.images import ImageList
 from fastcr.data.layouts import read_splits
 from fastcr.data.synthetic import write_synthetic
 from fastcr.errors import UsageError
-from fastcr.evaluate import EvaluateData
 from fastcr.kernels.rationale_fit import CamKeeps, gradcam_target
 from fastcr.measures.evaluation import test_images
 from fastcr.measures.localisation import Objects, localisation, objects_in_crop, read_objects

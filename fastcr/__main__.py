@@ -44,10 +44,12 @@ complete -o default -F _fastcr fastcr"""
 
 def completion() -> str:
     """A script for bash that completes the commands, and the flags that each command's help lists."""
+    from fastcr.arguments import check_arguments
+
     cases = []
     for command in COMMANDS:
         with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.suppress(SystemExit):
-            import_module(f"fastcr.{command}").main(["--help"])
+            check_arguments(command, ["--help"])
         flags = sorted(set(re.findall(r"--[a-z][a-z_.]*[a-z]", shown.getvalue())))
         if command == "train":
             flags += ["--resume", *import_module("fastcr.presets").PRESETS]
@@ -67,6 +69,11 @@ def main(args: Sequence[str] | None = None) -> None:
     elif command == "--completion":
         print(completion())
     elif command in COMMANDS:
+        from fastcr.arguments import check_arguments
+        from fastcr.runs.command_line import one_line_errors
+
+        with one_line_errors(command):
+            check_arguments(command, rest)
         import_module(f"fastcr.{command}").main(rest)
     else:
         guess = difflib.get_close_matches(command, COMMANDS, n=1)

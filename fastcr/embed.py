@@ -11,7 +11,6 @@ import os
 import time
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
 
@@ -20,37 +19,19 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from fastcr.config import EncoderConfig, WorkersConfig, tyro
+from fastcr.arguments import EmbedConfig, read_arguments
 from fastcr.data.images import ImageList
 from fastcr.data.layouts import read_splits
 from fastcr.data.views import normalise
 from fastcr.errors import UsageError
-from fastcr.measures.embedding_files import UNREADABLE, Format, Partial, check_unused
+from fastcr.measures.embedding_files import UNREADABLE, Partial, check_unused
 from fastcr.measures.embeddings import BATCH_SIZE, load_crops
 from fastcr.method.encoder import Encoder, find_weights, load
-from fastcr.runs.command_line import called, one_line_errors, parse
+from fastcr.runs.command_line import one_line_errors
 from fastcr.runs.machine import pick_device, pick_dtype, pick_workers
 
 Crops = tuple[Tensor, Tensor, list[int]]  # pixels and sizes (height, width) of the readable images, and their places
 Encoded = tuple[dict[str, Tensor], Tensor, list[int], torch.cuda.Event | None]  # arrays in place of pixels
-
-
-@dataclass(frozen=True)
-class EmbedConfig:
-    """What to embed, and into which files."""
-
-    source: tyro.conf.Positional[Path]
-    """A run folder, or one of fastcr's weights files."""
-    folder: tyro.conf.Positional[Path]
-    """The images: whatever --data.root of the training takes. Training and test images alike are embedded."""
-    out: Path | None = None
-    """Folder to write. Default: <name of the images' folder>-embeddings."""
-    format: Format = "safetensors"
-    """embeddings.safetensors, or a .npy file an array (for numpy.load with mmap_mode)."""
-    attention: bool = False
-    """Also write the attention maps, fp16."""
-    data: WorkersConfig = field(default_factory=WorkersConfig)
-    run: EncoderConfig = field(default_factory=EncoderConfig)
 
 
 def list_images(root: Path) -> tuple[list[ImageList], list[tuple[str, str, str]], str]:
@@ -163,9 +144,7 @@ def fill(
 def main(args: Sequence[str] | None = None) -> None:
     """Command line of `fastcr embed`."""
     with one_line_errors("embed"):
-        description = "Embeddings of every image of a folder, in files."
-        config = parse(EmbedConfig, args, prog=called("embed"), description=description)
-        embed_folder(config, Console(markup=False))
+        embed_folder(read_arguments("embed", args), Console(markup=False))
 
 
 if __name__ == "__main__":

@@ -3,55 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
-from fastcr.config import EncoderConfig, ImagesConfig, KnnConfig, LinearConfig, tyro
+from fastcr.arguments import EvaluateConfig, read_arguments
 from fastcr.data.layouts import read_splits
 from fastcr.data.synthetic import write_synthetic
 from fastcr.errors import UsageError
 from fastcr.measures.evaluation import Classifiers, Evaluation, not_measured, show, test_images, write_results
 from fastcr.measures.localisation import read_objects
 from fastcr.method.encoder import find_weights
-from fastcr.runs.command_line import called, load_config, one_line_errors, parse
+from fastcr.runs.command_line import called, load_config, one_line_errors
 from fastcr.runs.distributed import processes_of_torchrun
 from fastcr.runs.machine import pick_device, pick_dtype, pick_workers
 
 PATIENCE = timedelta(days=1)  # of the other processes, while the first one trains its probes
 
 
-@dataclass(frozen=True)
-class EvaluateData(ImagesConfig):
-    """The images to measure on."""
-
-    boxes: Path | None = None
-    """CSV of the objects' boxes (path, left, top, right, bottom; fractions or pixels). Default: CUB's archive's own."""
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """Settings of an evaluation."""
-
-    source: tyro.conf.Positional[Path]
-    """A run folder, or one of fastcr's weights files."""
-    data: EvaluateData = field(default_factory=EvaluateData)
-    run: EncoderConfig = field(default_factory=EncoderConfig)
-    knn: KnnConfig = field(default_factory=KnnConfig)
-    linear: LinearConfig = field(default_factory=LinearConfig)
-
-
-def read_arguments(args: Sequence[str] | None) -> tuple[EvaluateConfig, Path, Path | None, Path | None]:
+def read_settings(args: Sequence[str] | None) -> tuple[EvaluateConfig, Path, Path | None, Path | None]:
     """Settings, the weights to measure, the frozen initialisation if there is one, and the images' root."""
-    config = parse(
-        EvaluateConfig,
-        args,
-        prog=called("evaluate"),
-        description="Retrieval, kNN, linear probes and localisation; writes results.json.",
-    )
+    config: EvaluateConfig = read_arguments("evaluate", args)
     source, root = config.source, config.data.root
     if source.is_dir():
         root = root or load_config(source / "config.yaml").data.root
@@ -68,7 +42,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Command line of `fastcr evaluate`."""
     with one_line_errors("evaluate"), processes_of_torchrun(called("evaluate"), PATIENCE) as processes:
         console = Console(markup=False, quiet=not processes.first)
-        config, weights, frozen, root = processes.once(partial(read_arguments, args))
+        config, weights, frozen, root = processes.once(partial(read_settings, args))
         splits = read_splits(root or write_synthetic())
         images = test_images(splits)
         if images is None:

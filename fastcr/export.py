@@ -15,10 +15,9 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import yaml
@@ -26,29 +25,16 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from fastcr import __version__
-from fastcr.config import Config, tyro
+from fastcr.arguments import ExportConfig, read_arguments
+from fastcr.config import Config
 from fastcr.errors import UsageError, one_line
 from fastcr.measures.results import retrieval_table
 from fastcr.method.encoder import Encoder, find_weights, load
 from fastcr.runs.checkpoint import save_weights, write_whole
-from fastcr.runs.command_line import called, load_config, one_line_errors, parse
+from fastcr.runs.command_line import load_config, one_line_errors
 
 OPSET = 18
 ENDINGS = {"safetensors": "-export.safetensors", "torch": ".pt2", "onnx": ".onnx", "hub": "-hub"}
-
-
-@dataclass(frozen=True)
-class ExportConfig:
-    """Settings of an export."""
-
-    source: tyro.conf.Positional[Path]
-    """A run folder, one of fastcr's weights files, or an authors' released checkpoint."""
-    format: Literal["safetensors", "torch", "onnx", "hub"]
-    """safetensors (torchvision's or timm's names), torch (torch.export), onnx, or hub (for the Hugging Face Hub)."""
-    out: Path | None = None
-    """File, or folder of hub, to write. Default: beside the weights, named after them."""
-    push: str | None = None
-    """hub: also upload the folder to this repository, USER/NAME, with your own token."""
 
 
 def usual_names(encoder: Encoder) -> dict[str, Tensor]:
@@ -238,8 +224,7 @@ def main(args: Sequence[str] | None = None) -> None:
     console = Console(markup=False)
     say = partial(console.print, soft_wrap=True, highlight=False)
     with one_line_errors("export"):
-        description = "Write a trained encoder for other tools."
-        config = parse(ExportConfig, args, prog=called("export"), description=description)
+        config: ExportConfig = read_arguments("export", args)
         if config.push and config.format != "hub":
             raise UsageError("--push goes with --format hub")
         if config.format == "hub":

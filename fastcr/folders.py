@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -18,13 +17,13 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from fastcr.config import tyro
+from fastcr.arguments import FoldersConfig, read_arguments
 from fastcr.data.images import ImageList, Note
 from fastcr.data.layouts import list_splits
 from fastcr.data.listing import SHARED, UNREADABLE, Notes, entries_of
 from fastcr.data.shards import find_shards, list_samples, read_index, write_index
 from fastcr.errors import UsageError
-from fastcr.runs.command_line import called, one_line_errors, parse
+from fastcr.runs.command_line import one_line_errors
 from fastcr.runs.log import progress
 from fastcr.runs.machine import pick_workers
 
@@ -136,18 +135,6 @@ def print_report(parts: dict[str, tuple[ImageList, list[Facts]]], console: Conso
         show(None, "class", rows)
 
 
-@dataclass(frozen=True)
-class CheckConfig:
-    """Settings of a check."""
-
-    root: tyro.conf.Positional[Path]
-    """What --data.root of the training takes; docs/data.md lists the layouts."""
-    index: tyro.conf.UseCounterAction[int] = 0
-    """Write an index beside each tar shard that lacks a current one, and do no more."""
-    classes: tyro.conf.UseCounterAction[int] = 0
-    """List every class with its number of images."""
-
-
 def check(root: Path, console: Console, *, classes: bool = False) -> int:
     """Print what `root` holds, what is left out, and every broken image; returns how many cannot be read."""
     start, splits = time.perf_counter(), list_splits(root)
@@ -183,8 +170,7 @@ def write_indexes(root: Path) -> int:
 def main(args: Sequence[str] | None = None) -> None:
     """Command line of `fastcr folders`; exit status 1 if images or folders cannot be read."""
     with one_line_errors("folders"):
-        description = "What a folder of images holds, and which of them are broken."
-        config = parse(CheckConfig, args, prog=f"{called('folders')} ROOT", description=description)
+        config: FoldersConfig = read_arguments("folders", args)
         console = Console(markup=False, highlight=False)
         if config.index:
             print(f"{write_indexes(config.root)} indexes written, {config.root}")

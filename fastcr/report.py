@@ -12,7 +12,6 @@ import re
 import shlex
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -21,7 +20,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.console import Console
 
 import fastcr
-from fastcr.config import Config, EncoderConfig, ImagesConfig, number, tyro
+from fastcr.arguments import ReportConfig, read_arguments
+from fastcr.config import Config
 from fastcr.data.layouts import read_splits
 from fastcr.data.synthetic import write_synthetic
 from fastcr.errors import UsageError
@@ -31,7 +31,7 @@ from fastcr.measures.gallery import Gallery, Thumbnails, attended, neighbours
 from fastcr.measures.summary import SECTIONS, Run, by_name, compare, data_name, differing, is_number, losses, scores_of
 from fastcr.method.encoder import load
 from fastcr.runs.checkpoint import write_whole
-from fastcr.runs.command_line import called, load_config, one_line_errors, parse
+from fastcr.runs.command_line import called, load_config, one_line_errors
 from fastcr.runs.log import read_records
 from fastcr.runs.machine import cache_folder, pick_device, pick_dtype, pick_workers
 
@@ -39,22 +39,6 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # no sc
 GENERATOR = '<meta name="generator" content="fastcr.report">'
 # what no page may hold: control characters, and halves of characters from file names that are not UTF-8
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
-
-
-@dataclass(frozen=True)
-class ReportConfig:
-    """Settings of a report."""
-
-    runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Run folders."""
-    out: Path | None = None
-    """The page. Default: report.html in the run's folder; of several runs, in this one."""
-    gallery: int = number(12, 0)
-    """Test images shown with their attention; 0: none."""
-    queries: int = number(6, 0)
-    """Test images shown with their nearest neighbours; 0: none. Without either, no image is read."""
-    data: ImagesConfig = field(default_factory=ImagesConfig)
-    run: EncoderConfig = field(default_factory=EncoderConfig)
 
 
 def gallery_of(folder: Path, name: str, trained: Config, config: ReportConfig, console: Console) -> Gallery:
@@ -165,8 +149,7 @@ def write_report(config: ReportConfig, console: Console) -> Path:
 def main(args: Sequence[str] | None = None) -> None:
     """Command line of `fastcr report`."""
     with one_line_errors("report"):
-        description = "A run, or several compared, as one HTML page."
-        config = parse(ReportConfig, args, prog=called("report"), description=description)
+        config: ReportConfig = read_arguments("report", args)
         console = Console(markup=False)
         os.environ.setdefault("MPLCONFIGDIR", str(cache_folder() / "matplotlib"))  # its list of fonts, made only once
         console.print(f"report: {write_report(config, console)}", soft_wrap=True, highlight=False)

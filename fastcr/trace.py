@@ -13,7 +13,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -25,15 +25,15 @@ from rich.table import Table
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
-from fastcr.config import Config, number, tyro
+from fastcr.arguments import TraceConfig, read_arguments
+from fastcr.config import Config
 from fastcr.data.layouts import read_splits
 from fastcr.data.loaders import make_views
 from fastcr.data.synthetic import write_synthetic
 from fastcr.errors import UsageError
 from fastcr.kernels.launch import triton
 from fastcr.method.build import build, check_settings, fit_sizes
-from fastcr.presets import preset
-from fastcr.runs.command_line import called, one_line_errors, parse, todays_flags
+from fastcr.runs.command_line import one_line_errors
 from fastcr.runs.machine import pick_device, pick_dtype
 
 TRACE, SUMMARY = "trace.json.gz", "phases.json"
@@ -41,18 +41,6 @@ KERNELS = 20  # listed
 WAITING, BETWEEN, GRAPH, LOADER, WHOLE = "waiting for data", "between", "CUDA graph", "loader", "whole step"
 PHASES = (WAITING, "key forward", "query forward", "contrast", "fit", "backward", "optimiser", "EMA", "queue")
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class TraceConfig(Config):
-    """Settings of a trace, and of the training run it records."""
-
-    steps: int = number(5, 1)
-    """Steps to record, after the first ones."""
-    out: Path | None = None
-    """Folder of trace.json.gz and phases.json. Default: runs/trace-<date>-<time>."""
-    nvtx: tyro.conf.UseCounterAction[int] = 0
-    """Mark the phases and operators for Nsight Systems and Nsight Compute, and record nothing here."""
 
 
 def prepare_step(config: TraceConfig, device: torch.device, dtype: torch.dtype, console: Console) -> Callable[[], None]:
@@ -244,23 +232,10 @@ def trace(config: TraceConfig, console: Console) -> None:
     console.print(said, highlight=False, soft_wrap=True)
 
 
-def read_settings(args: Sequence[str]) -> TraceConfig:
-    """`[PRESET] [--section.field value ...]` and the flags of a trace to settings."""
-    args = list(todays_flags(args))
-    default = preset(args.pop(0) if args and not args[0].startswith("-") else "synthetic")
-    return parse(
-        TraceConfig,
-        args,
-        default=TraceConfig(**vars(default)),
-        prog=f"{called('trace')} [PRESET]",
-        description="Where the time of a training step goes, phase by phase and kernel by kernel.",
-    )
-
-
 def main(args: Sequence[str] | None = None) -> None:
     """Command line of `fastcr trace`."""
     with one_line_errors("trace"):
-        config = read_settings(sys.argv[1:] if args is None else args)
+        config: TraceConfig = read_arguments("trace", args)
         try:
             trace(config, Console(markup=False))
         except torch.OutOfMemoryError:

@@ -7,7 +7,6 @@ map depends on which other images are shown.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
-from fastcr.config import DeviceConfig, number, tyro
+from fastcr.arguments import VisualizeConfig, read_arguments
 from fastcr.data.images import SUFFIXES, ImageList
 from fastcr.data.layouts import read_splits
 from fastcr.data.synthetic import write_synthetic
@@ -26,30 +25,11 @@ from fastcr.measures.embeddings import BATCH_SIZE
 from fastcr.measures.overlays import Tile, as_evaluated, contact_sheet, overlay
 from fastcr.method.encoder import find_weights, load
 from fastcr.runs.checkpoint import write_whole
-from fastcr.runs.command_line import called, load_config, one_line_errors, parse
+from fastcr.runs.command_line import load_config, one_line_errors
 from fastcr.runs.machine import pick_device
 
 DETECTOR_IMAGES, TOP = 240, 5  # images a detector's share is of, and that stand for it
 Named = tuple[str, Image.Image]  # an image as evaluation sees it, after its class, or else its file
-
-
-@dataclass(frozen=True)
-class VisualizeConfig:
-    """What to show, and how."""
-
-    source: tyro.conf.Positional[Path]
-    """A run folder, or one of fastcr's weights files."""
-    images: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """Image files, or whatever --data.root of the training takes (its test images). Default: the run's own."""
-    out: Path | None = None
-    """Folder to write. Default: that of the weights."""
-    limit: int = number(24, 1)
-    """Images shown, evenly spread over those there are."""
-    columns: int = number(6, 1)
-    """Images side by side."""
-    detectors: bool = False
-    """Also write detectors.png: each detector's share of the positions, and its own map where it answers most."""
-    run: DeviceConfig = field(default_factory=DeviceConfig)
 
 
 def list_images(sources: Sequence[Path]) -> list[tuple[ImageList, int]]:
@@ -147,9 +127,7 @@ def visualize(config: VisualizeConfig, console: Console) -> None:
 def main(args: Sequence[str] | None = None) -> None:
     """Command line of `fastcr visualize`."""
     with one_line_errors("visualize"):
-        description = "Contact sheets of the attention and of the detectors."
-        config = parse(VisualizeConfig, args, prog=called("visualize"), description=description)
-        visualize(config, Console(markup=False))
+        visualize(read_arguments("visualize", args), Console(markup=False))
 
 
 if __name__ == "__main__":

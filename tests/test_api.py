@@ -106,6 +106,10 @@ def test_help_lists_every_command_with_a_line(capsys: pytest.CaptureFixture[str]
 def test_help_and_mistakes_import_nothing_heavy() -> None:
     for call in ("main(['--help'])", "main(['--version'])"):
         assert not set(HEAVY) & modules_after(f"from fastcr.__main__ import main\n{call}")
+    calls = [[command, word] for command in program.COMMANDS for word in ("--help", "--mistake")]
+    code = "import contextlib\nfrom fastcr.__main__ import main\n"
+    code += "".join(f"with contextlib.suppress(SystemExit): main({call})\n" for call in calls)
+    assert not {"torch", "torchvision", "numpy", "PIL"} & modules_after(code)
 
 
 @pytest.mark.parametrize(

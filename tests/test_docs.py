@@ -12,8 +12,8 @@ import yaml
 
 from fastcr import Config
 from fastcr.__main__ import COMMANDS
+from fastcr.arguments import EvaluateConfig
 from fastcr.data.layouts import read_splits
-from fastcr.evaluate import EvaluateConfig
 from fastcr.presets import PRESETS
 from tests.shared import write_weights
 

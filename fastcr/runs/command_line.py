@@ -18,7 +18,6 @@ import yaml
 from fastcr.config import Config, tyro
 from fastcr.errors import UsageError, one_line
 from fastcr.presets import PRESETS, preset
-from fastcr.runs.checkpoint import has_resume
 from fastcr.runs.validate import validate
 
 C = TypeVar("C")
@@ -163,6 +162,8 @@ def _without_resume(args: list[str]) -> tuple[list[str], Path | None]:
     if not folders or folders[-1] is None:
         raise UsageError("--resume auto needs --run.dir, the folder to look for the run in")
     resume = Path(folders[-1])
+    from fastcr.runs.checkpoint import has_resume  # imports torch, which help and mistakes do without
+
     if not has_resume(resume / "resume.pt"):
         return args, None
     return args[bool(args and not args[0].startswith("-")) :], resume  # config.yaml has what came of the preset

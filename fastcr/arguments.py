@@ -1,0 +1,168 @@
+"""What each command is told: its settings, and its command line read without torch, so that help answers at once."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from fastcr.config import (
+    Config,
+    DeviceConfig,
+    EncoderConfig,
+    ImagesConfig,
+    KnnConfig,
+    LinearConfig,
+    WorkersConfig,
+    number,
+    tyro,
+)
+from fastcr.presets import preset
+from fastcr.runs.command_line import called, parse, read_command_line, todays_flags
+
+
+@dataclass(frozen=True)
+class EvaluateData(ImagesConfig):
+    """The images to measure on."""
+
+    boxes: Path | None = None
+    """CSV of the objects' boxes (path, left, top, right, bottom; fractions or pixels). Default: CUB's archive's own."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Settings of an evaluation."""
+
+    source: tyro.conf.Positional[Path]
+    """A run folder, or one of fastcr's weights files."""
+    data: EvaluateData = field(default_factory=EvaluateData)
+    run: EncoderConfig = field(default_factory=EncoderConfig)
+    knn: KnnConfig = field(default_factory=KnnConfig)
+    linear: LinearConfig = field(default_factory=LinearConfig)
+
+
+@dataclass(frozen=True)
+class EmbedConfig:
+    """What to embed, and into which files."""
+
+    source: tyro.conf.Positional[Path]
+    """A run folder, or one of fastcr's weights files."""
+    folder: tyro.conf.Positional[Path]
+    """The images: whatever --data.root of the training takes. Training and test images alike are embedded."""
+    out: Path | None = None
+    """Folder to write. Default: <name of the images' folder>-embeddings."""
+    format: Literal["safetensors", "npy"] = "safetensors"
+    """embeddings.safetensors, or a .npy file an array (for numpy.load with mmap_mode)."""
+    attention: bool = False
+    """Also write the attention maps, fp16."""
+    data: WorkersConfig = field(default_factory=WorkersConfig)
+    run: EncoderConfig = field(default_factory=EncoderConfig)
+
+
+@dataclass(frozen=True)
+class VisualizeConfig:
+    """What to show, and how."""
+
+    source: tyro.conf.Positional[Path]
+    """A run folder, or one of fastcr's weights files."""
+    images: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """Image files, or whatever --data.root of the training takes (its test images). Default: the run's own."""
+    out: Path | None = None
+    """Folder to write. Default: that of the weights."""
+    limit: int = number(24, 1)
+    """Images shown, evenly spread over those there are."""
+    columns: int = number(6, 1)
+    """Images side by side."""
+    detectors: bool = False
+    """Also write detectors.png: each detector's share of the positions, and its own map where it answers most."""
+    run: DeviceConfig = field(default_factory=DeviceConfig)
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Settings of a report."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folders."""
+    out: Path | None = None
+    """The page. Default: report.html in the run's folder; of several runs, in this one."""
+    gallery: int = number(12, 0)
+    """Test images shown with their attention; 0: none."""
+    queries: int = number(6, 0)
+    """Test images shown with their nearest neighbours; 0: none. Without either, no image is read."""
+    data: ImagesConfig = field(default_factory=ImagesConfig)
+    run: EncoderConfig = field(default_factory=EncoderConfig)
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Settings of an export."""
+
+    source: tyro.conf.Positional[Path]
+    """A run folder, one of fastcr's weights files, or an authors' released checkpoint."""
+    format: Literal["safetensors", "torch", "onnx", "hub"]
+    """safetensors (torchvision's or timm's names), torch (torch.export), onnx, or hub (for the Hugging Face Hub)."""
+    out: Path | None = None
+    """File, or folder of hub, to write. Default: beside the weights, named after them."""
+    push: str | None = None
+    """hub: also upload the folder to this repository, USER/NAME, with your own token."""
+
+
+@dataclass(frozen=True)
+class TraceConfig(Config):
+    """Settings of a trace, and of the training run it records."""
+
+    steps: int = number(5, 1)
+    """Steps to record, after the first ones."""
+    out: Path | None = None
+    """Folder of trace.json.gz and phases.json. Default: runs/trace-<date>-<time>."""
+    nvtx: tyro.conf.UseCounterAction[int] = 0
+    """Mark the phases and operators for Nsight Systems and Nsight Compute, and record nothing here."""
+
+
+@dataclass(frozen=True)
+class FoldersConfig:
+    """Settings of a check."""
+
+    root: tyro.conf.Positional[Path]
+    """What --data.root of the training takes; docs/data.md lists the layouts."""
+    index: tyro.conf.UseCounterAction[int] = 0
+    """Write an index beside each tar shard that lacks a current one, and do no more."""
+    classes: tyro.conf.UseCounterAction[int] = 0
+    """List every class with its number of images."""
+
+
+# of every command but train: its settings, and what its help says of it
+COMMANDS: dict[str, tuple[type, str]] = {
+    "evaluate": (EvaluateConfig, "Retrieval, kNN, linear probes and localisation; writes results.json."),
+    "embed": (EmbedConfig, "Embeddings of every image of a folder, in files."),
+    "visualize": (VisualizeConfig, "Contact sheets of the attention and of the detectors."),
+    "report": (ReportConfig, "A run, or several compared, as one HTML page."),
+    "export": (ExportConfig, "Write a trained encoder for other tools."),
+    "trace": (TraceConfig, "Where the time of a training step goes, phase by phase and kernel by kernel."),
+    "folders": (FoldersConfig, "What a folder of images holds, and which of them are broken."),
+}
+
+
+def read_arguments(command: str, args: Sequence[str] | None) -> Any:
+    """The settings of any command but train, an instance of its class above; `UsageError` for a mistake."""
+    cls, description = COMMANDS[command]
+    prog = called(command)
+    if command != "trace":
+        return parse(cls, args, prog=prog, description=description)
+    args = list(todays_flags(sys.argv[1:] if args is None else args))
+    default = TraceConfig(**vars(preset(args.pop(0) if args and not args[0].startswith("-") else "synthetic")))
+    return parse(cls, args, default=default, prog=f"{prog} [PRESET]", description=description)
+
+
+def check_arguments(command: str, args: Sequence[str]) -> None:
+    """Answer `--help` and mistakes in `args` before the command, and torch with it, is imported.
+
+    A run that is resumed brings its own settings: the command itself checks those.
+    """
+    if command != "train":
+        read_arguments(command, args)
+    elif not any(arg.startswith("--resume") for arg in args):
+        read_command_line(args)
