@@ -103,7 +103,7 @@ def test_rows_are_what_evaluation_computes_of_the_images_the_table_names(
     weights = write_weights(tmp_path / "weights.safetensors", released=released)
     run(weights, birds, "--out", tmp_path / "out", "--attention", "True")
     assert "96 images embedded (" in capsys.readouterr().out
-    assert contents(tmp_path / "out").keys() == {"embeddings.safetensors", "images.csv"}
+    assert contents(tmp_path / "out").keys() == {"embeddings.safetensors", "encoder.json", "images.csv"}
     assert len({file.stat().st_mode for file in (tmp_path / "out").iterdir()}) == 1  # not the owner's alone
     found, rows, first = load_file(tmp_path / "out" / "embeddings.safetensors"), table(tmp_path / "out"), 0
     assert (found["attention"].shape, found["attention"].dtype) == ((96, 2, 2), torch.float16)
@@ -134,7 +134,7 @@ def test_numpy_files_hold_the_same_and_so_do_those_of_worker_processes(
     more = ["--out", str(tmp_path / "npy"), "--format", "npy", "--attention", "True", "--data.workers", "2"]
     command.main([str(weights), str(birds), "--run.device", "cpu", *more])
     expected = load_file(tmp_path / f"{birds.name}-embeddings" / "embeddings.safetensors")  # the default of --out
-    assert contents(tmp_path / "npy").keys() == {f"{name}.npy" for name in expected} | {"images.csv"}
+    assert contents(tmp_path / "npy").keys() == {f"{name}.npy" for name in expected} | {"encoder.json", "images.csv"}
     for name, array in expected.items():
         mapped = np.load(tmp_path / "npy" / f"{name}.npy", mmap_mode="r")
         assert mapped.dtype == array.numpy().dtype

@@ -16,12 +16,13 @@ from pathlib import Path
 from fastcr.measures import embedding_files
 embedding_files.COMMIT_SECONDS, folder, count = 0.1, Path({str(tmp_path)!r}), 12_000
 rows, sizes = torch.rand(1000, 2048), torch.full((1000, 2), 5)
-job = embedding_files.Partial(folder / "partial", {{}}, {{"mean": rows[:1]}}, range(0, count + 1, 1000))
+row = {{"mean": rows[:1], "peak": rows[:1, :2]}}
+job = embedding_files.Partial(folder / "partial", {{}}, row, range(0, count + 1, 1000))
 taken = int(Path("/proc/self/status").read_text().split("VmData:")[1].split()[0]) * 1024
 resource.setrlimit(resource.RLIMIT_DATA, (taken + 2**25, taken + 2**25))
 for _ in range(count // 1000):
-    job.add({{"mean": rows}}, sizes)
-job.finish(folder, {format!r}, {{}}, [("a.jpg", "", "")] * count)
+    job.add({{"mean": rows, "peak": rows[:, :2]}}, sizes)
+job.finish(folder, {format!r}, {{"image_size": 4}}, [("a.jpg", "", "")] * count)
 try:
     torch.rand(count, 2048)
 except RuntimeError:
