@@ -30,7 +30,7 @@ FILES = (
     "patches.parquet",
     "embeddings.faiss",
 )
-PART = 1024  # rows that are written at once
+PART = 512  # rows that are written at once
 
 
 class Row(NamedTuple):
