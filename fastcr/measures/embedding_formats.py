@@ -92,8 +92,9 @@ def save_parquet(file: Path, *, vectors: Array, maps: Array | None, rows: Sequen
         for first in range(0, len(rows), PART):
             part = slice(first, first + PART)
             columns: dict[str, Any] = dict(zip(COLUMNS, zip(*rows[part], strict=True), strict=True))
-            columns["path"], columns["split"] = map(_texts, (columns["path"], columns["split"]))
-            columns["label"] = [label or None for label in _texts(columns["label"])]
+            columns["path"] = _texts(columns["path"])
+            for name in ("split", "label"):
+                columns[name] = [text or None for text in _texts(columns[name])]
             columns["embedding"] = _lists(vectors[part])
             yield columns | ({} if maps is None else {"attention": _lists(maps[part])})
 
