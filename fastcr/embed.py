@@ -15,16 +15,19 @@ from itertools import accumulate, chain, pairwise
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
 from fastcr.arguments import EmbedConfig, read_arguments
+from fastcr.data.crops import centres_of
 from fastcr.data.images import ImageList
 from fastcr.data.layouts import read_splits
 from fastcr.data.views import normalise
 from fastcr.errors import UsageError
 from fastcr.measures.embedding_files import UNREADABLE, Partial, check_unused
+from fastcr.measures.embedding_formats import extra_of
 from fastcr.measures.embeddings import BATCH_SIZE, load_crops
 from fastcr.method.encoder import Encoder, find_weights, load
 from fastcr.runs.command_line import one_line_errors
@@ -57,16 +60,27 @@ def list_images(root: Path) -> tuple[list[ImageList], list[tuple[str, str, str]]
     return parts, rows, digest.hexdigest()
 
 
-def encode(batches: Iterable[Crops], encoder: Encoder, dtype: torch.dtype, attention: bool) -> Iterator[Encoded]:
-    """The arrays of each batch on the CPU, by the names of their files; on CUDA they are there after the event."""
+def encode(
+    batches: Iterable[Crops], encoder: Encoder, dtype: torch.dtype, *, attention: bool, patches: bool
+) -> Iterator[Encoded]:
+    """The arrays of each batch on the CPU, by the names of their files; on CUDA they are there after the event.
+
+    "peak" `[B,2]` is the centre of the position that is attended most, fractions of the square; NaN without a branch.
+    """
     device = next(encoder.parameters()).device
     for pixels, sizes, readable in batches:
         arrays: dict[str, Tensor] = {}
         if readable:
             images = normalise(pixels.to(device, non_blocking=True), torch.float32)
-            mean, rationale, maps = encoder.both(images, dtype)
-            maps = maps.half() if attention and maps is not None else None
-            named = {"mean": mean, "rationale": rationale, "attention": maps}
+            features = encoder.features(images, dtype)
+            mean, rationale, maps = encoder.pooled(features)
+            centres = centres_of(*features.shape[2:]).float().to(device)
+            peak = torch.full_like(mean[:, :2], torch.nan) if maps is None else centres[maps.flatten(1).argmax(1)]
+            named = {"mean": mean, "rationale": rationale, "peak": peak}
+            if attention and maps is not None:
+                named["attention"] = maps.half()
+            if patches:
+                named["patches"] = F.normalize(features.float(), dim=1).flatten(2).transpose(1, 2)
             arrays = {name: array.to("cpu", non_blocking=True) for name, array in named.items() if array is not None}
         fetched = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
         yield arrays, sizes, readable, fetched
@@ -80,6 +94,9 @@ def embed_folder(config: EmbedConfig, console: Console) -> None:
     `config.out`, or one begun with other weights or images.
     """
     weights, device = find_weights(config.source), pick_device(config.run.device)
+    if config.format == "faiss" and (config.attention or config.patches):
+        raise UsageError("--format faiss holds one vector an image: --attention and --patches need another --format")
+    extra_of(config.format)
     out = config.out or Path(f"{config.folder.resolve().name}-embeddings")
     check_unused(out)
     encoder = load(weights, device)
@@ -87,16 +104,20 @@ def embed_folder(config: EmbedConfig, console: Console) -> None:
         raise UsageError(f"{weights} has no rationale branch, so there is no --attention to write")
     parts, rows, digest = list_images(config.folder)
     dtype = pick_dtype(config.run.precision, device)
+    base = config.folder if config.folder.is_dir() else config.folder.parent
+    wanted = {"attention": config.attention, "patches": config.patches}
+    if config.format == "parquet" and encoder.branch is not None:
+        wanted["attention"] |= config.patches  # a column of theirs
     key = {
         "weights": hashlib.sha256(weights.read_bytes()).hexdigest(),
         "images": digest,
-        "settings": f"--attention {config.attention}, {dtype}, {BATCH_SIZE} images a batch",
+        "settings": f"{wanted}, {dtype}, {BATCH_SIZE} images a batch",
     }
     # the batches of the evaluation, none of two splits: the released branch's attention depends on the whole batch
     ends, size = [0, *accumulate(map(len, parts))], encoder.image_size
     starts = [start for part in pairwise(ends) for start in range(*part, BATCH_SIZE)] + [len(rows)]
     blank = torch.zeros(1, size, size, 3, dtype=torch.uint8), torch.zeros(1, 2), [0]
-    like = next(encode([blank], encoder, dtype, config.attention))[0]  # for the kinds and shapes of the arrays
+    like = next(encode([blank], encoder, dtype, **wanted))[0]  # for the kinds and shapes of the arrays
     job = Partial(out / "partial", key, like, starts)
     began, first = time.monotonic(), job.rows
     if job.images:
@@ -105,11 +126,16 @@ def embed_folder(config: EmbedConfig, console: Console) -> None:
     workers = pick_workers(config.data.workers)
     crops = load_crops(parts, batches, image_size=size, workers=workers, pin=device.type == "cuda")
     with encoder.evaluating():
-        fill(job, parts, batches, encode(crops, encoder, dtype, config.attention), console)
+        fill(job, parts, batches, encode(crops, encoder, dtype, **wanted), console)
     if not job.rows:
         job.remove()
         raise UsageError(f"none of the {len(rows)} images under {config.folder} can be read")
-    facts = encoder.facts | {"weights_sha256": key["weights"], "settings": key["settings"]}
+    facts = encoder.facts | {
+        "weights": os.path.abspath(weights),  # for `fastcr search`
+        "weights_sha256": key["weights"],
+        "root": os.path.abspath(base),  # of the images' paths
+        "settings": key["settings"],
+    }
     job.finish(out, config.format, facts, rows)
     speed = (job.rows - first) / (time.monotonic() - began)
     left_out = f", {len(rows) - job.rows:,} unreadable left out" if job.rows < len(rows) else ""

@@ -1,4 +1,7 @@
-"""`fastcr evaluate RUN|WEIGHTS`: measure both embeddings, and those of the frozen initialisation."""
+"""`fastcr evaluate RUN|WEIGHTS|NAME`: measure both embeddings, and those of the frozen initialisation.
+
+NAME is a torchvision ResNet or `timm:NAME`: a frozen encoder, measured with every pooling that needs no training.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,22 @@ from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
 from rich.console import Console
 
-from fastcr.arguments import EvaluateConfig, read_arguments
+from fastcr.arguments import EvaluateConfig, NamedModel, read_arguments
+from fastcr.config import Config, DataConfig, ModelConfig, RationaleConfig
 from fastcr.data.layouts import read_splits
 from fastcr.data.synthetic import write_synthetic
 from fastcr.errors import UsageError
 from fastcr.measures.evaluation import Classifiers, Evaluation, not_measured, show, test_images, write_results
 from fastcr.measures.localisation import read_objects
-from fastcr.method.encoder import find_weights
+from fastcr.measures.results import best_pooling
+from fastcr.method.backbone import RESNETS, TIMM, backbone_mistake, build_backbone
+from fastcr.method.encoder import Encoder, describe, find_weights
+from fastcr.method.weights import load_initial_weights
 from fastcr.runs.command_line import called, load_config, one_line_errors
 from fastcr.runs.distributed import processes_of_torchrun
 from fastcr.runs.machine import pick_device, pick_dtype, pick_workers
@@ -23,26 +32,68 @@ from fastcr.runs.machine import pick_device, pick_dtype, pick_workers
 PATIENCE = timedelta(days=1)  # of the other processes, while the first one trains its probes
 
 
-def read_settings(args: Sequence[str] | None) -> tuple[EvaluateConfig, Path, Path | None, Path | None]:
-    """Settings, the weights to measure, the frozen initialisation if there is one, and the images' root."""
+def read_settings(args: Sequence[str] | None) -> tuple[EvaluateConfig, Path | None, Path | None, Path | None, Path]:
+    """Settings, the weights file if there is one, the initial weights if there are, images' root, results' file."""
     config: EvaluateConfig = read_arguments("evaluate", args)
-    source, root = config.source, config.data.root
-    if source.is_dir():
-        root = root or load_config(source / "config.yaml").data.root
-        frozen = source / "init.safetensors"
-        return config, find_weights(source), frozen if frozen.is_file() else None, root
-    if not source.exists():
-        raise UsageError(f"no run folder or weights file {source}")
-    if root is None:
-        raise UsageError("a weights file needs --data.root, the folder of images to measure on")
-    return config, source, None, root
+    source, root, name = config.source, config.data.root, str(config.source)
+    weights: Path | None = None
+    frozen: Path | None = None
+    if not source.exists() and (name in RESNETS or name.startswith(TIMM)):
+        out = Path(f"{name.replace(':', '-').replace('/', '-')}-results.json")
+        if root is None:
+            raise UsageError("an encoder by name needs --data.root, the folder of images to measure on")
+    else:
+        weights = find_weights(source)
+        if config.model != NamedModel() or config.data.image_size:
+            raise UsageError(f"--model and --data.image_size are for encoders by name; {source} has its own")
+        out = weights.with_name("results.json")
+        if source.is_dir():
+            root = root or load_config(source / "config.yaml").data.root
+            init = source / "init.safetensors"
+            frozen = init if init.is_file() else None
+        elif root is None:
+            raise UsageError("a weights file needs --data.root, the folder of images to measure on")
+    out = config.out or out
+    if out.is_dir() or not out.parent.is_dir():  # said before everything is measured
+        raise UsageError(f"--out {out} names no file in a folder that is there")
+    return config, weights, frozen, root, out
+
+
+def named_encoder(config: EvaluateConfig) -> Encoder:
+    """The frozen encoder that `config` names, with its weights, on the CPU. `UsageError` if it cannot be had."""
+    name, model, size = str(config.source), config.model, config.data.image_size or DataConfig.image_size
+    if wrong := backbone_mistake(name, model.last_stage):
+        raise UsageError(wrong.removeprefix("--model.backbone: "))
+    settings = Config(
+        model=ModelConfig(name, model.last_stage, model.weights, model.allow_missing_weights),
+        data=DataConfig(image_size=size),
+        rationale=RationaleConfig(enabled=False),
+    )
+    torch.manual_seed(0)  # of weights that stay random
+    backbone, _ = build_backbone(name, model.last_stage, image_size=size)
+    load_initial_weights(backbone, settings.model)
+    encoder = Encoder(backbone, None, describe(settings)).requires_grad_(False).eval()
+    return encoder.to(memory_format=torch.channels_last)
+
+
+def measure(
+    config: EvaluateConfig, evaluation: Evaluation, weights: Path | None, frozen: Path | None
+) -> dict[str, Any]:
+    """Content of the results' file: of weights, beside the `frozen` ones, or of an encoder by name."""
+    if weights is not None:
+        initial = evaluation.measure_file(frozen, "frozen init") if frozen else None
+        return evaluation.results(weights, initial)
+    encoder = evaluation.processes.once(partial(named_encoder, config))
+    found = evaluation.described(evaluation.measure(encoder.to(evaluation.device), "frozen"))
+    named = {"name": str(config.source), "weights": config.model.weights, "image_size": encoder.image_size}
+    return {"encoder": named, **found, "best": {"baseline": best_pooling(found)}}
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Command line of `fastcr evaluate`."""
     with one_line_errors("evaluate"), processes_of_torchrun(called("evaluate"), PATIENCE) as processes:
         console = Console(markup=False, quiet=not processes.first)
-        config, weights, frozen, root = processes.once(partial(read_settings, args))
+        config, weights, frozen, root, out = processes.once(partial(read_settings, args))
         splits = read_splits(root or write_synthetic())
         images = test_images(splits)
         if images is None:
@@ -53,12 +104,11 @@ def main(args: Sequence[str] | None = None) -> None:
         workers = pick_workers(config.data.workers, processes.local_ranks)
         classifiers = Classifiers(config.knn, config.linear)
         evaluation = Evaluation(splits, images, device, dtype, workers, console, classifiers, objects, processes)
-        initial = evaluation.measure_file(frozen, "frozen init") if frozen else None
-        results = evaluation.results(weights, initial)
+        results = measure(config, evaluation, weights, frozen)
         show(results, console)
         if processes.first:
-            write_results(weights.parent / "results.json", results)
-        console.print(f"results: {weights.parent / 'results.json'}", soft_wrap=True, highlight=False)
+            write_results(out, results)
+        console.print(f"results: {out}", soft_wrap=True, highlight=False)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import shlex
 from collections.abc import Sequence
 from contextlib import suppress
@@ -16,7 +15,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.console import Console
 
 import fastcr
@@ -28,6 +26,7 @@ from fastcr.errors import UsageError
 from fastcr.measures.charts import can_draw
 from fastcr.measures.embeddings import embed
 from fastcr.measures.gallery import Gallery, Thumbnails, attended, neighbours
+from fastcr.measures.pages import check_out, render
 from fastcr.measures.summary import SECTIONS, Run, by_name, compare, data_name, differing, is_number, losses, scores_of
 from fastcr.method.encoder import load
 from fastcr.runs.checkpoint import write_whole
@@ -35,10 +34,7 @@ from fastcr.runs.command_line import called, load_config, one_line_errors
 from fastcr.runs.log import read_records
 from fastcr.runs.machine import cache_folder, pick_device, pick_dtype, pick_workers
 
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # no script is run, nothing is fetched
 GENERATOR = '<meta name="generator" content="fastcr.report">'
-# what no page may hold: control characters, and halves of characters from file names that are not UTF-8
-UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 def gallery_of(folder: Path, name: str, trained: Config, config: ReportConfig, console: Console) -> Gallery:
@@ -100,32 +96,10 @@ def versions(device: str) -> dict[str, str]:
 
 def page(runs: Sequence[Run], device: str = "cpu") -> str:
     """The whole page. It says who made it, so that a report is only ever written over another report."""
-    environment = Environment(
-        loader=PackageLoader("fastcr", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.globals |= {"by_name": by_name, "called": called, "can_draw": can_draw(), "compare": compare,
-                            "data_name": data_name, "differing": differing, "losses": losses,
-                            "quote": shlex.quote, "scores_of": scores_of, "sections": SECTIONS}  # fmt: skip
-    template = environment.get_template("report.html.jinja")
-    text = template.render(runs=runs, policy=POLICY, versions=versions(device))
-    return UNPRINTABLE.sub("\ufffd", text)
-
-
-def check_out(out: Path) -> None:
-    """`UsageError` where a page at `out` would destroy something else, or cannot be."""
-    if not out.parent.is_dir():
-        raise UsageError(f"no folder {out.parent} to write {out.name} into")
-    if out.exists() or out.is_symlink():
-        if not out.is_file():
-            raise UsageError(f"{out} is no file")
-        with out.open("rb") as file:
-            if GENERATOR.encode() not in file.read(1000):
-                raise UsageError(f"{out} is not a report of fastcr, so it is left as it is: name another --out")
+    helpers = {"by_name": by_name, "called": called, "can_draw": can_draw(), "compare": compare,
+               "data_name": data_name, "differing": differing, "losses": losses,
+               "quote": shlex.quote, "scores_of": scores_of, "sections": SECTIONS}  # fmt: skip
+    return render("report.html.jinja", helpers, runs=runs, versions=versions(device))
 
 
 def write_report(config: ReportConfig, console: Console) -> Path:
@@ -136,7 +110,7 @@ def write_report(config: ReportConfig, console: Console) -> Path:
         raise UsageError("a run is named twice")
     out = config.out or (config.runs[0] if len(config.runs) == 1 else Path()) / "report.html"
     trained = [load_config(folder / "config.yaml") for folder in config.runs]
-    check_out(out)
+    check_out(out, GENERATOR)
     names = [Path(os.path.abspath(folder)).name for folder in config.runs]
     numbers = [f" ({names[: i + 1].count(name)})" if names.count(name) > 1 else "" for i, name in enumerate(names)]
     names = [name + number for name, number in zip(names, numbers, strict=True)]

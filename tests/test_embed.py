@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import hashlib
 import io
 import json
 import os
@@ -27,6 +28,7 @@ from fastcr.data.images import ImageList
 from fastcr.data.layouts import read_splits
 from fastcr.measures import embedding_files
 from fastcr.measures.embedding_files import Partial
+from fastcr.measures.embedding_formats import PACKAGES
 from fastcr.measures.embeddings import Embeddings, embed
 from fastcr.runs.checkpoint import write_whole
 from tests.shared import write_weights
@@ -103,7 +105,7 @@ def test_rows_are_what_evaluation_computes_of_the_images_the_table_names(
     weights = write_weights(tmp_path / "weights.safetensors", released=released)
     run(weights, birds, "--out", tmp_path / "out", "--attention", "True")
     assert "96 images embedded (" in capsys.readouterr().out
-    assert contents(tmp_path / "out").keys() == {"embeddings.safetensors", "images.csv"}
+    assert contents(tmp_path / "out").keys() == {"embeddings.safetensors", "encoder.json", "images.csv"}
     assert len({file.stat().st_mode for file in (tmp_path / "out").iterdir()}) == 1  # not the owner's alone
     found, rows, first = load_file(tmp_path / "out" / "embeddings.safetensors"), table(tmp_path / "out"), 0
     assert (found["attention"].shape, found["attention"].dtype) == ((96, 2, 2), torch.float16)
@@ -134,7 +136,7 @@ def test_numpy_files_hold_the_same_and_so_do_those_of_worker_processes(
     more = ["--out", str(tmp_path / "npy"), "--format", "npy", "--attention", "True", "--data.workers", "2"]
     command.main([str(weights), str(birds), "--run.device", "cpu", *more])
     expected = load_file(tmp_path / f"{birds.name}-embeddings" / "embeddings.safetensors")  # the default of --out
-    assert contents(tmp_path / "npy").keys() == {f"{name}.npy" for name in expected} | {"images.csv"}
+    assert contents(tmp_path / "npy").keys() == {f"{name}.npy" for name in expected} | {"encoder.json", "images.csv"}
     for name, array in expected.items():
         mapped = np.load(tmp_path / "npy" / f"{name}.npy", mmap_mode="r")
         assert mapped.dtype == array.numpy().dtype
@@ -153,7 +155,7 @@ def test_without_a_branch_there_is_the_mean_alone(
     assert not (tmp_path / "more").exists()
 
 
-@pytest.mark.parametrize("format", ["safetensors", "npy"])
+@pytest.mark.parametrize("format", ["safetensors", "npy", "parquet", "faiss"])
 @pytest.mark.usefixtures("batches_of_8")
 def test_killed_command_goes_on_and_gives_the_same_bytes(
     format: str,
@@ -163,7 +165,10 @@ def test_killed_command_goes_on_and_gives_the_same_bytes(
     killed_after_5_batches: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    how = ["--attention", "True", "--format", format]
+    if format in PACKAGES:
+        pytest.importorskip(PACKAGES[format])
+    more = [] if format == "faiss" else ["--attention", "True", "--patches", "True"]
+    how = [*more, "--format", format]
     with pytest.raises(Killed):
         run(weights, birds, "--out", tmp_path / "out", *how)
     begun = tmp_path / "out" / "partial" / "mean.npy"
@@ -323,7 +328,9 @@ def test_finished_files_are_not_overwritten(
 ) -> None:
     run(weights, birds / "test", "--out", tmp_path)
     before = contents(tmp_path)
-    for more in (["--format", "npy"], []):
+    for more in (["--format", "npy"], ["--format", "parquet"], []):
+        if "parquet" in more:
+            pytest.importorskip("pyarrow")
         message = fails(capsys, weights, birds / "test", "--out", tmp_path, *more)
         assert "images.csv is there already: remove it, or name another --out" in message
         assert contents(tmp_path) == before
@@ -373,6 +380,95 @@ def test_table_survives_any_name(weights: Path, flat: Path, tmp_path: Path) -> N
     assert all((tmp_path / "root" / row["path"]).is_file() for row in rows)
 
 
+def test_encoder_json_says_which_encoder_it_was(weights: Path, birds: Path, tmp_path: Path) -> None:
+    run(weights, birds, "--out", tmp_path / "out", "--format", "npy")
+    facts = json.loads((tmp_path / "out" / "encoder.json").read_text())
+    assert (facts["weights"], facts["root"]) == (str(weights), str(birds))
+    assert facts["weights_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert (facts["backbone"], facts["image_size"]) == ("resnet18", 32)
+
+
+def test_parquet_holds_a_row_an_image_and_a_row_a_patch(weights: Path, birds: Path, tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    run(weights, birds, "--out", tmp_path / "plain", "--attention", "True", "--patches", "True")
+    run(weights, birds, "--out", tmp_path / "out", "--format", "parquet", "--patches", "True")
+    assert contents(tmp_path / "out").keys() == {"embeddings.parquet", "patches.parquet", "encoder.json", "images.csv"}
+    expected, rows = load_file(tmp_path / "plain" / "embeddings.safetensors"), table(tmp_path / "out")
+    assert rows == table(tmp_path / "plain")
+    found = parquet.read_table(tmp_path / "out" / "embeddings.parquet")
+    assert json.loads(found.schema.metadata[b"fastcr"]) == json.loads((tmp_path / "out" / "encoder.json").read_text())
+    images = found.to_pylist()
+    assert np.array_equal(np.float32([each["embedding"] for each in images]), expected["rationale"].numpy())
+    assert [each["label"] for each in images] == [row["label"] for row in rows]
+    for each, row in zip(images, rows, strict=True):
+        assert [each["path"], str(each["width"])] == [row["path"], row["width"]]
+        assert np.float32([row["peak_x"], row["peak_y"]]).tolist() == [each["peak_x"], each["peak_y"]]
+
+    features = fastcr.load(weights).features
+    patches = parquet.read_table(tmp_path / "out" / "patches.parquet").to_pylist()
+    assert len(patches) == 4 * 96
+    vectors = torch.tensor([each["embedding"] for each in patches]).view(96, 4, 256)
+    assert torch.equal(vectors, expected["patches"])
+    picture = fastcr.load(weights).transform(Image.open(birds / rows[7]["path"]))
+    with torch.inference_mode():
+        alone = torch.nn.functional.normalize(features(picture[None]), dim=1).flatten(2)[0].T
+    torch.testing.assert_close(vectors[7], alone, atol=1e-5, rtol=0)
+    for i, row in enumerate(rows):
+        own = patches[4 * i : 4 * i + 4]
+        assert {each["path"] for each in own} == {row["path"]}
+        assert all(a["x"] < b["x"] and a["y"] == b["y"] for a, b in (own[:2], own[2:]))
+        assert own[0]["y"] < own[2]["y"]
+        assert [each["attention"] for each in own] == expected["attention"][i].flatten().tolist()
+        most = max(own, key=lambda each: each["attention"])
+        near = [each for each in own if each["attention"] == most["attention"]]  # fp16 may make two alike
+        peak = float(row["peak_x"]), float(row["peak_y"])
+        assert min(abs(each["x"] - peak[0]) + abs(each["y"] - peak[1]) for each in near) < 2e-4
+
+
+def test_parquet_without_labels_branch_or_utf8(flat: Path, tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    plain = write_weights(tmp_path / "plain.safetensors", RationaleConfig(enabled=False))
+    (tmp_path / "root").mkdir()
+    for name, file in zip([b"a.jpg", b"\xff.jpg"], flat.iterdir(), strict=False):
+        shutil.copyfile(file, tmp_path / "root" / os.fsdecode(name))
+    run(plain, tmp_path / "root", "--out", tmp_path / "out", "--format", "parquet", "--patches", "True")
+    found = parquet.read_table(tmp_path / "out" / "embeddings.parquet").to_pylist()
+    assert [each["path"] for each in found] == ["a.jpg", "\\xff.jpg"]
+    assert {(each["label"], each["peak_x"], each["peak_y"]) for each in found} == {(None, None, None)}
+    assert [row["peak_x"] for row in table(tmp_path / "out")] == ["", ""]
+    patches = parquet.read_table(tmp_path / "out" / "patches.parquet").to_pylist()
+    assert {each["attention"] for each in patches} == {None}
+    mean = np.mean([each["embedding"] for each in patches[:4]], axis=0)
+    assert np.dot(mean, found[0]["embedding"]) > 0.9 * np.linalg.norm(mean)
+
+
+def test_faiss_finds_what_a_product_finds(weights: Path, birds: Path, tmp_path: Path) -> None:
+    faiss = pytest.importorskip("faiss")
+    run(weights, birds, "--out", tmp_path / "plain")
+    run(weights, birds, "--out", tmp_path / "out", "--format", "faiss")
+    assert contents(tmp_path / "out").keys() == {"embeddings.faiss", "encoder.json", "images.csv"}
+    assert table(tmp_path / "out") == table(tmp_path / "plain")
+    index = faiss.read_index(str(tmp_path / "out" / "embeddings.faiss"))
+    expected = load_file(tmp_path / "plain" / "embeddings.safetensors")["rationale"].numpy()
+    assert isinstance(index, faiss.IndexFlatIP)
+    assert np.array_equal(index.reconstruct_n(0, 96), expected)
+
+
+@pytest.mark.parametrize("format", PACKAGES)
+def test_a_missing_extra_is_named_before_any_work(
+    format: str,
+    weights: Path,
+    birds: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, PACKAGES[format], None)
+    message = fails(capsys, weights, birds, "--out", tmp_path / "out", "--format", format)
+    assert f'needs {PACKAGES[format]}: pip install "fastcr[{format}]"' in message
+    assert not (tmp_path / "out").exists()
+
+
 def test_text_files_that_list_images_are_roots_too(weights: Path, flat: Path, tmp_path: Path) -> None:
     files = sorted(file.name for file in flat.iterdir())[:5]
     (tmp_path / "list.txt").write_text("".join(f"{flat / file}\tlabel {file}\n" for file in files))
@@ -389,6 +485,8 @@ def test_text_files_that_list_images_are_roots_too(weights: Path, flat: Path, tm
         (["WEIGHTS", "nowhere"], "no folder nowhere"),
         (["WEIGHTS"], "missing"),
         (["WEIGHTS", "ROOT", "--format", "csv"], "format"),
+        (["WEIGHTS", "ROOT", "--format", "faiss", "--attention", "True"], "need another --format"),
+        (["WEIGHTS", "ROOT", "--format", "faiss", "--patches", "True"], "need another --format"),
         (["WEIGHTS", "ROOT", "--data.workers", "-1"], "--data.workers must be at least 0"),
         (["WEIGHTS", "ROOT", "--run.device", "tpu"], "--run.device must be"),
         (["WEIGHTS", "ROOT", "--out", "WEIGHTS"], "weights.safetensors"),

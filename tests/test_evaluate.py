@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -16,14 +17,16 @@ from rich.console import Console
 from torchvision.transforms import v2
 
 from fastcr import evaluate, train
+from fastcr.config import RationaleConfig
 from fastcr.data.images import ImageList, read_rgb
 from fastcr.data.layouts import read_splits
 from fastcr.measures import embeddings as embedding
 from fastcr.measures import evaluation as measuring
 from fastcr.measures.embeddings import Embeddings, embed
 from fastcr.measures.linear_probe import fit_augmented
+from fastcr.measures.retrieval import retrieval
 from fastcr.method.encoder import Encoder, load
-from tests.shared import TINY, start
+from tests.shared import TINY, start, write_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SECTIONS = {
@@ -352,3 +355,94 @@ def test_crop_is_torchvisions_resize_and_centre_crop(size: tuple[int, int], side
     assert sizes.tolist() == [[*size[::-1]]]
     expected = v2.Compose([v2.PILToTensor(), v2.Resize(round(side * 8 / 7), antialias=True), v2.CenterCrop(side)])
     assert torch.equal(crops[0].permute(2, 0, 1), expected(read_rgb(str(tmp_path / "noise.png"))))
+
+
+# --- encoders by name, without a run ---
+
+
+def test_a_frozen_vit_is_judged_by_every_pooling(
+    birds: Path, images: ImageList, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    timm = pytest.importorskip("timm")
+    monkeypatch.chdir(tmp_path)
+    settings = ["--model.weights", "none", "--data.image_size", "32", "--data.root", str(birds), *CPU]
+    evaluate.main(["timm:vit_tiny_patch16_224", *settings, "--linear.enabled", "False"])
+    out, found = capsys.readouterr().out, json.loads(Path("timm-vit_tiny_patch16_224-results.json").read_text())
+    assert found["encoder"] == {"name": "timm:vit_tiny_patch16_224", "weights": "none", "image_size": 32}
+    poolings = {"mean", "gem", "norm", "gaussian", "scda", "ddt", "cls"}
+    assert found["retrieval"].keys() == found["retrieval_centred"].keys() == poolings
+    assert found["best"].keys() == {"baseline"}
+    every = [each["rank1"] for part in ("retrieval", "retrieval_centred") for each in found[part].values()]
+    assert found["best"]["baseline"]["rank1"] == max(every)
+    assert f"best (rank-1 / mAP): {found['best']['baseline']['pooling']}" in out
+    assert all(f"{rank1:.2f}" in out for rank1 in every)
+    assert "trained" not in out
+
+    # timm's own class token, of the images that evaluation sees
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, dynamic_img_size=True).eval()
+    ((crops, _, _),) = embedding.load_crops([images], [[*range(32)]], image_size=32, workers=0, pin=False)
+    seen = v2.functional.normalize(
+        crops.permute(0, 3, 1, 2) / 255, model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
+    )
+    with torch.inference_mode():
+        token = torch.nn.functional.normalize(model.forward_features(seen)[:, 0], dim=1)
+    expected = retrieval(token, torch.tensor(images.labels))
+    assert found["retrieval"]["cls"]["mAP"] == pytest.approx(expected.mAP, abs=0.05)
+
+
+def test_a_resnet_by_name_and_weights_is_that_encoder(birds: Path, tmp_path: Path) -> None:
+    plain = write_weights(tmp_path / "plain.safetensors", RationaleConfig(enabled=False))
+    backbone = load(plain).backbone
+    torch.save(backbone.state_dict(), tmp_path / "backbone.pt")
+    root = ["--data.root", str(birds), *CPU, "--linear.epochs", "1"]
+    evaluate.main([str(plain), *root, "--out", str(tmp_path / "file.json")])
+    named = [
+        "--model.weights",
+        str(tmp_path / "backbone.pt"),
+        "--model.last_stage",
+        "layer3",
+        "--data.image_size",
+        "32",
+    ]
+    evaluate.main(["resnet18", *named, *root, "--out", str(tmp_path / "name.json")])
+    of_file, of_name = (json.loads((tmp_path / f"{kind}.json").read_text()) for kind in ("file", "name"))
+    for section in ("retrieval", "retrieval_centred", "knn", "linear", "few_label"):
+        assert of_name[section] == of_file[section]
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_weights_that_cannot_be_fetched_are_a_mistake_of_one_line(
+    birds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+) -> None:
+    def offline(*_: object, **__: object) -> None:
+        raise URLError("no route")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    assert "no network for the ImageNet weights" in refused(evaluate.main, "resnet18", "--data.root", birds, *CPU)
+    timm = pytest.importorskip("timm")
+    monkeypatch.setattr(timm.models._builder, "load_pretrained", offline)
+    line = refused(evaluate.main, "timm:resnet18", "--data.root", birds, *CPU)
+    assert "timm cannot get the weights of resnet18" in line
+    assert "--model.weights FILE" in line
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["resnet18"], "needs --data.root"),
+        (["resnet17", "--data.root", "BIRDS"], "no run folder or weights file resnet17"),
+        (["timm:vit_tinny", "--data.root", "BIRDS"], "timm has no model 'vit_tinny'"),
+        (["timm:resnet18", "--data.root", "BIRDS", "--model.last_stage", "layer3"], "is taken whole"),
+        (["RUN", "--model.weights", "none"], "are for encoders by name"),
+        (["RUN", "--data.image_size", "64"], "are for encoders by name"),
+        (["RUN", "--out", "nowhere/results.json"], "--out nowhere/results.json names no file"),
+    ],
+)
+def test_mistakes_with_names_get_one_line(
+    args: list[str], message: str, copied: Path, birds: Path, refused: Callable[..., str]
+) -> None:
+    pytest.importorskip("timm")
+    stands_for = {"RUN": str(copied), "BIRDS": str(birds)}
+    assert message in refused(evaluate.main, *(stands_for.get(each, each) for each in args), *CPU)

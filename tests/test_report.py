@@ -24,8 +24,9 @@ from fastcr import report, train
 from fastcr.config import Config
 from fastcr.measures.charts import POINTS
 from fastcr.measures.gallery import SIDE, Gallery, Shown
+from fastcr.measures.pages import POLICY
 from fastcr.measures.summary import Run, compare, duration
-from fastcr.report import GENERATOR, POLICY
+from fastcr.report import GENERATOR
 from fastcr.runs.command_line import called, load_config, read_command_line
 from tests.shared import PLAIN, curves_of, decoded
 

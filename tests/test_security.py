@@ -31,8 +31,9 @@ from fastcr.data.layouts import read_splits
 from fastcr.data.shards import index_of, list_samples, read_index
 from fastcr.errors import UsageError
 from fastcr.measures.gallery import Gallery, Query, Shown
+from fastcr.measures.pages import POLICY
 from fastcr.measures.summary import Run
-from fastcr.report import POLICY, page
+from fastcr.report import page
 from fastcr.runs.checkpoint import save_weights
 from tests.shared import ROOT, TINY, Trap
 
@@ -189,7 +190,7 @@ sys.addaudithook(hook)
 """
 COMMANDS = """
 import json
-from fastcr import embed, evaluate, report, train, visualize
+from fastcr import embed, evaluate, report, search, train, visualize
 for name, args in json.loads(sys.argv[2]):
     globals()[name].main(args)
 note("control", "from here on all is forbidden, to see that it is noticed")
@@ -220,7 +221,7 @@ def files_of(*folders: Path) -> dict[str, tuple[int, int]]:
 
 @pytest.fixture(scope="module")
 def watched(birds: Path, tmp_path_factory: pytest.TempPathFactory) -> Watched:
-    """Training, every measure, a report, embeddings and maps of birds whose class and files have hostile names."""
+    """Training, every measure, a report, embeddings, a search and maps of birds with hostile names."""
     place = tmp_path_factory.mktemp("watched")
     root, run, out = Path(shutil.copytree(birds, place / "birds")), place / "run", place / "out"
     for split in ("train", "test"):
@@ -237,6 +238,7 @@ def watched(birds: Path, tmp_path_factory: pytest.TempPathFactory) -> Watched:
         ("report", [run, *cpu]),
         ("visualize", [run, "--run.device", "cpu"]),
         ("embed", [run, root, "--out", out, *cpu]),
+        ("search", [out, root, "--out", out / "search.html", "--run.device", "cpu"]),
     ]
     before = files_of(*(place / name for name in ("home", "here", "birds")))
     process = subprocess.run(

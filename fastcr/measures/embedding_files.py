@@ -1,6 +1,7 @@
 """The files of embeddings: memory-mapped arrays that fill up in a folder `partial`, then the final files, each whole.
 
-A killed job resumes after the images that `state.json` counts. Row i of every array is row i of `images.csv`.
+A killed job resumes after the images that `state.json` counts. Row i of every array is row i of `images.csv`;
+`encoder.json` says which encoder they are of.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import csv
 import fcntl
 import json
+import math
 import os
 import shutil
 import time
@@ -17,22 +19,31 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import safetensors.torch
 import torch
 from numpy.lib.format import open_memmap
 from torch import Tensor
 
+from fastcr.data.crops import in_image
 from fastcr.errors import UsageError
+from fastcr.measures.embedding_formats import (
+    COLUMNS,
+    FILES,
+    Array,
+    Format,
+    Row,
+    save_faiss,
+    save_parquet,
+    save_patches,
+    save_tensors,
+)
 from fastcr.runs.checkpoint import write_whole
 
 COMMIT_SECONDS = 5.0  # work that a kill may cost
-COLUMNS = ("row", "path", "split", "label", "width", "height")
-TABLE = "images.csv"
-FINAL = (TABLE, "embeddings.safetensors", "mean.npy", "rationale.npy", "attention.npy")
+TABLE, ENCODER = "images.csv", "encoder.json"
+FINAL = (TABLE, *FILES, ENCODER)
+HELD = ("sizes", "peak")  # arrays that end in the table
 UNREADABLE = -1  # height and width of an image that cannot be read; 0 before it is tried
 ANEW = "remove that folder to begin anew, or name another --out"
-Format = Literal["safetensors", "npy"]
-Array = np.ndarray[Any, Any]
 
 
 class Partial:
@@ -40,7 +51,8 @@ class Partial:
 
     Attributes:
         arrays: `[N,...]` for N images, of which the first `rows` rows are filled: those of the readable images; and
-            `sizes`, `[N,2]`: height and width of each image in pixels, or `UNREADABLE`.
+            `sizes`, `[N,2]`: height and width of each image in pixels, or `UNREADABLE`. `peak`, `[N,2]`: x and y of the
+            attention's, in fractions of the square that the encoder sees, or NaN.
         images, rows: how many images are done, and how many of those could be read.
     """
 
@@ -125,33 +137,60 @@ class Partial:
     def finish(
         self, folder: Path, format: Format, facts: dict[str, Any], images: Sequence[tuple[str, str, str]]
     ) -> None:
-        """Write the final files, each whole or not at all and none held in memory, the table last; remove the others.
+        """Write the final files, each whole or not at all, the table last; remove the others.
 
-        `images` are path, split and label of each image.
+        None is held in memory, but for an index of FAISS. `images` are path, split and label of each image, `facts`
+        those of the encoder.
         """
-        arrays = {name: array[: self.rows] for name, array in self.arrays.items() if name != "sizes"}
-        if format == "safetensors":
-            write_whole(folder / "embeddings.safetensors", partial(self._save_tensors, arrays=arrays, facts=facts))
-        else:
+        arrays = {name: array[: self.rows] for name, array in self.arrays.items() if name not in HELD}
+        rows = self._table(images, facts["image_size"])
+        if format == "npy":
             for name, array in arrays.items():
                 write_whole(folder / f"{name}.npy", partial(allocate, like=array, copy=True))
-        write_whole(folder / TABLE, partial(self._save_table, images=images))
+        elif format == "safetensors":
+            save = partial(save_tensors, arrays=arrays, facts=facts, scratch=self.folder)
+            write_whole(folder / "embeddings.safetensors", save)
+        elif format == "faiss":
+            write_whole(folder / "embeddings.faiss", partial(save_faiss, vectors=embedding_of(arrays)))
+        else:
+            if "patches" in arrays:
+                sizes = torch.tensor([(row.height, row.width) for row in rows])
+                save = partial(save_patches, arrays=arrays, rows=rows, sizes=sizes, facts=facts)
+                write_whole(folder / "patches.parquet", save)
+            save = partial(
+                save_parquet, vectors=embedding_of(arrays), maps=arrays.get("attention"), rows=rows, facts=facts
+            )
+            write_whole(folder / "embeddings.parquet", save)
+        write_whole(folder / ENCODER, lambda file: file.write_text(json.dumps(facts, indent=2) + "\n"))
+        write_whole(folder / TABLE, partial(_save_table, rows=rows))
         self.remove()
 
-    def _save_tensors(self, file: Path, arrays: dict[str, Array], facts: dict[str, Any]) -> None:
-        made = self.folder / "embeddings.safetensors"  # save_file, if it is killed, leaves a scratch file beside it
-        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        safetensors.torch.save_file(tensors, made, {"fastcr": json.dumps(facts)})
-        shutil.copymode(self.folder / "sizes.npy", made)  # save_file makes it readable to its owner only
-        os.replace(made, file)
+    def _table(self, images: Sequence[tuple[str, str, str]], image_size: int) -> list[Row]:
+        """The readable images."""
+        sizes = torch.from_numpy(np.array(self.arrays["sizes"]))
+        readable = sizes[:, 0] != UNREADABLE
+        peaks = torch.from_numpy(np.array(self.arrays["peak"][: self.rows])).double()
+        found = in_image(peaks[:, None], sizes[readable], image_size)[:, 0].tolist()
+        read = [image for image, there in zip(images, readable.tolist(), strict=True) if there]
+        rounded = [[None if math.isnan(each) else round(each, 4) for each in peak] for peak in found]
+        return [
+            Row(path, split, label, width, height, x, y)
+            for (path, split, label), (height, width), (x, y) in zip(
+                read, sizes[readable].tolist(), rounded, strict=True
+            )
+        ]
 
-    def _save_table(self, file: Path, images: Sequence[tuple[str, str, str]]) -> None:
-        with file.open("w", encoding="utf-8", errors="surrogateescape", newline="") as text:
-            table = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
-            table.writerow(COLUMNS)
-            sized = zip(images, self.arrays["sizes"].tolist(), strict=True)
-            read = ((*image, width, height) for image, (height, width) in sized if height != UNREADABLE)
-            table.writerows((row, *image) for row, image in enumerate(read))
+
+def embedding_of(arrays: dict[str, Array]) -> Array:
+    """The encoder's own embedding `[N,C]`: pooled with the attention; without a branch, the mean."""
+    return arrays.get("rationale", arrays["mean"])
+
+
+def _save_table(file: Path, rows: Sequence[Row]) -> None:
+    with file.open("w", encoding="utf-8", errors="surrogateescape", newline="") as text:
+        table = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
+        table.writerow(("row", *COLUMNS))
+        table.writerows((number, *row) for number, row in enumerate(rows))
 
 
 def allocate(file: Path, like: Array, *, copy: bool = False) -> None:

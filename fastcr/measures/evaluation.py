@@ -164,8 +164,21 @@ class Evaluation:
     def results(self, weights: Path, initial: Measured | None) -> dict[str, Any]:
         """Content of `results.json`: scores of `weights`, those of the initial weights beside them, the best epoch."""
         same = initial and self.processes.once(lambda: filecmp.cmp(weights, weights.with_name(INITIAL), shallow=False))
-        scores, skipped, unreadable = initial if initial and same else self.measure_file(weights, "trained")
-        frozen = initial.scores if initial else None
+        measured = initial if initial and same else self.measure_file(weights, "trained")
+        results = self.described(measured)
+        best = {"trained": best_pooling(measured.scores)}
+        if initial is not None:
+            results["frozen_init"] = initial.scores
+            best["baseline"] = best_pooling(initial.scores, trained=("rationale",))
+        results["best"] = best
+        if epoch := self.best(read_records(weights.parent / HISTORY)):
+            kept = {"weights": BEST} if (weights.parent / BEST).is_file() else {}
+            results["best_epoch"] = epoch | kept
+        return results
+
+    def described(self, measured: Measured) -> dict[str, Any]:
+        """The scores, and the images that they are of; those left out are named for people too."""
+        scores, skipped, unreadable = measured
         for path in unreadable:
             self.console.print(f"unreadable image {path!r}: left out", soft_wrap=True, highlight=False)
         if skipped:
@@ -173,7 +186,7 @@ class Evaluation:
         if self.classifiers and self.splits.test and (alone := int((~self._in_common()).sum())):
             left_out = f"{alone} of {len(self.images)} test images are of classes without training images"
             self.console.print(f"{left_out}: kNN and linear probes leave them out", highlight=False)
-        results: dict[str, Any] = {
+        return {
             "folder": str(self.images.root),
             "images": len(self.images) - len(unreadable),
             "unreadable": len(unreadable),
@@ -181,15 +194,6 @@ class Evaluation:
             "classes": len(set(self.images.labels or ())),
             **scores,
         }
-        if frozen is not None:
-            results["frozen_init"] = frozen
-        results["best"] = {"trained": best_pooling(scores)}
-        if frozen is not None:
-            results["best"]["baseline"] = best_pooling(frozen, trained=("rationale",))
-        if best := self.best(read_records(weights.parent / HISTORY)):
-            kept = {"weights": BEST} if (weights.parent / BEST).is_file() else {}
-            results["best_epoch"] = best | kept
-        return results
 
     def best(self, history: list[dict[str, Any]]) -> dict[str, Any] | None:
         """The evaluation during training, on these images, with the highest rank-1."""

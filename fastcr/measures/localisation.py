@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcr.data.crops import in_crop
+from fastcr.data.crops import centres_of, in_crop
 from fastcr.data.images import ImageList
 from fastcr.data.text_lists import read_text
 from fastcr.errors import UsageError
@@ -184,7 +184,7 @@ def localisation(attention: Tensor, objects: Objects) -> dict[str, Localisation]
         "gaussian": gaussian_of_entropy(_entropy(attention), side),
         "uniform": torch.full_like(attention, 1 / attention.shape[1]),
     }
-    centres = _centres(side)
+    centres = centres_of(side, side)
     peaks = {  # [N or 1,P,2], any of P
         "attention": centres[attention.argmax(1)][:, None],
         "average": centres[average.argmax(1)][:, None],
@@ -206,7 +206,7 @@ def localisation(attention: Tensor, objects: Objects) -> dict[str, Localisation]
 
 def gaussian_of_entropy(entropy: Tensor, side: int) -> Tensor:
     """Centred Gaussian maps `[N,side*side]` of the given entropies `[N]`, nats; found by bisection of log sigma."""
-    distance = (_centres(side) - 0.5).square().sum(1)
+    distance = (centres_of(side, side) - 0.5).square().sum(1)
     low = torch.full_like(entropy, math.log(1e-3))
     high = torch.full_like(entropy, math.log(1e3))
     for _ in range(60):
@@ -222,13 +222,6 @@ def _gaussian(log_sigma: Tensor, distance: Tensor) -> Tensor:
 
 def _entropy(maps: Tensor) -> Tensor:
     return -torch.xlogy(maps, maps).sum(1)
-
-
-def _centres(side: int) -> Tensor:
-    """(x, y) `[side*side,2]` of the cells of a map, row by row, as fractions."""
-    axis = (torch.arange(side, dtype=torch.float64) + 0.5) / side
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
-    return torch.stack([x.flatten(), y.flatten()], 1)
 
 
 def _near(points: Tensor, parts: Tensor, reach: float) -> Tensor:

@@ -119,7 +119,7 @@ def results_tables(results: dict[str, Any]) -> Iterator[Table | str]:
 
 def _parts(results: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     frozen = [("frozen init", results["frozen_init"])] if "frozen_init" in results else []
-    return [*frozen, ("trained", results)]
+    return [*frozen, ("frozen" if "encoder" in results else "trained", results)]
 
 
 def retrieval_table(results: dict[str, Any]) -> Table:
@@ -145,7 +145,7 @@ def retrieval_table(results: dict[str, Any]) -> Table:
 
 
 def best_line(results: dict[str, Any]) -> str | None:
-    """One line: the best of the trained encoder beside the best that needs no training; None without the latter."""
+    """One line: the best of the trained encoder, if it is one, beside the best that needs no training, if there is."""
     best = results.get("best", {})
     if "baseline" not in best:
         return None
@@ -153,6 +153,8 @@ def best_line(results: dict[str, Any]) -> str | None:
     def said(found: dict[str, Any]) -> str:
         return f"{found['pooling']}{' centred' * found['centred']} {found['rank1']:.2f} / {found['mAP']:.2f}"
 
+    if "trained" not in best:
+        return f"best (rank-1 / mAP): {said(best['baseline'])}"
     gain = best["trained"]["rank1"] - best["baseline"]["rank1"]
     verdict = f"training {'loses' if gain < 0 else 'gains'} {abs(gain):.2f} points"
     if "retrieval" in results and results["retrieval"] == results.get("frozen_init", {}).get("retrieval"):

@@ -21,7 +21,7 @@ from tests.fuzz.damage import JSON, SHARE
 from tests.fuzz.properties import REFUSED, attempt, contents, fuzzed
 from tests.shared import write_weights
 
-FILES = ["embeddings.safetensors", "images.csv"]
+FILES = ["embeddings.safetensors", "encoder.json", "images.csv"]
 
 
 def run(place: Path, out: Path) -> Any:

@@ -1,0 +1,108 @@
+"""Embeddings that `fastcr embed` wrote, read again, and those of them that are nearest to others."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastcr.errors import UsageError, one_line
+from fastcr.measures.embedding_files import ENCODER, TABLE
+from fastcr.measures.embedding_formats import extra_of
+from fastcr.runs.checkpoint import load_weights
+
+FACTS = ("weights", "weights_sha256", "root")
+QUERIES = 64  # compared at once: their similarities to a million images are 256 MB
+
+
+class Neighbour(NamedTuple):
+    """An image of the table."""
+
+    path: str  # below the root
+    label: str  # "" without
+    similarity: float  # cosine
+
+
+class Stored(NamedTuple):
+    """The embeddings in a folder."""
+
+    vectors: Any  # [N,C] fp32, unit length; or FAISS's index of them
+    rows: list[tuple[str, str]]  # path and label of each image
+    facts: dict[str, Any]  # of the encoder
+
+    def nearest(self, queries: Tensor, k: int) -> list[list[Neighbour]]:
+        """The `k` images most similar to each of the queries `[Q,C]`, unit length, the most similar first."""
+        k = min(k, len(self.rows))
+        found = []
+        for part in queries.split(QUERIES):
+            if isinstance(self.vectors, Tensor):
+                similarity, places = (part @ self.vectors.T).topk(k)
+            else:
+                similarity, places = map(torch.from_numpy, self.vectors.search(part.numpy(), k))
+            for some, where in zip(similarity.tolist(), places.tolist(), strict=True):
+                found.append(
+                    [Neighbour(self.rows[i][0], self.rows[i][1], each) for i, each in zip(where, some, strict=True)]
+                )
+        return found
+
+
+def read_stored(source: Path) -> Stored:
+    """The embeddings in the folder `source`, or in that of the file. `UsageError` where there are none, or broken."""
+    folder = source if source.is_dir() else source.parent
+    names = ("embeddings.faiss", "embeddings.parquet", "embeddings.safetensors", "rationale.npy", "mean.npy")
+    files = [folder / name for name in names if (folder / name).is_file()]
+    if not source.exists() or not files:
+        raise UsageError(f"no embeddings at {source}: name a folder that fastcr embed wrote")
+    if not (folder / TABLE).is_file():
+        raise UsageError(f"{folder} has no {TABLE}: give the fastcr embed command again that began it")
+    if not (folder / ENCODER).is_file():
+        raise UsageError(f"{folder} does not say which encoder it is of (no {ENCODER}): make it anew with fastcr embed")
+    reading = folder / ENCODER
+    try:
+        facts = json.loads(reading.read_text())
+        if not all(isinstance(facts[name], str) for name in FACTS):
+            raise ValueError(f"it lacks {' or '.join(FACTS)}")
+        reading = folder / TABLE
+        with reading.open(newline="", encoding="utf-8", errors="surrogateescape") as text:
+            rows = [(row["path"], row["label"]) for row in csv.DictReader(text)]
+        reading = files[0]
+        vectors = _vectors(reading)
+        count = len(vectors) if isinstance(vectors, Tensor) else vectors.ntotal
+        if count != len(rows) or not rows:
+            raise ValueError(f"{count} embeddings of {len(rows)} images")
+    except (ValueError, TypeError, LookupError, RuntimeError, RecursionError, csv.Error) as error:
+        raise UsageError(f"{reading} is broken ({one_line(error)}): make it anew with fastcr embed") from None
+    return Stored(vectors, rows, facts)
+
+
+def _vectors(file: Path) -> Any:
+    extra_of(file.suffix.removeprefix("."))
+    if file.suffix == ".npy":
+        return _checked(np.load(file))
+    if file.suffix == ".safetensors":
+        tensors, _ = load_weights(file)
+        return _checked(tensors["rationale" if "rationale" in tensors else "mean"].numpy())
+    if file.suffix == ".faiss":
+        import faiss
+
+        with file.open("rb") as opened:
+            index = faiss.read_index(faiss.PyCallbackIOReader(opened.read))
+        if not isinstance(index, faiss.IndexFlatIP):
+            raise ValueError("no flat index of inner products")
+        return index
+    from pyarrow import parquet
+
+    with file.open("rb") as opened:
+        column = parquet.read_table(opened, columns=["embedding"])["embedding"].combine_chunks()
+    return _checked(column.flatten().to_numpy().reshape(len(column), -1))
+
+
+def _checked(vectors: np.ndarray[Any, Any]) -> Tensor:
+    if vectors.ndim != 2 or vectors.dtype != np.float32:
+        raise ValueError("no vectors in fp32")
+    return torch.from_numpy(np.require(vectors, requirements="W"))

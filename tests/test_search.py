@@ -1,0 +1,273 @@
+"""Search: the nearest are the nearest, whatever the format; the encoder is the same one; nothing is overwritten."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import fastcr
+from fastcr import embed, search
+from fastcr.config import RationaleConfig
+from fastcr.measures.embedding_formats import PACKAGES
+from fastcr.measures.gallery import SIDE
+from tests.shared import decoded, write_weights
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CPU = ("--run.device", "cpu", "--run.precision", "fp32")
+FORMATS = ("safetensors", "npy", "parquet", "faiss")
+
+
+def embedded(weights: Path, root: Path, out: Path, format: str = "npy") -> Path:
+    embed.main([*map(str, (weights, root, "--out", out, "--format", format)), *CPU, "--data.workers", "0"])
+    return out
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_weights(tmp_path_factory.mktemp("weights") / "weights.safetensors")
+
+
+@pytest.fixture(scope="module")
+def whole(weights: Path, birds: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The drawn birds embedded as npy; not to be changed."""
+    return embedded(weights, birds, tmp_path_factory.mktemp("whole") / "out")
+
+
+@pytest.fixture
+def query(birds: Path) -> Path:
+    return sorted((birds / "test").glob("*/*.jpg"))[5]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")  # no path is broken into two lines
+
+
+def run(*args: object) -> None:
+    search.main([*map(str, args), *CPU])
+
+
+def found(output: str) -> list[tuple[str, str, str]]:
+    """Similarity, label and path of the rows of the tables."""
+    rows = re.findall(r"^│ +\d+ │ +(-?[\d.]+) │ (.*?) +│ (.*?) +│$", output, re.MULTILINE)
+    return [(similarity, label.strip(), path) for similarity, label, path in rows]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_nearest_are_the_most_similar(
+    format: str, weights: Path, birds: Path, query: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if format in PACKAGES:
+        pytest.importorskip(PACKAGES[format])
+    out = embedded(weights, birds, tmp_path / "out", format)
+    encoder = fastcr.load(weights)
+    with torch.inference_mode():
+        own = encoder(encoder.transform(Image.open(query))[None]).embedding[0]
+    embedded(weights, birds, tmp_path / "plain", "safetensors")
+    similarity, places = (load_file(tmp_path / "plain" / "embeddings.safetensors")["rationale"] @ own).topk(7)
+    with open(out / "images.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    expected = [(rows[i]["label"], rows[i]["path"]) for i in places.tolist()]
+    run(out, query, "--k", "7")
+    shown = found(capsys.readouterr().out)
+    assert [each[1:] for each in shown] == expected
+    assert [float(each[0]) for each in shown] == pytest.approx(similarity.tolist(), abs=1e-4)
+    assert shown[0] == ("1.0000", query.parent.name, str(query.relative_to(birds)))
+
+
+def test_a_file_of_the_folder_names_it_too_and_there_may_be_fewer_than_k(
+    whole: Path, query: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(whole / "mean.npy", query, "--k", "1000")
+    shown = found(capsys.readouterr().out)
+    assert len(shown) == 96
+    assert sorted(shown, key=lambda each: -float(each[0])) == shown
+
+
+def test_a_folder_is_searched_for_image_by_image(
+    whole: Path, birds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = Path(shutil.copytree(birds / "test", tmp_path / "birds"))
+    broken, *rest = sorted(root.glob("*/*.jpg"))
+    broken.write_bytes(b"no picture")
+    monkeypatch.setattr(search, "BATCH_SIZE", 5)
+    monkeypatch.setattr(search, "DRAWN", 8)
+    run(whole, root, "--k", "1")
+    output = capsys.readouterr().out
+    assert [path for _, _, path in found(output)] == [f"test/{file.relative_to(root)}" for file in rest]
+    assert f"left out: {str(broken)!r} is not a readable image" in output
+    assert "drawn are the first 8 of 31 images" in output
+    assert Path("search.html").read_text().count("<h2>") == 8
+
+
+def test_the_page_shows_each_image_beside_the_nearest_with_their_attention(
+    whole: Path, birds: Path, query: Path
+) -> None:
+    run(whole, query, birds / "test" / "finch-masked", "--k", "3")
+    page = Path("search.html").read_text()
+    sources = re.findall(r'<img src="(data:[^"]+)" alt="(.*?)">', page)
+    assert len(sources) == 3 * (1 + 3) * 2  # a picture and its overlay each
+    pictures = [decoded(source, "jpeg") for source, _ in sources]
+    assert len(set(pictures[:2])) == 2
+    assert pictures[0] == pictures[2]  # the nearest is the image itself
+    assert pictures[1] == pictures[3]
+    assert [alt.startswith("attention over the image: ") for _, alt in sources] == [False, True] * 12
+    assert f"1.000 {query.parent.name} {query.name}" in page
+    assert "Content-Security-Policy" in page[:500]
+    assert "<script" not in page
+
+
+def test_names_are_text_on_the_page(weights: Path, birds: Path, tmp_path: Path) -> None:
+    picture, label = next((birds / "test").glob("*/*.jpg")), "<script>alert(1)"
+    for kind in (label, "b"):
+        (tmp_path / "root" / kind).mkdir(parents=True)
+        shutil.copyfile(picture, tmp_path / "root" / kind / os.fsdecode(b'"><img \xff.jpg'))
+    embedded(weights, tmp_path / "root", tmp_path / "out")
+    run(tmp_path / "out", tmp_path / "root", "--k", "2")
+    page = Path("search.html").read_text()
+    assert "&lt;script&gt;alert(1)" in page
+    assert "<script" not in page
+    assert '"><img' not in page
+
+
+def test_a_sheet_instead_of_the_page(whole: Path, query: Path) -> None:
+    run(whole, query, "--k", "3", "--out", "sheet.jpg")
+    with Image.open("sheet.jpg") as sheet:
+        assert sheet.format == "JPEG"
+        assert sheet.width == 8 + 4 * (2 * SIDE + 8)
+        first, nearest = (np.asarray(sheet)[28 : 28 + SIDE, left : left + 2 * SIDE].astype(int)
+                          for left in (8, 16 + 2 * SIDE))  # fmt: skip
+    assert abs(first - nearest).mean() < 8
+    assert abs(first[:, :SIDE] - first[:, SIDE:]).mean() > 8
+    assert not Path("search.html").exists()
+
+
+def test_without_a_branch_the_mean_is_searched_and_no_attention_drawn(
+    birds: Path, query: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = write_weights(tmp_path / "plain.safetensors", RationaleConfig(enabled=False))
+    run(embedded(plain, birds, tmp_path / "out"), query, "--k", "2")
+    assert found(capsys.readouterr().out)[0][0] == "1.0000"
+    page = Path("search.html").read_text()
+    assert page.count("<img ") == 3
+    assert "warm where" not in page
+
+
+def test_only_its_own_files_are_overwritten(whole: Path, query: Path, refused: Callable[..., str]) -> None:
+    for name, content in (("mine.html", b"<p>mine"), ("mine.jpg", query.read_bytes())):
+        Path(name).write_bytes(content)
+        line = refused(search.main, whole, query, "--out", name)
+        assert f"{name} is not a search of fastcr, so it is left as it is: name another --out" in line
+        assert Path(name).read_bytes() == content
+    for name in ("own.html", "own.jpg"):
+        run(whole, query, "--out", name, "--k", "1")
+        before = Path(name).read_bytes()
+        run(whole, query, "--out", name, "--k", "2")
+        assert len(Path(name).read_bytes()) > len(before)
+
+
+def test_the_encoder_is_the_one_that_made_the_embeddings(
+    birds: Path, query: Path, tmp_path: Path, refused: Callable[..., str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    weights = write_weights(tmp_path / "weights.safetensors")
+    out = embedded(weights, birds, tmp_path / "out")
+    moved = weights.rename(tmp_path / "moved.safetensors")
+    line = refused(search.main, out, query)
+    assert f"the encoder of these embeddings, {weights}, is gone: --encoder says where it is now" in line
+    run(out, query, "--encoder", moved, "--k", "1")
+    assert found(capfd.readouterr().out)[0][0] == "1.0000"
+    write_weights(weights, seed=1)
+    assert f"{weights} is not the encoder that made these embeddings" in refused(search.main, out, query)
+    assert "is not the encoder" in refused(search.main, out, query, "--encoder", weights)
+
+
+def test_pictures_that_are_gone_are_counted(
+    weights: Path, birds: Path, query: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = Path(shutil.copytree(birds, tmp_path / "birds"))
+    out = embedded(weights, root, tmp_path / "out")
+    shutil.rmtree(root / "train")
+    run(out, query, "--k", "10")
+    output = capsys.readouterr().out
+    gone = sum(path.startswith("train/") for _, _, path in found(output))
+    assert 0 < gone < 10
+    assert f"{gone} of the nearest images are no longer under {root}, so they are not drawn" in output
+    assert Path("search.html").read_text().count("<figure") == 1 + 10 - gone
+
+
+@pytest.mark.parametrize("damage", ["no table", "no encoder", "no root", "short", "text", "fewer rows", "nothing"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_broken_embeddings_are_refused_in_a_line(
+    damage: str, format: str, weights: Path, flat: Path, query: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    if format in PACKAGES:
+        pytest.importorskip(PACKAGES[format])
+    out = embedded(weights, flat, tmp_path / "out", format)
+    file = next(out / name for name in (f"embeddings.{format}", "rationale.npy") if (out / name).exists())
+    says = file.name
+    if damage == "no table":
+        (out / "images.csv").unlink()
+        says = "give the fastcr embed command again"
+    elif damage == "no encoder":
+        (out / "encoder.json").unlink()
+        says = "does not say which encoder"
+    elif damage == "no root":
+        facts = json.loads((out / "encoder.json").read_text())
+        (out / "encoder.json").write_text(json.dumps(facts | {"root": None}))
+        says = "encoder.json is broken"
+    elif damage == "short":
+        file.write_bytes(file.read_bytes()[:-1000])
+    elif damage == "text":
+        file.write_text("no embeddings")
+    elif damage == "fewer rows":
+        lines = (out / "images.csv").read_text().splitlines(keepends=True)
+        (out / "images.csv").write_text("".join(lines[:-1]))
+        says = "64 embeddings of 63 images"
+    else:
+        shutil.rmtree(out)
+        says = "no embeddings at"
+    assert says in refused(search.main, out, query)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["WHOLE"], "name an IMAGE"),
+        (["WHOLE", "nowhere"], "no folder nowhere"),
+        (["WHOLE", "nowhere.jpg"], "none of the 1 images can be read"),
+        (["nowhere", "QUERY"], "no embeddings at nowhere"),
+        (["WHOLE", "QUERY", "--k", "0"], "--k must be at least 1"),
+        (["WHOLE", "QUERY", "--out", "page.png"], "must end in .html or .jpg"),
+        (["WHOLE", "QUERY", "--out", "nowhere/page.html"], "no folder nowhere"),
+        (["WHOLE", "QUERY", "--encoder", "nowhere"], "is gone"),
+    ],
+)
+def test_mistakes_get_one_line(
+    args: list[str], message: str, whole: Path, query: Path, refused: Callable[..., str]
+) -> None:
+    stands_for = {"WHOLE": whole, "QUERY": query}
+    assert message in refused(search.main, *(stands_for.get(each, each) for each in args), *CPU)
+
+
+@pytest.mark.parametrize("format", PACKAGES)
+def test_a_missing_extra_is_named(
+    format: str, weights: Path, flat: Path, query: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    refused: Callable[..., str],
+) -> None:  # fmt: skip
+    pytest.importorskip(PACKAGES[format])
+    out = embedded(weights, flat, tmp_path / "out", format)
+    monkeypatch.setitem(sys.modules, PACKAGES[format], None)
+    assert f'pip install "fastcr[{format}]"' in refused(search.main, out, query)
