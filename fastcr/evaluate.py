@@ -43,12 +43,13 @@ def read_settings(args: Sequence[str] | None) -> tuple[EvaluateConfig, Path | No
         if root is None:
             raise UsageError("an encoder by name needs --data.root, the folder of images to measure on")
     else:
+        if source.is_dir():
+            root = root or load_config(source / "config.yaml").data.root
         weights = find_weights(source)
         if config.model != NamedModel() or config.data.image_size:
             raise UsageError(f"--model and --data.image_size are for encoders by name; {source} has its own")
         out = weights.with_name("results.json")
         if source.is_dir():
-            root = root or load_config(source / "config.yaml").data.root
             init = source / "init.safetensors"
             frozen = init if init.is_file() else None
         elif root is None:
