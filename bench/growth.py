@@ -64,7 +64,7 @@ def training(root: Path, out: Path) -> Any:
         config,
         run=RunConfig(dir=out, steps=STEPS, device="cpu"),
         data=DataConfig(root=root, image_size=SIDE),
-        model=replace(config.model, **vars(ModelConfig(backbone="resnet18", weights="none", batchnorm="frozen"))),
+        model=replace(config.model, backbone="resnet18", weights="none", batchnorm="frozen"),
         optim=replace(config.optim, batch_size=BATCH, epochs=1000),
     )
 
