@@ -32,7 +32,7 @@ from bench.end_to_end import machine
 from bench.process import measure, python_path
 from bench.report_tables import RESULTS, table
 from bench.same_maths import make_batches
-from fastcr.config import DataConfig, ModelConfig, RunConfig
+from fastcr.config import DataConfig, RunConfig
 from fastcr.data.layouts import read_splits
 from fastcr.data.loaders import make_views
 from fastcr.errors import UsageError
