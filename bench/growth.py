@@ -32,7 +32,7 @@ from bench.end_to_end import machine
 from bench.process import measure, python_path
 from bench.report_tables import RESULTS, table
 from bench.same_maths import make_batches
-from fastcr.config import DataConfig, ModelConfig, RunConfig
+from fastcr.config import DataConfig, RunConfig
 from fastcr.data.layouts import read_splits
 from fastcr.data.loaders import make_views
 from fastcr.errors import UsageError
@@ -64,7 +64,7 @@ def training(root: Path, out: Path) -> Any:
         config,
         run=RunConfig(dir=out, steps=STEPS, device="cpu"),
         data=DataConfig(root=root, image_size=SIDE),
-        model=replace(config.model, **vars(ModelConfig(backbone="resnet18", weights="none", batchnorm="frozen"))),
+        model=replace(config.model, backbone="resnet18", weights="none", batchnorm="frozen"),
         optim=replace(config.optim, batch_size=BATCH, epochs=1000),
     )
 
