@@ -23,7 +23,6 @@ from torch import Tensor
 from fastcr.config import EncoderConfig, WorkersConfig, tyro
 from fastcr.data.images import ImageList
 from fastcr.data.layouts import read_splits
-from fastcr.data.views import normalise
 from fastcr.errors import UsageError
 from fastcr.measures.embedding_files import UNREADABLE, Format, Partial, check_unused
 from fastcr.measures.embeddings import BATCH_SIZE, load_crops
@@ -82,8 +81,8 @@ def encode(batches: Iterable[Crops], encoder: Encoder, dtype: torch.dtype, atten
     for pixels, sizes, readable in batches:
         arrays: dict[str, Tensor] = {}
         if readable:
-            images = normalise(pixels.to(device, non_blocking=True), torch.float32)
-            mean, rationale, maps = encoder.both(images, dtype)
+            features, _ = encoder.of_crops(pixels.to(device, non_blocking=True), dtype)
+            mean, rationale, maps = encoder.pooled(features)
             maps = maps.half() if attention and maps is not None else None
             named = {"mean": mean, "rationale": rationale, "attention": maps}
             arrays = {name: array.to("cpu", non_blocking=True) for name, array in named.items() if array is not None}

@@ -252,6 +252,8 @@ def check_settings(config: Config, device: torch.device, console: Console, proce
         raise UsageError(f"--optim.batch_size {batch_size} does not divide among {shares} into parts of at least 2")
     if config.released.enabled and processes.ranks > 1:
         raise UsageError("--released.enabled works in one process only: its attention depends on the whole batch")
+    if config.optim.cached_views and processes.ranks > 1:
+        raise UsageError("--optim.cached_views works in one process only")
     if config.run.cuda_graph and processes.ranks > 1:
         raise UsageError("--run.cuda_graph works in one process only")
     if model.norms == "sync" and device.type != "cuda":

@@ -61,6 +61,7 @@ class MoCo(nn.Module):
         self.key_head = copy.deepcopy(self.head).requires_grad_(False)
         pairs = zip(self.key_backbone.parameters(), self.backbone.parameters(), strict=True)
         self.trained = [(key, query) for key, query in pairs if query.requires_grad]  # of the backbones
+        self.cached = False  # whether batches hold features in place of views
         self.held: bool | None = None  # whether the backbone is, and
         self.alone = False  # whether it encodes both views: see `hold`
         self.key_stream: torch.cuda.Stream | None = None  # on which keys are encoded in parallel with the queries
@@ -88,6 +89,8 @@ class MoCo(nn.Module):
 
     def encode(self, batch: Batch, autocast: torch.autocast) -> tuple[Tensor, Tensor]:
         """The query's features `[B,C,h,w]` of the first views, and the unit keys `[B*ranks,D]` of the second ones."""
+        if self.cached:
+            return batch.first, self._key_of(batch.second)
         if self.alone:
             with record_function("both forward"), torch.no_grad(), autocast:
                 if batch.first.is_cuda:
@@ -126,12 +129,15 @@ class MoCo(nn.Module):
         with record_function("key forward"), torch.cuda.stream(self.key_stream):
             if self.shuffle:
                 images = self.processes.shuffle(images)
-            with autocast:
-                features = self.key_backbone(images)
-            key = self._key_of(features)
+            key = self._key_of(self.key_features(images, autocast))
         if self.key_stream:
             key.record_stream(torch.cuda.current_stream())
         return key
+
+    def key_features(self, images: Tensor, autocast: torch.autocast) -> Tensor:
+        """Images `[B,3,H,W]` to the key encoder's features `[B,C,h,w]`."""
+        with autocast:
+            return images if self.cached else self.key_backbone(images)
 
     @torch.no_grad()
     def _key_of(self, features: Tensor) -> Tensor:
