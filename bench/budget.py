@@ -133,6 +133,7 @@ def step_work(config: Config, dtype: torch.dtype) -> dict[str, Work]:
     precision: Any = "fp32" if dtype == torch.float32 else "bf16"  # fp16 is as wide, and its scaler looks at values
     run = replace(config.run, precision=precision, compile=False, cuda_graph=False, overlap_keys=False)
     training = build(replace(config, run=run), torch.device("cpu"), Console(quiet=True), initial_weights=False)
+    training.hold(False)
     side = config.data.image_size
     shape = (config.optim.batch_size, side, side, 3)
     with ExitStack() as stack:

@@ -142,6 +142,8 @@ class OptimConfig:
     """Learning rate of the projection head. Default: --optim.lr."""
     backbone_warmup: float = number(0.0, 0)
     """Epochs at the start in which only head and branch are trained, not the backbone."""
+    cached_views: int = number(0, 0)
+    """With --optim.backbone_lr 0: encode so many pairs of views of each image once, and train from memory. 0: none."""
     momentum: float = number(0.9, 0, 1)
     """Momentum of SGD; AdamW's beta1."""
     weight_decay: float = number(1e-4, 0)

@@ -24,7 +24,6 @@ from fastcr.arguments import EmbedConfig, read_arguments
 from fastcr.data.crops import centres_of
 from fastcr.data.images import ImageList
 from fastcr.data.layouts import read_splits
-from fastcr.data.views import normalise
 from fastcr.errors import UsageError
 from fastcr.measures.embedding_files import UNREADABLE, Partial, check_unused
 from fastcr.measures.embedding_formats import extra_of
@@ -71,8 +70,7 @@ def encode(
     for pixels, sizes, readable in batches:
         arrays: dict[str, Tensor] = {}
         if readable:
-            images = normalise(pixels.to(device, non_blocking=True), torch.float32)
-            features = encoder.features(images, dtype)
+            features, _ = encoder.of_crops(pixels.to(device, non_blocking=True), dtype)
             mean, rationale, maps = encoder.pooled(features)
             centres = centres_of(*features.shape[2:]).float().to(device)
             peak = torch.full_like(mean[:, :2], torch.nan) if maps is None else centres[maps.flatten(1).argmax(1)]

@@ -39,7 +39,8 @@ from fastcr.runs.machine import pick_device, pick_dtype
 TRACE, SUMMARY = "trace.json.gz", "phases.json"
 KERNELS = 20  # listed
 WAITING, BETWEEN, GRAPH, LOADER, WHOLE = "waiting for data", "between", "CUDA graph", "loader", "whole step"
-PHASES = (WAITING, "key forward", "query forward", "contrast", "fit", "backward", "optimiser", "EMA", "queue")
+FORWARD = ("key forward", "query forward", "both forward")
+PHASES = (WAITING, *FORWARD, "contrast", "fit", "backward", "optimiser", "EMA", "queue")
 Row = dict[str, Any]
 
 
@@ -47,14 +48,15 @@ def prepare_step(config: TraceConfig, device: torch.device, dtype: torch.dtype, 
     """A function that does one training step on the run's own batches; what only the first steps do is done."""
     images = read_splits(config.data.root or write_synthetic()).train
     config = fit_sizes(config, images, console)
-    step_on = build(config, device, console).step
+    training = build(config, device, console)
+    training.hold(False)
     views, _ = make_views(config, images, device, dtype, console)
     batches = views.batches(0)
 
     def one_step() -> None:
         with record_function(WAITING):
             batch = next(batches)
-        step_on(batch)
+        training.step(batch)
 
     repeat(one_step, 5 if config.run.cuda_graph else 2)
     return one_step

@@ -29,6 +29,7 @@ from fastcr.measures.embeddings import ddt_detectors
 from fastcr.measures.evaluation import HISTORY, TrainingEvaluation
 from fastcr.measures.health import EncoderHealth
 from fastcr.method.build import Schedule, Training, build, check_settings, compiles, fit_sizes, trained
+from fastcr.method.cached_features import CachedFeatures
 from fastcr.method.encoder import describe
 from fastcr.method.objectives import QUEUED
 from fastcr.method.rationale import attention_entropy
@@ -204,6 +205,8 @@ def open_run(config: Config, resume: Path | None, console: Console, processes: P
         workers = pick_workers(config.data.workers)
         found = processes.once(lambda: detectors(workers=workers, console=console))
         branch.load_state_dict(found)
+    if config.optim.cached_views and start < schedule.last:
+        views = CachedFeatures(views, len(splits.train), training.moco, config, training.autocast, console)
     if processes.first:
         if resume is None:
             save_weights(folder / "init.safetensors", training.encoder.state_dict(), describe(config))

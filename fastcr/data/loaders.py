@@ -18,7 +18,7 @@ from fastcr.data.cached_views import CachedViews
 from fastcr.data.images import BadFiles, ImageList
 from fastcr.data.pixel_cache import Place, fill, measure
 from fastcr.data.torch_views import TorchViews
-from fastcr.data.views import Batch, Loading, Shard, Views
+from fastcr.data.views import Batch, EachImage, Loading, Shard, Views
 from fastcr.errors import UsageError
 from fastcr.runs.distributed import ALONE, Processes
 from fastcr.runs.machine import cache_folder, free_memory, pick_workers
@@ -41,7 +41,7 @@ def make_views(
     `UsageError` for what is not installed or has no room.
     """
     data, bad = config.data, BadFiles(images, config.data.on_corrupt)
-    loading = Loading(
+    loading = (EachImage if config.optim.cached_views else Loading)(
         image_size=data.image_size,
         batch_size=config.optim.batch_size // processes.ranks,
         seed=config.run.seed,

@@ -13,7 +13,6 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from fastcr.data.crops import centre_crop
 from fastcr.data.images import ImageList
-from fastcr.data.views import normalise
 from fastcr.errors import UsageError
 from fastcr.measures.poolings import Pooling
 from fastcr.method.ddt import Axis, Moments, detectors_like
@@ -115,7 +114,7 @@ def embed(
             sizes.append(sizes_here)
             kept += [indices[i] for i in readable]
             if readable:
-                features, token = encoder.with_class_token(normalise(pixels.to(device), torch.float32), dtype)
+                features, token = encoder.of_crops(pixels.to(device), dtype)
                 rows = [each.flatten(1) for each in encoder.pooled(features) if each is not None]
                 others = [*(pool(features) for pool in poolings.values()), token]
                 rows += [F.normalize(each.float(), dim=1) for each in others[: len(names)] if each is not None]
@@ -150,7 +149,7 @@ def ddt_axis(
     with encoder.evaluating():
         for pixels, _, readable in progress(loader, "axis of DDT", len(own), console=console):
             if readable:
-                features = encoder.features(normalise(pixels.to(device), torch.float32), dtype).float()
+                features = encoder.of_crops(pixels.to(device), dtype)[0].float()
                 moments = moments or Moments(features.shape[1], device)
                 moments.add(features)
     if not (channels := processes.most(len(moments.products) if moments else 0)[0]):
@@ -185,7 +184,7 @@ def ddt_detectors(
         loader = load_crops([images], batches, image_size=encoder.image_size, workers=workers, pin=pin)
         for pixels, _, readable in progress(loader, "features for DDT", len(batches), console=console):
             if readable:
-                found.append(encoder.features(normalise(pixels.to(device), torch.float32), dtype).float().cpu())
+                found.append(encoder.of_crops(pixels.to(device), dtype)[0].float().cpu())
         if not found:
             raise images.none_readable()
     on_cpu = Axis(axis.direction.cpu(), axis.centre.cpu())

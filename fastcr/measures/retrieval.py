@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -76,7 +76,10 @@ def _ranks(relevant: Tensor, ranking: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sorted(values: Tensor) -> Tensor:
-    """Each row ascending; NumPy's vectorised sort is several times faster than torch's on the CPU."""
-    if values.device.type == "cpu":
-        return torch.from_numpy(np.sort(values.numpy(), axis=1))
-    return values.sort(dim=1).values
+    """Each row ascending; on the CPU by NumPy, several times faster than torch, and on all cores."""
+    if values.device.type != "cpu":
+        return values.sort(dim=1).values
+    ranking, threads = values.clone(), torch.get_num_threads()
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda rows: rows.numpy().sort(axis=1), ranking.tensor_split(threads)))
+    return ranking

@@ -76,9 +76,20 @@ class Training:
 
     def set_learning_rates(self, step: int, schedule: Schedule, warmup: float) -> None:
         """Half a cosine from each group's rate to 0; the backbone is held for the first `warmup` epochs."""
+        held = step <= warmup * schedule.steps_per_epoch
+        if held != self.moco.held:
+            self.hold(held)
         for i, (group, rate) in enumerate(zip(self.optimizer.param_groups, self.rates, strict=True)):
-            held = i == 0 and step <= warmup * schedule.steps_per_epoch  # the first group is the backbone
-            group["lr"].fill_(0.0 if held else cosine_lr(rate, step - 1, schedule.total))
+            # the first group is the backbone
+            group["lr"].fill_(0.0 if held and i == 0 else cosine_lr(rate, step - 1, schedule.total))
+
+    def hold(self, held: bool) -> None:
+        """Hold the backbone from the next step on, or train it, if it is ever trained; not before `load_state`."""
+        self.moco.hold(held)
+        if self.moco.alone and not self.moco.trained:  # they will always be the same: one is enough
+            self.encoder.backbone = self.moco.key_backbone = self.moco.backbone
+        if isinstance(self.step, Replayed):
+            self.step.capture_anew()
 
     def gradient_norm(self) -> Tensor | None:
         """Norm of the step's gradient, a scalar; None with loss scaling, whose gradients may overflow now and then."""
@@ -121,8 +132,9 @@ def build(
     optimizer, rates = _optimizer(config, moco, branch, device)
     if compiles(config, device):
         keep_compiled()
-        moco.backbone.compile()
-        moco.key_backbone.compile()
+        # both views in one pass are twice as many images: not a reason to compile for any number of them
+        moco.backbone.compile(dynamic=False)
+        moco.key_backbone.compile(dynamic=False)
     elif device.type == "cpu" and has_slow_gradients(moco.backbone):
         moco.gradients = FastGradients()
     if config.run.overlap_keys:
@@ -240,6 +252,8 @@ def check_settings(config: Config, device: torch.device, console: Console, proce
         raise UsageError(f"--optim.batch_size {batch_size} does not divide among {shares} into parts of at least 2")
     if config.released.enabled and processes.ranks > 1:
         raise UsageError("--released.enabled works in one process only: its attention depends on the whole batch")
+    if config.optim.cached_views and processes.ranks > 1:
+        raise UsageError("--optim.cached_views works in one process only")
     if config.run.cuda_graph and processes.ranks > 1:
         raise UsageError("--run.cuda_graph works in one process only")
     if model.norms == "sync" and device.type != "cuda":

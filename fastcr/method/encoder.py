@@ -24,7 +24,7 @@ from torchvision.transforms import v2
 from fastcr.config import Config, RationaleConfig, ReleasedConfig
 from fastcr.data.crops import centre_crop
 from fastcr.data.images import to_rgb
-from fastcr.data.views import MEAN, STD
+from fastcr.data.views import MEAN, STD, normalise
 from fastcr.errors import UsageError, one_line
 from fastcr.kernels.launch import Impl
 from fastcr.method.backbone import TIMM, TimmEncoder, build_backbone
@@ -37,6 +37,7 @@ from fastcr.runs.distributed import ALONE, Processes
 from fastcr.runs.machine import pick_device
 
 Branch = RationaleHead | ReleasedBranch
+FEW = 32 * 112**2  # pixels at once that a CPU core encodes fastest: what is made of them stays in its caches
 
 
 class Encoded(NamedTuple):
@@ -107,6 +108,13 @@ class Encoder(nn.Module):
             with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
                 return self.backbone.with_class_token(images)
         return self.features(images, dtype), None
+
+    def of_crops(self, crops: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor | None]:
+        """As `with_class_token`, of uint8 crops `[B,S,S,3]`, B > 0; a CPU takes a few of them at a time."""
+        few = len(crops) if crops.is_cuda else max(FEW * torch.get_num_threads() // crops[0, ..., 0].numel(), 1)
+        parts = [self.with_class_token(normalise(part, torch.float32), dtype) for part in crops.split(few)]
+        features, tokens = ([each for each in column if each is not None] for column in zip(*parts, strict=True))
+        return torch.cat(features), torch.cat(tokens) if tokens else None
 
     def both(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Pooled:
         """Normalised images `[B,3,S,S]` to the mean and the rationale embedding; the backbone runs in `dtype`."""

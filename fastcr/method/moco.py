@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from fastcr.config import MocoConfig
+from fastcr.data.views import Batch
 from fastcr.method.objectives.byol import byol_head
 from fastcr.method.objectives.contract import Keys
 from fastcr.runs.distributed import ALONE, Processes
@@ -58,6 +59,11 @@ class MoCo(nn.Module):
         self.predictor = byol_head(dim, dim) if byol else None
         self.key_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
         self.key_head = copy.deepcopy(self.head).requires_grad_(False)
+        pairs = zip(self.key_backbone.parameters(), self.backbone.parameters(), strict=True)
+        self.trained = [(key, query) for key, query in pairs if query.requires_grad]  # of the backbones
+        self.cached = False  # whether batches hold features in place of views
+        self.held: bool | None = None  # whether the backbone is, and
+        self.alone = False  # whether it encodes both views: see `hold`
         self.key_stream: torch.cuda.Stream | None = None  # on which keys are encoded in parallel with the queries
         self.processes: Processes = ALONE  # that share the queue
         self.pool: Callable[[Tensor], Tensor] = mean_pool  # features [B,C,h,w] to what the head gets
@@ -66,6 +72,36 @@ class MoCo(nn.Module):
         self.register_buffer("queue", F.normalize(torch.randn(0 if byol else config.queue_size, dim), dim=1))
         self.register_buffer("queue_images", torch.full((len(self.queue),), -1))
         self.register_buffer("queue_position", torch.zeros((), dtype=torch.int64))
+
+    def hold(self, held: bool) -> None:
+        """Keep the query's backbone as it is from now on, without gradients, or train it.
+
+        While it stays, and is the same as the key's, it encodes both views, in one pass on CUDA; but for BatchNorm in
+        training mode, whose statistics are those of a view.
+        """
+        for _, query in self.trained:
+            query.requires_grad_(not held)
+        stays = held or not self.trained
+        norms = [each for each in self.backbone.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)]
+        ours, theirs = (each.state_dict() for each in (self.backbone, self.key_backbone))
+        same = stays and not any(norm.training for norm in norms)
+        self.held, self.alone = held, same and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+    def encode(self, batch: Batch, autocast: torch.autocast) -> tuple[Tensor, Tensor]:
+        """The query's features `[B,C,h,w]` of the first views, and the unit keys `[B*ranks,D]` of the second ones."""
+        if self.cached:
+            return batch.first, self._key_of(batch.second)
+        if self.alone:
+            with record_function("both forward"), torch.no_grad(), autocast:
+                if batch.first.is_cuda:
+                    features, others = self.backbone(torch.cat([batch.first, batch.second])).chunk(2)
+                else:  # twice as many images at once leave a CPU's caches
+                    features, others = self.backbone(batch.first), self.backbone(batch.second)
+            return features, self._key_of(others)
+        key = self.key(batch.second, autocast)
+        features = self.features(batch.first, autocast)
+        self.wait_for_keys()
+        return features, key
 
     def features(self, images: Tensor, autocast: torch.autocast) -> Tensor:
         """Images `[B,3,H,W]` to the query encoder's features `[B,C,h,w]`, made under `autocast`."""
@@ -93,14 +129,21 @@ class MoCo(nn.Module):
         with record_function("key forward"), torch.cuda.stream(self.key_stream):
             if self.shuffle:
                 images = self.processes.shuffle(images)
-            with autocast:
-                features = self.key_backbone(images)
-            key = F.normalize(self.key_head(self.pool(features)), dim=1)
-            if self.processes.ranks > 1:
-                key = self.processes.gather_keys(key, shuffled=self.shuffle)
+            key = self._key_of(self.key_features(images, autocast))
         if self.key_stream:
             key.record_stream(torch.cuda.current_stream())
         return key
+
+    def key_features(self, images: Tensor, autocast: torch.autocast) -> Tensor:
+        """Images `[B,3,H,W]` to the key encoder's features `[B,C,h,w]`."""
+        with autocast:
+            return images if self.cached else self.key_backbone(images)
+
+    @torch.no_grad()
+    def _key_of(self, features: Tensor) -> Tensor:
+        """Features `[B,C,h,w]` to the unit keys `[B*ranks,D]` of all processes."""
+        key = F.normalize(self.key_head(self.pool(features)), dim=1)
+        return self.processes.gather_keys(key, shuffled=self.shuffle) if self.processes.ranks > 1 else key
 
     def keys(self, key: Tensor, images: Tensor | None = None) -> Keys:
         """What a batch of queries, of `images` `[B]`, is compared with; `key` `[B*ranks,D]` are of all processes."""
@@ -119,12 +162,11 @@ class MoCo(nn.Module):
 
         BatchNorm keeps its own statistics.
         """
-        keys = [*self.key_backbone.parameters(), *self.key_head.parameters()]
-        queries = [*self.backbone.parameters(), *self.head.parameters()]
-        followed: list[Tensor] = [query for query in queries if query.requires_grad]
-        moving: list[Tensor] = [key for key, query in zip(keys, queries, strict=True) if query.requires_grad]
+        heads = zip(self.key_head.parameters(), self.head.parameters(), strict=True)
+        moving: list[tuple[Tensor, Tensor]] = [*([] if self.alone else self.trained), *heads]
+        keys, queries = zip(*moving, strict=True)
         with record_function("EMA"):
-            torch._foreach_lerp_(moving, followed, 1 - momentum)
+            torch._foreach_lerp_(keys, queries, 1 - momentum)
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor, images: Sequence[Tensor | None] = ()) -> None:

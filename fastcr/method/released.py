@@ -103,9 +103,7 @@ def released_losses(
 
     The whole gradient passes through the losses, so `scale` is not needed here.
     """
-    key = moco.key(batch.second, autocast)
-    features = moco.features(batch.first, autocast)
-    moco.wait_for_keys()
+    features, key = moco.encode(batch, autocast)
     with record_function("contrast"):
         pooled = mean_pool(features)
         if not pooled.requires_grad:  # the backbone is kept

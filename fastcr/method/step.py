@@ -56,9 +56,7 @@ def contrast_losses(
     positive. `scale` is what the caller does to the loss before backward (loss scaling, accumulation): part of the
     gradient does not pass through the loss.
     """
-    key = moco.key(batch.second, autocast)
-    features = moco.features(batch.first, autocast)
-    moco.wait_for_keys()
+    features, key = moco.encode(batch, autocast)
     if branch is None:
         with record_function("contrast"):
             contrast = objective(moco.query(moco.pool(features)), moco.keys(key, batch.images)).loss.mean()
@@ -146,8 +144,12 @@ class Replayed:
     WARM_UP = 3
 
     def __init__(self, step: Callable[[Batch], tuple[Tensor, Losses]]) -> None:
-        self.step, self.stream, self.calls = step, torch.cuda.Stream(), 0
-        self.graph = torch.cuda.CUDAGraph()
+        self.step, self.stream = step, torch.cuda.Stream()
+        self.capture_anew()
+
+    def capture_anew(self) -> None:
+        """For a step that has changed."""
+        self.calls, self.graph = 0, torch.cuda.CUDAGraph()
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Losses]:
         """One step on `batch`, which must have the same shapes and strides each time."""

@@ -41,6 +41,9 @@ def _conflicts(config: Config) -> dict[str, bool]:
     queued = moco.objective in ("neighbour", "relational")
     return {
         "--data.cache_side must be at least --data.image_size": (data.cache_side or math.inf) >= data.image_size,
+        "--optim.cached_views needs a backbone that stays as it is: --optim.backbone_lr 0 --model.batchnorm frozen": (
+            not optim.cached_views or (optim.backbone_lr == 0 and config.model.norms == "frozen")
+        ),
         "--optim.momentum must be below 1": optim.momentum < 1,
         "--optim.accumulate must divide --optim.batch_size into parts of at least 2": (
             optim.accumulate <= optim.batch_size // 2 and optim.batch_size % optim.accumulate == 0

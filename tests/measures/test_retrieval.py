@@ -52,6 +52,14 @@ def test_scores_are_those_of_a_loop_over_the_queries(sizes: list[int]) -> None:
     assert retrieval(embeddings, labels) == pytest.approx(brute_force(embeddings, labels), abs=1e-4)
 
 
+@pytest.mark.parametrize("threads", [3, 50])
+def test_scores_do_not_depend_on_the_number_of_cores(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    embeddings, labels = draw([2, 3, 5, 13])
+    alone = retrieval(embeddings, labels)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)  # more than there are rows, too
+    assert retrieval(embeddings, labels) == alone
+
+
 @pytest.mark.parametrize("sizes", [[2] * 8, [2, 3, 5, 13, 30], [4] * 25], ids=["pairs", "uneven", "many"])
 def test_scores_are_those_of_pytorch_metric_learning(sizes: list[int]) -> None:
     embeddings, labels = draw(sizes)

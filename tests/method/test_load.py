@@ -75,6 +75,20 @@ def test_what_comes_back_is_unit_vectors_and_maps_that_sum_to_one(encoder: Encod
     torch.testing.assert_close(alone.embedding[0], embeddings[3], atol=1e-5, rtol=0)
 
 
+def test_a_cpu_encodes_crops_a_few_at_a_time(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    crops = torch.randint(256, (5, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    whole = encoder.features(normalise(crops, torch.float32))
+    monkeypatch.setattr("fastcr.method.encoder.FEW", 2 * 32**2)
+    seen = list[int]()
+    hook = encoder.backbone.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    features, token = encoder.of_crops(crops)
+    hook.remove()
+    assert seen == [2, 2, 1]
+    assert token is None
+    assert features.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(features, whole, atol=1e-5, rtol=1e-4)
+
+
 def test_an_encoder_comes_frozen_and_in_eval_mode_and_can_be_tuned(weights: Path) -> None:
     encoder = fastcr.load(weights)
     assert not any(module.training for module in encoder.modules())

@@ -107,6 +107,14 @@ def test_a_batch_in_parts_and_processes_is_still_one_batch(one_and_two: tuple[An
     torch.testing.assert_close(two, one, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_backbone_held_at_first_then_learns_from_all(one_and_two: tuple[Any, Any], parts: int) -> None:
+    one, two = (table(found[f"held, {parts}"], "loss", "contrast", "fit") for found in one_and_two)
+    torch.testing.assert_close(two, one, atol=1e-5, rtol=2e-5)
+    alone, (first, second) = one_and_two[0][f"trained, {parts}"], one_and_two[1][f"trained, {parts}"]
+    assert first == second == pytest.approx(alone[0], rel=1e-6)
+
+
 def test_negatives_and_cam_weights_of_the_batch_are_those_of_all_processes(one_and_two: tuple[Any, Any]) -> None:
     one, two = (table(found["of the batch"], "loss", "contrast", "fit") for found in one_and_two)
     torch.testing.assert_close(two, one, atol=1e-5, rtol=0)

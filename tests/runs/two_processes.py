@@ -34,11 +34,15 @@ def settings(root: Path, weights: Path, **more: Any) -> Config:
     )
 
 
-def losses_of(config: Config, processes: Processes, steps: int) -> tuple[list[dict[str, float]], Training]:
+def losses_of(
+    config: Config, processes: Processes, steps: int, held: int = 0
+) -> tuple[list[dict[str, float]], Training]:
     training = build(config, CPU, QUIET, processes=processes)
     views, _ = make_views(config, read_splits(config.data.root).train, CPU, torch.float32, QUIET, processes)
     batches, found = views.batches(0), []
-    for _ in range(steps):
+    for step in range(steps):
+        if step in (0, held):
+            training.hold(step < held)
         loss, losses = training.step(next(batches))
         parts = {"loss": loss.item(), "contrast": losses.contrast.item(), "fit": losses.fit.item()}
         found.append(processes.mean(parts))
@@ -60,6 +64,11 @@ def main() -> None:
         results["weights"] = [weights.double().sum().item() for weights in processes.gather(parameters.detach())]
 
         results["in parts"], _ = losses_of(settings(root, weights, accumulate=2), processes, 5)
+        for parts in (1, 2):
+            how = settings(root, weights, accumulate=parts, lr=0.01)
+            results[f"held, {parts}"], released = losses_of(how, processes, 6, held=3)
+            weight = released.moco.backbone.conv1.weight.detach()
+            results[f"trained, {parts}"] = [each.double().norm().item() for each in processes.gather(weight)]
         results["of the batch"], _ = losses_of(
             settings(root, weights, queue_size=0, cam_weights="common"), processes, 5
         )
