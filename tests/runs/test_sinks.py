@@ -95,7 +95,7 @@ def test_knn_during_training_is_that_of_evaluate(
 
 
 def offline_records(folder: Path) -> Iterator[Any]:
-    """What wandb wrote: protobuf messages in a log of LevelDB's format: blocks of 32 KiB, parts with a head of 7 bytes."""
+    """What wandb wrote: protobuf messages in LevelDB's log format: blocks of 32 KiB, parts with a head of 7 bytes."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     for file in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
