@@ -61,18 +61,22 @@ class Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = handle_any  # noqa: N815
 
     def file(self) -> None:
-        found = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.path)
+        path = self.path.partition("?")[0]
+        found = re.fullmatch(r"(?:/api/models)?/([^/]+/[^/]+)/(revision|tree|resolve)/([^/]+)/?(.*)", path)
         if not found:  # what the library would like to know besides
             self.answer(404)
             return
-        repo, revision, name = found.groups()
+        repo, kind, revision, name = found.groups()
         files = self.server.repos.get(repo)
         if files is None:
             self.answer(401, X_Error_Code="RepoNotFound")
         elif revision not in ("main", COMMIT):
             self.answer(404, X_Error_Code="RevisionNotFound", X_Error_Message="Invalid rev id")
-        elif name not in files:
-            self.answer(404, X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
+        elif kind == "revision":
+            self.answer(200, {"id": repo, "sha": COMMIT, "siblings": []})
+        elif kind == "tree":
+            listed = ((name, len(data), hashlib.sha256(data).hexdigest()) for name, data in files.items())
+            self.answer(200, [{"type": "file", "path": n, "size": size, "oid": oid} for n, size, oid in listed])
         else:
             etag = f'"{hashlib.sha256(files[name]).hexdigest()}"'
             self.answer(200, files[name], ETag=etag, X_Repo_Commit=COMMIT)

@@ -19,14 +19,17 @@ def fetch(address: str) -> Path:
     if not found:
         raise UsageError(f"{address}: an address on the Hub is {SCHEME}OWNER/NAME or {SCHEME}OWNER/NAME@REVISION")
     try:
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import snapshot_download
     except ImportError:
         raise UsageError(f'{address} needs huggingface_hub: pip install "fastcr[hub]"') from None
     repo, revision = found.groups()
-    try:
-        return Path(hf_hub_download(repo, FILE, revision=revision))
+    try:  # of this one file, for a snapshot falls back on the cache at once where there is no network
+        file = Path(snapshot_download(repo, revision=revision, allow_patterns=[FILE]), FILE)
     except Exception as error:  # the client's, its HTTP library's and the system's have nothing in common
         raise UsageError(f"{address} cannot be fetched: {reason(error)}") from None
+    if not file.is_file():
+        raise UsageError(f"{address} cannot be fetched: there is no {FILE} in it")
+    return file
 
 
 def reason(error: Exception) -> str:
@@ -40,7 +43,6 @@ def reason(error: Exception) -> str:
         (isinstance(error, errors.GatedRepoError), "ask for access on its page first"),
         (isinstance(error, errors.RepositoryNotFoundError), "no such repository, or it is private: hf auth login"),
         (isinstance(error, errors.LocalEntryNotFoundError), "no connection to the Hub, and not in the cache"),
-        (isinstance(error, errors.EntryNotFoundError), f"there is no {FILE} in it"),
         (status in (401, 403), refused),
         (type(error).__name__ in ("ConnectError", "ConnectionError", "ConnectTimeout"), "no connection to the Hub"),
     ]
