@@ -44,6 +44,6 @@ def reason(error: Exception) -> str:
         (isinstance(error, errors.RepositoryNotFoundError), "no such repository, or it is private: hf auth login"),
         (isinstance(error, errors.LocalEntryNotFoundError), "no connection to the Hub, and not in the cache"),
         (status in (401, 403), refused),
-        (type(error).__name__ in ("ConnectError", "ConnectionError", "ConnectTimeout"), "no connection to the Hub"),
+        (type(error).__name__ in ("ConnectError", "ConnectTimeout"), "no connection to the Hub"),
     ]
     return next((text for holds, text in reasons if holds), one_line(error))
