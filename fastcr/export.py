@@ -22,14 +22,16 @@ from typing import Any
 import torch
 import yaml
 from rich.console import Console
+from rich.table import Table
 from torch import Tensor, nn
 
 from fastcr import __version__
 from fastcr.arguments import ExportConfig, read_arguments
 from fastcr.config import Config
 from fastcr.errors import UsageError, one_line
-from fastcr.measures.results import retrieval_table
+from fastcr.measures.results import results_tables
 from fastcr.method.encoder import Encoder, find_weights, load
+from fastcr.method.hub import reason
 from fastcr.runs.checkpoint import save_weights, write_whole
 from fastcr.runs.command_line import load_config, one_line_errors
 
@@ -141,15 +143,22 @@ def read_results(run: Path | None) -> dict[str, Any] | None:
         return None
     try:
         results = json.loads(file.read_text())
-        table, folder = retrieval_table(results), Path(results["folder"])
+        parts, folder = list(results_tables(results)), Path(results["folder"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{file} is broken: it does not hold results ({error!r})") from None
     return {
         "name": folder.parent.name if folder.name in ("train", "test", "images") else folder.name,
-        "title": table.title,
         "frozen": "frozen_init" in results,
-        "heads": [str(column.header).replace("\n", ", ") for column in table.columns],
-        "rows": list(zip(*(column.cells for column in table.columns), strict=True)),
+        "lines": [part for part in parts if isinstance(part, str)],
+        "tables": [
+            {
+                "title": part.title,
+                "heads": [str(column.header).replace("\n", ", ") for column in part.columns],
+                "rows": list(zip(*(column.cells for column in part.columns), strict=True)),
+            }
+            for part in parts
+            if isinstance(part, Table)
+        ],
     }
 
 
@@ -192,9 +201,9 @@ def push(folder: Path, repo: str) -> str:
         api = HfApi()
         address = str(api.create_repo(repo, exist_ok=True))
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"Exported by fastcr {__version__}")
-    except Exception as error:  # the client's, its HTTP library's and the system's have nothing in common
+    except Exception as error:  # as in `fetch`
         later = f"later: hf upload {repo} {folder}"
-        raise UsageError(f"{folder} is written, but not pushed to {repo}: {one_line(error)}; {later}") from None
+        raise UsageError(f"{folder} is written, but not pushed to {repo}: {reason(error)}; {later}") from None
     return address
 
 

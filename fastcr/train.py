@@ -48,6 +48,7 @@ from fastcr.runs.distributed import ALONE, Processes, processes_of_torchrun
 from fastcr.runs.folder import claim_folder
 from fastcr.runs.log import Meter, RunLog, keep_records
 from fastcr.runs.machine import pick_device, pick_dtype, pick_workers, process_age
+from fastcr.runs.sinks import check_tracker
 from fastcr.runs.validate import validate
 from fastcr.runs.watch import HealthWatch, LossWatch, RunConsole, StopSignal
 
@@ -94,17 +95,22 @@ def carry_out(run: Run, began: float) -> Path:
     """Train and evaluate; returns the run folder."""
     config, console, processes = run.config, run.console, run.processes
     workers = pick_workers(config.data.workers, processes.local_ranks)
-    evaluation = TrainingEvaluation(run.folder, run.splits, run.device, run.dtype, workers, console, processes)
-    if stopped := run_steps(run, evaluation, began):
-        raise SystemExit(128 + stopped)
-    if bad := set().union(*processes.gather(run.views.bad.files)):
-        console.print(f"{len(bad)} unreadable training images were skipped", highlight=False)
-    evaluation.at_the_end()
+    how = (run.folder, run.splits, run.device, run.dtype, workers, console, processes)
+    evaluation = TrainingEvaluation(*how, knn=bool(config.run.eval_every))
+    last, epoch_steps = run.schedule.last, run.schedule.steps_per_epoch
+    logged = {"start": run.start, "last": last, "steps_per_epoch": epoch_steps}
+    with RunLog(run.folder, config, console, **logged, writes=processes.first) as log:
+        if stopped := run_steps(run, evaluation, log, began):
+            raise SystemExit(128 + stopped)
+        if bad := set().union(*processes.gather(run.views.bad.files)):
+            console.print(f"{len(bad)} unreadable training images were skipped", highlight=False)
+        with log.paused():
+            log.evaluated(last, *evaluation.at_the_end(run.training.encoder))
     console.print(f"run folder: {run.folder}", soft_wrap=True, highlight=False)
     return run.folder
 
 
-def run_steps(run: Run, evaluation: TrainingEvaluation, began: float) -> int:
+def run_steps(run: Run, evaluation: TrainingEvaluation, log: RunLog, began: float) -> int:
     """The training loop; returns the number of the signal that ended it early, or 0."""
     config, training, schedule, processes = run.config, run.training, run.schedule, run.processes
     stopped, every, epoch_steps = 0, config.run.eval_every, schedule.steps_per_epoch
@@ -114,16 +120,7 @@ def run_steps(run: Run, evaluation: TrainingEvaluation, began: float) -> int:
     initial, pretrained = run.folder / "init.safetensors", config.model.weights != "none" and schedule.last
     watched = pretrained and processes.first and initial.is_file()
     before = EncoderHealth(run.splits.train, initial, run.device, run.dtype) if watched else None
-    log = RunLog(
-        run.folder,
-        run.console,
-        start=run.start,
-        last=schedule.last,
-        steps_per_epoch=epoch_steps,
-        epochs=config.optim.epochs,
-        writes=processes.first,
-    )
-    with log, StopSignal() as stop:
+    with StopSignal() as stop:
         if not run.start and schedule.last and config.moco.objective in QUEUED:  # with views that no step will see
             training.fill_queue(run.views.batches(schedule.total))
         batches, meter, ready = run.views.batches(run.start), Meter(), time.monotonic()
@@ -165,7 +162,8 @@ def run_steps(run: Run, evaluation: TrainingEvaluation, began: float) -> int:
             if stopped:
                 break
             if evaluates:
-                evaluation.during(training.encoder, epoch)
+                with log.paused():
+                    log.evaluated(step, *evaluation.during(training.encoder, epoch))
                 meter.reset()
         if run.start == schedule.last == 0:  # nothing to train: the start is what is saved
             save(run, saver, 0)
@@ -184,6 +182,7 @@ def open_run(config: Config, resume: Path | None, console: Console, processes: P
     device = pick_device(config.run.device, processes.local_rank, processes.local_ranks)
     if config.data.root is None and config.preset != "synthetic":
         raise UsageError(f"preset {config.preset} needs --data.root, the folder of its images")
+    check_tracker(config.run.track)
     check_settings(config, device, console, processes)
     if resume is None and config.run.dir:
         processes.once(partial(check_unused, Path(config.run.dir)))

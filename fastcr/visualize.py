@@ -22,14 +22,13 @@ from fastcr.data.synthetic import write_synthetic
 from fastcr.data.views import normalise
 from fastcr.errors import UsageError
 from fastcr.measures.embeddings import BATCH_SIZE
-from fastcr.measures.overlays import Tile, as_evaluated, contact_sheet, overlay
+from fastcr.measures.overlays import Named, Tile, as_evaluated, attention_sheet, contact_sheet, overlay
 from fastcr.method.encoder import find_weights, load
 from fastcr.runs.checkpoint import write_whole
 from fastcr.runs.command_line import load_config, one_line_errors
 from fastcr.runs.machine import pick_device
 
 DETECTOR_IMAGES, TOP = 240, 5  # images a detector's share is of, and that stand for it
-Named = tuple[str, Image.Image]  # an image as evaluation sees it, after its class, or else its file
 
 
 def list_images(sources: Sequence[Path]) -> list[tuple[ImageList, int]]:
@@ -62,13 +61,6 @@ def choose(
     if not chosen:
         raise UsageError(f"none of the {count} images can be read: {next(iter(unreadable.values()))}")
     return chosen
-
-
-def attention_sheet(images: Sequence[Named], attention: Tensor, columns: int) -> Image.Image:
-    """Each image beside its overlay; `attention` `[N,H,W]`."""
-    pairs = zip(images, attention, strict=True)
-    tiles = [Tile(name, [image, overlay(image, map_)]) for (name, image), map_ in pairs]
-    return contact_sheet([("", tiles[i : i + columns]) for i in range(0, len(tiles), columns)])
 
 
 def detector_sheet(images: Sequence[Named], answers: Tensor, maps: Tensor) -> Image.Image:

@@ -182,7 +182,12 @@ def test_the_model_card_says_how_it_was_made_and_what_was_measured(hub: Path, ru
     expected = [part["retrieval"]["gem"][key] for part in parts for key in ("rank1", "rank5", "mAP")]
     assert line.replace("* ", "") == "| gem | " + " | ".join(f"{score:.2f}" for score in expected) + " |"
     assert "frozen init, rank-1" in text
-    assert "birds: 32 images of 16 classes" in text
+    assert "Measured on birds." in text
+    assert "\n32 images of 16 classes: retrieval, percent:\n" in text
+    best = results["best"]
+    for kind, name in (("trained", "trained"), ("baseline", "without training")):
+        assert f"{name}: {best[kind]['pooling']}" in text
+        assert f" {best[kind]['rank1']:.2f} / {best[kind]['mAP']:.2f}" in text
 
 
 def test_the_code_of_the_model_card_runs(hub: Path, birds: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +216,7 @@ def test_nothing_for_the_hub_names_a_path_of_this_machine(run: Path, tmp_path: P
         assert str(tmp_path).encode() not in content
     card = (copied / "weights-hub" / "README.md").read_text()
     assert "weights: trunk.pth" in card
-    assert "pictures: 32 images" in card
+    assert "Measured on pictures." in card
 
 
 def test_a_bare_weights_file_has_no_settings_and_no_results(run: Path, tmp_path: Path) -> None:
@@ -253,7 +258,7 @@ def test_push_uploads_the_folder(api: Any, run: Path, tmp_path: Path, capfd: pyt
     api.create_repo.assert_called_once_with("me/birds", exist_ok=True)
     assert api.upload_folder.call_args.kwargs["repo_id"] == "me/birds"
     assert sorted(uploaded) == ["README.md", "config.json", "model.safetensors"]
-    assert 'fastcr.load(snapshot_download("me/birds"))' in (folder / "README.md").read_text()
+    assert 'fastcr.load("hf://me/birds")' in (folder / "README.md").read_text()
 
 
 def test_a_push_that_fails_leaves_the_folder_and_one_line(

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ast
+import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parent.parent
 CODE = sorted(file for file in (ROOT / "fastcr").rglob("*.py") if "kernels" not in file.relative_to(ROOT).parts)
@@ -57,7 +61,7 @@ def test_another_package_named_kernels_wins_in_a_checkout(tmp_path: Path) -> Non
     assert output.stdout.split() == ["another", "fastcr.kernels.info_nce"]
 
 
-def test_the_wheel_holds_every_file_of_the_package_once(tmp_path: Path) -> None:
+def test_the_wheel_made_of_the_source_archive_holds_every_file_of_the_package_once(tmp_path: Path) -> None:
     pytest.importorskip("setuptools", minversion="77")
     git = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(git, capture_output=True, text=True, check=False)
@@ -67,8 +71,13 @@ def test_the_wheel_holds_every_file_of_the_package_once(tmp_path: Path) -> None:
     for name in files:  # a copy, for a build leaves files beside the sources
         (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, tmp_path / "source" / name, follow_symlinks=False)
-    build = ["-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(tmp_path), "."]
-    subprocess.run([sys.executable, *build], cwd=tmp_path / "source", capture_output=True, check=True)
+    build = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=tmp_path / "source", capture_output=True, check=True)
+    (archive,) = tmp_path.glob("fastcr-*.tar.gz")
+    with tarfile.open(archive) as opened:
+        assert not [name for name in opened.getnames() if "/tests" in name]  # it would be some of them
+    build_wheel = ["-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", ".", archive]
+    subprocess.run([sys.executable, *build_wheel], cwd=tmp_path, capture_output=True, check=True)
     (wheel,) = tmp_path.glob("fastcr-*.whl")
     found = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
     package = [name for name in files if name.startswith("fastcr/") and not (ROOT / name).is_symlink()]
@@ -76,3 +85,21 @@ def test_the_wheel_holds_every_file_of_the_package_once(tmp_path: Path) -> None:
     assert sorted(found) == sorted(package + kernels)
     assert "fastcr/py.typed" in found
     assert all(f"fastcr/{room}/__init__.py" in found for room in ("data", "method", "measures", "runs"))
+
+
+def test_what_the_container_and_the_workflows_name_is_there() -> None:
+    copied = re.findall(r"^COPY (.*) \S+$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    assert {name for names in copied for name in names.split()} >= {"pyproject.toml", "setup.py", "fastcr", "kernels"}
+    extras = set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
+    (installed,) = re.findall(r'"\.\[(.*)\]"', (ROOT / "Dockerfile").read_text())
+    assert set(installed.split(",")) <= extras
+    workflows = {file.name: yaml.safe_load(file.read_text()) for file in (ROOT / ".github/workflows").glob("*.yml")}
+    assert [step["run"] for step in workflows["ci.yml"]["jobs"]["run"]["steps"] if "run" in step] == [".ci/run"]
+    jobs = workflows["release.yml"]["jobs"]
+    assert jobs["test"]["uses"] == "./.github/workflows/ci.yml"
+    assert (jobs["build"]["needs"], jobs["publish"]["needs"]) == ("test", "build")
+    tag = next(step["run"] for step in jobs["build"]["steps"] if "tag" in step.get("name", ""))
+    (version,) = re.findall(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    for name, status in ((f"v{version}", 0), ("v9.9", 1)):
+        ran = subprocess.run(["bash", "-c", tag], cwd=ROOT, env={**os.environ, "GITHUB_REF_NAME": name}, check=False)
+        assert ran.returncode == status

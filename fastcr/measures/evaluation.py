@@ -8,10 +8,12 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -19,6 +21,7 @@ from fastcr.config import KnnConfig, LinearConfig
 from fastcr.data.images import ImageList, Splits
 from fastcr.errors import UsageError
 from fastcr.measures.embeddings import NO_POOLINGS, Embeddings, ddt_axis, embed
+from fastcr.measures.gallery import fixed_attention
 from fastcr.measures.linear_probe import fit_augmented
 from fastcr.measures.localisation import Objects
 from fastcr.measures.poolings import Pooling, without_training
@@ -206,8 +209,15 @@ class Evaluation:
         return history[max(ranked, key=ranked.__getitem__)] if ranked else None
 
 
+class Logged(NamedTuple):
+    """What an evaluation gives a run's log; nothing in processes other than the first."""
+
+    scores: dict[str, float] = {}  # noqa: RUF012  # percent, by names such as knn/rationale/top1
+    attention: Image.Image | None = None
+
+
 class TrainingEvaluation:
-    """The evaluations of one training run: during it, and at its end. Does nothing without labels."""
+    """The evaluations of one training run: during it, and at its end. Without labels, only the attention is drawn."""
 
     def __init__(
         self,
@@ -218,11 +228,14 @@ class TrainingEvaluation:
         workers: int,
         console: Console,
         processes: Processes = ALONE,
+        *,
+        knn: bool = False,
     ) -> None:
         self.folder, self.console, self.processes, images = folder, console, processes, test_images(splits)
-        self.evaluation = (
-            Evaluation(splits, images, device, dtype, workers, console, processes=processes) if images else None
-        )
+        classifiers = Classifiers(KnnConfig(), LinearConfig(enabled=False)) if knn else None
+        work = (device, dtype, workers, console, classifiers)
+        self.evaluation = Evaluation(splits, images, *work, processes=processes) if images else None
+        self.drawn = partial(fixed_attention, images=splits.test or splits.train, device=device, dtype=dtype)
         self.lacking = not_measured(splits)
         self.frozen: Measured | None = None
 
@@ -231,36 +244,49 @@ class TrainingEvaluation:
             self.frozen = evaluation.measure_file(self.folder / INITIAL, "frozen init")
         return self.frozen
 
-    def during(self, encoder: Encoder, epoch: int) -> None:
-        """Print rank-1 of the encoder as it is beside the frozen initialisation, with a warning if it is below."""
-        if self.evaluation is None:
-            return
-        frozen = self._frozen(self.evaluation).scores["retrieval"]
-        with torch.compiler.set_stance("force_eager"):  # not worth compiling for eval mode and another batch size
-            measured = self.evaluation.measure(encoder, f"epoch {epoch}", baselines=False)
-        scores = measured.scores["retrieval"]
+    def _logged(self, encoder: Encoder, scores: Mapping[str, Any]) -> Logged:
         if not self.processes.first:
-            return
+            return Logged()
+        found = {
+            f"{section}/{pooling}/{measure}": value
+            for section in ("retrieval", "knn")
+            for pooling in ("mean", "rationale")
+            for measure, value in scores.get(section, {}).get(pooling, {}).items()
+        }
+        return Logged(found, self.drawn(encoder))
+
+    def during(self, encoder: Encoder, epoch: int) -> Logged:
+        """Print rank-1 and kNN of the encoder as it is beside the frozen initialisation, with a warning if below."""
+        if self.evaluation is None:
+            return self._logged(encoder, {})
+        frozen = self._frozen(self.evaluation).scores
+        with torch.compiler.set_stance("force_eager"):  # not worth compiling for eval mode and another batch size
+            scores = self.evaluation.measure(encoder, f"epoch {epoch}", baselines=False).scores
+        if not self.processes.first:
+            return Logged()
         with (self.folder / HISTORY).open("a") as file:
             folder = str(self.evaluation.images.root)
-            file.write(json.dumps({"epoch": epoch, "folder": folder, "retrieval": scores}) + "\n")
+            file.write(json.dumps({"epoch": epoch, "folder": folder, **scores}) + "\n")
         best = self.evaluation.best(read_records(self.folder / HISTORY))
         if best is None or best["epoch"] == epoch:
             save_weights(self.folder / BEST, encoder.state_dict(), encoder.facts)
-        for name, values in scores.items():
-            line = f"  rank-1 {name} {values['rank1']:.2f} (frozen init {frozen[name]['rank1']:.2f})"
-            below = "  warning: below the frozen init" if values["rank1"] < frozen[name]["rank1"] else ""
-            self.console.print(line + below, highlight=False)
+        for section, measure, shown in (("retrieval", "rank1", "rank-1"), ("knn", "top1", "kNN")):
+            for name, values in scores.get(section, {}).items():
+                now, before = values[measure], frozen[section][name][measure]
+                below = "  warning: below the frozen init" if now < before else ""
+                self.console.print(f"  {shown} {name} {now:.2f} (frozen init {before:.2f}){below}", highlight=False)
+        return self._logged(encoder, scores)
 
-    def at_the_end(self) -> None:
-        """Evaluate weights.safetensors, write results.json and print the table."""
+    def at_the_end(self, encoder: Encoder) -> Logged:
+        """Evaluate weights.safetensors, which hold `encoder`; write results.json and print the table."""
         if self.evaluation is None:
             self.console.print(f"{self.lacking}: retrieval is not measured", highlight=False)
-            return
+            return self._logged(encoder, {})
         results = self.evaluation.results(self.folder / "weights.safetensors", self._frozen(self.evaluation))
         show(results, self.console)
         if self.processes.first:
             write_results(self.folder / "results.json", results)
+        return self._logged(encoder, results)
 
 
 def show(results: dict[str, Any], console: Console) -> None:

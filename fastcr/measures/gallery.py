@@ -1,4 +1,4 @@
-"""Images of a report: with the attention over them, and with the images most similar to them."""
+"""Images of a report and of a training: with the attention over them, and with the images most similar to them."""
 
 from __future__ import annotations
 
@@ -7,16 +7,21 @@ import io
 import math
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 
 from fastcr.data.images import ImageList
+from fastcr.data.views import normalise
 from fastcr.errors import UsageError
 from fastcr.measures.embeddings import Embeddings
-from fastcr.measures.overlays import as_evaluated, overlay
+from fastcr.measures.overlays import Named, as_evaluated, attention_sheet, overlay
+from fastcr.method.encoder import Encoder
 
+FIXED = 8  # images whose attention is drawn during a training
 SIDE, QUALITY, NEIGHBOURS = 144, 82, 5  # pixels and JPEG quality of the images on the page; found of each query
 
 
@@ -99,3 +104,22 @@ def neighbours(found: Embeddings, thumbnails: Thumbnails, count: int) -> list[Qu
             near.append((thumbnails.shown(kept[other]), right, similarity[other].item()))
         queries.append(Query(thumbnails.shown(kept[row]), near, bool(classes) and classes.count(classes[row]) == 1))
     return queries
+
+
+@torch.inference_mode()
+def fixed_attention(
+    encoder: Encoder, images: ImageList, device: torch.device, dtype: torch.dtype
+) -> Image.Image | None:
+    """The attention over `FIXED` images, the same ones of a list each time; None without a branch or an image."""
+    shown = list[Named]()
+    for index in spread(FIXED, len(images)):
+        name = images.classes[images.labels[index]] if images.labels else os.path.basename(images.files[index])
+        with suppress(OSError):  # the evaluation names what cannot be read
+            shown.append((name, as_evaluated(images.rgb(index), encoder.image_size)))
+    if encoder.branch is None or not shown:
+        return None
+    pixels = torch.stack([torch.from_numpy(np.array(image)) for _, image in shown]).to(device)
+    with torch.compiler.set_stance("force_eager"), encoder.evaluating():
+        attention = encoder.both(normalise(pixels, torch.float32), dtype).attention
+    assert attention is not None
+    return attention_sheet(shown, attention, FIXED // 2)

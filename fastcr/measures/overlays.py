@@ -11,6 +11,7 @@ from torch import Tensor
 from fastcr.data.crops import centre_crop
 
 COLD, WARM, HOT = "#1b1044", "#e0483e", "#fdf3a0"
+Named = tuple[str, Image.Image]  # an image as evaluation sees it, after its class, or else its file
 STRENGTH = 0.75  # how far the most attended position is covered
 LEAST_SIDE, GAP, LINE, FONT_SIZE = 112, 8, 20, 14  # of a sheet, pixels
 
@@ -37,6 +38,13 @@ class Tile(NamedTuple):
 
     caption: str
     images: Sequence[Image.Image]
+
+
+def attention_sheet(images: Sequence[Named], attention: Tensor, columns: int) -> Image.Image:
+    """Each image beside its overlay; `attention` `[N,H,W]`."""
+    pairs = zip(images, attention, strict=True)
+    tiles = [Tile(name, [image, overlay(image, map_)]) for (name, image), map_ in pairs]
+    return contact_sheet([("", tiles[i : i + columns]) for i in range(0, len(tiles), columns)])
 
 
 def contact_sheet(rows: Sequence[tuple[str, Sequence[Tile]]]) -> Image.Image:

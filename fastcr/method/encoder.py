@@ -29,6 +29,7 @@ from fastcr.errors import UsageError, one_line
 from fastcr.kernels.launch import Impl
 from fastcr.method.backbone import TIMM, TimmEncoder, build_backbone
 from fastcr.method.folded import folded_once
+from fastcr.method.hub import SCHEME, fetch
 from fastcr.method.moco import mean_pool
 from fastcr.method.rationale import RationaleHead
 from fastcr.method.released import ReleasedBranch, from_released_checkpoint, released_facts
@@ -192,9 +193,12 @@ def new_encoder(config: Config) -> Encoder:
 def load(path_or_run: str | os.PathLike[str], device: str | torch.device = "cpu") -> Encoder:
     """The encoder of a run folder, a weights file, a folder exported for the Hub, or an authors' released checkpoint.
 
+    `hf://OWNER/NAME`, or `hf://OWNER/NAME@REVISION`, is one on the Hub (extra `hub`).
     No code in the file is run. `UsageError` if it is missing, broken or foreign, or `device` is not there.
     """
-    where, file, ignored = pick_device(str(device)), find_weights(Path(path_or_run)), tuple[str, ...]()
+    where, ignored = pick_device(str(device)), tuple[str, ...]()
+    named = os.fspath(path_or_run)
+    file = fetch(named) if named.startswith(SCHEME) else find_weights(Path(named))
     try:
         state, facts, ignored = _named(*load_weights(file))
         if not facts:

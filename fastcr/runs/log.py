@@ -1,16 +1,17 @@
-"""What a run shows, keeps and watches: progress bar, metrics.jsonl, TensorBoard, speed, bad losses, signals."""
+"""What a run shows and logs: progress bar, metrics.jsonl, TensorBoard, trackers, speed."""
 
 from __future__ import annotations
 
 import json
 import time
-import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO, TypeVar
 
+from PIL import Image
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import (
@@ -24,7 +25,10 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from fastcr.config import Config
+from fastcr.errors import one_line
 from fastcr.runs.checkpoint import write_whole
+from fastcr.runs.sinks import SINKS, Sink
 
 T = TypeVar("T")
 SHOWN = {  # metric: its name on the bar's second line, and format
@@ -32,6 +36,8 @@ SHOWN = {  # metric: its name on the bar's second line, and format
     "data_wait": ("waiting for data", "{:.0%}"),
     "contrast_loss": ("contrast", "{:.3f}"),
     "fit_loss": ("fit", "{:.4f}"),
+    "rank1": ("rank-1", "{:.1f} %"),
+    "knn": ("kNN", "{:.1f} %"),
     "attention_entropy": ("entropy", "{:.2f}"),
     "effective_detectors": ("detectors", "{:.1f}"),
     "effective_rank": ("rank", "{:.0f}"),
@@ -40,36 +46,35 @@ SHOWN = {  # metric: its name on the bar's second line, and format
 
 
 class RunLog:
-    """Shows a run's progress and appends its records; used as a context manager. With `writes` False it does nothing.
+    """Shows a run's progress and logs its records; used as a context manager. With `writes` False it logs nothing.
 
-    `metrics.jsonl` holds one JSON object a logged step. A resumed run first drops the records after step `start`, which
-    it will write again.
+    `metrics.jsonl` holds one JSON object a logged step; the same numbers go to TensorBoard and to the tracker, if there
+    is one. A resumed run first drops the records after step `start`, which it will write again.
     """
 
     def __init__(
         self,
         folder: Path,
+        config: Config,
         console: Console,
         *,
         start: int,
         last: int,
         steps_per_epoch: int,
-        epochs: int,
         writes: bool = True,
     ) -> None:
-        self.console, self.steps_per_epoch, self.epochs = console, steps_per_epoch, epochs
+        self.console, self.steps_per_epoch, self.epochs = console, steps_per_epoch, config.optim.epochs
         self.shown: dict[str, Any] = {}  # the latest of each metric: some come once an epoch
-        self.writer: Any = None
+        self.sinks: list[Sink] = []
         self.file: TextIO | None = None
         if writes:
-            with warnings.catch_warnings(), suppress(ImportError, UnicodeError):  # which takes no folder of any bytes
-                warnings.simplefilter("ignore")  # its own, about its dependencies
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.writer = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
             path = folder / "metrics.jsonl"
             keep_records(path, "step", start)
             self.file = path.open("a")
+            with suppress(ImportError, UnicodeError):  # TensorBoard takes no folder of any bytes
+                self.sinks.append(SINKS["tensorboard"](folder, config, start))
+            if config.run.track != "none":
+                self._works(config.run.track, lambda: self._open(SINKS[config.run.track](folder, config, start)))
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -96,10 +101,38 @@ class RunLog:
     ) -> None:
         """Stop the bar and close the files, whatever happened."""
         self.live.stop()
-        if self.writer:
-            self.writer.close()
         if self.file:
             self.file.close()
+        self._each(lambda sink: sink.close(error is None))
+
+    def _works(self, name: str, act: Callable[[], object]) -> bool:
+        """Do something with a sink; one line where that fails, in whatever way: it must not end a training."""
+        try:
+            act()
+        except Exception as error:
+            self._say(f"warning: {name} failed, so nothing more is logged there: {one_line(error)}")
+            return False
+        return True
+
+    def _open(self, sink: Sink) -> None:
+        self.sinks.append(sink)
+        self._say(f"{sink.name}: {sink.where}")
+
+    def _each(self, act: Callable[[Sink], object]) -> None:
+        """Do something with each sink that still works."""
+        self.sinks = [sink for sink in self.sinks if self._works(sink.name, partial(act, sink))]
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """No bar inside, where others are shown."""
+        shown = self.live.is_started
+        self.live.stop()
+        yield
+        if shown:
+            self.live.start()
 
     def advance(self, step: int) -> None:
         """Move the bar to `step` completed steps."""
@@ -111,15 +144,27 @@ class RunLog:
         if self.file:
             self.file.write(json.dumps(record) + "\n")
             self.file.flush()
-        for name, value in record.items():
-            if self.writer and name not in ("step", "epoch"):
-                self.writer.add_scalar(name, value, record["step"])
+        numbers = {name: value for name, value in record.items() if name not in ("step", "epoch")}
+        self._each(lambda sink: sink.scalars(numbers, record["step"]))
+        self._show(record)
+
+    def evaluated(self, step: int, scores: dict[str, float], attention: Image.Image | None) -> None:
+        """Log an evaluation's scores, by names such as `knn/rationale/top1`, and the attention drawn over images."""
+        if scores:
+            self._each(lambda sink: sink.scalars(scores, step))
+        if attention:
+            self._each(lambda sink: sink.image("attention", attention, step))
+        for pooling in ("mean", "rationale"):  # the latter is shown where there is one
+            names = {"rank1": f"retrieval/{pooling}/rank1", "knn": f"knn/{pooling}/top1"}
+            self._show({shown: scores[name] for shown, name in names.items() if name in scores})
+
+    def _show(self, record: dict[str, Any]) -> None:
         self.shown |= record
         self.status.plain = describe(self.shown)
 
     def epoch_done(self, record: dict[str, Any], epoch: int) -> None:
         """Leave a line behind for a finished epoch."""
-        self.console.print(f"epoch {epoch}/{self.epochs}  {describe(record)}", highlight=False, soft_wrap=True)
+        self._say(f"epoch {epoch}/{self.epochs}  {describe(record)}")
 
 
 def describe(record: dict[str, Any]) -> str:

@@ -1,0 +1,49 @@
+"""Encoders on the Hugging Face Hub, by huggingface_hub: `hf://OWNER/NAME[@REVISION]`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from fastcr.errors import UsageError, one_line
+
+SCHEME, FILE = "hf://", "model.safetensors"
+
+
+def fetch(address: str) -> Path:
+    """The weights file at an address `hf://OWNER/NAME[@REVISION]`, downloaded or from the library's cache.
+
+    `UsageError` for whatever keeps it from here.
+    """
+    found = re.fullmatch(r"([^/@\s]+/[^/@\s]+)(?:@(\S+))?", address.removeprefix(SCHEME))
+    if not found:
+        raise UsageError(f"{address}: an address on the Hub is {SCHEME}OWNER/NAME or {SCHEME}OWNER/NAME@REVISION")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise UsageError(f'{address} needs huggingface_hub: pip install "fastcr[hub]"') from None
+    repo, revision = found.groups()
+    try:  # of this one file, for a snapshot falls back on the cache at once where there is no network
+        file = Path(snapshot_download(repo, revision=revision, allow_patterns=[FILE]), FILE)
+    except Exception as error:  # the client's, its HTTP library's and the system's have nothing in common
+        raise UsageError(f"{address} cannot be fetched: {reason(error)}") from None
+    if not file.is_file():
+        raise UsageError(f"{address} cannot be fetched: there is no {FILE} in it")
+    return file
+
+
+def reason(error: Exception) -> str:
+    """Why a request to the Hub failed, on one line."""
+    from huggingface_hub import errors
+
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    refused = "your token does not allow it" if status == 403 else "the Hub does not take your token"
+    reasons = [
+        (isinstance(error, errors.RevisionNotFoundError), "there is no such revision"),
+        (isinstance(error, errors.GatedRepoError), "ask for access on its page first"),
+        (isinstance(error, errors.RepositoryNotFoundError), "no such repository, or it is private: hf auth login"),
+        (isinstance(error, errors.LocalEntryNotFoundError), "no connection to the Hub, and not in the cache"),
+        (status in (401, 403), refused),
+        (type(error).__name__ in ("ConnectError", "ConnectTimeout"), "no connection to the Hub"),
+    ]
+    return next((text for holds, text in reasons if holds), one_line(error))
