@@ -20,7 +20,18 @@ from pathlib import Path
 
 from fastcr.data.archives import read_archive
 from fastcr.data.images import SUFFIXES, ImageList, Splits
-from fastcr.data.listing import BESIDE, FEW, SHARED, Entries, Notes, ending_of, entries_of, images_among, images_below
+from fastcr.data.listing import (
+    BESIDE,
+    EMPTY,
+    FEW,
+    SHARED,
+    Entries,
+    Notes,
+    ending_of,
+    entries_of,
+    images_among,
+    images_below,
+)
 from fastcr.data.shards import SPLIT, read_shards
 from fastcr.data.text_lists import read_list
 from fastcr.errors import UsageError
@@ -152,19 +163,20 @@ def _files(folder: Path) -> Iterator[str]:
 
 def _class_folders(root: Path, entries: Entries, notes: Notes) -> ImageList:
     """The images in the class folders of `root`, or else those directly in `root`, without labels."""
-    classes = tuple(sorted(entries.folders))
-    found = [images_below(root, name, notes) for name in classes]
+    below = {name: images_below(root, name, notes) for name in sorted(entries.folders)}
+    for name in (name for name, images in below.items() if not images):
+        notes.add(EMPTY, name)
+    classes, found = tuple(name for name in below if below[name]), [images for images in below.values() if images]
     # a Mac writes an accent as a letter of its own: the same name in another split need not be the same bytes
     composed = tuple(unicodedata.normalize("NFC", name) for name in classes)
     classes = composed if len({*composed}) == len(classes) else classes
     flat = sorted([*entries.images, *images_among(root, entries.others, notes)])
-    if any(found) and flat:
-        first = next(images[0] for images in found if images)
-        raise UsageError(f"{root} holds images and also folders of images ({first!r}): keep one kind")
-    if any(found):
+    if found and flat:
+        raise UsageError(f"{root} holds images and also folders of images ({found[0][0]!r}): keep one kind")
+    if found:
         labels = tuple(label for label, images in enumerate(found) for _ in images)
         return ImageList(root, tuple(file for images in found for file in images), labels, classes)
     if not flat:
-        found_instead = "; ".join(map(str, notes)) or f"looked for {' '.join(sorted(SUFFIXES))}"
-        raise UsageError(f"no images under {root} ({found_instead})")
+        said = "; ".join([f"looked for {' '.join(sorted(SUFFIXES))}", *map(str, notes)])
+        raise UsageError(f"no images under {root} ({said})")
     return ImageList(root, tuple(flat), None, ())

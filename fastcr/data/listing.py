@@ -27,6 +27,8 @@ FEW = 8  # files of an ending that are looked into: if none is an image, its oth
 HIDDEN = "left out: hidden files and folders, and what systems leave behind"
 UNREADABLE = "left out: folders that cannot be read"
 BACKUPS = "left out: what programs keep of images that they changed, beside them"
+RUNS = "left out: run folders of fastcr"
+EMPTY = "left out: folders without an image"
 LOOPS = "left out: links to a folder that they lie in"
 BESIDE = "left out: what lies beside the folders or shards of the splits"
 OTHERS = "left out: files of no image format that can be read"
@@ -113,6 +115,9 @@ def entries_of(root: Path, below: str, notes: Notes, through: tuple[str, ...] = 
                     (found.images if ending_of(name) in SUFFIXES else found.others).append(name)
     except OSError as error:
         notes.add(UNREADABLE, f"{below or '.'} ({error.strerror})")
+    if {"config.yaml", "metrics.jsonl"} <= {*found.others}:
+        notes.add(RUNS, below)
+        return Entries([], set(), [], [])
     images = {*found.images} if found.others else ()
     backups = {name for name in found.others if BACKUP.sub("", name) in images}
     for name in backups:

@@ -16,7 +16,18 @@ from PIL import Image, features
 
 from fastcr.data.images import ImageList
 from fastcr.data.layouts import list_splits
-from fastcr.data.listing import BACKUPS, BESIDE, CONTENT, DEEPER, HIDDEN, LOOPS, OTHERS, SHARED
+from fastcr.data.listing import (
+    BACKUPS,
+    BESIDE,
+    CONTENT,
+    DEEPER,
+    EMPTY,
+    HIDDEN,
+    LOOPS,
+    OTHERS,
+    RUNS,
+    SHARED,
+)
 from fastcr.errors import UsageError
 from fastcr.folders import main
 
@@ -90,6 +101,12 @@ def looping(root: Path) -> None:
 def same_folder(root: Path) -> None:
     plant(root, "train/crow/0.jpg", "train/wren/0.jpg")
     (root / "test").symlink_to(root / "train")
+
+
+def imageless(root: Path) -> None:
+    plant(root, "a/0.jpg")
+    plant(root, "b/notes.txt", content=b"no image")
+    (root / "c").mkdir()
 
 
 def nameless(root: Path) -> None:
@@ -166,6 +183,11 @@ TREES: dict[str, tuple[Callable[[Path], object] | tuple[str, ...], list[str], li
         ("a/0.jpg", "a/0.jpg_original", "a/1.JPG", "a/1.JPG~", "b/2.jpg", "b/2.jpg.bak", "b/3.jpg.bak"),
         ["a/0.jpg=a", "a/1.JPG=a", "b/2.jpg=b", "b/3.jpg.bak=b"], [], {BACKUPS: 3, CONTENT: 1},
     ),
+    "runs among the classes": (
+        ("a/0.jpg", "b/1.jpg", "runs/x/attention.png", "runs/x/config.yaml", "runs/x/metrics.jsonl"),
+        ["a/0.jpg=a", "b/1.jpg=b"], [], {RUNS: 1, EMPTY: 1},
+    ),
+    "folders without an image": (imageless, ["a/0.jpg=a"], [], {OTHERS: 1, EMPTY: 2}),
     "accents of a Mac": (
         ("train/cafe\u0301/0.jpg", "train/wren/1.jpg", "test/caf\u00e9/2.jpg"),
         ["train/cafe\u0301/0.jpg=caf\u00e9", "train/wren/1.jpg=wren"], ["test/caf\u00e9/2.jpg=caf\u00e9"], {},
