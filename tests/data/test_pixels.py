@@ -114,6 +114,36 @@ def test_loaders_agree_on_orientations_written_in_unusual_ways(tmp_path: Path, h
     assert (torch_s - dali_s).abs().mean() < 0.03  # 2 levels of 255
 
 
+def odd_files(folder: Path) -> None:
+    """Encodings that cameras, servers and editors write: most are JPEGs, some by their name alone."""
+    image = Image.fromarray(scene(96, 128))
+    for name, options in {
+        "rgb": {"keep_rgb": True}, "s411": {"subsampling": "4:1:1"}, "s422": {"subsampling": 1}, "q5": {"quality": 5},
+        "progressive": {"progressive": True}, "restart": {"restart_marker_rows": 1},
+    }.items():  # fmt: skip
+        image.save(folder / f"{name}.jpg", **options)
+    for mode in ("L", "CMYK"):
+        image.convert(mode).save(folder / f"{mode}.jpg")
+    image.save(folder / "two.jpg", format="MPO", save_all=True, append_images=[image.rotate(180)])
+    image.crop((0, 0, 97, 63)).save(folder / "odd.jpg")
+    image.convert("P").save(folder / "palette.png")
+    for name in ("a.webp", "b.jpg"):
+        image.save(folder / name, format="WEBP")
+
+
+def test_loaders_agree_on_odd_files(tmp_path: Path) -> None:
+    pytest.importorskip("nvidia.dali")
+    odd_files(tmp_path)
+    names = tuple(sorted(file.name for file in tmp_path.iterdir()))
+    images, loading = ImageList(tmp_path, names, None, ()), Loading(64, len(names), 3, CPU, torch.float32, 0)
+    torch_s, dali_s = (
+        next(loader_class(name)(images, loading, BadFiles(images, "fail")).batches(0))  # type: ignore[arg-type]
+        for name in ("torch", "dali")
+    )
+    for ours, theirs in ((torch_s.first, dali_s.first), (torch_s.second, dali_s.second)):
+        assert ((ours - theirs).abs().mean((1, 2, 3)) * 0.226 * 255).max() < 1.5  # levels of 255
+
+
 def test_a_broken_orientation_is_none(tmp_path: Path) -> None:
     data = io.BytesIO()
     Image.fromarray(scene()).save(data, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff garbage")
