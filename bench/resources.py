@@ -1,8 +1,9 @@
-"""`python bench/resources.py [--every] [--target 90]`: registers, spills, shared memory and occupancy of each kernel.
+"""`python bench/resources.py [--every] [--target 90]`: what each kernel takes, and what that lets one expect.
 
 It needs Triton's compiler and no GPU. The ops run on CPU tensors of the usual sizes (`--every`: of all sizes that have
 launch settings of their own) while a recorder takes the place of the launch; each recorded call is then compiled for
-every target, with the types, alignments and settings it was made with.
+every target, with the types, alignments and settings it was made with. The last columns are a prediction of the share
+of a copy's bandwidth (`predict.py` has its model), for capability 9.0.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from bench.predict import COPY, Work, loops_of, share_of_a_copy, work_of
 from fastcr.config import tyro
 from fastcr.errors import UsageError
 from fastcr.kernels import (  # noqa: F401  (they register ops)
@@ -116,6 +118,7 @@ class Call(NamedTuple):
     attributes: dict[tuple[int], list[list[Any]]]
     options: dict[str, int]
     shape: str
+    work: Work | None
 
 
 class Resources(NamedTuple):
@@ -130,12 +133,16 @@ class Resources(NamedTuple):
     shared: int
     tensor_core: int  # instructions in the machine code
     occupancy: float  # bound on the resident warps, of the most the target holds; 0: a block does not fit
+    instructions: int  # of each warp, in one trip of every innermost loop
+    barriers: int  # in the machine code
+    copy: dict[str, float]  # predicted share of a copy's bandwidth by GPU; empty where nothing is predicted
 
 
 def specialise(kernel: Any, args: Sequence[Any], kwargs: dict[str, Any], shape: str) -> Call:
     """The call of `kernel` with these arguments: 1 becomes a constant, multiples of 16 are marked."""
     values = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
-    call = Call(kernel, {}, {}, {}, {k: values[k] for k in ("num_warps", "num_stages") if k in values}, shape)
+    options = {k: values[k] for k in ("num_warps", "num_stages") if k in values}
+    call = Call(kernel, {}, {}, {}, options, shape, work_of(kernel.__name__, values, kwargs["grid"]))
     for i, param in enumerate(kernel.params):
         value = values[param.name]
         if param.is_constexpr or (isinstance(value, int) and value == 1):
@@ -219,7 +226,12 @@ def compiled(call: Call, target: int) -> Resources:
     name = call.kernel.__name__ + (" (features)" if call.constants.get("WRITE_FEATURES") else "")
     warps, shared = binary.metadata.num_warps, binary.metadata.shared
     facts = (warps, usage["REG"], usage["STACK"] + usage["LOCAL"], shared, len(TENSOR_CORE.findall(dump)))
-    return Resources(name, call.shape, target, *facts, occupancy(target, warps, usage["REG"], shared))
+    share, loops, copy = occupancy(target, warps, usage["REG"], shared), loops_of(dump), dict[str, float]()
+    if call.work and target == 90 and share:
+        stages = call.constants.get("STAGES", call.options.get("num_stages", 1))
+        copy = share_of_a_copy(call.work, loops, warps, round(share * LIMITS[target][0] / warps), stages)
+    once = sum(loop.instructions for loop in loops)
+    return Resources(name, call.shape, target, *facts, share, once, dump.count("BAR.SYNC"), copy)
 
 
 def resources(targets: Sequence[int] | None = None, every: bool = False) -> list[Resources]:
@@ -237,12 +249,15 @@ def resources(targets: Sequence[int] | None = None, every: bool = False) -> list
 
 def resources_table(rows: Sequence[Resources]) -> Table:
     """The resources for people; registers and spilled bytes are a thread's, shared memory a block's."""
-    table = Table(title=f"kernels at B {BATCH}, C {CHANNELS}, N {QUEUE}")
-    for name in ("kernel", "shape", "sm", "warps", "registers", "spilled", "shared KB", "tensor ops", "occupancy"):
+    table = Table(title=f"kernels at B {BATCH}, C {CHANNELS}, N {QUEUE}", caption="* predicted, not measured")
+    predicted = [f"of a copy, {gpu}*" for gpu in COPY]
+    names = ("sm", "warps", "registers", "spilled", "shared KB", "tensor ops", "occupancy", "in a trip", "barriers")
+    for name in ("kernel", "shape", *names, *predicted):
         table.add_column(name, justify="left" if name in ("kernel", "shape") else "right", no_wrap=True)
     for row in rows:
-        cells = map(str, (*row[:6], f"{row.shared / 1024:.1f}", row.tensor_core, f"{row.occupancy:.0%}"))
-        table.add_row(*cells, end_section=row.target == rows[-1].target != rows[0].target)
+        cells = [*row[:6], f"{row.shared / 1024:.1f}", row.tensor_core, f"{row.occupancy:.0%}", *row[9:11]]
+        shares = [f"{row.copy[gpu]:.0%}" if row.copy else "–" for gpu in COPY]
+        table.add_row(*map(str, cells), *shares, end_section=row.target == rows[-1].target != rows[0].target)
     return table
 
 
@@ -261,7 +276,7 @@ def main(args: Sequence[str]) -> None:
     with one_line_errors("bench/resources.py"):
         config = parse(ResourcesConfig, args, prog=called("bench/resources.py"), description=__doc__)
         table = resources_table(resources(config.target, bool(config.every)))
-        Console(width=max(Console().width, 132)).print(table)
+        Console(width=max(Console().width, 200)).print(table)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,11 @@ def main(args: Sequence[str] | None = None) -> None:
 
         with one_line_errors(command):
             check_arguments(command, rest)
-        import_module(f"fastcr.{command}").main(rest)
+        try:
+            module = import_module(f"fastcr.{command}")
+        except KeyboardInterrupt:  # libraries take seconds
+            raise SystemExit(130) from None
+        module.main(rest)
     else:
         guess = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f"did you mean {guess[0]}?" if guess else "fastcr --help lists the commands"

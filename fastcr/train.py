@@ -9,7 +9,7 @@ import sys
 import time
 import zlib
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -120,10 +120,11 @@ def run_steps(run: Run, evaluation: TrainingEvaluation, log: RunLog, began: floa
     initial, pretrained = run.folder / "init.safetensors", config.model.weights != "none" and schedule.last
     watched = pretrained and processes.first and initial.is_file()
     before = EncoderHealth(run.splits.train, initial, run.device, run.dtype) if watched else None
-    with StopSignal() as stop:
+    with StopSignal() as stop, closing(run.views.batches(run.start)) as batches:
         if not run.start and schedule.last and config.moco.objective in QUEUED:  # with views that no step will see
-            training.fill_queue(run.views.batches(schedule.total))
-        batches, meter, ready = run.views.batches(run.start), Meter(), time.monotonic()
+            with closing(run.views.batches(schedule.total)) as unseen:
+                training.fill_queue(unseen)
+        meter, ready = Meter(), time.monotonic()
         for step in range(run.start + 1, schedule.last + 1):
             with meter.waiting():
                 batch = next(batches)

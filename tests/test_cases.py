@@ -20,7 +20,7 @@ MOVED = {
     "from fastcr.folders import read_rgb": "from fastcr.data.images import read_rgb",
     "from fastcr.embed_folder import main": "from fastcr.embed import main",
 }
-GONE = {"50": "it makes the loaders by hand, with arguments of another version; tests/data/test_views.py compares them"}
+GONE = {"50": "it makes the loaders by hand, as another version took them; tests/data/test_pixels.py compares them"}
 
 
 def named(case: Path) -> object:

@@ -112,6 +112,9 @@ def test_a_list_names_images_and_labels(tmp_path: Path) -> None:
         ("1.png 0\ndir/2 3.png   1\n", ["0", "1"]),
         (" 1.png\n'dir/2 3.png' \n", None),
         ("1.png\t\ndir/2 3.png\t\n", None),
+        ("filename,label\n1.png,wren\ndir/2 3.png,crow\n", ["wren", "crow"]),
+        ('"image path"\n"1.png"\n"dir/2 3.png"\n', None),
+        ("1.png;wren\rdir/2 3.png;crow\r", ["wren", "crow"]),
     ],
 )
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
@@ -123,6 +126,14 @@ def test_a_list_is_read_as_people_write_it(tmp_path: Path, text: str, labels: li
     assert images.files == ("1.png", "dir/2 3.png")
     found = None if images.labels is None else [images.classes[label] for label in images.labels]
     assert found == labels
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "cp1252"])
+def test_a_list_in_windows_western_encoding_is_read(tmp_path: Path, encoding: str) -> None:
+    put(tmp_path / "café" / "1.png")
+    (tmp_path / "list.txt").write_text("café\\1.png,café\n", encoding=encoding)
+    images = read_splits(tmp_path / "list.txt").train
+    assert (images.files, images.classes) == (("café/1.png",), ("café",))
 
 
 def test_a_labelled_list_is_trained_on_and_measured(tmp_path: Path, birds: Path) -> None:
@@ -140,6 +151,8 @@ def test_a_labelled_list_is_trained_on_and_measured(tmp_path: Path, birds: Path)
         ("# nothing\n\n", r"list.txt names no images"),
         ("1.png\n2.png\n3.png\n", r"2 of the 3 images that .*list.txt names are not there, e.g. '2.png'"),
         ("1.png\n1.png\n", r"names '1.png' twice"),
+        ("0.png\n1.png\n", r"1 of the 2 images that .*list.txt names are not there, e.g. '0.png'"),
+        ("a/0\n1.png\n", r"1 of the 2 images that .*list.txt names are not there, e.g. 'a/0'"),
         ("1.png\twren\n./1.png\n", r"some images have a label and some, e.g. './1.png', have none"),
         ("\0\1\2", r"neither a folder of images or tar shards nor a text file that lists images"),
     ],

@@ -437,6 +437,31 @@ def test_a_reader_that_goes_away_ends_the_run_with_a_save(flat: Path, tmp_path: 
     assert state(folder)["step"] == step + 1
 
 
+def test_data_that_vanishes_ends_the_run_in_one_line(flat: Path, tmp_path: Path) -> None:
+    root, more = shutil.copytree(flat, tmp_path / "images"), ("--data.workers", "2", "--data.cache", "off")
+    process = start("-m", "fastcr.train", "synthetic", *flags(root, tmp_path / "run", "--optim.epochs", "9999", *more))
+    wait_for(lambda: records(tmp_path / "run"), process)
+    shutil.rmtree(root)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert errors == f"fastcr.train: error: none of the 64 images under {root} can be read\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_under_its_output_ends_no_run(flat: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "fastcr.train",
+        "synthetic",
+        *map(str, flags(flat, tmp_path / "run", "--run.steps", "2")),
+    ]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "fastcr: cannot print (No space left on device): the run goes on\n")
+    assert state(tmp_path / "run")["step"] == 2
+
+
 def test_nohup_lets_a_run_go_on(flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

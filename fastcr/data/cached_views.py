@@ -6,7 +6,7 @@ DALI's decoder (`dali_views.py`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import numpy as np
 import torch
@@ -58,7 +58,7 @@ class CachedViews:
     def __init__(self, images: CachedImages, loading: Loading, bad: BadFiles) -> None:
         self.images, self.loading, self.bad = images, loading, bad
 
-    def batches(self, start_step: int) -> Iterator[Batch]:
+    def batches(self, start_step: int) -> Generator[Batch, None, None]:
         """Batches from `start_step` on, epoch after epoch, without end."""
         images, loading = self.images, self.loading
         for epoch, indices in loading.steps(len(images), start_step):

@@ -1,7 +1,8 @@
 """A root to the images of its splits, whichever of these layouts it has.
 
 - an original archive (`archives.py`): CUB-200-2011, Stanford Cars, FGVC-Aircraft or iNaturalist 2019;
-- class folders below `train/` and, if there is a test split, `test/` or `val/`; or class folders alone;
+- class folders below `train/` and, if there is a test split, `test/` or `val/` (these may be words of their names, and
+  a folder of such a name may lie alone in one); or class folders alone;
 - a flat folder of images without labels (also as `train/` and `test/`);
 - a folder of tar shards (`shards.py`);
 - any of these in a folder that lies alone in the root, as some archives unpack;
@@ -12,14 +13,26 @@ from __future__ import annotations
 
 import os
 import sys
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from fastcr.data.archives import read_archive
 from fastcr.data.images import SUFFIXES, ImageList, Splits
-from fastcr.data.listing import BESIDE, FEW, SHARED, Entries, Notes, ending_of, entries_of, images_among, images_below
-from fastcr.data.shards import read_shards
+from fastcr.data.listing import (
+    BESIDE,
+    EMPTY,
+    FEW,
+    SHARED,
+    Entries,
+    Notes,
+    ending_of,
+    entries_of,
+    images_among,
+    images_below,
+)
+from fastcr.data.shards import SPLIT, read_shards
 from fastcr.data.text_lists import read_list
 from fastcr.errors import UsageError
 
@@ -62,19 +75,20 @@ def _split_folders(root: Path, entries: Entries, notes: Notes) -> Splits | None:
     named = {name.casefold(): name for name in entries.folders}
     train, *_ = [*(named[name] for name in TRAIN if name in named), None]
     tests = [named[name] for name in TEST if name in named]
+    if train is None and (words := _by_word(root, entries)):
+        train, *tests = words
     if train is None:
         if "test" in named:
             raise UsageError(f"{root} has a folder {named['test']} but none named train")
         return None
-    inside = entries_of(root / train, "", notes.within(train))
+    inside = entries_of(root / train, "", Notes())
     if not inside.folders and any(ending_of(name) == ".tar" for name in inside.others) and not inside.images:
         return None  # shards
     if not inside.folders and not tests and len(entries.folders) > 1:
         return None  # a class of vehicles
     chosen, split = None, None
     for name in tests:
-        within = notes.within(name)
-        images = _class_folders(root / name, entries_of(root / name, "", within), within)
+        images = _split(root, name, notes)
         if split is None or (split.labels is None and images.labels is not None):
             chosen, split = name, images
         if images.labels is not None:
@@ -83,7 +97,32 @@ def _split_folders(root: Path, entries: Entries, notes: Notes) -> Splits | None:
         notes.add(BESIDE, name)
     if chosen and os.path.samefile(root / train, root / chosen):
         notes.add(SHARED, chosen)
-    return _alike(_class_folders(root / train, inside, notes.within(train)), split)
+    return _alike(_split(root, train, notes), split)
+
+
+def _word(folder: str) -> str:
+    """The split that is a word of a folder's name: train, test or val; nothing where there is none."""
+    found = SPLIT.search(folder.casefold())
+    return found.group(1) if found else ""
+
+
+def _by_word(root: Path, entries: Entries) -> list[str]:
+    """Folders of class folders such as `seg_train` and `seg_test`, the one to train on first; none if not clear."""
+    named = [(name, _word(name)) for name in entries.folders]
+    full = [each for each in named if each[1] and entries_of(root, each[0], Notes()).folders]
+    train, *tests = ([name for name, word in full if word == split] for split in ("train", "test", "val"))
+    return [*train, *tests[0], *tests[1]] if len(train) == 1 and any(tests) else []
+
+
+def _split(root: Path, name: str, notes: Notes) -> ImageList:
+    """The images below the folder `name` of `root`, or below one that lies alone in it and is of the same split."""
+    root, notes = root / name, notes.within(name)
+    entries = entries_of(root, "", notes)
+    inner = _alone(root, entries, notes)
+    if inner and _word(inner) == _word(name):
+        root, notes = root / inner, notes.within(inner)
+        entries = entries_of(root, "", notes)
+    return _class_folders(root, entries, notes)
 
 
 def _alike(train: ImageList, test: ImageList | None) -> Splits:
@@ -124,15 +163,20 @@ def _files(folder: Path) -> Iterator[str]:
 
 def _class_folders(root: Path, entries: Entries, notes: Notes) -> ImageList:
     """The images in the class folders of `root`, or else those directly in `root`, without labels."""
-    classes = tuple(sorted(entries.folders))
-    found = [images_below(root, name, notes) for name in classes]
+    below = {name: images_below(root, name, notes) for name in sorted(entries.folders)}
+    for name in (name for name, images in below.items() if not images):
+        notes.add(EMPTY, name)
+    classes, found = tuple(name for name in below if below[name]), [images for images in below.values() if images]
+    # a Mac writes an accent as a letter of its own: the same name in another split need not be the same bytes
+    composed = tuple(unicodedata.normalize("NFC", name) for name in classes)
+    classes = composed if len({*composed}) == len(classes) else classes
     flat = sorted([*entries.images, *images_among(root, entries.others, notes)])
-    if any(found) and flat:
-        first = next(images[0] for images in found if images)
-        raise UsageError(f"{root} holds images and also folders of images ({first!r}): keep one kind")
-    if any(found):
+    if found and flat:
+        raise UsageError(f"{root} holds images and also folders of images ({found[0][0]!r}): keep one kind")
+    if found:
         labels = tuple(label for label, images in enumerate(found) for _ in images)
         return ImageList(root, tuple(file for images in found for file in images), labels, classes)
     if not flat:
-        raise UsageError(f"no images under {root} (looked for {' '.join(sorted(SUFFIXES))})")
+        said = "; ".join([f"looked for {' '.join(sorted(SUFFIXES))}", *map(str, notes)])
+        raise UsageError(f"no images under {root} ({said})")
     return ImageList(root, tuple(flat), None, ())

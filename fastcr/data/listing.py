@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,14 +16,19 @@ from fastcr.data.images import SUFFIXES, Note
 
 # what systems and programs leave in people's folders, besides hidden files and folders
 SYSTEM = frozenset({
-    "__macosx", "thumbs.db", "desktop.ini", "@eadir", "@recycle", "#recycle", "$recycle.bin", "lost+found",
-    "system volume information", "icon\r", "__pycache__",
+    "__macosx", "network trash folder", "temporary items", "icon\r",
+    "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information", "found.000", "lost+found",
+    "@eadir", "@tmp", "@recycle", "#recycle", "@recently-snapshot", "#snapshot", "~snapshot", "__pycache__",
 })  # fmt: skip
+BACKUP = re.compile(r"(~|_original|\.(bak|old|orig))$", re.IGNORECASE)  # added to the name of what a program changes
 SNIFFED = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "AVIF")  # not TIFF: what a camera's raw files hold is a thumbnail
 FEW = 8  # files of an ending that are looked into: if none is an image, its others are none
 
 HIDDEN = "left out: hidden files and folders, and what systems leave behind"
 UNREADABLE = "left out: folders that cannot be read"
+BACKUPS = "left out: what programs keep of images that they changed, beside them"
+RUNS = "left out: run folders of fastcr"
+EMPTY = "left out: folders without an image"
 LOOPS = "left out: links to a folder that they lie in"
 BESIDE = "left out: what lies beside the folders or shards of the splits"
 OTHERS = "left out: files of no image format that can be read"
@@ -109,7 +115,14 @@ def entries_of(root: Path, below: str, notes: Notes, through: tuple[str, ...] = 
                     (found.images if ending_of(name) in SUFFIXES else found.others).append(name)
     except OSError as error:
         notes.add(UNREADABLE, f"{below or '.'} ({error.strerror})")
-    return found
+    if {"config.yaml", "metrics.jsonl"} <= {*found.others}:
+        notes.add(RUNS, below)
+        return Entries([], set(), [], [])
+    images = {*found.images} if found.others else ()
+    backups = {name for name in found.others if BACKUP.sub("", name) in images}
+    for name in backups:
+        notes.add(BACKUPS, os.path.join(below, name))
+    return found._replace(others=[name for name in found.others if name not in backups]) if backups else found
 
 
 def _leads_back(link: str, folders: tuple[str, ...]) -> bool:

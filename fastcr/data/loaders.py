@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -145,7 +145,7 @@ class Prefetched:
     def __init__(self, views: Views, device: torch.device) -> None:
         self.views, self.device, self.bad = views, device, views.bad
 
-    def batches(self, start_step: int) -> Iterator[Batch]:
+    def batches(self, start_step: int) -> Generator[Batch, None, None]:
         """Batches from `start_step` on, epoch after epoch, without end."""
         batches = self.views.batches(start_step)
         stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -154,7 +154,7 @@ class Prefetched:
             with torch.cuda.stream(stream):
                 return next(batches), stream.record_event() if stream else None
 
-        with ThreadPoolExecutor(1) as thread:
+        with closing(batches), ThreadPoolExecutor(1) as thread:
             if stream:
                 thread.submit(torch.cuda.set_device, self.device).result()  # a thread begins on the first device
             else:

@@ -28,11 +28,13 @@ def read_text(file: Path) -> str:
 def read_list(file: Path) -> ImageList:
     """The images a text file names: on each line a path (from the file's own folder), then perhaps a tab and a label.
 
-    Blank lines and lines that begin with `#` are skipped. Commas, semicolons or blanks in place of tabs, quotes, and
-    Windows' separators in paths are understood where the files are there by what remains.
+    Blank lines, lines that begin with `#` and a first line of columns' names are skipped. Commas, semicolons or blanks
+    in place of tabs, quotes, Windows' separators in paths and its Western encoding are understood where the files are
+    there by what remains.
     """
     try:
-        lines = read_text(file).split("\n")
+        text = read_text(file)
+        lines = text.split("\n" if "\n" in text else "\r")  # spreadsheets' "CSV (Macintosh)"
     except OSError as error:
         raise UsageError(f"{file} cannot be read: {error.strerror}") from None
     if any("\0" in line for line in lines):
@@ -42,6 +44,8 @@ def read_list(file: Path) -> ImageList:
         raise UsageError(f"{file} names no images")
     folder = str(file.parent)
     separator = max(SEPARATORS, key=lambda each: sum(_row(folder, line, each)[2] for line in lines[:TRIED]))
+    if len(lines) > 1 and _names_columns(_row(folder, lines[0], separator)) and _row(folder, lines[1], separator)[2]:
+        del lines[0]
     paths, labels, there = zip(*sorted(_row(folder, line, separator) for line in lines), strict=True)
     if missing := [path for path, found in zip(paths, there, strict=True) if not found]:
         raise UsageError(
@@ -64,12 +68,28 @@ def _row(folder: str, line: str, separator: str | None) -> tuple[str, str, bool]
 
     The label is what follows the last separator, but all that follows the first tab.
     """
-    before, *after = line.split("\t", 1) if separator == "\t" else line.rstrip().rsplit(separator, 1)
-    bare = unquoted(before)
-    for path in (before, bare, bare.replace("\\", "/")):
-        if os.path.isfile(os.path.join(folder, path)):
-            return path, unquoted("".join(after)), True
-    return bare, unquoted("".join(after)), False
+    for text in dict.fromkeys((line, western(line))):
+        before, *after = text.split("\t", 1) if separator == "\t" else text.rstrip().rsplit(separator, 1)
+        bare, label = unquoted(before), unquoted("".join(after))
+        for path in (before, bare, bare.replace("\\", "/")):
+            if os.path.isfile(os.path.join(folder, path)):
+                return path, label, True
+    return bare, label, False
+
+
+def _names_columns(row: tuple[str, str, bool]) -> bool:
+    """Whether a row reads like `path,label`: words where others have a path."""
+    path, _, there = row
+    return not there and not set(path) & {*"./\\"}
+
+
+def western(text: str) -> str:
+    """`text` as Windows' Western encoding has it, if it is no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "surrogateescape").decode("cp1252", "replace")
+    return text
 
 
 def unquoted(text: str) -> str:

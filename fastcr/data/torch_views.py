@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from fastcr.data.cached_views import view_table
 from fastcr.data.images import BadFiles, ImageList
 from fastcr.data.views import Batch, Loading, ViewParameters, draw_parameters, normalise
 from fastcr.kernels.two_views import two_views
-from fastcr.runs.machine import leave_signals, workers_that_fit
+from fastcr.runs.machine import batches_of, leave_signals, workers_that_fit
 
 Sample = tuple[Tensor, list[int]]
 
@@ -51,7 +51,7 @@ class TorchViews:
     def __init__(self, images: ImageList, loading: Loading, bad: BadFiles) -> None:
         self.images, self.loading, self.bad = images, loading, bad
 
-    def batches(self, start_step: int) -> Iterator[Batch]:
+    def batches(self, start_step: int) -> Generator[Batch, None, None]:
         """Batches from `start_step` on, epoch after epoch, without end."""
         loading = self.loading
         steps = loading.steps(len(self.images), start_step)
@@ -64,7 +64,7 @@ class TorchViews:
             worker_init_fn=leave_signals,
         )
         numbers = (indices for _, indices in loading.steps(len(self.images), start_step))
-        for (pixels, bad), indices in zip(loader, numbers, strict=False):
+        for (pixels, bad), indices in zip(batches_of(loader), numbers, strict=False):
             for index in bad:
                 self.bad.note(index)
             first, second = pixels.to(loading.device, non_blocking=True)

@@ -6,7 +6,7 @@ loader or a resume, and a loader holds no state beyond the step it is at.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count, permutations
@@ -112,7 +112,7 @@ class Views(Protocol):
 
     bad: BadFiles
 
-    def batches(self, start_step: int) -> Iterator[Batch]:
+    def batches(self, start_step: int) -> Generator[Batch, None, None]:
         """Batches from `start_step` on, epoch after epoch, without end."""
         ...
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from fastcr.method.encoder import Encoder
 from fastcr.method.rationale import RationaleHead
 from fastcr.runs.distributed import ALONE, Processes
 from fastcr.runs.log import progress
-from fastcr.runs.machine import leave_signals, workers_that_fit
+from fastcr.runs.machine import batches_of, leave_signals, workers_that_fit
 
 BATCH_SIZE = 128
 AXIS_IMAGES = 2048  # whose positions DDT's axis is of: far more than it takes
@@ -68,11 +68,11 @@ def collate(crops: list[Crop | None]) -> tuple[Tensor, Tensor, list[int]]:
 
 def load_crops(
     parts: Sequence[ImageList], batches: Sequence[list[int]], *, image_size: int, workers: int, pin: bool
-) -> DataLoader[Any]:
+) -> Iterator[Any]:
     """What `collate` gives of each batch, decoded by `workers` processes; the indices count through `parts`."""
     most = max(map(len, batches), default=1)
     dataset: ConcatDataset[Crop | None] = ConcatDataset([_Crops(images, image_size) for images in parts])
-    return DataLoader(
+    loader = DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=workers_that_fit(workers, 3 * most * image_size**2),
@@ -80,6 +80,7 @@ def load_crops(
         pin_memory=pin,
         worker_init_fn=leave_signals,
     )
+    return batches_of(loader)
 
 
 @torch.inference_mode()
@@ -109,7 +110,7 @@ def embed(
     names = [*poolings, *(["cls"] if poolings and encoder.has_class_token else [])]
     sizes, kept = [torch.empty(0, 2, dtype=torch.int64)], list[int]()
     with encoder.evaluating():
-        shown = progress(loader, f"embedding, {title}", console=console)
+        shown = progress(loader, f"embedding, {title}", len(batches), console=console)
         for indices, (pixels, sizes_here, readable) in zip(batches, shown, strict=True):
             sizes.append(sizes_here)
             kept += [indices[i] for i in readable]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -20,8 +21,10 @@ BATCH_SIZE = 64
 def effective_rank(embeddings: Tensor) -> float:
     """How many dimensions embeddings `[N,C]` use: RankMe (arXiv 2210.02885), 1 to min(N, C).
 
-    exp(entropy) of the singular values' shares of their sum.
+    exp(entropy) of the singular values' shares of their sum; NaN if an embedding is not finite.
     """
+    if not embeddings.isfinite().all():
+        return math.nan
     values = torch.linalg.svdvals(embeddings.double())
     shares = values / values.sum().clamp(min=1e-30)
     return torch.special.entr(shares).sum().exp().item()

@@ -33,7 +33,7 @@ from fastcr.method.hub import SCHEME, fetch
 from fastcr.method.moco import mean_pool
 from fastcr.method.rationale import RationaleHead
 from fastcr.method.released import ReleasedBranch, from_released_checkpoint, released_facts
-from fastcr.runs.checkpoint import load_weights
+from fastcr.runs.checkpoint import IN_FOLDERS, load_weights
 from fastcr.runs.distributed import ALONE, Processes
 from fastcr.runs.machine import pick_device
 
@@ -224,7 +224,7 @@ def find_weights(source: Path) -> Path:
         raise UsageError(f"no run folder or weights file {source}")
     if not source.is_dir():
         return source
-    found = [source / name for name in ("weights.safetensors", "model.safetensors") if (source / name).is_file()]
+    found = [source / name for name in IN_FOLDERS if (source / name).is_file()]
     if not found:
         raise UsageError(
             f"{source} is not a run folder, or its run has saved nothing yet: no weights.safetensors in it"

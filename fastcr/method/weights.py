@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from fastcr.config import ModelConfig
 from fastcr.errors import UsageError, one_line
 from fastcr.method.backbone import PACKAGED, STAGES, TIMM, TIMM_HEADS, TimmEncoder, create_timm, import_timm
-from fastcr.runs.checkpoint import read_state_dict
+from fastcr.runs.checkpoint import AVERAGED, read_state_dict
 
 # of several encoders in a checkpoint the first without one of these words in its name is taken: the one that is
-# trained, but of a student and its teacher the teacher, as their authors do
+# trained, but of a student and its teacher, or weights and their moving average, the latter, as their authors do
 FEW = 10  # keys whose numbers stand for names; a head of another model has fewer by chance
 SECOND = ("encoder_k", "momentum", "target", "student", "key")
 
@@ -96,7 +96,9 @@ def backbone_state(state: dict[str, Tensor], wanted: Collection[str]) -> tuple[d
         return state, []
     most = max(found.values())
     alike = [prefix for prefix, number in found.items() if number == most]
-    prefix, numbered = min(alike, key=lambda each: any(word in each[0] for word in SECOND))
+    prefix, numbered = min(
+        alike, key=lambda each: (any(word in each[0] for word in SECOND), not AVERAGED.search(each[0]))
+    )
     if len(alike) > 1:
         names = ", ".join(name.rstrip(".") or "the names without a prefix" for name, _ in alike)
         print(f"fastcr: of the encoders {names}, {prefix.rstrip('.')} is taken", file=sys.stderr)

@@ -26,6 +26,8 @@ from torch import Tensor
 
 from fastcr.errors import UsageError
 
+IN_FOLDERS = ("weights.safetensors", "model.safetensors")  # of a run, and of the Hugging Face Hub's
+AVERAGED = re.compile(r"(?<![a-z])ema(?![a-z])")  # a moving average of the weights, beside them
 WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")  # of DistributedDataParallel and torch.compile
 
 
@@ -65,6 +67,14 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return state, {key: value for key, value in facts.items() if key != "crc32"}
 
 
+def facts_of(path: Path) -> dict[str, Any]:
+    """What `save_weights` wrote into a file beside the weights; nothing for a file of another kind, or for none."""
+    path = next((file for name in IN_FOLDERS if (file := path / name).is_file()), path)
+    with suppress(OSError, SafetensorError, UsageError), _opened(path) as file:
+        return _facts(path, file.metadata())
+    return {}
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     """A safetensors file, opened by its number: safetensors takes no names of any bytes."""
@@ -93,12 +103,13 @@ def checksum(tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> str:
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Tensors of a .safetensors, .pt or .pth file, as fp32 where they are floating-point.
+    """Tensors of a .safetensors, .pt or .pth file, or of a folder's, as fp32 where they are floating-point.
 
-    A checkpoint that keeps them under `state_dict` or `model`, with the prefixes `module.` or `_orig_mod.`, or in two
-    dicts `student` and `teacher`, which become prefixes, is unwrapped. Never runs code from the file. Raises
-    `UsageError` if it is missing, broken, or no dict of tensors.
+    A checkpoint that keeps them under `state_dict` or `model`, or with the prefixes `module.` or `_orig_mod.`, is
+    unwrapped; names of other dicts, such as `student` and `teacher`, become prefixes. Never runs code from the file.
+    Raises `UsageError` if it is missing, broken, or holds no tensors.
     """
+    path = next((file for name in IN_FOLDERS if (file := path / name).is_file()), path)
     if not path.is_file():
         raise UsageError(f"no weights file {path}")
     if path.suffix == ".safetensors":
@@ -114,19 +125,25 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     else:
         content = load_torch(path)
     for key in ("state_dict", "model", "model_state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
+        averaged = isinstance(content, dict) and any(AVERAGED.search(str(name)) for name in content)
+        if isinstance(content, dict) and isinstance(content.get(key), dict) and not averaged:
             content = content[key]
-    if isinstance(content, dict) and isinstance(content.get("teacher"), dict):
-        pair = {name: content[name] for name in ("student", "teacher") if isinstance(content.get(name), dict)}
-        content = {f"{name}.{key}": value for name, state in pair.items() for key, value in state.items()}
-    if not isinstance(content, dict) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
-    ):
+    tensors = dict(tensors_in(content))
+    if not tensors and content != {}:
         keys = ", ".join(map(str, list(content)[:5])) if isinstance(content, dict) else type(content).__name__
         raise UsageError(f"{path} holds no dict of tensors (found: {keys})")
     return {
-        WRAPPERS.sub("", key): value.float() if value.is_floating_point() else value for key, value in content.items()
+        WRAPPERS.sub("", key): value.float() if value.is_floating_point() else value for key, value in tensors.items()
     }
+
+
+def tensors_in(content: Any, prefix: str = "", depth: int = 8) -> Iterator[tuple[str, Tensor]]:
+    """The tensors in dicts within dicts, by their names joined with dots; what has other keys is left out."""
+    for key, value in content.items() if isinstance(content, dict) and depth else ():
+        if isinstance(key, str) and isinstance(value, Tensor):
+            yield prefix + key, value
+        elif isinstance(key, str):
+            yield from tensors_in(value, f"{prefix}{key}.", depth - 1)
 
 
 def load_torch(path: Path) -> Any:

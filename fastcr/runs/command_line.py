@@ -69,7 +69,19 @@ def parse(
         if not stop.code:
             raise
         raise UsageError(_first_paragraph(caught.getvalue())) from None
-    return validate(settings)
+    return validate(at_home(settings))
+
+
+def at_home(settings: C) -> C:
+    """The settings with the user's home for the `~` of paths: shells leave that of `--flag=~/folder` as it is."""
+    changed: dict[str, Any] = {}
+    for each in dataclasses.fields(settings):  # type: ignore[arg-type]
+        value = getattr(settings, each.name)
+        if dataclasses.is_dataclass(value):
+            changed[each.name] = at_home(value)
+        elif isinstance(value, str | Path) and str(value).startswith("~/"):
+            changed[each.name] = type(value)(os.path.expanduser(value))
+    return dataclasses.replace(settings, **changed)  # type: ignore[type-var]
 
 
 def _first_paragraph(box: str) -> str:
@@ -136,8 +148,21 @@ def read_command_line(args: Sequence[str]) -> tuple[Config, Path | None]:
 
 
 def _with_own_weights(config: Config, default: Config) -> Config:
-    """The settings, another backbone than the preset's with its own weights, not with the file of the preset's."""
+    """The settings, another backbone than the preset's with its own weights, not with the file of the preset's.
+
+    Weights that fastcr wrote say themselves of which encoder they are.
+    """
     model, preset_s = config.model, default.model
+    facts = {}
+    if model.weights != preset_s.weights and Path(model.weights).is_file():
+        from fastcr.runs.checkpoint import facts_of  # imports torch, which help and mistakes do without
+
+        facts = facts_of(Path(model.weights))
+    if model.backbone == preset_s.backbone and isinstance(facts.get("backbone"), str):
+        model = dataclasses.replace(
+            model, backbone=facts["backbone"], last_stage=facts.get("last_stage", model.last_stage)
+        )
+        return validate(dataclasses.replace(config, model=model))
     other = model.backbone != preset_s.backbone and model.weights == preset_s.weights
     if other and model.weights not in ("imagenet", "none"):
         return dataclasses.replace(config, model=dataclasses.replace(model, weights="imagenet"))
@@ -153,6 +178,8 @@ def _without_resume(args: list[str]) -> tuple[list[str], Path | None]:
     if at + 1 == len(args) or args[at + 1].startswith("--"):
         raise UsageError("--resume needs a run folder, or auto and --run.dir")
     named = args[at + 1]
+    if named.endswith("/resume.pt") and not Path(named).is_dir():  # the file in the folder that is meant
+        named = str(Path(named).parent)
     del args[at : at + 2]
     if named != "auto":
         if not Path(named).is_dir():

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import platform
 import signal
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 
 from fastcr.errors import UsageError
 
@@ -67,10 +73,42 @@ def pick_workers(workers: int | None, local_ranks: int = 1) -> int:
 def leave_signals(worker: int) -> None:
     """For a loader process: what is sent to all of a job (Ctrl-C, a scheduler's SIGTERM) is the main process's to heed.
 
-    It still needs batches until it has saved; the loader's processes end when it does.
+    It still needs batches until it has saved; the loader's processes end when it says so, by a SIGTERM of its own.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_at_the_parents_word, daemon=True).start()
+
+
+def _end_at_the_parents_word() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+def batches_of(loader: DataLoader[Any]) -> Iterator[Any]:
+    """What a loader gives. Its processes end with it, whatever ends it, and an error of theirs is their own line."""
+    iterator, failed = iter(loader), ""
+    end = partial(_end, getattr(iterator, "_workers", []))
+    atexit.register(end)  # where an error keeps this from ending, torch would wait 5 s for each
+    try:
+        yield from iterator
+    except UsageError as error:
+        failed = str(error)
+    finally:
+        atexit.unregister(end)
+        end()
+    if failed:  # apart from torch's error, which holds on to the iterator
+        raise UsageError(failed.rstrip().rpartition(f"{UsageError.__name__}: ")[2])
+
+
+def _end(workers: list[Any]) -> None:
+    for worker in workers:
+        worker.terminate()
+    # before torch has them end by themselves: one that a pool's thread has forked fails then, and torch says so
+    for worker in workers:
+        worker.join(5)
 
 
 def workers_that_fit(workers: int, batch: int) -> int:
@@ -110,11 +148,12 @@ def process_age() -> float:
 def cache_folder() -> Path:
     """fastcr's folder in the user's cache: `$XDG_CACHE_HOME/fastcr`, or else `~/.cache/fastcr`; it may not exist.
 
-    Where that cannot be written, as in a read-only home, it is the user's own folder among the temporary ones.
+    Where that cannot be written, as in a read-only home, it is the user's own folder among the temporary ones; so it
+    is for a user without a home, such as one that a container knows by number alone.
     """
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastcr"
+    folder = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "fastcr"
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
+    if folder.is_absolute() and there.is_dir() and os.access(there, os.W_OK | os.X_OK):
         return folder
     return Path(tempfile.gettempdir()) / f"fastcr-{os.getuid()}"
 

@@ -7,11 +7,13 @@ import math
 import os
 import signal
 import stat
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -139,7 +141,20 @@ class StopSignal:
 
 
 class RunConsole(Console):
-    """A console whose reader may go away (`| head`): the run is asked to stop, as by a signal."""
+    """A console whose reader may go away (`| head`): the run is asked to stop, as by a signal.
+
+    A file that cannot be written (a full disk) takes no more, and the run goes on: its log is in its folder too.
+    """
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print as `Console` does, while that can be."""
+        try:
+            super().print(*objects, **options)
+        except OSError as error:
+            self.quiet = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left in the buffer would be an error at the end
+            with suppress(OSError):
+                print(f"fastcr: cannot print ({error.strerror}): the run goes on", file=sys.stderr)
 
     def on_broken_pipe(self) -> None:
         """Print no more. `SystemExit` 141, as of SIGPIPE, where nothing has to be saved."""

@@ -16,7 +16,18 @@ from PIL import Image, features
 
 from fastcr.data.images import ImageList
 from fastcr.data.layouts import list_splits
-from fastcr.data.listing import BESIDE, CONTENT, DEEPER, HIDDEN, LOOPS, OTHERS, SHARED
+from fastcr.data.listing import (
+    BACKUPS,
+    BESIDE,
+    CONTENT,
+    DEEPER,
+    EMPTY,
+    HIDDEN,
+    LOOPS,
+    OTHERS,
+    RUNS,
+    SHARED,
+)
 from fastcr.errors import UsageError
 from fastcr.folders import main
 
@@ -52,7 +63,8 @@ BIRDS = ("crow/0.jpg", "wren/0.jpg")
         "crow/._0.jpg", "._crow", "__MACOSX/crow/._0.jpg", "__MACOSX/crow/0.jpg", ".ipynb_checkpoints/0.jpg",
         "crow/.ipynb_checkpoints/0.jpg", "@eaDir/0.jpg/thumb.jpg", "crow/@eaDir/0.jpg", "crow/Thumbs.db", "thumbs.db",
         ".DS_Store", "crow/.DS_Store", ".hidden/0.jpg", "lost+found/0.jpg", "crow/desktop.ini", "$RECYCLE.BIN/0.jpg",
-        ".Trash-1000/files/0.jpg", "#recycle/0.jpg", "System Volume Information/0.jpg",
+        ".Trash-1000/files/0.jpg", "#recycle/0.jpg", "System Volume Information/0.jpg", "#snapshot/daily/0.jpg",
+        "crow/~snapshot/0.jpg", "@Recently-Snapshot/0.jpg", "FOUND.000/0.jpg", "Network Trash Folder/0.jpg",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("split", ["", "train/"])
@@ -89,6 +101,12 @@ def looping(root: Path) -> None:
 def same_folder(root: Path) -> None:
     plant(root, "train/crow/0.jpg", "train/wren/0.jpg")
     (root / "test").symlink_to(root / "train")
+
+
+def imageless(root: Path) -> None:
+    plant(root, "a/0.jpg")
+    plant(root, "b/notes.txt", content=b"no image")
+    (root / "c").mkdir()
 
 
 def nameless(root: Path) -> None:
@@ -144,6 +162,40 @@ TREES: dict[str, tuple[Callable[[Path], object] | tuple[str, ...], list[str], li
         ["test/crow/0.jpg=crow", "test/wren/0.jpg=wren"],
         {SHARED: 1},
     ),
+    "splits as words of names": (
+        ("seg_train/seg_train/a/0.jpg", "seg_train/seg_train/b/1.jpg", "seg_test/a/2.jpg", "seg_val/a/3.jpg",
+         "seg_pred/4.jpg"),
+        ["seg_train/seg_train/a/0.jpg=a", "seg_train/seg_train/b/1.jpg=b"], ["seg_test/a/2.jpg=a"], {BESIDE: 2},
+    ),
+    "classes with splits' words in their names": (
+        ("bullet_train/0.jpg", "test_tube/1.jpg"),
+        ["bullet_train/0.jpg=bullet_train", "test_tube/1.jpg=test_tube"], [], {},
+    ),
+    "splits unpacked into themselves": (
+        ("train/train/a/0.jpg", "train/train/b/1.jpg", "test/test/a/2.jpg", "train/__MACOSX/x"),
+        ["train/train/a/0.jpg=a", "train/train/b/1.jpg=b"], ["test/test/a/2.jpg=a"], {HIDDEN: 1},
+    ),
+    "a class with folders": (
+        ("train/a/x/0.jpg", "train/a/y/1.jpg", "test/a/2.jpg"),
+        ["train/a/x/0.jpg=a", "train/a/y/1.jpg=a"], ["test/a/2.jpg=a"], {DEEPER: 2},
+    ),
+    "what programs keep of images": (
+        ("a/0.jpg", "a/0.jpg_original", "a/1.JPG", "a/1.JPG~", "b/2.jpg", "b/2.jpg.bak", "b/3.jpg.bak"),
+        ["a/0.jpg=a", "a/1.JPG=a", "b/2.jpg=b", "b/3.jpg.bak=b"], [], {BACKUPS: 3, CONTENT: 1},
+    ),
+    "runs among the classes": (
+        ("a/0.jpg", "b/1.jpg", "runs/x/attention.png", "runs/x/config.yaml", "runs/x/metrics.jsonl"),
+        ["a/0.jpg=a", "b/1.jpg=b"], [], {RUNS: 1, EMPTY: 1},
+    ),
+    "folders without an image": (imageless, ["a/0.jpg=a"], [], {OTHERS: 1, EMPTY: 2}),
+    "accents of a Mac": (
+        ("train/cafe\u0301/0.jpg", "train/wren/1.jpg", "test/caf\u00e9/2.jpg"),
+        ["train/cafe\u0301/0.jpg=caf\u00e9", "train/wren/1.jpg=wren"], ["test/caf\u00e9/2.jpg=caf\u00e9"], {},
+    ),
+    "two accents in one folder": (
+        ("cafe\u0301/0.jpg", "caf\u00e9/1.jpg"),
+        ["cafe\u0301/0.jpg=cafe\u0301", "caf\u00e9/1.jpg=caf\u00e9"], [], {},
+    ),
     "other endings": (
         ("a/0.jfif", "a/1.JPE", "a/2.pgm", "b/3.PNM"), ["a/0.jfif=a", "a/1.JPE=a", "a/2.pgm=a", "b/3.PNM=b"], [], {},
     ),
@@ -165,6 +217,12 @@ def test_nothing_is_left_out_or_merged_in_silence(tmp_path: Path, tree: str) -> 
     assert names(splits.train, root) == train
     assert names(splits.test, root) == test
     assert {note.what: note.number for note in splits.notes} == notes
+
+
+def test_without_images_it_is_said_what_is_there(tmp_path: Path) -> None:
+    plant(tmp_path, "a/0.HEIC", "a/1.HEIC", "b/2.HEIC", content=b"\0\0\0\x18ftypheic")
+    with pytest.raises(UsageError, match=r"no images under .* 3, e.g. 'a/0.HEIC' \(by ending: .heic 3\)"):
+        list_splits(tmp_path)
 
 
 @pytest.mark.skipif("avif" not in features.get_supported(), reason="this PIL has no AVIF")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from fastcr.data.loaders import loader_class
 from fastcr.data.pixel_cache import fill, measure
 from fastcr.data.views import Loading
 
+CPU = torch.device("cpu")
 QUIET = Console(file=io.StringIO())
 
 
@@ -85,6 +87,61 @@ def test_every_loader_turns_them(tmp_path: Path, loader: str) -> None:
 
     turned, plain = views(images), views(ImageList(upright_ones, images.files, None, ()))
     assert ((turned - plain).abs().mean((0, 2, 3, 4)) < 0.03).all()  # 2 levels of 255
+
+
+def unusual(how: str) -> bytes:
+    """A JPEG that says in an unusual way that it lies sideways."""
+    data = io.BytesIO()
+    Image.fromarray(as_stored(scene(), 6)).save(data, "JPEG", quality=100, subsampling=0)
+    if how == "xmp":
+        said = b'http://ns.adobe.com/xap/1.0/\0<rdf:Description tiff:Orientation="6"/>'
+    else:
+        kind, value = {"long": (4, struct.pack(">I", 6)), "byte": (1, b"\6\0\0\0")}[how]
+        said = b"Exif\0\0MM\0*" + struct.pack(">IHHHI", 8, 1, 0x112, kind, 1) + value + bytes(4)
+    return data.getvalue()[:2] + b"\xff\xe1" + struct.pack(">H", len(said) + 2) + said + data.getvalue()[2:]
+
+
+@pytest.mark.parametrize("how", ["xmp", "long", "byte"])
+def test_loaders_agree_on_orientations_written_in_unusual_ways(tmp_path: Path, how: str) -> None:
+    pytest.importorskip("nvidia.dali")
+    for name in ("0.jpg", "1.jpg"):
+        (tmp_path / name).write_bytes(unusual(how))
+    images, loading = ImageList(tmp_path, ("0.jpg", "1.jpg"), None, ()), Loading(32, 2, 0, CPU, torch.float32, 0)
+    torch_s, dali_s = (
+        next(loader_class(name)(images, loading, BadFiles(images, "fail")).batches(0)).first  # type: ignore[arg-type]
+        for name in ("torch", "dali")
+    )
+    assert (torch_s - dali_s).abs().mean() < 0.03  # 2 levels of 255
+
+
+def odd_files(folder: Path) -> None:
+    """Encodings that cameras, servers and editors write: most are JPEGs, some by their name alone."""
+    image = Image.fromarray(scene(96, 128))
+    for name, options in {
+        "rgb": {"keep_rgb": True}, "s411": {"subsampling": "4:1:1"}, "s422": {"subsampling": 1}, "q5": {"quality": 5},
+        "progressive": {"progressive": True}, "restart": {"restart_marker_rows": 1},
+    }.items():  # fmt: skip
+        image.save(folder / f"{name}.jpg", **options)
+    for mode in ("L", "CMYK"):
+        image.convert(mode).save(folder / f"{mode}.jpg")
+    image.save(folder / "two.jpg", format="MPO", save_all=True, append_images=[image.rotate(180)])
+    image.crop((0, 0, 97, 63)).save(folder / "odd.jpg")
+    image.convert("P").save(folder / "palette.png")
+    for name in ("a.webp", "b.jpg"):
+        image.save(folder / name, format="WEBP")
+
+
+def test_loaders_agree_on_odd_files(tmp_path: Path) -> None:
+    pytest.importorskip("nvidia.dali")
+    odd_files(tmp_path)
+    names = tuple(sorted(file.name for file in tmp_path.iterdir()))
+    images, loading = ImageList(tmp_path, names, None, ()), Loading(64, len(names), 3, CPU, torch.float32, 0)
+    torch_s, dali_s = (
+        next(loader_class(name)(images, loading, BadFiles(images, "fail")).batches(0))  # type: ignore[arg-type]
+        for name in ("torch", "dali")
+    )
+    for ours, theirs in ((torch_s.first, dali_s.first), (torch_s.second, dali_s.second)):
+        assert ((ours - theirs).abs().mean((1, 2, 3)) * 0.226 * 255).max() < 1.5  # levels of 255
 
 
 def test_a_broken_orientation_is_none(tmp_path: Path) -> None:

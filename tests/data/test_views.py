@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -206,8 +208,20 @@ def test_batches_say_which_images_they_are(photos: ImageList, make: Make) -> Non
         assert batch.images.tolist() == step_indices(20, 6, 3, step)[1].tolist()
 
 
-def test_torch_workers_change_nothing(photos: ImageList) -> None:
-    for alone, shared in zip(take(make_torch(photos), 0, 3), take(make_torch(photos, workers=2), 0, 3), strict=True):
+@pytest.mark.parametrize("how", ["fork", "spawn", "forkserver", "from a thread"])
+def test_torch_workers_change_nothing_however_they_start(photos: ImageList, how: str) -> None:
+    """Python 3.14 starts them by forkserver."""
+    if how != "from a thread":
+        before = multiprocessing.get_start_method(allow_none=True)
+        multiprocessing.set_start_method(how, force=True)
+        try:
+            found = take(make_torch(photos, workers=2), 0, 3)
+        finally:
+            multiprocessing.set_start_method(before, force=True)
+    else:
+        with ThreadPoolExecutor(1) as thread:
+            found = thread.submit(take, make_torch(photos, workers=2), 0, 3).result()
+    for alone, shared in zip(take(make_torch(photos), 0, 3), found, strict=True):
         assert torch.equal(alone, shared)
 
 

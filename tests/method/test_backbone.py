@@ -271,9 +271,24 @@ def as_teacher_under_names(path: Path, state: dict[str, Tensor]) -> Path:
     return path
 
 
+def as_timm(path: Path, state: dict[str, Tensor]) -> Path:
+    """A checkpoint of timm's training script: the weights, and their moving average, which timm itself takes."""
+    torch.save({"epoch": 3, "state_dict": wrong(state), "optimizer": {}, "state_dict_ema": state}, path)
+    return path
+
+
+def as_vissl(path: Path, state: dict[str, Tensor]) -> Path:
+    trunk, heads = under("_feature_blocks.", headless(state)), {"0.clf.weight": torch.ones(3)}
+    base = {"model": {"trunk": trunk, "heads": heads}, "meta": {"input_shape": [3]}}
+    torch.save({"classy_state_dict": {"base_model": base}, "phase_idx": 3, "loss": [{"a": torch.ones(1)}]}, path)
+    return path
+
+
 @pytest.mark.parametrize(
     ("write", "said"),
     [
+        (as_timm, "of the encoders state_dict, state_dict_ema, state_dict_ema is taken"),
+        (as_vissl, "not used: classy_state_dict (1)"),
         (as_dino, "of the encoders student.module.backbone, teacher.backbone, teacher.backbone is taken"),
         (as_dino, "not used: student (121), teacher (1)"),
         (as_swav, "not used: projection_head (1), prototypes (1)"),
@@ -309,6 +324,14 @@ def test_the_encoder_is_found_and_what_is_not_used_is_named(
     )
     err = capsys.readouterr().err
     assert said in err if said else err == ""
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "model.safetensors"])
+def test_a_folder_stands_for_the_weights_in_it(tmp_path: Path, resnet18: dict[str, Tensor], name: str) -> None:
+    save_file(resnet18, tmp_path / name)
+    backbone, _ = build_backbone("resnet18")
+    assert load_initial_weights(backbone, model(tmp_path)) == []
+    assert_filled(backbone, resnet18)
 
 
 def foreign(state: dict[str, Tensor]) -> dict[str, Tensor]:

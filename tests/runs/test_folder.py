@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,7 +22,8 @@ from fastcr.errors import UsageError
 from fastcr.runs.checkpoint import load_weights, save_weights
 from fastcr.runs.command_line import load_config, one_line_errors, read_command_line, save_config
 from fastcr.runs.folder import claim_folder, only_writer
-from fastcr.runs.machine import cache_folder, workers_that_fit
+from fastcr.runs.machine import batches_of, cache_folder, leave_signals, workers_that_fit
+from tests.shared import write_weights
 
 
 def test_runs_of_one_second_get_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,6 +90,35 @@ def test_without_a_home_to_write_into_the_cache_is_temporary(
     assert cache_folder() == Path(f"/elsewhere/fastcr-{os.getuid()}")
 
 
+def test_a_user_without_a_home_has_a_temporary_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as it is where HOME and the user's name are unknown
+    monkeypatch.chdir(tmp_path)
+    assert cache_folder() == Path(tempfile.gettempdir()) / f"fastcr-{os.getuid()}"
+
+
+@pytest.mark.parametrize("flag", ["--data.root=~/a b", "--run.dir=~/a b", "--model.weights=~/a b"])
+def test_the_home_of_paths_that_shells_leave_is_found(monkeypatch: pytest.MonkeyPatch, flag: str) -> None:
+    monkeypatch.setenv("HOME", "/home/wren")
+    config, _ = read_command_line(["folder", flag])
+    assert "/home/wren/a b" in (str(config.data.root), str(config.run.dir), config.model.weights)
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", ""])
+def test_weights_of_a_run_say_of_which_encoder_they_are(tmp_path: Path, name: str) -> None:
+    write_weights(tmp_path / "weights.safetensors", backbone="resnet34", last_stage="layer3")
+    config, _ = read_command_line(["folder", "--model.weights", str(tmp_path / name)])
+    assert (config.model.backbone, config.model.last_stage) == ("resnet34", "layer3")
+    named, _ = read_command_line(["folder", "--model.weights", str(tmp_path / name), "--model.backbone", "resnet18"])
+    assert named.model.backbone == "resnet18"
+
+
+def test_the_file_to_resume_from_stands_for_its_folder(tmp_path: Path) -> None:
+    save_config(Config(), tmp_path / "config.yaml")
+    _, resume = read_command_line(["--resume", str(tmp_path / "resume.pt")])
+    assert resume == tmp_path
+
+
 @pytest.mark.parametrize(
     ("free", "batch", "fit"), [(64_000_000, 38_535_168, 0), (64_000_000, 5_000_000, 4), (10**10, 38_535_168, 8)]
 )
@@ -126,6 +158,40 @@ class Dies(Dataset[int]):
 
     def __len__(self) -> int:
         return 4
+
+
+class Mistaken(Dataset[int]):
+    """Its last item is an error that is the user's to mend."""
+
+    def __getitem__(self, index: int) -> int:
+        if index == 3:
+            raise UsageError("none can be read: 'a\nb'")
+        return index
+
+    def __len__(self) -> int:
+        return 4
+
+
+def test_an_error_of_a_loader_process_is_its_own_line_and_ends_the_others() -> None:
+    batches = batches_of(DataLoader(Mistaken(), num_workers=2, worker_init_fn=leave_signals))
+    with pytest.raises(UsageError, match=r"^none can be read: 'a\nb'$"):
+        list(batches)
+    assert multiprocessing.active_children() == []
+
+
+LEFT = """
+from torch.utils.data import DataLoader
+from fastcr.runs.machine import batches_of, leave_signals
+batches = batches_of(DataLoader(range(1000), num_workers=12, worker_init_fn=leave_signals))
+next(batches)
+raise ValueError("of the main process, while the loader is in use")
+"""
+
+
+def test_a_process_with_a_loader_in_use_ends_in_seconds() -> None:
+    # waiting 5 s for each of its processes would be a minute
+    done = subprocess.run([sys.executable, "-c", LEFT], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stderr.endswith("ValueError: of the main process, while the loader is in use\n")
 
 
 def test_a_loader_process_that_dies_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
