@@ -52,7 +52,8 @@ def add_navigation(app: Sphinx, name: str, source: list[str]) -> None:
             entries = "\n".join(f"{title} </{page}>" for page, title in pages.items())
             source[0] += f"\n```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{entries}\n```\n"
     elif name.startswith("docs/") and not source[0].startswith("# "):
-        source[0] = f"# {next(pages[name] for pages in menu().values() if name in pages)}\n\n{source[0]}"
+        title = next((pages[name] for pages in menu().values() if name in pages), name)
+        source[0] = f"# {title}\n\n{source[0]}"
 
 
 def unlink_folders(app: Sphinx, name: str, source: list[str]) -> None:
