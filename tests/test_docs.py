@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 
-from fastcr import Config
+from fastcr import Config, preset
 from fastcr.__main__ import COMMANDS
 from fastcr.arguments import EvaluateConfig
 from fastcr.data.layouts import read_splits
 from fastcr.presets import PRESETS
+from fastcr.runs import command_line
 from tests.shared import write_weights
 
 ROOT = Path(__file__).parents[1]
@@ -71,6 +75,46 @@ def test_commands_and_flags_are_there(page: Path) -> None:
     assert set(presets) <= set(PRESETS)
     for script in re.findall(r"(?:bench|examples|kernels|tests)/\w+\.(?:py|sh)", text):
         assert (ROOT / script).is_file(), script
+
+
+def commands_of(page: Path) -> list[tuple[str, list[str]]]:
+    """The fastcr commands of a page's bash blocks, with their arguments."""
+    blocks = "".join(re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)).replace("\\\n", " ")
+    found = re.findall(r"^(?:.* && )?(?:fastcr |(?:python|torchrun.*) -m fastcr\.)(\w+)(.*)$", blocks, re.MULTILINE)
+    return [(command, shlex.split(args, comments=True)) for command, args in found]
+
+
+class Parsed(Exception):  # noqa: N818 (it is no error)
+    """Raised in place of what a command would do with its settings."""
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands_of(page)], ids=lambda page: page.name)
+def test_every_command_of_a_block_is_understood(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = command_line.parse
+
+    def only_parse(*args: Any, prog: str, **options: Any) -> Any:
+        settings = real(*args, prog=prog, **options)
+        if prog == "config.yaml":  # of a run to resume
+            return settings
+        raise Parsed
+
+    monkeypatch.chdir(tmp_path)
+    for command, args in commands_of(page):
+        if "--resume" in args and (run := args[args.index("--resume") + 1]) != "auto":
+            Path(run).mkdir(parents=True, exist_ok=True)
+            command_line.save_config(preset("folder"), Path(run, "config.yaml"))
+        module = import_module(f"fastcr.{command}")
+        for home in (command_line, module):
+            monkeypatch.setattr(home, "parse", only_parse, raising=False)
+        try:
+            module.main(args)
+        except Parsed:
+            continue
+        except SystemExit:
+            pytest.fail(f"fastcr {command} {shlex.join(args)}: {capsys.readouterr().err}")
+        pytest.fail(f"fastcr {command} read no settings")
 
 
 def test_the_readme_names_every_command_and_holds_two_that_install() -> None:

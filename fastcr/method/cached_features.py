@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from itertools import count
 
 import torch
@@ -52,7 +52,7 @@ class CachedFeatures:
                     self.features[step // steps, view, batch.images.cpu()] = maps.permute(0, 2, 3, 1).to("cpu", half)
         moco.cached = True
 
-    def batches(self, start_step: int) -> Iterator[Batch]:
+    def batches(self, start_step: int) -> Generator[Batch, None, None]:
         """Batches from `start_step` on, epoch after epoch, without end."""
         for step in count(start_step):
             epoch, indices = step_indices(self.images, self.config.optim.batch_size, self.config.run.seed, step)

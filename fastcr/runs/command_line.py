@@ -154,7 +154,7 @@ def _with_own_weights(config: Config, default: Config) -> Config:
     """
     model, preset_s = config.model, default.model
     facts = {}
-    if model.weights != preset_s.weights and Path(model.weights).is_file():
+    if model.weights != preset_s.weights and Path(model.weights).exists():
         from fastcr.runs.checkpoint import facts_of  # imports torch, which help and mistakes do without
 
         facts = facts_of(Path(model.weights))
