@@ -168,7 +168,7 @@ def test_run_folder_that_cannot_be_written(flat: Path, tmp_path: Path, refused: 
 
 def test_resume_of_what_is_no_run(flat: Path, tmp_path: Path, finished: Path, refused: Callable[..., str]) -> None:
     assert f"no run folder {tmp_path / 'none'}" in refused(train.main, "--resume", tmp_path / "none")
-    assert f"no run folder {finished / 'resume.pt'}" in refused(train.main, "--resume", finished / "resume.pt")
+    assert f"no run folder {finished / 'config.yaml'}" in refused(train.main, "--resume", finished / "config.yaml")
     assert f"{flat} is not a run folder: it has no config.yaml" in refused(train.main, "--resume", flat)
 
 
