@@ -26,6 +26,7 @@ default_role = "code"  # docstrings write `names` as Markdown does
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
+napoleon_use_rtype = False
 
 html_theme = "furo"
 html_title = "fastcr"
@@ -68,6 +69,12 @@ def unlink_folders(app: Sphinx, name: str, source: list[str]) -> None:
     source[0] = re.sub(r"(?<!!)\[([^\[\]]+)\]\(([^)\s#:]+)\)", page, source[0])
 
 
+def keep_colons(app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:
+    """Napoleon takes what is before a colon in the first line about an attribute for its type."""
+    if what in ("attribute", "property"):
+        lines[:0] = ["..", ""]  # an empty comment
+
+
 def lead_to_start(app: Sphinx, error: Exception | None) -> None:
     """The site's address itself leads to the start page."""
     if error is None and app.builder.name == "html":
@@ -79,4 +86,5 @@ def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
     app.connect("source-read", add_navigation)
     app.connect("source-read", unlink_folders)
+    app.connect("autodoc-process-docstring", keep_colons, priority=400)
     app.connect("build-finished", lead_to_start)
