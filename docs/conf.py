@@ -72,7 +72,7 @@ def unlink_folders(app: Sphinx, name: str, source: list[str]) -> None:
 def keep_colons(app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:
     """Napoleon takes what is before a colon in the first line about an attribute for its type."""
     if what in ("attribute", "property"):
-        lines.insert(0, "")
+        lines[:0] = ["..", ""]  # an empty comment
 
 
 def lead_to_start(app: Sphinx, error: Exception | None) -> None:
