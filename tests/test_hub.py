@@ -64,6 +64,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/stop":
             self.server.shutdown()
             self.server.server_close()
+            self.answer(200)
+            return
         path = self.path.partition("?")[0]
         found = re.fullmatch(r"(?:/api/models)?/([^/]+/[^/]+)/(revision|tree|resolve)/([^/]+)/?(.*)", path)
         if not found:  # what the library would like to know besides

@@ -14,6 +14,7 @@ from fastcr import visualize
 from fastcr.config import Config, DataConfig, RationaleConfig, ReleasedConfig
 from fastcr.data.layouts import read_splits
 from fastcr.data.views import normalise
+from fastcr.measures import overlays
 from fastcr.measures.embeddings import load_crops
 from fastcr.measures.overlays import FONT_SIZE, GAP, LINE, Tile, as_evaluated, contact_sheet, fitted, overlay
 from fastcr.method.encoder import build_branch, load
@@ -50,7 +51,8 @@ def headings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Sequence[Tile]]
         rows.extend(given)
         return contact_sheet(given)
 
-    monkeypatch.setattr(visualize, "contact_sheet", noted)
+    for module in (visualize, overlays):
+        monkeypatch.setattr(module, "contact_sheet", noted)
     return rows
 
 
