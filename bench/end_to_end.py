@@ -53,7 +53,7 @@ WAYS = {  # what each is, and the package it needs
     "lightly-tuned": ("the same, tuned by us", "lightly"),
     "lightlytrain": ("LightlyTrain, SimCLR", "lightly_train"),
     "timm": ("timm, its inference", "timm"),
-    "timm-tuned": ("the same, channels-last", "timm"),
+    "timm-tuned": ("timm, channels-last", "timm"),
     "pytorch-metric-learning": ("pytorch-metric-learning", "pytorch_metric_learning"),
     "open-metric-learning": ("Open Metric Learning", "oml"),
 }

@@ -271,8 +271,11 @@ STUDIES = {
     "evidence_cub200": "evidence-tables-200",
     "evidence_lite_1-50": "evidence-tables-lite-1-50",
     "evidence_lite_51-100": "evidence-tables-lite-51-100",
+    "evidence_lite_101-200": "evidence-tables-lite-101-200",
+    "evidence_lite160_51-100": "evidence-tables-lite160-51-100",
     "evidence_trunk_1-50": "evidence-tables-trunk-1-50",
     "evidence_trunk_51-100": "evidence-tables-trunk-51-100",
+    "evidence_trunk_101-200": "evidence-tables-trunk-101-200",
 }
 
 
