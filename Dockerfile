@@ -1,5 +1,5 @@
 # docker build -t fastcr .
-# docker run --gpus all --shm-size 8g -v "$PWD:/work" fastcr train folder --data.root /work/images
+# docker run --gpus all --shm-size 8g -v "$PWD:/data" fastcr train folder --data.root images
 # Written without Docker at hand: nobody has built it yet.
 FROM python:3.12-slim
 # what Triton and torch.compile compile with
@@ -9,5 +9,5 @@ COPY pyproject.toml setup.py README.md LICENSE ./
 COPY kernels kernels
 COPY fastcr fastcr
 RUN pip install --no-cache-dir ".[dali,demo,report]"
-WORKDIR /work
+WORKDIR /data
 ENTRYPOINT ["fastcr"]

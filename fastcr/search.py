@@ -16,7 +16,6 @@ from torch import Tensor
 
 from fastcr.arguments import SearchConfig, read_arguments
 from fastcr.data.images import ImageList
-from fastcr.data.views import normalise
 from fastcr.errors import UsageError
 from fastcr.measures.embeddings import BATCH_SIZE
 from fastcr.measures.gallery import QUALITY, SIDE, data_uri
@@ -53,7 +52,7 @@ def encode(pictures: Sequence[Image.Image], encoder: Encoder, dtype: torch.dtype
     pixels = torch.stack([torch.from_numpy(np.array(picture)) for picture in pictures])
     vectors, maps = list[Tensor](), list[Tensor | None]()
     for part in pixels.split(BATCH_SIZE):
-        mean, rationale, attention = encoder.both(normalise(part.to(device), torch.float32), dtype)
+        mean, rationale, attention = encoder.pooled(encoder.of_crops(part.to(device), dtype)[0])
         vectors.append((mean if rationale is None else rationale).cpu())
         maps += [None] * len(part) if attention is None else attention.cpu().unbind()
     return torch.cat(vectors), maps
