@@ -21,6 +21,8 @@ import torch
 from PIL import Image
 from rich.console import Console
 from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as TF
 
 from fastcr.data.images import ImageList, size_of
 from fastcr.data.views import Loading
@@ -28,6 +30,7 @@ from fastcr.errors import UsageError
 from fastcr.runs.log import progress
 
 Place = Literal["device", "host", "disk"]
+FILTER = InterpolationMode.BICUBIC  # torchvision's for bytes, within a rounding of PIL's and ten times as fast
 
 
 class Layout(NamedTuple):
@@ -106,11 +109,12 @@ def _decode(images: ImageList, sizes: np.ndarray, side: int, workers: int, conso
             image = images.rgb(index)
         except OSError:
             return False
+        decoded = TF.pil_to_tensor(image)
         if image.size != (width, height):
             if bounded_size(image.height, image.width, side) != (height, width):
                 return False  # another file than the one that was measured
-            image = image.resize((width, height), Image.Resampling.LANCZOS)
-        pixels[starts[index] : starts[index] + lengths[index]].copy_(torch.from_numpy(np.array(image).reshape(-1)))
+            decoded = TF.resize(decoded, [height, width], FILTER, antialias=True)
+        pixels[starts[index] : starts[index] + lengths[index]].copy_(decoded.permute(1, 2, 0).reshape(-1))
         return True
 
     with ThreadPoolExecutor(max(workers, 1)) as pool:
@@ -128,7 +132,7 @@ def _name(images: ImageList, sizes: np.ndarray, side: int) -> str:
     identity = hashlib.blake2b(digest_size=12)
     for index in np.flatnonzero(sizes[:, 0]).tolist():
         identity.update(f"{index} {images.stamp(index)}\n".encode(errors="surrogateescape"))
-    identity.update(sizes.tobytes())
+    identity.update(sizes.tobytes() + FILTER.value.encode())
     return f"pixels-{identity.hexdigest()}-{side}"
 
 

@@ -141,18 +141,10 @@ def ddt_axis(
     processes: Processes = ALONE,
 ) -> Axis:
     """DDT's axis of an encoder's features of `images`, or of `AXIS_IMAGES` of them taken evenly."""
-    count = min(len(images), AXIS_IMAGES)
-    chosen = (torch.arange(count) * len(images) // count).tolist()
-    batches = [chosen[first : first + BATCH_SIZE] for first in range(0, count, BATCH_SIZE)]
-    own = batches[processes.rank :: processes.ranks]
-    loader = load_crops([images], own, image_size=encoder.image_size, workers=workers, pin=device.type == "cuda")
     moments: Moments | None = None
-    with encoder.evaluating():
-        for pixels, _, readable in progress(loader, "axis of DDT", len(own), console=console):
-            if readable:
-                features = encoder.of_crops(pixels.to(device), dtype)[0].float()
-                moments = moments or Moments(features.shape[1], device)
-                moments.add(features)
+    for _, features in _axis_features(encoder, images, device, workers, console, dtype, processes):
+        moments = moments or Moments(features.shape[1], device)
+        moments.add(features)
     if not (channels := processes.most(len(moments.products) if moments else 0)[0]):
         raise images.none_readable()
     moments = moments or Moments(channels, device)
@@ -177,21 +169,47 @@ def ddt_detectors(
     """
     if not isinstance(encoder.branch, RationaleHead):
         raise ValueError("only the rationale branch has such detectors")
-    found, count = list[Tensor](), min(len(images), START_IMAGES)
-    with torch.compiler.set_stance("force_eager"), torch.no_grad(), encoder.evaluating():
-        axis = ddt_axis(encoder, images, device=device, workers=workers, console=console, dtype=dtype)
-        batches = [part.tolist() for part in (torch.arange(count) * len(images) // count).split(BATCH_SIZE)]
-        pin = device.type == "cuda"
-        loader = load_crops([images], batches, image_size=encoder.image_size, workers=workers, pin=pin)
-        for pixels, _, readable in progress(loader, "features for DDT", len(batches), console=console):
-            if readable:
-                found.append(encoder.of_crops(pixels.to(device), dtype)[0].float().cpu())
-        if not found:
+    moments: Moments | None = None
+    wanted, found = set(_evenly(images, START_IMAGES)), list[Tensor]()  # some of those whose axis it is
+    with torch.compiler.set_stance("force_eager"), torch.no_grad():
+        for indices, features in _axis_features(encoder, images, device, workers, console, dtype):
+            moments = moments or Moments(features.shape[1], device)
+            moments.add(features)
+            found.append(features[[i for i, index in enumerate(indices) if index in wanted]].cpu())
+        if not moments:
             raise images.none_readable()
+        axis = moments.axis()
     on_cpu = Axis(axis.direction.cpu(), axis.centre.cpu())
     weight, bias = detectors_like(on_cpu, torch.cat(found), len(encoder.branch.bias), seed)
     temperature = encoder.branch.config.temperature
     return {"weight": temperature * weight, "bias": temperature * bias}
+
+
+def _evenly(images: ImageList, most: int) -> list[int]:
+    """The indices of all images, or of `most` taken evenly."""
+    count = min(len(images), most)
+    return (torch.arange(count) * len(images) // count).tolist()
+
+
+def _axis_features(
+    encoder: Encoder,
+    images: ImageList,
+    device: torch.device,
+    workers: int,
+    console: Console,
+    dtype: torch.dtype,
+    processes: Processes = ALONE,
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Readable images of those DDT's axis is of, this process's share in batches: indices and features fp32."""
+    batches = [part.tolist() for part in torch.tensor(_evenly(images, AXIS_IMAGES)).split(BATCH_SIZE)]
+    own = batches[processes.rank :: processes.ranks]
+    loader = load_crops([images], own, image_size=encoder.image_size, workers=workers, pin=device.type == "cuda")
+    with encoder.evaluating():
+        shown = progress(loader, "axis of DDT", len(own), console=console)
+        for indices, (pixels, _, readable) in zip(own, shown, strict=True):
+            if readable:
+                features = encoder.of_crops(pixels.to(device), dtype)[0].float()
+                yield [indices[i] for i in readable], features
 
 
 def _gathered(
