@@ -116,10 +116,10 @@ def run_steps(run: Run, evaluation: TrainingEvaluation, log: RunLog, began: floa
     stopped, every, epoch_steps = 0, config.run.eval_every, schedule.steps_per_epoch
     files_of = partial(files_of_step, config, run.splits.train)
     watch = LossWatch(trained(training.optimizer), run.start, run.folder, files_of, processes)
-    health, saver = HealthWatch(run.console, config), Saver(run.folder, describe(config), config.run.keep)
+    health, saver = HealthWatch(run.console), Saver(run.folder, describe(config), config.run.keep)
     initial, pretrained = run.folder / "init.safetensors", config.model.weights != "none" and schedule.last
     watched = pretrained and processes.first and initial.is_file()
-    before = EncoderHealth(run.splits.train, initial, run.device, run.dtype) if watched else None
+    before = EncoderHealth(run.views.images, initial, run.device, run.dtype) if watched else None
     with StopSignal() as stop, closing(run.views.batches(run.start)) as batches:
         if not run.start and schedule.last and config.moco.objective in QUEUED:  # with views that no step will see
             with closing(run.views.batches(schedule.total)) as unseen:
@@ -201,12 +201,12 @@ def open_run(config: Config, resume: Path | None, console: Console, processes: P
     console.print(f"run folder: {folder}", soft_wrap=True, highlight=False)
     start = restore(folder / "resume.pt", training, images, processes, console) if resume else 0
     if (branch := training.encoder.branch) and resume is None and config.rationale.init == "ddt":
-        detectors = partial(ddt_detectors, training.encoder, splits.train, config.run.seed, device=device, dtype=dtype)
+        detectors = partial(ddt_detectors, training.encoder, views.images, config.run.seed, device=device, dtype=dtype)
         workers = pick_workers(config.data.workers)
         found = processes.once(lambda: detectors(workers=workers, console=console))
         branch.load_state_dict(found)
     if config.optim.cached_views and start < schedule.last:
-        views = CachedFeatures(views, len(splits.train), training.moco, config, training.autocast, console)
+        views = CachedFeatures(views, training.moco, config, training.autocast, console)
     if processes.first:
         if resume is None:
             save_weights(folder / "init.safetensors", training.encoder.state_dict(), describe(config))

@@ -21,7 +21,6 @@ from rich.console import Console
 from safetensors import safe_open
 
 from fastcr import train
-from fastcr.config import Config
 from fastcr.data.layouts import read_splits
 from fastcr.data.views import step_indices
 from fastcr.kernels import launch
@@ -635,13 +634,13 @@ def test_resume_auto_begins_and_goes_on(
         ({"embedding_spread": 0.05}, "the embeddings have collapsed"),
         ({"attention_entropy": 0.1}, "the attention has collapsed to a single position"),
         ({"attention_entropy": math.log(49)}, "the attention is the same everywhere"),
-        ({"effective_detectors": 1.2}, "fewer than 2 of 32 detectors are in use"),
+        ({"effective_detectors": 1.2}, ""),  # one that serves all images is as good (docs/evidence.md)
         ({}, ""),
     ],
 )
 def test_collapse_is_warned_of_once(metrics: dict[str, float], words: str) -> None:
     output = io.StringIO()
-    health = HealthWatch(Console(file=output, width=200), Config())
+    health = HealthWatch(Console(file=output, width=200))
     record = {"embedding_spread": 0.9, "attention_entropy": 3.0, "effective_detectors": 9.0} | metrics
     for _ in range(3):
         health.look(record, 49)

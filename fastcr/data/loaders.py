@@ -143,7 +143,7 @@ class Prefetched:
     """
 
     def __init__(self, views: Views, device: torch.device) -> None:
-        self.views, self.device, self.bad = views, device, views.bad
+        self.views, self.device, self.images, self.bad = views, device, views.images, views.bad
 
     def batches(self, start_step: int) -> Generator[Batch, None, None]:
         """Batches from `start_step` on, epoch after epoch, without end."""

@@ -53,7 +53,7 @@ class CachedImages(ImageList):
     def rgb(self, index: int) -> Image.Image:
         """Image `index`, decoded."""
         start, (height, width) = self.starts[index], self.sizes[index]
-        return Image.fromarray(self.pixels[start : start + 3 * height * width].view(height, width, 3).numpy())
+        return Image.fromarray(self.pixels[start : start + 3 * height * width].view(height, width, 3).cpu().numpy())
 
 
 def bounded_size(height: int, width: int, side: int) -> tuple[int, int]:

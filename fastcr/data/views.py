@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastcr.config import ViewsConfig
-from fastcr.data.images import BadFiles
+from fastcr.data.images import BadFiles, ImageList
 from fastcr.kernels.launch import Impl
 
 # what no setting changes of MoCo v2's augmentation, as torchvision names it
@@ -110,6 +110,8 @@ class EachImage(Loading):
 class Views(Protocol):
     """The contract of `TorchViews`, `DaliViews` and `CachedViews`."""
 
+    images: ImageList
+    """Those that it makes views of, decoded ones where they are kept."""
     bad: BadFiles
 
     def batches(self, start_step: int) -> Generator[Batch, None, None]:

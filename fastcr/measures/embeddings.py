@@ -13,6 +13,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from fastcr.data.crops import centre_crop
 from fastcr.data.images import ImageList
+from fastcr.data.pixel_cache import CachedImages
 from fastcr.errors import UsageError
 from fastcr.measures.poolings import Pooling
 from fastcr.method.ddt import Axis, Moments, detectors_like
@@ -69,8 +70,12 @@ def collate(crops: list[Crop | None]) -> tuple[Tensor, Tensor, list[int]]:
 def load_crops(
     parts: Sequence[ImageList], batches: Sequence[list[int]], *, image_size: int, workers: int, pin: bool
 ) -> Iterator[Any]:
-    """What `collate` gives of each batch, decoded by `workers` processes; the indices count through `parts`."""
+    """What `collate` gives of each batch, decoded by `workers` processes; the indices count through `parts`.
+
+    Images that are decoded already need no processes.
+    """
     most = max(map(len, batches), default=1)
+    workers = 0 if all(isinstance(images, CachedImages) for images in parts) else workers
     dataset: ConcatDataset[Crop | None] = ConcatDataset([_Crops(images, image_size) for images in parts])
     loader = DataLoader(
         dataset,

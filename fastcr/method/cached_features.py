@@ -25,11 +25,9 @@ class CachedFeatures:
     `views` must give every image in each epoch (`EachImage`); `moco` takes batches of features from now on.
     """
 
-    def __init__(
-        self, views: Views, images: int, moco: MoCo, config: Config, autocast: torch.autocast, console: Console
-    ) -> None:
+    def __init__(self, views: Views, moco: MoCo, config: Config, autocast: torch.autocast, console: Console) -> None:
         """Encode `--optim.cached_views` pairs of all images; `UsageError` where memory has no room for them."""
-        self.bad, self.images, self.config = views.bad, images, config
+        self.images, self.bad, self.config, images = views.images, views.bad, config, len(views.images)
         pairs, batch_size = config.optim.cached_views, config.optim.batch_size
         steps, batches = -(-images // batch_size), views.batches(0)
         with torch.no_grad():
@@ -55,7 +53,7 @@ class CachedFeatures:
     def batches(self, start_step: int) -> Generator[Batch, None, None]:
         """Batches from `start_step` on, epoch after epoch, without end."""
         for step in count(start_step):
-            epoch, indices = step_indices(self.images, self.config.optim.batch_size, self.config.run.seed, step)
+            epoch, indices = step_indices(len(self.images), self.config.optim.batch_size, self.config.run.seed, step)
             pair, chosen = self.features[epoch % len(self.features)], torch.from_numpy(indices)
             first, second = map(self._ready, pair[:, chosen])
             yield Batch(first, second, chosen.to(self.device))

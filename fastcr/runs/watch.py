@@ -19,7 +19,6 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from fastcr.config import Config
 from fastcr.errors import UsageError
 from fastcr.runs.checkpoint import write_whole
 from fastcr.runs.distributed import ALONE, Processes
@@ -79,8 +78,8 @@ class LossWatch:
 class HealthWatch:
     """Warns, once each, of what makes further training pointless."""
 
-    def __init__(self, console: Console, config: Config) -> None:
-        self.console, self.detectors, self.said = console, config.rationale.detectors, set[str]()
+    def __init__(self, console: Console) -> None:
+        self.console, self.said = console, set[str]()
 
     def look(self, record: dict[str, float], positions: int, first_rank: float = 0.0) -> None:
         """Print what is wrong with a step's metrics.
@@ -98,7 +97,6 @@ class HealthWatch:
             "more than half of the images' nearest neighbours are others than at the start: compare with evaluate": (
                 record.get("kept_neighbours", 1) < 0.5
             ),
-            f"fewer than 2 of {self.detectors} detectors are in use": record.get("effective_detectors", 2) < 2,
         }
         for warning in [text for text, holds in warnings.items() if holds and text not in self.said]:
             self.said.add(warning)

@@ -29,6 +29,7 @@ from fastcr.data.pixel_cache import CachedImages, bounded_size, fill, measure
 from fastcr.data.torch_views import TorchViews
 from fastcr.data.views import STD, Loading, Shard
 from fastcr.errors import UsageError
+from fastcr.measures.embeddings import load_crops
 from fastcr.runs.command_line import parse
 from fastcr.runs.machine import free_memory
 
@@ -84,9 +85,21 @@ def test_large_images_are_reduced_and_no_others(photos: ImageList) -> None:
         expected = photos.rgb(index)
         height, width = bounded_size(expected.height, expected.width, 64)
         assert cache.sizes[index].tolist() == [height, width]
-        mean = np.array(expected).mean((0, 1))
-        np.testing.assert_allclose(picture(cache, index).mean((0, 1)), mean, atol=3)
+        reduced = np.array(expected.resize((width, height), Image.Resampling.BICUBIC))
+        np.testing.assert_allclose(picture(cache, index).astype(int), reduced.astype(int), rtol=0, atol=1)
     assert cache.sizes.min(1).max() == 64
+
+
+def test_crops_of_decoded_images_need_neither_files_nor_processes(photos: ImageList) -> None:
+    (batch,) = load_crops([photos], [[0, 4, 6, 11]], image_size=32, workers=2, pin=False)
+    flags = ("--data.cache", "host", "--data.cache_side", "500")
+    views, _ = make_views(settings_of(*flags), photos, CPU, torch.float32, QUIET)
+    for index in range(12):
+        (photos.root / f"{index:02d}.png").unlink()
+    (again,) = load_crops([views.images], [[0, 4, 6, 11]], image_size=32, workers=-1, pin=False)
+    assert torch.equal(batch[0], again[0])
+    assert torch.equal(batch[1], again[1])
+    assert batch[2] == again[2] == [0, 1, 2, 3]
 
 
 def test_the_disk_is_taken_up_again_until_a_file_changes(photos: ImageList, monkeypatch: pytest.MonkeyPatch) -> None:

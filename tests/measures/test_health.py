@@ -14,7 +14,6 @@ from PIL import Image
 from rich.console import Console
 
 from fastcr import train
-from fastcr.config import Config
 from fastcr.data.images import ImageList
 from fastcr.errors import UsageError
 from fastcr.measures.health import EncoderHealth, effective_rank, kept_neighbours, nearest
@@ -82,7 +81,7 @@ def test_images_that_cannot_be_read_are_an_error_and_a_single_one_has_nothing_to
 
 def test_half_lost_is_said_once_in_a_line() -> None:
     said = io.StringIO()
-    watch = HealthWatch(Console(file=said, width=200), Config())
+    watch = HealthWatch(Console(file=said, width=200))
     healthy = {"embedding_spread": 0.8, "effective_rank": 60.0, "kept_neighbours": 0.6}
     watch.look(healthy, 49, first_rank=100)
     assert said.getvalue() == ""
