@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import gc
 import io
 import re
 import sys
@@ -75,10 +76,13 @@ def main(args: Sequence[str] | None = None) -> None:
 
         with one_line_errors(command):
             check_arguments(command, rest)
+        gc.disable()  # what the libraries make stays: looking through it takes half a second
         try:
             module = import_module(f"fastcr.{command}")
-        except KeyboardInterrupt:  # libraries take seconds
+        except KeyboardInterrupt:  # they take seconds
             raise SystemExit(130) from None
+        finally:
+            gc.enable()
         module.main(rest)
     else:
         guess = difflib.get_close_matches(command, COMMANDS, n=1)

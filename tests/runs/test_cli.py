@@ -1,6 +1,7 @@
 """What a user gets for a mistake: one line that names the culprit, status 2, nothing lost; `--help`, presets, YAML."""
 
 import dataclasses
+import gc
 import io
 import re
 import shutil
@@ -18,7 +19,7 @@ from fastcr.errors import UsageError
 from fastcr.presets import PRESETS
 from fastcr.runs import machine
 from fastcr.runs.checkpoint import save_weights
-from fastcr.runs.command_line import load_config, read_command_line, save_config
+from fastcr.runs.command_line import load_config, read_command_line, save_config, spare_imports
 from fastcr.runs.validate import validate
 from tests.shared import TINY, start
 
@@ -388,3 +389,13 @@ def test_hardware_that_multiplies_bf16_is_what_the_kernel_lists() -> None:
     assert (asked.communicate(timeout=60)[0].strip() == "True") == bool(
         re.search(r"avx512_bf16|amx_tile|\bbf16\b", flags)
     )
+
+
+@pytest.mark.parametrize("program", ["/venv/bin/fastcr", "/site/fastcr/train.py", "/venv/bin/pytest"])
+def test_imports_are_no_garbage_in_a_process_of_ones_own(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [program])
+    try:
+        spare_imports()
+        assert bool(gc.get_freeze_count()) == ("pytest" not in program)
+    finally:
+        gc.unfreeze()
