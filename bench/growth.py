@@ -234,7 +234,7 @@ def tables(results: dict[str, Any]) -> str:
 
 
 def draw(results: dict[str, Any], picture: Path) -> None:
-    """Seconds and memory over the size, logarithmic; dashed: in proportion to the size."""
+    """Seconds and memory over the size; dashed: in proportion to the size."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -244,17 +244,26 @@ def draw(results: dict[str, Any], picture: Path) -> None:
     panels = figure.subplots(2, len(kinds), squeeze=False)
     for column, kind in enumerate(kinds):
         mine = [each for each in results["rows"] if each["job"].startswith(f"{kind}:")]
+        sizes, times = sorted({each["size"] for each in mine}), [each["seconds"] for each in mine]
         for axes, what, scale in ((panels[0, column], "seconds", 1), (panels[1, column], "peak_bytes", 1e9)):
             for job in dict.fromkeys(each["job"] for each in mine):
                 points = [(each["size"], each[what] / scale) for each in mine if each["job"] == job]
-                axes.loglog(*zip(*points, strict=True), marker="o", markersize=3, label=job.partition(": ")[2])
+                axes.semilogx(*zip(*points, strict=True), marker="o", markersize=3, label=job.partition(": ")[2])
                 start, end = points[0][0], points[-1][0]
                 line = [points[0][1], points[0][1] * end / start]
                 if what == "seconds":
-                    axes.loglog([start, end], line, color="#bbbbbb", linewidth=0.7, linestyle="--", zorder=0)
+                    axes.plot([start, end], line, color="#bbbbbb", linewidth=0.7, linestyle="--", zorder=0)
             axes.set_ylabel("seconds" if what == "seconds" else "peak memory, GB", fontsize=8)
-            axes.tick_params(labelsize=7, which="both")
+            axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+            axes.minorticks_off()
+            axes.tick_params(labelsize=7)
             axes.spines[["top", "right"]].set_visible(False)
+        if max(times) > 20 * min(times):
+            panels[0, column].set(yscale="log", ylim=(min(times) / 2, 2 * max(times)))
+            panels[0, column].yaxis.set_major_formatter("{x:g}")
+        else:
+            panels[0, column].set_ylim(0, 1.3 * max(times))
+        panels[1, column].set_ylim(0, 1.1e-9 * max(each["peak_bytes"] for each in mine))
         panels[0, column].set_title(kind, fontsize=9, loc="left")
         panels[0, column].legend(fontsize=6, frameon=False)
     figure.savefig(picture)

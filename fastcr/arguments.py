@@ -52,9 +52,11 @@ class EvaluateConfig:
     """Settings of an evaluation."""
 
     source: tyro.conf.Positional[Path]
-    """A run folder, one of fastcr's weights files, or the name of an encoder: resnet50 and its like, or timm:NAME."""
+    """A run folder, one of fastcr's weights files, hf://OWNER/NAME[@REVISION] on the Hugging Face Hub, or an encoder's
+    name: resnet50 and its like, or timm:NAME."""
     out: Path | None = None
-    """The results, JSON. Default: results.json beside the weights; of an encoder by name, <name>-results.json."""
+    """The results, JSON. Default: results.json beside the weights; of an encoder by name or from the Hub,
+    <name>-results.json."""
     data: EvaluateData = field(default_factory=EvaluateData)
     model: NamedModel = field(default_factory=NamedModel)
     run: EncoderConfig = field(default_factory=EncoderConfig)
@@ -67,7 +69,7 @@ class EmbedConfig:
     """What to embed, and into which files."""
 
     source: tyro.conf.Positional[Path]
-    """A run folder, or one of fastcr's weights files."""
+    """A run folder, one of fastcr's weights files, or hf://OWNER/NAME[@REVISION] on the Hugging Face Hub."""
     folder: tyro.conf.Positional[Path]
     """The images: whatever --data.root of the training takes. Training and test images alike are embedded."""
     out: Path | None = None
@@ -97,7 +99,8 @@ class SearchConfig:
     out: Path = Path("search.html")
     """A page (.html) or a sheet (.jpg) of each image beside the nearest, with the attention."""
     encoder: Path | None = None
-    """Where the run folder or weights file is now that the embeddings were made with. Default: where it was then."""
+    """Where the run folder or weights file is now that the embeddings were made with (hf:// too). Default: where it
+    was then."""
     run: EncoderConfig = field(default_factory=EncoderConfig)
 
 
@@ -106,11 +109,11 @@ class VisualizeConfig:
     """What to show, and how."""
 
     source: tyro.conf.Positional[Path]
-    """A run folder, or one of fastcr's weights files."""
+    """A run folder, one of fastcr's weights files, or hf://OWNER/NAME[@REVISION] on the Hugging Face Hub."""
     images: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Image files, or whatever --data.root of the training takes (its test images). Default: the run's own."""
     out: Path | None = None
-    """Folder to write. Default: that of the weights."""
+    """Folder to write. Default: that of the weights; of an encoder from the Hub, this one."""
     limit: int = number(24, 1)
     """Images shown, evenly spread over those there are."""
     columns: int = number(6, 1)
@@ -141,11 +144,11 @@ class ExportConfig:
     """Settings of an export."""
 
     source: tyro.conf.Positional[Path]
-    """A run folder, one of fastcr's weights files, or an authors' released checkpoint."""
+    """A run folder, one of fastcr's weights files, hf://OWNER/NAME[@REVISION], or an authors' released checkpoint."""
     format: Literal["safetensors", "torch", "onnx", "hub"]
     """safetensors (torchvision's or timm's names), torch (torch.export), onnx, or hub (for the Hugging Face Hub)."""
     out: Path | None = None
-    """File, or folder of hub, to write. Default: beside the weights, named after them."""
+    """File, or folder of hub, to write. Default: beside the weights (from the Hub: here), named after them."""
     push: str | None = None
     """hub: also upload the folder to this repository, USER/NAME, with your own token."""
 

@@ -24,6 +24,7 @@ from fastcr.measures.localisation import read_objects
 from fastcr.measures.results import best_pooling
 from fastcr.method.backbone import RESNETS, TIMM, backbone_mistake, build_backbone
 from fastcr.method.encoder import Encoder, describe, find_weights
+from fastcr.method.hub import address_of
 from fastcr.method.weights import load_initial_weights
 from fastcr.runs.command_line import called, load_config, one_line_errors
 from fastcr.runs.distributed import processes_of_torchrun
@@ -48,7 +49,8 @@ def read_settings(args: Sequence[str] | None) -> tuple[EvaluateConfig, Path | No
         weights = find_weights(source)
         if config.model != NamedModel() or config.data.image_size:
             raise UsageError(f"--model and --data.image_size are for encoders by name; {source} has its own")
-        out = weights.with_name("results.json")
+        address = address_of(source)
+        out = Path(f"{Path(address).name}-results.json") if address else weights.with_name("results.json")
         if source.is_dir():
             init = source / "init.safetensors"
             frozen = init if init.is_file() else None

@@ -30,7 +30,7 @@ from fastcr.arguments import ExportConfig, read_arguments
 from fastcr.config import Config
 from fastcr.errors import UsageError, one_line
 from fastcr.measures.results import results_tables
-from fastcr.method.encoder import Encoder, find_weights, load
+from fastcr.method.encoder import Encoder, find_weights, folder_of, load
 from fastcr.method.hub import reason
 from fastcr.runs.checkpoint import save_weights, write_whole
 from fastcr.runs.command_line import load_config, one_line_errors
@@ -219,7 +219,7 @@ def check_hub(push: bool) -> None:
 
 def destination(config: ExportConfig, weights: Path) -> Path:
     """What to write. `UsageError` if it is there already, or its name ends wrongly."""
-    out = config.out or weights.with_name(weights.stem + ENDINGS[config.format])
+    out = config.out or folder_of(config.source) / (weights.stem + ENDINGS[config.format])
     suffix = Path(f"name{ENDINGS[config.format]}").suffix
     if suffix and out.suffix != suffix:
         raise UsageError(f"--out must end in {suffix} with --format {config.format}, got {out}")

@@ -23,6 +23,7 @@ from fastcr.measures.nearest import Neighbour, Stored, read_stored
 from fastcr.measures.overlays import Tile, as_evaluated, contact_sheet, overlay
 from fastcr.measures.pages import check_out, render
 from fastcr.method.encoder import Encoder, find_weights, load
+from fastcr.method.hub import address_of
 from fastcr.runs.checkpoint import write_whole
 from fastcr.runs.command_line import one_line_errors
 from fastcr.runs.machine import pick_device, pick_dtype
@@ -36,7 +37,7 @@ Shown = tuple[Image.Image, Tensor | None]  # a picture as the encoder sees it, a
 def encoder_of(stored: Stored, named: Path | None, device: torch.device) -> Encoder:
     """The encoder that made the embeddings. `UsageError` if it is gone or another one."""
     source = named or Path(stored.facts["weights"])
-    if not source.exists():
+    if not source.exists() and not address_of(source):
         raise UsageError(f"the encoder of these embeddings, {source}, is gone: --encoder says where it is now")
     weights = find_weights(source)
     if hashlib.sha256(weights.read_bytes()).hexdigest() != stored.facts["weights_sha256"]:

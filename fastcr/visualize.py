@@ -23,7 +23,7 @@ from fastcr.data.views import normalise
 from fastcr.errors import UsageError
 from fastcr.measures.embeddings import BATCH_SIZE
 from fastcr.measures.overlays import Named, Tile, as_evaluated, attention_sheet, contact_sheet, overlay
-from fastcr.method.encoder import find_weights, load
+from fastcr.method.encoder import find_weights, folder_of, load
 from fastcr.runs.checkpoint import write_whole
 from fastcr.runs.command_line import load_config, one_line_errors
 from fastcr.runs.machine import pick_device
@@ -89,7 +89,7 @@ def visualize(config: VisualizeConfig, console: Console) -> None:
     if not sources and not config.source.is_dir():
         raise UsageError("a weights file needs an IMAGE or a FOLDER of them after it")
     sources = sources or (load_config(config.source / "config.yaml").data.root or write_synthetic(),)
-    encoder, folder = load(weights, device), config.out or weights.parent
+    encoder, folder = load(weights, device), config.out or folder_of(config.source)
     if (branch := encoder.branch) is None:
         raise UsageError(f"{weights} has no rationale branch, so there is no attention to show")
     listed, unreadable = list_images(sources), dict[str, str]()

@@ -12,7 +12,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from fastcr import UsageError, load
 from fastcr.method import hub
@@ -185,6 +187,31 @@ print(fastcr.load("hf://me/birds").image_size)  # from the cache
     assert lines == [f"exported: {out}", pushed, f"exported: {out}-again", pushed, "True", "True", "32"]
     assert server.repos["me/birds"] == {file.name: file.read_bytes() for file in out.iterdir()}
     assert 'fastcr.load("hf://me/birds")' in server.repos["me/birds"]["README.md"].decode()
+
+
+def test_commands_take_an_address_and_write_here(server: Hub, tmp_path: Path) -> None:
+    weights, here, images = write_weights(tmp_path / "weights.safetensors"), tmp_path / "here", tmp_path / "images"
+    here.mkdir()
+    for label in ("a", "b"):
+        (images / label).mkdir(parents=True)
+        for i in range(4):
+            pixels = np.random.default_rng([i, ord(label)]).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(images / label / f"{i}.png")
+    code = f"""
+import os
+from fastcr import embed, evaluate, search, visualize
+export.main([{str(weights)!r}, "--format", "hub", "--out", {str(tmp_path / "hub")!r}, "--push", "me/birds"])
+os.chdir({str(here)!r})
+address, images = "hf://me/birds", {str(images)!r}
+embed.main([address, images, "--out", "vectors", "--data.workers", "0"])
+search.main(["vectors", images + "/a/0.png", "--k", "1", "--encoder", address])
+visualize.main([address, images])
+export.main([address, "--format", "safetensors"])
+evaluate.main([address, "--data.root", images, "--data.workers", "0"])
+"""
+    assert "results: birds-results.json" in in_process(code, tmp_path, server.address)
+    written = {"vectors", "search.html", "attention.png", "model-export.safetensors", "birds-results.json"}
+    assert {path.name for path in here.iterdir()} == written
 
 
 def test_each_thing_that_goes_wrong_is_one_line(server: Hub, tmp_path: Path) -> None:

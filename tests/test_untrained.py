@@ -49,7 +49,7 @@ def untrained(birds: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_no_gain_is_said_to_come_from_no_training(untrained: Path) -> None:
     results = json.loads((untrained / "results.json").read_text())
-    assert str(best_line(results)).endswith("; both are of the initial encoder")
+    assert str(best_line(results)).endswith(", of the initial encoder")
     results["retrieval"]["rationale"]["mAP"] += 1
     assert "; training " in str(best_line(results))
 

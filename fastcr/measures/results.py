@@ -117,7 +117,14 @@ def results_tables(results: dict[str, Any]) -> Iterator[Table | str]:
         yield others
 
 
+def _untrained(results: dict[str, Any]) -> bool:
+    """Whether both encoders are one: after no epoch."""
+    return "retrieval" in results and results["retrieval"] == results.get("frozen_init", {}).get("retrieval")
+
+
 def _parts(results: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    if _untrained(results):
+        return [("frozen init", results)]
     frozen = [("frozen init", results["frozen_init"])] if "frozen_init" in results else []
     return [*frozen, ("frozen" if "encoder" in results else "trained", results)]
 
@@ -155,10 +162,10 @@ def best_line(results: dict[str, Any]) -> str | None:
 
     if "trained" not in best:
         return f"best (rank-1 / mAP): {said(best['baseline'])}"
+    if _untrained(results):
+        return f"best (rank-1 / mAP): {said(best['trained'])}, of the initial encoder"
     gain = best["trained"]["rank1"] - best["baseline"]["rank1"]
     verdict = f"training {'loses' if gain < 0 else 'gains'} {abs(gain):.2f} points"
-    if "retrieval" in results and results["retrieval"] == results.get("frozen_init", {}).get("retrieval"):
-        verdict = "both are of the initial encoder"  # after no epoch
     return (
         f"best (rank-1 / mAP): trained: {said(best['trained'])}; without training: {said(best['baseline'])}; {verdict}"
     )

@@ -29,7 +29,7 @@ from fastcr.errors import UsageError, one_line
 from fastcr.kernels.launch import Impl
 from fastcr.method.backbone import TIMM, TimmEncoder, build_backbone
 from fastcr.method.folded import folded_once
-from fastcr.method.hub import SCHEME, fetch
+from fastcr.method.hub import address_of, fetch
 from fastcr.method.moco import mean_pool
 from fastcr.method.rationale import RationaleHead
 from fastcr.method.released import ReleasedBranch, from_released_checkpoint, released_facts
@@ -197,8 +197,7 @@ def load(path_or_run: str | os.PathLike[str], device: str | torch.device = "cpu"
     No code in the file is run. `UsageError` if it is missing, broken or foreign, or `device` is not there.
     """
     where, ignored = pick_device(str(device)), tuple[str, ...]()
-    named = os.fspath(path_or_run)
-    file = fetch(named) if named.startswith(SCHEME) else find_weights(Path(named))
+    file = find_weights(path_or_run)
     try:
         state, facts, ignored = _named(*load_weights(file))
         if not facts:
@@ -218,8 +217,14 @@ def load(path_or_run: str | os.PathLike[str], device: str | torch.device = "cpu"
     return encoder.requires_grad_(False).eval()
 
 
-def find_weights(source: Path) -> Path:
-    """The weights file of a run folder or an exported folder, or `source` itself. `UsageError` if there is none."""
+def find_weights(path_or_run: str | os.PathLike[str]) -> Path:
+    """The weights file that `load` reads: of a run folder, of an exported folder, from the Hub, or the path itself.
+
+    `UsageError` if there is none.
+    """
+    if address := address_of(path_or_run):
+        return fetch(address)
+    source = Path(path_or_run)
     if not source.exists():
         raise UsageError(f"no run folder or weights file {source}")
     if not source.is_dir():
@@ -230,6 +235,11 @@ def find_weights(source: Path) -> Path:
             f"{source} is not a run folder, or its run has saved nothing yet: no weights.safetensors in it"
         )
     return found[0]
+
+
+def folder_of(path_or_run: str | os.PathLike[str]) -> Path:
+    """Where what a command makes of an encoder goes by default: beside its weights; of one from the Hub, here."""
+    return Path() if address_of(path_or_run) else find_weights(path_or_run).parent
 
 
 def _check(facts: dict[str, Any]) -> None:

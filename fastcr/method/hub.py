@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
 from fastcr.errors import UsageError, one_line
 
 SCHEME, FILE = "hf://", "model.safetensors"
+
+
+def address_of(source: str | os.PathLike[str]) -> str | None:
+    """The address on the Hub that `source` is, if it is one: of the two slashes, pathlib keeps one."""
+    named = os.fspath(source)
+    return SCHEME + named.removeprefix("hf:").lstrip("/") if named.startswith("hf:/") else None
 
 
 def fetch(address: str) -> Path:
