@@ -65,7 +65,7 @@ def read_crops(images: Sequence[tuple[ImageList, int]], size: int) -> tuple[dict
 
     def read(source: ImageList, index: int) -> None:
         try:
-            found[source.path(index)] = as_evaluated(source.rgb(index), size)
+            found[source.path(index)] = as_evaluated(source, index, size)
         except OSError as error:
             reasons.append(str(error))
 

@@ -55,7 +55,7 @@ def choose(
     for source, index in (images[i * len(images) // count] for i in range(count)):
         name = Path(source.files[index]).name if source.labels is None else source.classes[source.labels[index]]
         try:
-            chosen.append((name, as_evaluated(source.rgb(index), image_size)))
+            chosen.append((name, as_evaluated(source, index, image_size)))
         except OSError as error:
             unreadable[source.path(index)] = str(error)
     if not chosen:

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -248,6 +249,27 @@ def test_command_works_as_a_module(copied: Path) -> None:
     assert (process.returncode, errors) == (0, "")  # no warning of a library either
     assert results(copied)["retrieval"] == before["retrieval"]
     assert output.splitlines()[-1] == f"results: {copied}/results.json"
+
+
+def test_frozen_and_trained_encoder_see_crops_decoded_once(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    decoded, decode = Counter[str](), ImageList.rgb
+
+    def count(self: ImageList, index: int, least: int) -> Image.Image:
+        decoded[self.path(index)] += 1
+        return decode(self, index, least)
+
+    monkeypatch.setattr(ImageList, "rgb", count)
+    evaluate.main([str(copied), *CPU, "--linear.enabled", "False"])
+    kept = results(copied)
+    assert set(decoded.values()) == {1}
+    monkeypatch.setattr(embedding, "free_memory", lambda: 0)
+    decoded.clear()
+    evaluate.main([str(copied), *CPU, "--linear.enabled", "False"])
+    assert max(decoded.values()) == 4  # training images, for DDT's axis and for kNN, of both
+    assert results(copied) == kept
+    capsys.readouterr()
 
 
 def test_bare_weights_give_the_same_scores_without_the_frozen_init(finished: Path, birds: Path, tmp_path: Path) -> None:

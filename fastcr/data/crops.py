@@ -16,6 +16,11 @@ def _shorter_side(size: int) -> int:
     return round(size * 8 / 7)
 
 
+def enough(size: int) -> int:
+    """The shorter side, in pixels, that `centre_crop` needs of a larger image: twice what it reduces that to."""
+    return 2 * _shorter_side(size)
+
+
 def centre_crop(image: Image.Image, size: int) -> Tensor:
     """The central square of an RGB image, uint8 `[size,size,3]`; its side is 7/8 of the image's shorter side."""
     longest = LONGEST * min(image.size)

@@ -24,7 +24,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
-from fastcr.data.images import ImageList, size_of
+from fastcr.data.images import ImageList, full_size, size_of
 from fastcr.data.views import Loading
 from fastcr.errors import UsageError
 from fastcr.runs.log import progress
@@ -50,8 +50,8 @@ class CachedImages(ImageList):
     sizes: np.ndarray = field(compare=False, repr=False)
     broken: np.ndarray = field(compare=False, repr=False)
 
-    def rgb(self, index: int) -> Image.Image:
-        """Image `index`, decoded."""
+    def rgb(self, index: int, least: int = 0) -> Image.Image:
+        """Image `index`, decoded; as large as it is here, whatever is enough."""
         start, (height, width) = self.starts[index], self.sizes[index]
         return Image.fromarray(self.pixels[start : start + 3 * height * width].view(height, width, 3).cpu().numpy())
 
@@ -106,12 +106,12 @@ def _decode(images: ImageList, sizes: np.ndarray, side: int, workers: int, conso
         """Whether image `index` could be read."""
         height, width = sizes[index].tolist()
         try:
-            image = images.rgb(index)
+            image = images.rgb(index, 2 * side)
         except OSError:
             return False
         decoded = TF.pil_to_tensor(image)
         if image.size != (width, height):
-            if bounded_size(image.height, image.width, side) != (height, width):
+            if bounded_size(*full_size(image), side) != (height, width):
                 return False  # another file than the one that was measured
             decoded = TF.resize(decoded, [height, width], FILTER, antialias=True)
         pixels[starts[index] : starts[index] + lengths[index]].copy_(decoded.permute(1, 2, 0).reshape(-1))

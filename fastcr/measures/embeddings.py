@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +11,8 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
-from fastcr.data.crops import centre_crop
-from fastcr.data.images import ImageList
+from fastcr.data.crops import centre_crop, enough
+from fastcr.data.images import ImageList, full_size
 from fastcr.data.pixel_cache import CachedImages
 from fastcr.errors import UsageError
 from fastcr.measures.poolings import Pooling
@@ -21,7 +21,7 @@ from fastcr.method.encoder import Encoder
 from fastcr.method.rationale import RationaleHead
 from fastcr.runs.distributed import ALONE, Processes
 from fastcr.runs.log import progress
-from fastcr.runs.machine import batches_of, leave_signals, workers_that_fit
+from fastcr.runs.machine import batches_of, free_memory, leave_signals, workers_that_fit
 
 BATCH_SIZE = 128
 AXIS_IMAGES = 2048  # whose positions DDT's axis is of: far more than it takes
@@ -50,10 +50,10 @@ class _Crops(Dataset[Crop | None]):
 
     def __getitem__(self, index: int) -> Crop | None:
         try:
-            image = self.images.rgb(index)
+            image = self.images.rgb(index, enough(self.size))
         except OSError:
             return None
-        return centre_crop(image, self.size), (image.height, image.width)
+        return centre_crop(image, self.size), full_size(image)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -88,6 +88,28 @@ def load_crops(
     return batches_of(loader)
 
 
+class KeptCrops:
+    """`load_crops` for several encoders: what it gave once is kept, where memory has ample room for it."""
+
+    def __init__(self) -> None:
+        self.kept = dict[Any, list[Any]]()
+
+    def __call__(self, parts: Sequence[ImageList], batches: Sequence[list[int]], **how: Any) -> Iterator[Any]:
+        """As `load_crops`."""
+        key = *map(id, parts), how["image_size"], tuple(map(tuple, batches))
+        if key in self.kept:
+            return iter(self.kept[key])
+        crops, size = load_crops(parts, batches, **how), 3 * how["image_size"] ** 2 * sum(map(len, batches))
+        return self._keep(key, crops) if size <= free_memory() // 8 else crops
+
+    def _keep(self, key: Any, crops: Iterator[Any]) -> Iterator[Any]:
+        found = []
+        for pixels, sizes, readable in crops:
+            found.append((pixels.clone(), sizes.clone(), readable))  # out of the memory shared with loader processes
+            yield found[-1]
+        self.kept[key] = found
+
+
 @torch.inference_mode()
 def embed(
     encoder: Encoder,
@@ -100,6 +122,7 @@ def embed(
     dtype: torch.dtype = torch.float32,
     processes: Processes = ALONE,
     poolings: Mapping[str, Pooling] = NO_POOLINGS,
+    load: Callable[..., Iterator[Any]] = load_crops,
 ) -> Embeddings:
     """Both embeddings, the attention and `poolings` of each image from one pass, the encoder in eval mode and `dtype`.
 
@@ -109,7 +132,7 @@ def embed(
     """
     numbers = range(processes.rank, -(-len(images) // BATCH_SIZE), processes.ranks)
     batches = [list(range(number * BATCH_SIZE, min((number + 1) * BATCH_SIZE, len(images)))) for number in numbers]
-    loader = load_crops([images], batches, image_size=encoder.image_size, workers=workers, pin=device.type == "cuda")
+    loader = load([images], batches, image_size=encoder.image_size, workers=workers, pin=device.type == "cuda")
     # filled in place: the embeddings of 100,000 images are too large to be held twice
     columns: list[Tensor] = []
     names = [*poolings, *(["cls"] if poolings and encoder.has_class_token else [])]
@@ -144,10 +167,11 @@ def ddt_axis(
     console: Console,
     dtype: torch.dtype = torch.float32,
     processes: Processes = ALONE,
+    load: Callable[..., Iterator[Any]] = load_crops,
 ) -> Axis:
     """DDT's axis of an encoder's features of `images`, or of `AXIS_IMAGES` of them taken evenly."""
     moments: Moments | None = None
-    for _, features in _axis_features(encoder, images, device, workers, console, dtype, processes):
+    for _, features in _axis_features(encoder, images, device, workers, console, dtype, processes, load):
         moments = moments or Moments(features.shape[1], device)
         moments.add(features)
     if not (channels := processes.most(len(moments.products) if moments else 0)[0]):
@@ -204,11 +228,12 @@ def _axis_features(
     console: Console,
     dtype: torch.dtype,
     processes: Processes = ALONE,
+    load: Callable[..., Iterator[Any]] = load_crops,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Readable images of those DDT's axis is of, this process's share in batches: indices and features fp32."""
     batches = [part.tolist() for part in torch.tensor(_evenly(images, AXIS_IMAGES)).split(BATCH_SIZE)]
     own = batches[processes.rank :: processes.ranks]
-    loader = load_crops([images], own, image_size=encoder.image_size, workers=workers, pin=device.type == "cuda")
+    loader = load([images], own, image_size=encoder.image_size, workers=workers, pin=device.type == "cuda")
     with encoder.evaluating():
         shown = progress(loader, "axis of DDT", len(own), console=console)
         for indices, (pixels, _, readable) in zip(own, shown, strict=True):

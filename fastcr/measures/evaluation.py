@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fastcr.config import KnnConfig, LinearConfig
 from fastcr.data.images import ImageList, Splits
 from fastcr.errors import UsageError
-from fastcr.measures.embeddings import NO_POOLINGS, Embeddings, ddt_axis, embed
+from fastcr.measures.embeddings import NO_POOLINGS, Embeddings, KeptCrops, ddt_axis, embed
 from fastcr.measures.gallery import fixed_attention
 from fastcr.measures.linear_probe import fit_augmented
 from fastcr.measures.localisation import Objects
@@ -92,6 +92,7 @@ class Evaluation:
     classifiers: Classifiers | None = None  # None: retrieval only
     objects: Objects | None = None  # in `images`
     processes: Processes = ALONE  # that share the work of the encoder; the rest is the first one's
+    load: KeptCrops = field(default_factory=KeptCrops, compare=False)  # frozen and trained encoder see the same
 
     def measure(self, encoder: Encoder, title: str, *, baselines: bool = True) -> Measured:
         """Every score of an encoder; with `baselines`, retrieval by each pooling that needs no training too."""
@@ -107,8 +108,7 @@ class Evaluation:
         return torch.isin(torch.tensor(self.images.labels), torch.tensor(self.splits.train.labels or ()))
 
     def _work(self) -> dict[str, Any]:
-        names = ("device", "dtype", "workers", "console", "processes")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in ("device", "dtype", "workers", "console", "processes", "load")}
 
     def _axis(self, encoder: Encoder) -> Axis:
         return ddt_axis(encoder, self.splits.train, **self._work())

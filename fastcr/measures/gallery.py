@@ -71,7 +71,7 @@ class Thumbnails:
     def image(self, index: int) -> Image.Image:
         """Image `index`, which could be read before. `UsageError` if it no longer can."""
         try:
-            return as_evaluated(self.images.rgb(index), self.image_size).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+            return as_evaluated(self.images, index, self.image_size).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
         except OSError as error:
             raise UsageError(str(error)) from None
 
@@ -115,7 +115,7 @@ def fixed_attention(
     for index in spread(FIXED, len(images)):
         name = images.classes[images.labels[index]] if images.labels else os.path.basename(images.files[index])
         with suppress(OSError):  # the evaluation names what cannot be read
-            shown.append((name, as_evaluated(images.rgb(index), encoder.image_size)))
+            shown.append((name, as_evaluated(images, index, encoder.image_size)))
     if encoder.branch is None or not shown:
         return None
     pixels = torch.stack([torch.from_numpy(np.array(image)) for _, image in shown]).to(device)

@@ -15,11 +15,12 @@ from PIL import Image, PngImagePlugin, features
 from rich.console import Console
 from torchvision.transforms.v2 import functional as TF
 
-from fastcr.data.crops import centre_crop
-from fastcr.data.images import BadFiles, ImageList, read_rgb
+from fastcr.data.crops import centre_crop, enough
+from fastcr.data.images import BadFiles, ImageList, full_size, read_rgb
 from fastcr.data.loaders import loader_class
 from fastcr.data.pixel_cache import fill, measure
 from fastcr.data.views import Loading
+from fastcr.measures.embeddings import load_crops
 
 CPU = torch.device("cpu")
 QUIET = Console(file=io.StringIO())
@@ -142,6 +143,29 @@ def test_loaders_agree_on_odd_files(tmp_path: Path) -> None:
     )
     for ours, theirs in ((torch_s.first, dali_s.first), (torch_s.second, dali_s.second)):
         assert ((ours - theirs).abs().mean((1, 2, 3)) * 0.226 * 255).max() < 1.5  # levels of 255
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_large_jpegs_are_decoded_smaller_and_look_the_same(tmp_path: Path, orientation: int) -> None:
+    upright, file = scene(601, 903), tmp_path / "a.jpg"
+    save(file, as_stored(upright, orientation), orientation, quality=95)
+    images = ImageList(tmp_path, ("a.jpg",), None, ())
+    whole, halved, least = images.rgb(0), images.rgb(0, 150), images.rgb(0, 302)
+    assert (whole.size, halved.size, least.size) == ((903, 601), (226, 151), (903, 601))
+    assert full_size(whole) == full_size(halved) == full_size(least) == (601, 903)
+    assert full_size(Image.new("RGB", (7, 5))) == (5, 7)
+    side = 60
+    crops = [centre_crop(each, side).int() for each in (whole, images.rgb(0, enough(side)))]
+    assert images.rgb(0, enough(side)).size == (226, 151)
+    assert (crops[0] - crops[1]).abs().max() <= 16  # at an edge of 200 levels
+    assert (crops[0] - crops[1]).abs().float().mean() < 0.5
+    ((pixels, sizes, _),) = load_crops([images], [[0]], image_size=side, workers=0, pin=False)
+    assert torch.equal(pixels[0].int(), crops[1])
+    assert sizes.tolist() == [[601, 903]]
+    loading = Loading(32, 1, 0, CPU, torch.float32, 1)
+    for bound, size in ((60, [60, 90]), (700, [601, 903])):
+        cache = fill(images, measure(images, bound, 1, QUIET), "host", loading, QUIET, side=bound, folder=tmp_path)
+        assert cache.sizes.tolist() == [size]
 
 
 def test_a_broken_orientation_is_none(tmp_path: Path) -> None:

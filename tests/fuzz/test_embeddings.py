@@ -45,10 +45,10 @@ def place() -> Path:
         Image.effect_noise((40, 40), 20 + 20 * number).save(folder / "images" / f"{number}.png")
     rgb = ImageList.rgb
 
-    def killed(images: ImageList, index: int) -> Image.Image:
+    def killed(images: ImageList, index: int, least: int) -> Image.Image:
         if index == 6:
             raise KeyboardInterrupt
-        return rgb(images, index)
+        return rgb(images, index, least)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ImageList, "rgb", killed)
