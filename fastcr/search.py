@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from fastcr.arguments import SearchConfig, read_arguments
+from fastcr.data.crops import enough
 from fastcr.data.images import ImageList
 from fastcr.errors import UsageError
 from fastcr.measures.embeddings import BATCH_SIZE
@@ -65,7 +66,7 @@ def read_crops(images: Sequence[tuple[ImageList, int]], size: int) -> tuple[dict
 
     def read(source: ImageList, index: int) -> None:
         try:
-            found[source.path(index)] = as_evaluated(source, index, size)
+            found[source.path(index)] = as_evaluated(source.rgb(index, enough(size)), size)
         except OSError as error:
             reasons.append(str(error))
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from torch import Tensor
 
 from fastcr.arguments import VisualizeConfig, read_arguments
+from fastcr.data.crops import enough
 from fastcr.data.images import SUFFIXES, ImageList
 from fastcr.data.layouts import read_splits
 from fastcr.data.synthetic import write_synthetic
@@ -55,7 +56,7 @@ def choose(
     for source, index in (images[i * len(images) // count] for i in range(count)):
         name = Path(source.files[index]).name if source.labels is None else source.classes[source.labels[index]]
         try:
-            chosen.append((name, as_evaluated(source, index, image_size)))
+            chosen.append((name, as_evaluated(source.rgb(index, enough(image_size)), image_size)))
         except OSError as error:
             unreadable[source.path(index)] = str(error)
     if not chosen:

@@ -71,7 +71,7 @@ def test_overlay_covers_where_the_map_is_high_and_only_there() -> None:
 def test_crop_is_that_of_evaluation(size: tuple[int, int], tmp_path: Path) -> None:
     Image.effect_noise(size, 90).convert("RGB").save(tmp_path / "noise.png")
     images = read_splits(tmp_path).train
-    found = as_evaluated(images, 0, SIDE)
+    found = as_evaluated(images.rgb(0), SIDE)
     ((pixels, _, _),) = load_crops([images], [[0]], image_size=SIDE, workers=0, pin=False)
     assert found.size == (SIDE, SIDE)
     assert found.tobytes() == bytes(pixels.flatten().tolist())
@@ -85,7 +85,7 @@ def test_each_picture_stands_beside_its_attention(weights: Path, birds: Path, tm
     assert sheet.size == (GAP + 3 * TILE, GAP + 2 * ROW)
     encoder = load(weights)
     for place, index in enumerate([0, 6, 12, 19, 25]):  # evenly spread over 32
-        crop = as_evaluated(images, index, SIDE)
+        crop = as_evaluated(images.rgb(index), SIDE)
         pixels = torch.tensor(bytearray(crop.tobytes())).view(1, SIDE, SIDE, 3)
         with torch.inference_mode():
             attention = encoder.both(normalise(pixels, torch.float32)).attention

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from fastcr.data.crops import enough
 from fastcr.data.images import ImageList
 from fastcr.data.views import normalise
 from fastcr.errors import UsageError
@@ -71,7 +72,8 @@ class Thumbnails:
     def image(self, index: int) -> Image.Image:
         """Image `index`, which could be read before. `UsageError` if it no longer can."""
         try:
-            return as_evaluated(self.images, index, self.image_size).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+            crop = as_evaluated(self.images.rgb(index, enough(self.image_size)), self.image_size)
+            return crop.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
         except OSError as error:
             raise UsageError(str(error)) from None
 
@@ -111,11 +113,11 @@ def fixed_attention(
     encoder: Encoder, images: ImageList, device: torch.device, dtype: torch.dtype
 ) -> Image.Image | None:
     """The attention over `FIXED` images, the same ones of a list each time; None without a branch or an image."""
-    shown = list[Named]()
+    shown, size = list[Named](), encoder.image_size
     for index in spread(FIXED, len(images)):
         name = images.classes[images.labels[index]] if images.labels else os.path.basename(images.files[index])
         with suppress(OSError):  # the evaluation names what cannot be read
-            shown.append((name, as_evaluated(images, index, encoder.image_size)))
+            shown.append((name, as_evaluated(images.rgb(index, enough(size)), size)))
     if encoder.branch is None or not shown:
         return None
     pixels = torch.stack([torch.from_numpy(np.array(image)) for _, image in shown]).to(device)

@@ -8,8 +8,7 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-from fastcr.data.crops import centre_crop, enough
-from fastcr.data.images import ImageList
+from fastcr.data.crops import centre_crop
 
 COLD, WARM, HOT = "#1b1044", "#e0483e", "#fdf3a0"
 Named = tuple[str, Image.Image]  # an image as evaluation sees it, after its class, or else its file
@@ -17,10 +16,9 @@ STRENGTH = 0.75  # how far the most attended position is covered
 LEAST_SIDE, GAP, LINE, FONT_SIZE = 112, 8, 20, 14  # of a sheet, pixels
 
 
-def as_evaluated(images: ImageList, index: int, image_size: int) -> Image.Image:
-    """What evaluation sees of an image: a square of `image_size` pixels from its centre. `OSError` if unreadable."""
-    crop = centre_crop(images.rgb(index, enough(image_size)), image_size)
-    return Image.fromarray(crop.contiguous().numpy())
+def as_evaluated(image: Image.Image, image_size: int) -> Image.Image:
+    """What evaluation sees of an RGB image: a square of `image_size` pixels from its centre."""
+    return Image.fromarray(centre_crop(image, image_size).contiguous().numpy())
 
 
 def overlay(image: Image.Image, attention: Tensor) -> Image.Image:
