@@ -128,7 +128,8 @@ def read_rgb(file: str | BinaryIO, name: str = "", least: int = 0) -> Image.Imag
     """
     try:
         with Image.open(file) as image:
-            turned, size = turn_of(image), size_of(image)
+            turned = turn_of(image)
+            size = size_of(image, turned)
             if least and (times := min(image.size) // least) > 1:
                 image.draft("", (image.width // times, image.height // times))
             image.load()
@@ -158,10 +159,9 @@ def turn_of(image: Image.Image) -> Image.Transpose | None:
         return None
 
 
-def size_of(image: Image.Image) -> tuple[int, int]:
-    """Height and width of an opened image as `read_rgb` will turn it, without decoding it."""
-    lying = turn_of(image) in SIDEWAYS
-    return (image.width, image.height) if lying else (image.height, image.width)
+def size_of(image: Image.Image, turn: Image.Transpose | None) -> tuple[int, int]:
+    """Height and width of an opened image as `read_rgb` will `turn` it, without decoding it."""
+    return (image.width, image.height) if turn in SIDEWAYS else (image.height, image.width)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -24,7 +24,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
-from fastcr.data.images import ImageList, full_size, size_of
+from fastcr.data.images import ImageList, full_size, size_of, turn_of
 from fastcr.data.views import Loading
 from fastcr.errors import UsageError
 from fastcr.runs.log import progress
@@ -68,7 +68,7 @@ def measure(images: ImageList, side: int, workers: int, console: Console) -> np.
     def size(index: int) -> tuple[int, int]:
         try:
             with images.open(index) as file, Image.open(file) as image:
-                return bounded_size(*size_of(image), side)
+                return bounded_size(*size_of(image, turn_of(image)), side)
         except Exception:  # PIL raises whatever the broken bytes lead it to; `BadFiles` names the image later
             return 0, 0
 
