@@ -4,8 +4,9 @@ from setuptools import setup
 
 setup(
     packages=[
-        *("fastcr", "fastcr.data", "fastcr.method", "fastcr.method.objectives", "fastcr.measures", "fastcr.runs"),
+        "fastcr",
         "fastcr.kernels",
+        *(f"fastcr.{room}" for room in ("runs", "data", "encoders", "method", "measures", "output")),
     ],
     package_dir={"fastcr.kernels": "kernels"},
 )

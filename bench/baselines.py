@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastcr.config import Config, MocoConfig, ModelConfig, OptimConfig, RationaleConfig, ReleasedConfig, RunConfig
 from fastcr.data.views import Batch
-from fastcr.method.backbone import build_backbone
+from fastcr.encoders.backbone import build_backbone
 from fastcr.method.build import build
 from fastcr.method.moco import MoCo
 from fastcr.presets import tuned

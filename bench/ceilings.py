@@ -28,11 +28,11 @@ from fastcr.arguments import EvaluateData
 from fastcr.config import DeviceConfig, tyro
 from fastcr.data.images import ImageList
 from fastcr.data.layouts import read_splits
+from fastcr.encoders.encoder import Encoder, load
+from fastcr.encoders.rationale import RationaleHead
 from fastcr.errors import UsageError
 from fastcr.measures.localisation import Objects, covered, localisation, objects_in_crop, read_objects
 from fastcr.measures.retrieval import retrieval
-from fastcr.method.encoder import Encoder, load
-from fastcr.method.rationale import RationaleHead
 from fastcr.runs.checkpoint import write_whole
 from fastcr.runs.command_line import called, load_config, one_line_errors, parse
 from fastcr.runs.machine import pick_device, pick_workers

@@ -28,12 +28,15 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `bench`, when this file is run as a script
 
+from fastcr.method.objectives.contract import Objective
+
 from bench.crops import centre_crops
 from fastcr.arguments import EvaluateData
 from fastcr.config import Config, DeviceConfig, tyro
 from fastcr.data.images import ImageList
 from fastcr.data.layouts import read_splits
 from fastcr.data.synthetic import write_synthetic
+from fastcr.encoders.rationale import common_cam_weights, mismatch_gradient
 from fastcr.errors import UsageError
 from fastcr.kernels.rationale_fit import CamKeeps, gradcam_target
 from fastcr.measures.evaluation import test_images
@@ -42,8 +45,6 @@ from fastcr.measures.retrieval import retrieval
 from fastcr.method.build import build
 from fastcr.method.moco import MoCo
 from fastcr.method.objectives import build_objective
-from fastcr.method.objectives.contract import Objective
-from fastcr.method.rationale import common_cam_weights, mismatch_gradient
 from fastcr.method.step import CamOf
 from fastcr.runs.checkpoint import load_torch, write_whole
 from fastcr.runs.command_line import called, load_config, one_line_errors, parse

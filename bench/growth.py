@@ -35,11 +35,11 @@ from bench.same_maths import make_batches
 from fastcr.config import DataConfig, RunConfig
 from fastcr.data.layouts import read_splits
 from fastcr.data.loaders import make_views
+from fastcr.encoders.encoder import load
 from fastcr.errors import UsageError
 from fastcr.measures.embeddings import embed
 from fastcr.measures.knn import knn
 from fastcr.measures.retrieval import retrieval
-from fastcr.method.encoder import load
 from fastcr.presets import preset
 from fastcr.runs.command_line import called, one_line_errors, parse
 from fastcr.runs.log import progress

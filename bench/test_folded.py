@@ -22,8 +22,8 @@ from bench import timing
 from bench.baselines import LR, SEED, Built, Setting
 from bench.same_maths import agrees, follow, make_batches
 from fastcr.config import Config, DataConfig, MocoConfig, ModelConfig, OptimConfig, RunConfig
+from fastcr.encoders.folding import unfold_norms
 from fastcr.method.build import build
-from fastcr.method.folded import unfold_norms
 from fastcr.runs.machine import pick_dtype
 
 GPU = torch.cuda.is_available()

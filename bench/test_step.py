@@ -23,7 +23,7 @@ from bench import timing
 from bench.baselines import PAPER, WAYS, Setting, Way, supervised
 from bench.same_maths import Trajectory, agrees, follow, make_batches
 from fastcr.data.views import Batch
-from fastcr.method.backbone import build_backbone, freeze_stages
+from fastcr.encoders.backbone import build_backbone, freeze_stages
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")

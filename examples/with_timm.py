@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 
 from fastcr import RationaleHead, info_nce
 from fastcr.data.synthetic import CLASSES, draw_bird
-from fastcr.method.backbone import build_backbone
+from fastcr.encoders.backbone import build_backbone
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", default="vit_tiny_patch16_224")

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastcr.config import Config
+    from fastcr.encoders.encoder import Encoded, Encoder, load
+    from fastcr.encoders.rationale import RationaleHead
     from fastcr.errors import UsageError
     from fastcr.kernels.info_nce import info_nce
     from fastcr.kernels.rationale_fit import rationale_fit
@@ -16,8 +18,6 @@ if TYPE_CHECKING:
     from fastcr.kernels.two_views import two_views
     from fastcr.measures.knn import knn
     from fastcr.measures.retrieval import retrieval
-    from fastcr.method.encoder import Encoded, Encoder, load
-    from fastcr.method.rationale import RationaleHead
     from fastcr.presets import preset
 
 try:
@@ -27,13 +27,13 @@ except PackageNotFoundError:  # a bare checkout on the path
 
 _HOMES = {
     "Config": "config",
-    "Encoded": "method.encoder",
-    "Encoder": "method.encoder",
-    "RationaleHead": "method.rationale",
+    "Encoded": "encoders.encoder",
+    "Encoder": "encoders.encoder",
+    "RationaleHead": "encoders.rationale",
     "UsageError": "errors",
     "info_nce": "kernels.info_nce",
     "knn": "measures.knn",
-    "load": "method.encoder",
+    "load": "encoders.encoder",
     "preset": "presets",
     "rationale_fit": "kernels.rationale_fit",
     "rationale_pool": "kernels.rationale_pool",

@@ -20,7 +20,7 @@ from fastcr.config import (
     tyro,
 )
 from fastcr.presets import preset
-from fastcr.runs.command_line import called, parse, read_command_line, todays_flags
+from fastcr.runs.command_line import called, parse, read_command_line
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def read_arguments(command: str, args: Sequence[str] | None) -> Any:
     prog = called(command)
     if command != "trace":
         return parse(cls, args, prog=prog, description=description)
-    args = list(todays_flags(sys.argv[1:] if args is None else args))
+    args = list(sys.argv[1:] if args is None else args)
     default = TraceConfig(**vars(preset(args.pop(0) if args and not args[0].startswith("-") else "synthetic")))
     return parse(cls, args, default=default, prog=f"{prog} [PRESET]", description=description)
 

@@ -39,8 +39,6 @@ class RunConfig:
     """Compile the encoders with torch.compile; auto: on CUDA only."""
     cuda_graph: bool = False
     """Replay the whole step as one CUDA graph; pays where the kernels take less time than launching them."""
-    overlap_keys: bool = False
-    """Run the key encoder in parallel with the query encoder, on a CUDA stream of its own."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Precision of the encoders (autocast; fp16 with loss scaling); auto: bf16 where the device multiplies it in
     hardware, as all GPUs and some CPUs do, else fp32."""
@@ -142,10 +140,6 @@ class OptimConfig:
     """Learning rate of the backbone; 0 with --model.batchnorm frozen leaves it unchanged. Default: --optim.lr."""
     head_lr: float | None = number(None, 0, above=True)
     """Learning rate of the projection head. Default: --optim.lr."""
-    backbone_warmup: float = number(0.0, 0)
-    """Epochs at the start in which only head and branch are trained, not the backbone."""
-    cached_views: int = number(0, 0)
-    """With --optim.backbone_lr 0: encode so many pairs of views of each image once, and train from memory. 0: none."""
     momentum: float = number(0.9, 0, 1)
     """Momentum of SGD; AdamW's beta1."""
     weight_decay: float = number(1e-4, 0)
@@ -156,9 +150,9 @@ class OptimConfig:
 class MocoConfig:
     """Query encoder, key encoder and queue of keys, and what the query is trained to be."""
 
-    objective: Literal["infonce", "neighbour", "relational", "byol"] = "infonce"
-    """infonce (MoCo v2): tell the own key from the queue's. neighbour: be like the queue's keys nearest to the own key.
-    relational: be as similar to the queue's keys as the own key is. byol: predict the own key, without a queue."""
+    objective: Literal["infonce", "relational", "byol"] = "infonce"
+    """infonce (MoCo v2): tell the own key from the queue's. relational: be as similar to the queue's keys as the own key
+    is. byol: predict the own key, without a queue."""
     queue_size: int = number(4096, 0)
     """Keys kept to compare with; at most as many as there are images. 0, of infonce and byol only: no queue, and
     infonce tells the own key from the batch's others."""
@@ -166,8 +160,6 @@ class MocoConfig:
     """Temperature of the query's similarities (not of byol)."""
     key_temperature: float = number(0.04, 0, above=True)
     """Temperature of the key's similarities, of relational; below --moco.temperature."""
-    neighbours: int = number(1, 1)
-    """Nearest keys that are positives, of neighbour."""
     head: Literal["mlp", "linear"] = "mlp"
     """Projection head: two layers as in MoCo v2, or one, which begins as an orthogonal matrix. byol has its own."""
     pooling: Literal["mean", "rationale"] = "mean"
@@ -212,23 +204,6 @@ class RationaleConfig:
 
 
 @dataclass(frozen=True)
-class ReleasedConfig:
-    """The variant of the authors' released code (fastcr/method/released.py).
-
-    It replaces the rationale branch: of that section, only detectors, fit_weight and lr count.
-    """
-
-    enabled: bool = False
-    """Train with the released branch and fit loss."""
-    detach_target: bool = False
-    """Keep the fit loss's gradient from flowing through GradCAM."""
-    fit_axis: Literal["rows", "all"] = "rows"
-    """Softmax of the KL divergence over each row at temperature 1 (MoCo), or over all positions at 0.4 (BYOL)."""
-    stem_maxpool: bool = True
-    """False: no max-pool in the stem, as in the released BYOL encoder."""
-
-
-@dataclass(frozen=True)
 class Config:
     """Every setting of a training run."""
 
@@ -240,7 +215,6 @@ class Config:
     views: ViewsConfig = field(default_factory=ViewsConfig)
     moco: MocoConfig = field(default_factory=MocoConfig)
     rationale: RationaleConfig = field(default_factory=RationaleConfig)
-    released: ReleasedConfig = field(default_factory=ReleasedConfig)
 
 
 @dataclass(frozen=True)

@@ -16,21 +16,20 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
 from fastcr.arguments import EmbedConfig, read_arguments
+from fastcr.data.crop_loader import BATCH_SIZE, load_crops
 from fastcr.data.crops import centres_of
 from fastcr.data.images import ImageList
 from fastcr.data.layouts import read_splits
+from fastcr.encoders.encoder import Encoder, find_weights, load
 from fastcr.errors import UsageError
-from fastcr.measures.embedding_files import UNREADABLE, Partial, check_unused
-from fastcr.measures.embedding_formats import extra_of
-from fastcr.measures.embeddings import BATCH_SIZE, load_crops
-from fastcr.method.encoder import Encoder, find_weights, load
+from fastcr.output.embedding_files import UNREADABLE, Partial, check_unused
+from fastcr.output.embedding_formats import extra_of
 from fastcr.runs.command_line import one_line_errors
-from fastcr.runs.machine import pick_device, pick_dtype, pick_workers
+from fastcr.runs.context import Context
 
 Crops = tuple[Tensor, Tensor, list[int]]  # pixels and sizes (height, width) of the readable images, and their places
 Encoded = tuple[dict[str, Tensor], Tensor, list[int], torch.cuda.Event | None]  # arrays in place of pixels
@@ -85,23 +84,22 @@ def encode(
 
 
 @torch.inference_mode()
-def embed_folder(config: EmbedConfig, console: Console) -> None:
+def embed_folder(config: EmbedConfig, context: Context) -> None:
     """Write the embeddings of every image under `config.folder`; resumes what a killed job left.
 
     Images that cannot be read are named, counted and left out. `UsageError` for files that cannot be used, a finished
     `config.out`, or one begun with other weights or images.
     """
-    weights, device = find_weights(config.source), pick_device(config.run.device)
+    weights = find_weights(config.source)
     if config.format == "faiss" and (config.attention or config.patches):
         raise UsageError("--format faiss holds one vector an image: --attention and --patches need another --format")
     extra_of(config.format)
     out = config.out or Path(f"{config.folder.resolve().name}-embeddings")
     check_unused(out)
-    encoder = load(weights, device)
+    encoder = load(weights, context.device)
     if config.attention and encoder.branch is None:
         raise UsageError(f"{weights} has no rationale branch, so there is no --attention to write")
     parts, rows, digest = list_images(config.folder)
-    dtype = pick_dtype(config.run.precision, device)
     base = config.folder if config.folder.is_dir() else config.folder.parent
     wanted = {"attention": config.attention, "patches": config.patches}
     if config.format == "parquet" and encoder.branch is not None:
@@ -109,22 +107,21 @@ def embed_folder(config: EmbedConfig, console: Console) -> None:
     key = {
         "weights": hashlib.sha256(weights.read_bytes()).hexdigest(),
         "images": digest,
-        "settings": f"{wanted}, {dtype}, {BATCH_SIZE} images a batch",
+        "settings": f"{wanted}, {context.dtype}, {BATCH_SIZE} images a batch",
     }
     # the batches of the evaluation, none of two splits: the released branch's attention depends on the whole batch
     ends, size = [0, *accumulate(map(len, parts))], encoder.image_size
     starts = [start for part in pairwise(ends) for start in range(*part, BATCH_SIZE)] + [len(rows)]
     blank = torch.zeros(1, size, size, 3, dtype=torch.uint8), torch.zeros(1, 2), [0]
-    like = next(encode([blank], encoder, dtype, **wanted))[0]  # for the kinds and shapes of the arrays
+    like = next(encode([blank], encoder, context.dtype, **wanted))[0]  # for the kinds and shapes of the arrays
     job = Partial(out / "partial", key, like, starts)
     began, first = time.monotonic(), job.rows
     if job.images:
-        console.print(f"resuming after {job.images:,} of {len(rows):,} images", highlight=False)
+        context.say(f"resuming after {job.images:,} of {len(rows):,} images")
     batches = [list(range(*batch)) for batch in pairwise(starts) if batch[0] >= job.images]
-    workers = pick_workers(config.data.workers)
-    crops = load_crops(parts, batches, image_size=size, workers=workers, pin=device.type == "cuda")
+    crops = load_crops(parts, batches, size, context)
     with encoder.evaluating():
-        fill(job, parts, batches, encode(crops, encoder, dtype, **wanted), console)
+        fill(job, parts, batches, encode(crops, encoder, context.dtype, **wanted), context)
     if not job.rows:
         job.remove()
         raise UsageError(f"none of the {len(rows)} images under {config.folder} can be read")
@@ -137,16 +134,16 @@ def embed_folder(config: EmbedConfig, console: Console) -> None:
     job.finish(out, config.format, facts, rows)
     speed = (job.rows - first) / (time.monotonic() - began)
     left_out = f", {len(rows) - job.rows:,} unreadable left out" if job.rows < len(rows) else ""
-    console.print(f"{job.rows:,} images embedded{left_out} ({speed:,.0f} images/s)", highlight=False)
-    console.print(f"embeddings: {out}", soft_wrap=True, highlight=False)
+    context.say(f"{job.rows:,} images embedded{left_out} ({speed:,.0f} images/s)")
+    context.say(f"embeddings: {out}")
 
 
 def fill(
-    job: Partial, parts: list[ImageList], batches: list[list[int]], found: Iterable[Encoded], console: Console
+    job: Partial, parts: list[ImageList], batches: list[list[int]], found: Iterable[Encoded], context: Context
 ) -> None:
     """Add what was `found` of each batch to the job, and name the images that cannot be read."""
     ends = [0, *accumulate(map(len, parts))]
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(console=context.console, transient=True, disable=not context.console.is_terminal) as bar:
         task = bar.add_task("embedding", total=ends[-1], completed=job.images)
         # in pairs, so that the next batch is at work while this one is fetched and written
         for batch, (ready, _) in zip(batches, pairwise(chain(found, [None])), strict=True):
@@ -157,7 +154,7 @@ def fill(
             for image in sorted(set(batch) - {batch[place] for place in readable}):
                 part = bisect_right(ends, image) - 1
                 path = parts[part].path(image - ends[part])
-                console.print(f"unreadable image {path!r}: left out", soft_wrap=True, highlight=False)
+                context.say(f"unreadable image {path!r}: left out")
             all_sizes = torch.full((len(batch), 2), UNREADABLE)
             all_sizes[readable] = sizes
             job.add(arrays, all_sizes)
@@ -168,7 +165,8 @@ def fill(
 def main(args: Sequence[str] | None = None) -> None:
     """Command line of `fastcr embed`."""
     with one_line_errors("embed"):
-        embed_folder(read_arguments("embed", args), Console(markup=False))
+        config: EmbedConfig = read_arguments("embed", args)
+        embed_folder(config, Context.of(config.run.device, config.run.precision, config.data.workers))
 
 
 if __name__ == "__main__":

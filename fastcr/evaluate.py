@@ -12,23 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from fastcr.arguments import EvaluateConfig, NamedModel, read_arguments
 from fastcr.config import Config, DataConfig, ModelConfig, RationaleConfig
 from fastcr.data.layouts import read_splits
 from fastcr.data.synthetic import write_synthetic
+from fastcr.encoders.backbone import RESNETS, TIMM, backbone_mistake, build_backbone
+from fastcr.encoders.encoder import Encoder, describe, find_weights
+from fastcr.encoders.hub import address_of
+from fastcr.encoders.weights import load_initial_weights
 from fastcr.errors import UsageError
-from fastcr.measures.evaluation import Classifiers, Evaluation, not_measured, show, test_images, write_results
+from fastcr.measures.evaluation import Classifiers, Evaluation, not_measured, test_images
 from fastcr.measures.localisation import read_objects
 from fastcr.measures.results import best_pooling
-from fastcr.method.backbone import RESNETS, TIMM, backbone_mistake, build_backbone
-from fastcr.method.encoder import Encoder, describe, find_weights
-from fastcr.method.hub import address_of
-from fastcr.method.weights import load_initial_weights
+from fastcr.output.evaluations import show, write_results
 from fastcr.runs.command_line import called, load_config, one_line_errors
+from fastcr.runs.context import Context
 from fastcr.runs.distributed import processes_of_torchrun
-from fastcr.runs.machine import pick_device, pick_dtype, pick_workers
 
 PATIENCE = timedelta(days=1)  # of the other processes, while the first one trains its probes
 
@@ -86,8 +86,8 @@ def measure(
     if weights is not None:
         initial = evaluation.measure_file(frozen, "frozen init") if frozen else None
         return evaluation.results(weights, initial)
-    encoder = evaluation.processes.once(partial(named_encoder, config))
-    found = evaluation.described(evaluation.measure(encoder.to(evaluation.device), "frozen"))
+    encoder = evaluation.context.processes.once(partial(named_encoder, config))
+    found = evaluation.described(evaluation.measure(encoder.to(evaluation.context.device), "frozen"))
     named = {"name": str(config.source), "weights": config.model.weights, "image_size": encoder.image_size}
     return {"encoder": named, **found, "best": {"baseline": best_pooling(found)}}
 
@@ -95,23 +95,19 @@ def measure(
 def main(args: Sequence[str] | None = None) -> None:
     """Command line of `fastcr evaluate`."""
     with one_line_errors("evaluate"), processes_of_torchrun(called("evaluate"), PATIENCE) as processes:
-        console = Console(markup=False, quiet=not processes.first)
         config, weights, frozen, root, out = processes.once(partial(read_settings, args))
         splits = read_splits(root or write_synthetic())
         images = test_images(splits)
         if images is None:
             raise UsageError(f"{root} has {not_measured(splits)}, so nothing can be measured")
         objects = read_objects(config.data.boxes, images)
-        device = pick_device(config.run.device, processes.local_rank, processes.local_ranks)
-        dtype = pick_dtype(config.run.precision, device)
-        workers = pick_workers(config.data.workers, processes.local_ranks)
-        classifiers = Classifiers(config.knn, config.linear)
-        evaluation = Evaluation(splits, images, device, dtype, workers, console, classifiers, objects, processes)
+        context = Context.of(config.run.device, config.run.precision, config.data.workers, processes=processes)
+        evaluation = Evaluation(splits, images, context, Classifiers(config.knn, config.linear), objects)
         results = measure(config, evaluation, weights, frozen)
-        show(results, console)
+        show(results, context)
         if processes.first:
             write_results(out, results)
-        console.print(f"results: {out}", soft_wrap=True, highlight=False)
+        context.say(f"results: {out}")
 
 
 if __name__ == "__main__":

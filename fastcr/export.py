@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from fastcr import __version__
 from fastcr.arguments import ExportConfig, read_arguments
 from fastcr.config import Config
+from fastcr.encoders.encoder import Encoder, find_weights, folder_of, load
+from fastcr.encoders.hub import reason
 from fastcr.errors import UsageError, one_line
-from fastcr.measures.results import results_tables
-from fastcr.method.encoder import Encoder, find_weights, folder_of, load
-from fastcr.method.hub import reason
+from fastcr.output.tables import results_tables
 from fastcr.runs.checkpoint import save_weights, write_whole
 from fastcr.runs.command_line import load_config, one_line_errors
 
@@ -126,7 +126,7 @@ def write_hub(encoder: Encoder, out: Path, run: Path | None, repo: str | None) -
 
 def training_settings(config: Config) -> dict[str, Any]:
     """What a reader of the model card wants to know of a run, without the paths of the machine it ran on."""
-    parts = ["model", "optim", "moco", "rationale"] + (["released"] if config.released.enabled else [])
+    parts = ["model", "optim", "moco", "rationale"]
     settings = {part: dataclasses.asdict(getattr(config, part)) for part in parts}
     settings["model"]["weights"] = Path(config.model.weights).name
     root = config.data.root

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
 from rich.table import Table
 
 from fastcr.arguments import FoldersConfig, read_arguments
@@ -24,7 +23,7 @@ from fastcr.data.listing import SHARED, UNREADABLE, Notes, entries_of
 from fastcr.data.shards import find_shards, list_samples, read_index, write_index
 from fastcr.errors import UsageError
 from fastcr.runs.command_line import one_line_errors
-from fastcr.runs.log import progress
+from fastcr.runs.context import Context, progress
 from fastcr.runs.machine import pick_workers
 
 FEWEST = 5  # classes named
@@ -56,11 +55,11 @@ def examine(images: ImageList, index: int) -> Facts:
         return Facts(kind, width, height, digest=digest)
 
 
-def examine_all(images: ImageList, title: str, console: Console) -> list[Facts]:
+def examine_all(images: ImageList, title: str, context: Context) -> list[Facts]:
     """Facts of every image, in order; decoded by as many threads as there are cores."""
-    with ThreadPoolExecutor(max(pick_workers(None), 1)) as threads:
+    with ThreadPoolExecutor(max(context.workers, 1)) as threads:
         done = threads.map(partial(examine, images), range(len(images)))
-        return list(progress(done, title, len(images), console))
+        return list(context.progress(done, title, len(images)))
 
 
 def _spread(values: Sequence[float], digits: int = 0) -> str:
@@ -103,7 +102,7 @@ def shared(parts: dict[str, tuple[ImageList, list[Facts]]]) -> Iterator[Note]:
         yield Note(SHARED, len(both), f"{test.path(both[0])!r} is {same!r}")
 
 
-def print_report(parts: dict[str, tuple[ImageList, list[Facts]]], console: Console, classes: bool) -> None:
+def print_report(parts: dict[str, tuple[ImageList, list[Facts]]], context: Context, classes: bool) -> None:
     """Tables of the splits, of the kinds of images, and of all `classes`; the classes with fewest images."""
 
     def show(title: str | None, first: str, rows: Iterable[Sequence[str]], *last: str) -> None:
@@ -113,7 +112,7 @@ def print_report(parts: dict[str, tuple[ImageList, list[Facts]]], console: Conso
         for row in rows:
             table.add_row(*row)
         if table.row_count:
-            console.print(table)
+            context.console.print(table)
 
     columns = [summary(*part) for part in parts.values()]
     show("minimum / median / maximum", "", ([row, *(column[row] for column in columns)] for row in columns[0]))
@@ -128,30 +127,30 @@ def print_report(parts: dict[str, tuple[ImageList, list[Facts]]], console: Conso
         fewest = sorted(range(len(images.classes)), key=lambda label: counts[name][label])[:FEWEST]
         if fewest:
             said = ", ".join(f"{images.classes[label]} ({counts[name][label]})" for label in fewest)
-            console.print(f"fewest images in {name}: {said}")
+            context.say(f"fewest images in {name}: {said}")
     if classes:
         names = next((images.classes for images, _ in parts.values() if images.classes), ())
         rows = [[name, *(f"{count[label]:,}" for count in counts.values())] for label, name in enumerate(names)]
         show(None, "class", rows)
 
 
-def check(root: Path, console: Console, *, classes: bool = False) -> int:
+def check(root: Path, context: Context, *, classes: bool = False) -> int:
     """Print what `root` holds, what is left out, and every broken image; returns how many cannot be read."""
     start, splits = time.perf_counter(), list_splits(root)
     named = {name: images for name, images in (("train", splits.train), ("test", splits.test)) if images is not None}
-    parts = {name: (images, examine_all(images, f"decoding, {name}", console)) for name, images in named.items()}
+    parts = {name: (images, examine_all(images, f"decoding, {name}", context)) for name, images in named.items()}
     seconds = time.perf_counter() - start
-    print_report(parts, console, classes)
+    print_report(parts, context, classes)
     notes = [*(note for note in splits.notes if note.what != SHARED), *shared(parts)]
     for note in notes:
-        console.print(str(note), soft_wrap=True)
+        context.say(note)
     facts = [fact for _, found in parts.values() for fact in found]
     broken = [fact for fact in facts if fact.error]
     for fact in broken:
-        console.print(f"broken: {fact.error}", soft_wrap=True)
+        context.say(f"broken: {fact.error}")
     total = len(facts)
     verdict = f"{len(broken):,} of {total:,} images are broken" if broken else f"all {total:,} images are whole"
-    console.print(f"{verdict} ({seconds:.1f} s, {total / seconds:,.0f} images/s)")
+    context.say(f"{verdict} ({seconds:.1f} s, {total / seconds:,.0f} images/s)")
     return len(broken) + sum(note.number for note in notes if note.what == UNREADABLE)
 
 
@@ -171,10 +170,9 @@ def main(args: Sequence[str] | None = None) -> None:
     """Command line of `fastcr folders`; exit status 1 if images or folders cannot be read."""
     with one_line_errors("folders"):
         config: FoldersConfig = read_arguments("folders", args)
-        console = Console(markup=False, highlight=False)
         if config.index:
             print(f"{write_indexes(config.root)} indexes written, {config.root}")
-        elif check(config.root, console, classes=bool(config.classes)):
+        elif check(config.root, Context(workers=pick_workers(None)), classes=bool(config.classes)):
             raise SystemExit(1)
 
 

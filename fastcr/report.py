@@ -15,29 +15,29 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 import fastcr
 from fastcr.arguments import ReportConfig, read_arguments
 from fastcr.config import Config
 from fastcr.data.layouts import read_splits
 from fastcr.data.synthetic import write_synthetic
+from fastcr.encoders.encoder import load
 from fastcr.errors import UsageError
-from fastcr.measures.charts import can_draw
 from fastcr.measures.embeddings import embed
-from fastcr.measures.gallery import Gallery, Thumbnails, attended, neighbours
-from fastcr.measures.pages import check_out, render
-from fastcr.measures.summary import SECTIONS, Run, by_name, compare, data_name, differing, is_number, losses, scores_of
-from fastcr.method.encoder import load
+from fastcr.output.charts import can_draw
+from fastcr.output.gallery import Gallery, Thumbnails, attended, neighbours
+from fastcr.output.pages import check_out, render
+from fastcr.output.summary import SECTIONS, Run, by_name, compare, data_name, differing, is_number, losses, scores_of
 from fastcr.runs.checkpoint import write_whole
 from fastcr.runs.command_line import called, load_config, one_line_errors
+from fastcr.runs.context import Context
 from fastcr.runs.log import read_records
-from fastcr.runs.machine import cache_folder, pick_device, pick_dtype, pick_workers
+from fastcr.runs.machine import cache_folder, pick_device
 
 GENERATOR = '<meta name="generator" content="fastcr.report">'
 
 
-def gallery_of(folder: Path, name: str, trained: Config, config: ReportConfig, console: Console) -> Gallery:
+def gallery_of(folder: Path, name: str, trained: Config, config: ReportConfig, context: Context) -> Gallery:
     """The run's images, embedded by its weights as they are now."""
     weights, root = folder / "weights.safetensors", config.data.root or trained.data.root
     if not (config.gallery or config.queries):
@@ -50,12 +50,10 @@ def gallery_of(folder: Path, name: str, trained: Config, config: ReportConfig, c
     except UsageError as error:
         if config.data.root:
             raise
-        console.print(f"no images of {name} at hand: {error}", soft_wrap=True, highlight=False)
+        context.say(f"no images of {name} at hand: {error}")
         return Gallery(f"The images ({of}) were not at hand when this page was made; --data.root says where they are.")
-    device, images = pick_device(config.run.device), splits.test or splits.train
-    encoder, workers = load(weights, device), pick_workers(config.data.workers)
-    dtype = pick_dtype(config.run.precision, device)
-    found = embed(encoder, images, device=device, dtype=dtype, workers=workers, console=console, title=name)
+    images, encoder = splits.test or splits.train, load(weights, context.device)
+    found = embed(encoder, images, context, title=name)
     thumbnails = Thumbnails(images, encoder.image_size)
     lost = f"; {len(found.unreadable)} cannot be read" if found.unreadable else ""
     note = f"{'Test' if splits.test else 'Training'} images of {of}, evenly spread over {len(images):,}{lost}."
@@ -67,7 +65,7 @@ def gallery_of(folder: Path, name: str, trained: Config, config: ReportConfig, c
     )
 
 
-def read_run(folder: Path, name: str, trained: Config, config: ReportConfig, console: Console) -> Run:
+def read_run(folder: Path, name: str, trained: Config, config: ReportConfig, context: Context) -> Run:
     """All that a report says of the run in `folder`, whose settings are `trained`. `UsageError` for a broken file."""
     path, results = folder / "results.json", {}
     if path.exists():
@@ -80,7 +78,7 @@ def read_run(folder: Path, name: str, trained: Config, config: ReportConfig, con
     every = read_records(folder / "metrics.jsonl")
     numbers = [{key: value for key, value in record.items() if is_number(value)} for record in every]
     records = [record for record in numbers if "step" in record]
-    return Run(name, trained, records, results, gallery_of(folder, name, trained, config, console))
+    return Run(name, trained, records, results, gallery_of(folder, name, trained, config, context))
 
 
 def versions(device: str) -> dict[str, str]:
@@ -102,7 +100,7 @@ def page(runs: Sequence[Run], device: str = "cpu") -> str:
     return render("report.html.jinja", helpers, runs=runs, versions=versions(device))
 
 
-def write_report(config: ReportConfig, console: Console) -> Path:
+def write_report(config: ReportConfig, context: Context) -> Path:
     """Write the page and return where. `UsageError` for runs, images or a path that cannot be used."""
     if not config.runs:
         raise UsageError("name a run folder")
@@ -114,7 +112,7 @@ def write_report(config: ReportConfig, console: Console) -> Path:
     names = [Path(os.path.abspath(folder)).name for folder in config.runs]
     numbers = [f" ({names[: i + 1].count(name)})" if names.count(name) > 1 else "" for i, name in enumerate(names)]
     names = [name + number for name, number in zip(names, numbers, strict=True)]
-    runs = [read_run(*run, config, console) for run in zip(config.runs, names, trained, strict=True)]
+    runs = [read_run(*run, config, context) for run in zip(config.runs, names, trained, strict=True)]
     content = page(runs, config.run.device)
     write_whole(out, lambda file: file.write_text(content, encoding="utf-8"))
     return out
@@ -124,9 +122,9 @@ def main(args: Sequence[str] | None = None) -> None:
     """Command line of `fastcr report`."""
     with one_line_errors("report"):
         config: ReportConfig = read_arguments("report", args)
-        console = Console(markup=False)
+        context = Context.of(config.run.device, config.run.precision, config.data.workers)
         os.environ.setdefault("MPLCONFIGDIR", str(cache_folder() / "matplotlib"))  # its list of fonts, made only once
-        console.print(f"report: {write_report(config, console)}", soft_wrap=True, highlight=False)
+        context.say(f"report: {write_report(config, context)}")
 
 
 if __name__ == "__main__":

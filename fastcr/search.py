@@ -10,24 +10,23 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from fastcr.arguments import SearchConfig, read_arguments
+from fastcr.data.crop_loader import BATCH_SIZE
 from fastcr.data.crops import enough
 from fastcr.data.images import ImageList
+from fastcr.encoders.encoder import Encoder, find_weights, load
+from fastcr.encoders.hub import address_of
 from fastcr.errors import UsageError
-from fastcr.measures.embeddings import BATCH_SIZE
-from fastcr.measures.gallery import QUALITY, SIDE, data_uri
-from fastcr.measures.nearest import Neighbour, Stored, read_stored
-from fastcr.measures.overlays import Tile, as_evaluated, contact_sheet, overlay
-from fastcr.measures.pages import check_out, render
-from fastcr.method.encoder import Encoder, find_weights, load
-from fastcr.method.hub import address_of
+from fastcr.output.gallery import QUALITY, SIDE, data_uri
+from fastcr.output.nearest import Neighbour, Stored, read_stored
+from fastcr.output.overlays import Tile, as_evaluated, contact_sheet, overlay
+from fastcr.output.pages import check_out, render
 from fastcr.runs.checkpoint import write_whole
 from fastcr.runs.command_line import one_line_errors
-from fastcr.runs.machine import pick_device, pick_dtype
+from fastcr.runs.context import Context
 from fastcr.visualize import list_images
 
 GENERATOR = "fastcr.search"  # in whatever file it writes, so that nothing else is overwritten
@@ -123,29 +122,28 @@ def save(out: Path, rows: Sequence[tuple[str, Sequence[Tile]]], stored: Stored, 
 
 
 @torch.inference_mode()
-def search(config: SearchConfig, console: Console) -> None:
+def search(config: SearchConfig, context: Context) -> None:
     """Print the nearest images of each, and draw them; `UsageError` for embeddings or images that cannot be used."""
     if not config.images:
         raise UsageError("name an IMAGE to search for, or a folder of them")
     if config.out.suffix.lower() not in (".html", ".jpg", ".jpeg"):
         raise UsageError(f"--out {config.out} must end in .html or .jpg")
     check_out(config.out, GENERATOR)
-    device, images = pick_device(config.run.device), list_images(config.images)
-    dtype, stored = pick_dtype(config.run.precision, device), read_stored(config.embeddings)
-    encoder = encoder_of(stored, config.encoder, device)
+    images, stored, dtype = list_images(config.images), read_stored(config.embeddings), context.dtype
+    encoder = encoder_of(stored, config.encoder, context.device)
     rows, missing, asked = list[tuple[str, list[Tile]]](), set[str](), 0
     with encoder.evaluating():
         # in parts, so that a folder's pictures are never in memory all at once
         for first in range(0, len(images), BATCH_SIZE):
             queries, reasons = read_crops(images[first : first + BATCH_SIZE], encoder.image_size)
             for reason in reasons:
-                console.print(f"left out: {reason}", soft_wrap=True, highlight=False)
+                context.say(f"left out: {reason}")
             if not queries:
                 continue
             vectors, maps = encode(list(queries.values()), encoder, dtype)
             found = stored.nearest(vectors, config.k)
             for path, near in zip(queries, found, strict=True):
-                console.print(table_of(path, near), highlight=False)
+                context.console.print(table_of(path, near), highlight=False)
             wanted = [near[:DRAWN_NEAR] for near in found[: max(DRAWN - asked, 0)]]
             pictures = drawn(stored, wanted, encoder, dtype)
             for (path, crop), map_, near in zip(queries.items(), maps, wanted, strict=False):
@@ -162,16 +160,17 @@ def search(config: SearchConfig, console: Console) -> None:
     save(config.out, rows, stored, encoder)
     if missing:
         where = f"under {stored.facts['root']}, so they are not drawn"
-        console.print(f"{len(missing):,} of the nearest images are no longer {where}", soft_wrap=True, highlight=False)
+        context.say(f"{len(missing):,} of the nearest images are no longer {where}")
     if asked > DRAWN:
-        console.print(f"drawn are the first {DRAWN} of {asked:,} images", highlight=False)
-    console.print(f"{config.out}", soft_wrap=True, highlight=False)
+        context.say(f"drawn are the first {DRAWN} of {asked:,} images")
+    context.say(config.out)
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Command line of `fastcr search`."""
     with one_line_errors("search"):
-        search(read_arguments("search", args), Console(markup=False))
+        config: SearchConfig = read_arguments("search", args)
+        search(config, Context.of(config.run.device, config.run.precision))
 
 
 if __name__ == "__main__":

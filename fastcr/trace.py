@@ -1,32 +1,28 @@
 """`fastcr trace [PRESET] [--section.field value ...]`: where the time of a training step goes.
 
 PyTorch's profiler records a few steps of the run that `fastcr train` would make. The times are added up by phase (the
-ranges that the step names with `record_function`) and by kernel, on the CPU by operator. From a checkout each phase is
-also compared with the least time it could take (bench/budget.py). `--nvtx` marks the same phases for Nsight instead.
+ranges that the step names with `record_function`) and by kernel, on the CPU by operator. `--nvtx` marks the same phases
+for Nsight instead.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from fastcr.arguments import TraceConfig, read_arguments
-from fastcr.config import Config
 from fastcr.data.layouts import read_splits
 from fastcr.data.loaders import make_views
 from fastcr.data.synthetic import write_synthetic
@@ -34,23 +30,22 @@ from fastcr.errors import UsageError
 from fastcr.kernels.launch import triton
 from fastcr.method.build import build, check_settings, fit_sizes
 from fastcr.runs.command_line import one_line_errors
-from fastcr.runs.machine import pick_device, pick_dtype
+from fastcr.runs.context import Context
 
 TRACE, SUMMARY = "trace.json.gz", "phases.json"
 KERNELS = 20  # listed
 WAITING, BETWEEN, GRAPH, LOADER, WHOLE = "waiting for data", "between", "CUDA graph", "loader", "whole step"
-FORWARD = ("key forward", "query forward", "both forward")
+FORWARD = ("key forward", "query forward")
 PHASES = (WAITING, *FORWARD, "contrast", "fit", "backward", "optimiser", "EMA", "queue")
 Row = dict[str, Any]
 
 
-def prepare_step(config: TraceConfig, device: torch.device, dtype: torch.dtype, console: Console) -> Callable[[], None]:
+def prepare_step(config: TraceConfig, context: Context) -> Callable[[], None]:
     """A function that does one training step on the run's own batches; what only the first steps do is done."""
     images = read_splits(config.data.root or write_synthetic()).train
-    config = fit_sizes(config, images, console)
-    training = build(config, device, console)
-    training.hold(False)
-    views, _ = make_views(config, images, device, dtype, console)
+    config = fit_sizes(config, images, context)
+    training = build(config, context)
+    views, _ = make_views(config, images, context)
     batches = views.batches(0)
 
     def one_step() -> None:
@@ -135,24 +130,6 @@ def kernel_rows(profiler: profile, steps: int, step_ms: float, cuda: bool) -> li
     return sorted(rows, key=lambda row: -row["device_ms"])
 
 
-def add_floors(rows: Sequence[Row], config: Config, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """Add to each phase its least work and time; returns the rates behind the times, nothing without a checkout."""
-    root = Path(__file__).parents[1]
-    if not (root / "bench" / "budget.py").is_file():
-        return {}
-    sys.path.append(str(root))
-    try:
-        budget = import_module("bench.budget")
-    except ModuleNotFoundError:  # another package of that name is nearer on the path
-        return {}
-    ceilings, floors = budget.floors(config, device, dtype)
-    floors |= {GRAPH: floors[WHOLE]}
-    for row in rows:
-        if least := floors.get(row["name"]):
-            row |= {**least, "times_floor": row["device_ms"] / least["floor_ms"]}
-    return ceilings
-
-
 def table(rows: Sequence[Row], what: str) -> Table:
     """Rows for people: a column for each of their keys, the name as `what`."""
     shown = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
@@ -173,41 +150,34 @@ def digits(value: float, *, percent: bool = False) -> str:
     return f"{value:,.0f}" if value >= 99.95 else "<.001" if 0 < value < 0.001 else f"{value:.3g}"
 
 
-def show(facts: dict[str, Any], cuda: bool, console: Console) -> None:
+def show(facts: dict[str, Any], cuda: bool, context: Context) -> None:
     """Print what phases.json holds."""
     took = f"{digits(facts['step_ms'])} ms; {digits(facts['recorded_step_ms'])} ms while recorded"
     times = "device ms: of the kernels" if cuda else "device ms: in operators, without what Python adds"
-    floor = "floor: the least time of each phase, which is compared only in a checkout (bench/budget.py)"
-    if facts["ceilings"]:
-        copy, product = (f"{digits(rate / 1e9)} G" for rate in facts["ceilings"].values())
-        floor = (
-            f"floor: the least bytes at {copy}B/s, as a copy here, or the FLOPs at {product}FLOP/s, as a product here"
-        )
     for part in (
         f"{facts['device']}: a step of {facts['settings']['optim']['batch_size']} pairs takes {took}\n",
         table(facts["phases"], "phase"),
-        f"\n{times}\n{floor}\n",
+        f"\n{times}\n",
         table(facts["kernels"][:KERNELS], "kernel" if cuda else "operator"),
     ):
-        console.print(part, highlight=False, soft_wrap=isinstance(part, str))
+        context.console.print(part, highlight=False, soft_wrap=isinstance(part, str))
 
 
-def trace(config: TraceConfig, console: Console) -> None:
+def trace(config: TraceConfig, context: Context) -> None:
     """Record a few steps of the run `config` describes; print and write where their time goes.
 
     Raises `UsageError` as `train` does, and where `--out` holds a trace already.
     """
-    device = pick_device(config.run.device)
-    cuda, dtype = device.type == "cuda", pick_dtype(config.run.precision, device)
+    device, cuda = context.device, context.device.type == "cuda"
     if config.nvtx and not cuda:
         raise UsageError(f"--nvtx needs CUDA, and this run is on {device}")
     if config.data.root is None and config.preset != "synthetic":
         raise UsageError(f"preset {config.preset} needs --data.root, the folder of its images")
-    check_settings(config, device, console)
+    check_settings(config, context)
     folder = config.out or Path("runs") / f"trace-{time.strftime('%Y%m%d-%H%M%S')}"
     if taken := [name for name in (TRACE, SUMMARY) if (folder / name).exists()]:
         raise UsageError(f"{folder} already holds a {taken[0]}: name another --out")
-    one_step = prepare_step(config, device, dtype, console)
+    one_step = prepare_step(config, context)
     if config.nvtx:  # between the marks that `nsys --capture-range=cudaProfilerApi` waits for
         with torch.cuda.profiler.profile(), torch.autograd.profiler.emit_nvtx():
             repeat(one_step, config.steps)
@@ -220,18 +190,16 @@ def trace(config: TraceConfig, console: Console) -> None:
         "device": torch.cuda.get_device_name(device) if cuda else f"CPU (threads: {torch.get_num_threads()})",
         "torch": torch.__version__,
         "triton": triton and triton.__version__,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(context.dtype).removeprefix("torch."),
         "step_ms": step_ms,
         "recorded_step_ms": phases[-1]["host_ms"],
-        "ceilings": add_floors(phases, config, device, dtype),
         "phases": phases,
         "kernels": kernel_rows(profiler, config.steps, phases[-1]["host_ms"], cuda),
         "settings": asdict(config),
     }
     (folder / SUMMARY).write_text(json.dumps(facts, indent=1, default=str) + "\n")
-    show(facts, cuda, console)
-    said = f"\n{folder / TRACE}: open it in https://ui.perfetto.dev\n{folder / SUMMARY}: these figures"
-    console.print(said, highlight=False, soft_wrap=True)
+    show(facts, cuda, context)
+    context.say(f"\n{folder / TRACE}: open it in https://ui.perfetto.dev\n{folder / SUMMARY}: these figures")
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -239,7 +207,7 @@ def main(args: Sequence[str] | None = None) -> None:
     with one_line_errors("trace"):
         config: TraceConfig = read_arguments("trace", args)
         try:
-            trace(config, Console(markup=False))
+            trace(config, Context.of(config.run.device, config.run.precision, config.data.workers))
         except torch.OutOfMemoryError:
             raise UsageError(f"out of GPU memory at --optim.batch_size {config.optim.batch_size}") from None
 

@@ -13,6 +13,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -24,16 +25,16 @@ from fastcr.data.layouts import read_splits
 from fastcr.data.loaders import make_views
 from fastcr.data.synthetic import write_synthetic
 from fastcr.data.views import Views, step_indices
+from fastcr.encoders.encoder import describe
+from fastcr.encoders.rationale import attention_entropy
 from fastcr.errors import UsageError, one_line
-from fastcr.measures.embeddings import ddt_detectors
-from fastcr.measures.evaluation import HISTORY, TrainingEvaluation
-from fastcr.measures.health import EncoderHealth
+from fastcr.measures.evaluation import HISTORY, INITIAL
+from fastcr.measures.health import EncoderHealth, HealthWarnings
 from fastcr.method.build import Schedule, Training, build, check_settings, compiles, fit_sizes, trained
-from fastcr.method.cached_features import CachedFeatures
-from fastcr.method.encoder import describe
+from fastcr.method.ddt import ddt_detectors
 from fastcr.method.objectives import QUEUED
-from fastcr.method.rationale import attention_entropy
 from fastcr.method.step import Losses, cosine_lr
+from fastcr.output.evaluations import TrainingEvaluation
 from fastcr.runs.checkpoint import (
     Saver,
     check_unused,
@@ -44,13 +45,14 @@ from fastcr.runs.checkpoint import (
     write_whole,
 )
 from fastcr.runs.command_line import called, one_line_errors, read_command_line, save_config
+from fastcr.runs.context import Context
 from fastcr.runs.distributed import ALONE, Processes, processes_of_torchrun
 from fastcr.runs.folder import claim_folder
-from fastcr.runs.log import Meter, RunLog, keep_records
-from fastcr.runs.machine import pick_device, pick_dtype, pick_workers, process_age
+from fastcr.runs.log import RunLog, keep_records
+from fastcr.runs.machine import process_age
 from fastcr.runs.sinks import check_tracker
 from fastcr.runs.validate import validate
-from fastcr.runs.watch import HealthWatch, LossWatch, RunConsole, StopSignal
+from fastcr.runs.watch import LossWatch, RunConsole, StopSignal
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,19 @@ class Run:
     splits: Splits
     views: Views
     training: Training
-    device: torch.device
-    dtype: torch.dtype  # of the encoders
-    console: Console
-    processes: Processes
+    context: Context
+
+
+class Moment(NamedTuple):
+    """What is due after a step; the same in every process."""
+
+    step: int  # from 1
+    epoch: int  # epochs that are complete
+    ends_epoch: bool
+    logs: bool
+    saves: bool
+    evaluates: bool
+    stopped: int  # the signal that ends the run after this step, or 0
 
 
 def train(
@@ -85,134 +96,149 @@ def train(
     Raises `UsageError` for settings, data or files that cannot work; `SystemExit` 128 + its number after a signal of
     `StopSignal`, with everything saved.
     """
-    began, console = time.monotonic() - started, console or Console(markup=False)
+    began = time.monotonic() - started
+    config = validate(config)
     with ExitStack() as folders:
-        run = open_run(validate(config), Path(resume) if resume else None, console, processes, folders)
-        return carry_out(run, began)
+        context = Context.of(config.run.device, config.run.precision, config.data.workers, console, processes)
+        run = open_run(config, Path(resume) if resume else None, context, folders)
+        carry_out(run, began)
+    return run.folder
 
 
-def carry_out(run: Run, began: float) -> Path:
-    """Train and evaluate; returns the run folder."""
-    config, console, processes = run.config, run.console, run.processes
-    workers = pick_workers(config.data.workers, processes.local_ranks)
-    how = (run.folder, run.splits, run.device, run.dtype, workers, console, processes)
-    evaluation = TrainingEvaluation(*how, knn=bool(config.run.eval_every))
-    last, epoch_steps = run.schedule.last, run.schedule.steps_per_epoch
-    logged = {"start": run.start, "last": last, "steps_per_epoch": epoch_steps}
-    with RunLog(run.folder, config, console, **logged, writes=processes.first) as log:
+def carry_out(run: Run, began: float) -> None:
+    """Train and evaluate."""
+    config, context, schedule = run.config, run.context, run.schedule
+    evaluation = TrainingEvaluation(run.folder, run.splits, context, knn=bool(config.run.eval_every))
+    logged = {"start": run.start, "last": schedule.last, "steps_per_epoch": schedule.steps_per_epoch}
+    with RunLog(run.folder, config, context, **logged) as log:
         if stopped := run_steps(run, evaluation, log, began):
             raise SystemExit(128 + stopped)
-        if bad := set().union(*processes.gather(run.views.bad.files)):
-            console.print(f"{len(bad)} unreadable training images were skipped", highlight=False)
+        if bad := set().union(*context.processes.gather(run.views.bad.files)):
+            context.say(f"{len(bad)} unreadable training images were skipped")
         with log.paused():
-            log.evaluated(last, *evaluation.at_the_end(run.training.encoder))
-    console.print(f"run folder: {run.folder}", soft_wrap=True, highlight=False)
-    return run.folder
+            log.evaluated(schedule.last, *evaluation.at_the_end(run.training.encoder))
+    context.say(f"run folder: {run.folder}")
 
 
 def run_steps(run: Run, evaluation: TrainingEvaluation, log: RunLog, began: float) -> int:
     """The training loop; returns the number of the signal that ended it early, or 0."""
-    config, training, schedule, processes = run.config, run.training, run.schedule, run.processes
-    stopped, every, epoch_steps = 0, config.run.eval_every, schedule.steps_per_epoch
-    files_of = partial(files_of_step, config, run.splits.train)
+    config, training, schedule, processes = run.config, run.training, run.schedule, run.context.processes
+    stopped, files_of = 0, partial(files_of_step, config, run.splits.train)
     watch = LossWatch(trained(training.optimizer), run.start, run.folder, files_of, processes)
-    health, saver = HealthWatch(run.console), Saver(run.folder, describe(config), config.run.keep)
-    initial, pretrained = run.folder / "init.safetensors", config.model.weights != "none" and schedule.last
-    watched = pretrained and processes.first and initial.is_file()
-    before = EncoderHealth(run.views.images, initial, run.device, run.dtype) if watched else None
+    saver = Saver(run.folder, describe(config), config.run.keep, config.run.save_minutes)
+    health = RunHealth(run)
     with StopSignal() as stop, closing(run.views.batches(run.start)) as batches:
         if not run.start and schedule.last and config.moco.objective in QUEUED:  # with views that no step will see
             with closing(run.views.batches(schedule.total)) as unseen:
                 training.fill_queue(unseen)
-        meter, ready = Meter(), time.monotonic()
+        log.meter.reset()
+        ready = time.monotonic()
         for step in range(run.start + 1, schedule.last + 1):
-            with meter.waiting():
+            with log.meter.waiting():
                 batch = next(batches)
-            training.set_learning_rates(step, schedule, config.optim.backbone_warmup)
+            training.set_learning_rates(step, schedule)
             loss, losses = training.step(batch)
-            meter.images += len(batch.first) * processes.ranks
-
-            # in every process, and before anything waits for the device: there a lost process would not be noticed
-            due: int = processes.first and saver.due(config.run.save_minutes)
-            stopped, due = processes.most(stop.received, due)
             watch.add(loss, training.gradient_norm())
+            log.advance(step, len(batch.first) * processes.ranks)
             if step == run.start + 1:
                 say_first_step(run, loss, began, ready)
-            log.advance(step)
 
-            epoch, epoch_ends = step // epoch_steps, step % epoch_steps == 0
-            if step % config.run.log_every == 0 or epoch_ends or step == schedule.last:
+            now = moment(run, step, stop, saver)
+            stopped = now.stopped
+            if now.logs or now.saves:
                 watch.check()
-                measured = processes.mean({"loss": loss.item()} | metrics_of(losses, training) | meter.read())
-                lr = cosine_lr(config.optim.lr, step - 1, schedule.total)
-                record = {"step": step, "epoch": step / epoch_steps, "lr": lr} | measured
-                if epoch_ends and before:
-                    record |= before.measure(training.encoder)
-                    meter.reset()
-                log.record(record)
-                if epoch_ends:
-                    log.epoch_done(record, epoch)
-                    health.look(record, losses.features[0, 0].numel(), before.first_rank if before else 0.0)
-
+            if now.logs:
+                health.record(now, loss, losses, log)
             saver.check()
-            evaluates = every and epoch_ends and epoch % every == 0 and step < schedule.last
-            if stopped or due or evaluates or step == schedule.last:
-                processes.share_statistics(training.encoder)
-                watch.check()
+            if now.saves:
                 save(run, saver, step)
             if stopped:
+                run.context.say(f"stopped at step {step}; resume with: {called('train')} --resume {run.folder}")
                 break
-            if evaluates:
+            if now.evaluates:
                 with log.paused():
-                    log.evaluated(step, *evaluation.during(training.encoder, epoch))
-                meter.reset()
+                    log.evaluated(step, *evaluation.during(training.encoder, now.epoch))
         if run.start == schedule.last == 0:  # nothing to train: the start is what is saved
             save(run, saver, 0)
         processes.once(saver.wait)  # before signals end the process again, and before the others go
-    if stopped:
-        how = f"stopped at step {step}; resume with: {called('train')} --resume {run.folder}"
-        run.console.print(how, soft_wrap=True, highlight=False)
     return stopped
 
 
-def open_run(config: Config, resume: Path | None, console: Console, processes: Processes, folders: ExitStack) -> Run:
+def moment(run: Run, step: int, stop: StopSignal, saver: Saver) -> Moment:
+    """What is due after `step`.
+
+    All processes agree on it here, at each step and before anything waits for the device: a process that waits for a
+    lost one there would never notice.
+    """
+    config, schedule, processes = run.config.run, run.schedule, run.context.processes
+    wanted: int = processes.first and saver.due()
+    stopped, due = processes.most(stop.received, wanted)
+    epoch, ends_epoch, last = step // schedule.steps_per_epoch, step % schedule.steps_per_epoch == 0, schedule.last
+    evaluates = bool(config.eval_every) and ends_epoch and epoch % config.eval_every == 0 and step < last
+    logs = step % config.log_every == 0 or ends_epoch or step == last
+    return Moment(step, epoch, ends_epoch, logs, bool(stopped or due or evaluates or step == last), evaluates, stopped)
+
+
+class RunHealth:
+    """The figures of a run that are logged, and warnings where they say that it goes badly."""
+
+    def __init__(self, run: Run) -> None:
+        initial = run.folder / INITIAL
+        pretrained = run.config.model.weights != "none" and run.schedule.last
+        watched = pretrained and run.context.processes.first and initial.is_file()
+        self.run = run
+        self.encoder = EncoderHealth(run.views.images, initial, run.context) if watched else None
+        self.warnings = HealthWarnings(run.context, self.encoder.first_rank if self.encoder else 0.0)
+
+    def record(self, now: Moment, loss: Tensor, losses: Losses, log: RunLog) -> None:
+        """Log a step's figures; at the end of an epoch those of the encoder too. Waits for the device."""
+        run, training = self.run, self.run.training
+        figures = {"loss": loss.item()} | metrics_of(losses, training) | log.meter.read()
+        lr = cosine_lr(run.config.optim.lr, now.step - 1, run.schedule.total)
+        record = {"step": now.step, "epoch": now.step / run.schedule.steps_per_epoch, "lr": lr}
+        record |= run.context.processes.mean(figures)
+        if now.ends_epoch and self.encoder:
+            record |= self.encoder.measure(training.encoder)
+            log.meter.reset()
+        log.record(record)
+        if now.ends_epoch:
+            log.epoch_done(record, now.epoch)
+            self.warnings.look(record, losses.features[0, 0].numel())
+
+
+def open_run(config: Config, resume: Path | None, context: Context, folders: ExitStack) -> Run:
     """Everything the loop needs; makes the run folder, or puts back what the run in `resume` last saved.
 
     The run folder is this run's alone until `folders` is closed.
     """
-    device = pick_device(config.run.device, processes.local_rank, processes.local_ranks)
+    processes = context.processes
     if config.data.root is None and config.preset != "synthetic":
         raise UsageError(f"preset {config.preset} needs --data.root, the folder of its images")
     check_tracker(config.run.track)
-    check_settings(config, device, console, processes)
+    check_settings(config, context)
     if resume is None and config.run.dir:
         processes.once(partial(check_unused, Path(config.run.dir)))
     splits = read_splits(config.data.root or write_synthetic())
-    config = fit_sizes(config, splits.train, console)
+    config = fit_sizes(config, splits.train, context)
     images = fingerprint(splits.train)
     if processes.most(images, -images) != [images, -images]:
         raise UsageError(f"{splits.train.root} holds other training images on one machine than on another")
     schedule = Schedule.of(config, len(splits.train))
 
-    training = build(config, device, console, initial_weights=resume is None, processes=processes)
-    dtype = pick_dtype(config.run.precision, device)
-    views, config = make_views(config, splits.train, device, dtype, console, processes)
+    training = build(config, context, initial_weights=resume is None)
+    views, config = make_views(config, splits.train, context)
     folder = processes.once(partial(claim_folder, config, resume, folders))
-    console.print(f"run folder: {folder}", soft_wrap=True, highlight=False)
-    start = restore(folder / "resume.pt", training, images, processes, console) if resume else 0
+    context.say(f"run folder: {folder}")
+    start = restore(folder / "resume.pt", training, images, context) if resume else 0
     if (branch := training.encoder.branch) and resume is None and config.rationale.init == "ddt":
-        detectors = partial(ddt_detectors, training.encoder, views.images, config.run.seed, device=device, dtype=dtype)
-        workers = pick_workers(config.data.workers)
-        found = processes.once(lambda: detectors(workers=workers, console=console))
-        branch.load_state_dict(found)
-    if config.optim.cached_views and start < schedule.last:
-        views = CachedFeatures(views, training.moco, config, training.autocast, console)
+        detectors = partial(ddt_detectors, training.encoder, views.images, config.run.seed, context)
+        branch.load_state_dict(processes.once(detectors))
     if processes.first:
         if resume is None:
-            save_weights(folder / "init.safetensors", training.encoder.state_dict(), describe(config))
+            save_weights(folder / INITIAL, training.encoder.state_dict(), describe(config))
         write_whole(folder / "config.yaml", partial(save_config, config))
         keep_records(folder / HISTORY, "epoch", start / schedule.steps_per_epoch)
-    return Run(config, folder, start, schedule, splits, views, training, device, dtype, console, processes)
+    return Run(config, folder, start, schedule, splits, views, training, context)
 
 
 def fingerprint(images: ImageList) -> int:
@@ -220,16 +246,17 @@ def fingerprint(images: ImageList) -> int:
     return zlib.crc32("\n".join(images.files).encode(errors="surrogateescape"))
 
 
-def restore(path: Path, training: Training, images: int, processes: Processes, console: Console) -> int:
+def restore(path: Path, training: Training, images: int, context: Context) -> int:
     """Restore the newest whole save; returns the step it was made after.
 
     `images` is the fingerprint of today's images. Only the first process reads the file. With another number of
     processes than before, the run continues with the same images, order, augmentation, queue and schedule; what changes
     are the groups of `--model.batchnorm local`, and random draws of the model itself, such as dropout.
     """
+    processes = context.processes
     state, file = processes.once(partial(load_resume, path))
     if file != path:
-        console.print(f"{path} is missing or broken: resuming from {file.name}, step {state['step']}", soft_wrap=True)
+        context.say(f"{path} is missing or broken: resuming from {file.name}, step {state['step']}")
     if state.get("images") != images:
         raise UsageError(f"{path}: the training images are not those of this run: files came, went or moved")
     try:
@@ -244,8 +271,10 @@ def restore(path: Path, training: Training, images: int, processes: Processes, c
 
 def save(run: Run, saver: Saver, step: int) -> None:
     """Begin to save weights.safetensors and resume.pt, as they are after `step`."""
-    random = run.processes.gather(random_states())
-    if run.processes.first:
+    processes = run.context.processes
+    processes.share_statistics(run.training.encoder)
+    random = processes.gather(random_states())
+    if processes.first:
         state = {"step": step, **run.training.state(), "random": random, "images": fingerprint(run.splits.train)}
         saver.save(run.training.encoder.state_dict(), state)
 
@@ -259,10 +288,9 @@ def files_of_step(config: Config, images: ImageList, step: int) -> list[str]:
 def say_first_step(run: Run, loss: Tensor, began: float, ready: float) -> None:
     """Print how long the first step took; waits for the device."""
     loss.item()
-    compiled = " and its compilation" * compiles(run.config, run.device)
+    compiled = " and its compilation" * compiles(run.config, run.context.device)
     since, step = time.monotonic() - began, time.monotonic() - ready
-    took = f"first step done {since:.1f} s after the start, {step:.1f} s of it the step{compiled}"
-    run.console.print(took, highlight=False, soft_wrap=True)
+    run.context.say(f"first step done {since:.1f} s after the start, {step:.1f} s of it the step{compiled}")
 
 
 def metrics_of(losses: Losses, training: Training) -> dict[str, float]:

@@ -12,22 +12,21 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
 from torch import Tensor
 
 from fastcr.arguments import VisualizeConfig, read_arguments
+from fastcr.data.crop_loader import BATCH_SIZE
 from fastcr.data.crops import enough
 from fastcr.data.images import SUFFIXES, ImageList
 from fastcr.data.layouts import read_splits
 from fastcr.data.synthetic import write_synthetic
 from fastcr.data.views import normalise
+from fastcr.encoders.encoder import find_weights, folder_of, load
 from fastcr.errors import UsageError
-from fastcr.measures.embeddings import BATCH_SIZE
-from fastcr.measures.overlays import Named, Tile, as_evaluated, attention_sheet, contact_sheet, overlay
-from fastcr.method.encoder import find_weights, folder_of, load
+from fastcr.output.overlays import Named, Tile, as_evaluated, attention_sheet, contact_sheet, overlay
 from fastcr.runs.checkpoint import write_whole
 from fastcr.runs.command_line import load_config, one_line_errors
-from fastcr.runs.machine import pick_device
+from fastcr.runs.context import Context
 
 DETECTOR_IMAGES, TOP = 240, 5  # images a detector's share is of, and that stand for it
 
@@ -81,16 +80,16 @@ def detector_sheet(images: Sequence[Named], answers: Tensor, maps: Tensor) -> Im
 
 
 @torch.inference_mode()
-def visualize(config: VisualizeConfig, console: Console) -> None:
+def visualize(config: VisualizeConfig, context: Context) -> None:
     """Write `attention.png`, and `detectors.png` if wanted; see the module's first lines.
 
     Raises `UsageError` for weights without a branch, or if there is no image to show.
     """
-    weights, sources, device = find_weights(config.source), config.images, pick_device(config.run.device)
+    weights, sources = find_weights(config.source), config.images
     if not sources and not config.source.is_dir():
         raise UsageError("a weights file needs an IMAGE or a FOLDER of them after it")
     sources = sources or (load_config(config.source / "config.yaml").data.root or write_synthetic(),)
-    encoder, folder = load(weights, device), config.out or folder_of(config.source)
+    encoder, folder = load(weights, context.device), config.out or folder_of(config.source)
     if (branch := encoder.branch) is None:
         raise UsageError(f"{weights} has no rationale branch, so there is no attention to show")
     listed, unreadable = list_images(sources), dict[str, str]()
@@ -98,12 +97,12 @@ def visualize(config: VisualizeConfig, console: Console) -> None:
 
     def features_of(images: Sequence[Named]) -> Tensor:
         pixels = torch.stack([torch.from_numpy(np.array(image)) for _, image in images])
-        parts = [normalise(part.to(device), torch.float32) for part in pixels.split(BATCH_SIZE)]
+        parts = [normalise(part.to(context.device), torch.float32) for part in pixels.split(BATCH_SIZE)]
         return torch.cat([encoder.backbone(part) for part in parts])
 
     def save(sheet: Image.Image, name: str) -> None:
         write_whole(folder / name, lambda beside: sheet.save(beside, "PNG"))
-        console.print(f"{folder / name}", soft_wrap=True, highlight=False)
+        context.say(folder / name)
 
     images = choose(listed, config.limit, encoder.image_size, unreadable)
     features = features_of(images)
@@ -114,13 +113,14 @@ def visualize(config: VisualizeConfig, console: Console) -> None:
         answers = branch.responses(features_of(images)).cpu()
         save(detector_sheet(images, answers, branch.alone(answers)), "detectors.png")
     for reason in unreadable.values():
-        console.print(f"left out: {reason}", soft_wrap=True, highlight=False)
+        context.say(f"left out: {reason}")
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Command line of `fastcr visualize`."""
     with one_line_errors("visualize"):
-        visualize(read_arguments("visualize", args), Console(markup=False))
+        config: VisualizeConfig = read_arguments("visualize", args)
+        visualize(config, Context.of(config.run.device, "fp32"))
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from xml.etree import ElementTree
 import torch
 
 from fastcr.config import Config, DataConfig, ModelConfig, RationaleConfig, ReleasedConfig
-from fastcr.method.backbone import build_backbone
-from fastcr.method.encoder import new_encoder
+from fastcr.encoders.backbone import build_backbone
+from fastcr.encoders.encoder import new_encoder
 from fastcr.runs.checkpoint import save_weights
 
 ROOT = Path(__file__).parent.parent

@@ -27,9 +27,9 @@ from fastcr.config import RationaleConfig
 from fastcr.data.images import ImageList
 from fastcr.data.layouts import read_splits
 from fastcr.measures import embedding_files
-from fastcr.measures.embedding_files import Partial
-from fastcr.measures.embedding_formats import PACKAGES
 from fastcr.measures.embeddings import Embeddings, embed
+from fastcr.output.embedding_files import Partial
+from fastcr.output.embedding_formats import PACKAGES
 from fastcr.runs.checkpoint import write_whole
 from tests.shared import write_weights
 

@@ -21,12 +21,12 @@ from fastcr import evaluate, train
 from fastcr.config import RationaleConfig
 from fastcr.data.images import ImageList, read_rgb
 from fastcr.data.layouts import read_splits
+from fastcr.encoders.encoder import Encoder, load
 from fastcr.measures import embeddings as embedding
 from fastcr.measures import evaluation as measuring
 from fastcr.measures.embeddings import Embeddings, embed
 from fastcr.measures.linear_probe import fit_augmented
 from fastcr.measures.retrieval import retrieval
-from fastcr.method.encoder import Encoder, load
 from tests.shared import TINY, start, write_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")

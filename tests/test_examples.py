@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from fastcr.config import RationaleConfig
+from fastcr.encoders.rationale import RationaleHead
 from fastcr.kernels.rationale_fit import rationale_fit
-from fastcr.method.rationale import RationaleHead
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -21,7 +21,7 @@ from torch import Tensor
 import fastcr
 from fastcr import export, train
 from fastcr.config import RationaleConfig
-from fastcr.method.encoder import Encoder
+from fastcr.encoders.encoder import Encoder
 from tests.shared import write_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -8,7 +8,9 @@ import fastcr
 
 PACKAGE = Path(fastcr.__file__).parent
 # each may import what stands before it, and its own neighbours; the last are the doors, a file a command
-ORDER = ("kernels", "errors", "config", "presets", "runs", "data", "method", "measures", "doors")
+ORDER = (
+    "kernels", "errors", "config", "presets", "runs", "data", "encoders", "method", "measures", "output", "doors",
+)  # fmt: skip
 
 
 def imports() -> dict[str, set[str]]:

@@ -22,10 +22,10 @@ from PIL import Image
 
 from fastcr import report, train
 from fastcr.config import Config
-from fastcr.measures.charts import POINTS
-from fastcr.measures.gallery import SIDE, Gallery, Shown
-from fastcr.measures.pages import POLICY
-from fastcr.measures.summary import Run, compare, duration
+from fastcr.output.charts import POINTS
+from fastcr.output.gallery import SIDE, Gallery, Shown
+from fastcr.output.pages import POLICY
+from fastcr.output.summary import Run, compare, duration
 from fastcr.report import GENERATOR
 from fastcr.runs.command_line import called, load_config, read_command_line
 from tests.shared import PLAIN, curves_of, decoded

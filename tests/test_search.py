@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 import fastcr
 from fastcr import embed, search
 from fastcr.config import RationaleConfig
-from fastcr.measures.embedding_formats import PACKAGES
-from fastcr.measures.gallery import SIDE
+from fastcr.output.embedding_formats import PACKAGES
+from fastcr.output.gallery import SIDE
 from tests.shared import decoded, write_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")

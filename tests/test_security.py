@@ -30,9 +30,9 @@ from fastcr.config import Config, DataConfig
 from fastcr.data.layouts import read_splits
 from fastcr.data.shards import index_of, list_samples, read_index
 from fastcr.errors import UsageError
-from fastcr.measures.gallery import Gallery, Query, Shown
-from fastcr.measures.pages import POLICY
-from fastcr.measures.summary import Run
+from fastcr.output.gallery import Gallery, Query, Shown
+from fastcr.output.pages import POLICY
+from fastcr.output.summary import Run
 from fastcr.report import page
 from fastcr.runs.checkpoint import save_weights
 from tests.shared import ROOT, TINY, Trap

@@ -23,11 +23,11 @@ from safetensors import safe_open
 from fastcr import train
 from fastcr.data.layouts import read_splits
 from fastcr.data.views import step_indices
+from fastcr.encoders.backbone import build_backbone
+from fastcr.encoders.encoder import load
 from fastcr.kernels import launch
 from fastcr.method import build as training
 from fastcr.method import step
-from fastcr.method.backbone import build_backbone
-from fastcr.method.encoder import load
 from fastcr.runs import checkpoint
 from fastcr.runs.checkpoint import load_weights
 from fastcr.runs.command_line import load_config

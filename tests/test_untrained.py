@@ -13,9 +13,9 @@ from fastcr import embed, evaluate, export, report, train, visualize
 from fastcr.data.crops import centre_crop
 from fastcr.data.layouts import read_splits
 from fastcr.data.views import normalise
+from fastcr.encoders.encoder import load
+from fastcr.encoders.rationale import RationaleHead
 from fastcr.measures.results import best_line
-from fastcr.method.encoder import load
-from fastcr.method.rationale import RationaleHead
 from fastcr.runs.checkpoint import load_weights
 from tests.shared import SHORT, TINY, records, start
 

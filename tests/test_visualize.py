@@ -14,10 +14,10 @@ from fastcr import visualize
 from fastcr.config import Config, DataConfig, RationaleConfig, ReleasedConfig
 from fastcr.data.layouts import read_splits
 from fastcr.data.views import normalise
+from fastcr.encoders.encoder import build_branch, load
 from fastcr.measures import overlays
 from fastcr.measures.embeddings import load_crops
-from fastcr.measures.overlays import FONT_SIZE, GAP, LINE, Tile, as_evaluated, contact_sheet, fitted, overlay
-from fastcr.method.encoder import build_branch, load
+from fastcr.output.overlays import FONT_SIZE, GAP, LINE, Tile, as_evaluated, contact_sheet, fitted, overlay
 from fastcr.runs.command_line import save_config
 from fastcr.visualize import detector_sheet
 from tests.shared import write_weights

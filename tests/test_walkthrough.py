@@ -18,11 +18,11 @@ from fastcr.data.crops import centre_crop
 from fastcr.data.synthetic import CLASSES, draw_bird
 from fastcr.data.torch_views import cut_image
 from fastcr.data.views import Batch, ViewParameters, draw_parameters, normalise, step_indices
-from fastcr.method.backbone import build_backbone
-from fastcr.method.encoder import Encoder, describe
+from fastcr.encoders.backbone import build_backbone
+from fastcr.encoders.encoder import Encoder, describe
+from fastcr.encoders.rationale import RationaleHead, common_cam_weights, mismatch_gradient
 from fastcr.method.moco import MoCo, mean_pool
 from fastcr.method.objectives import build_objective
-from fastcr.method.rationale import RationaleHead, common_cam_weights, mismatch_gradient
 from fastcr.method.step import contrast_losses, train_step
 
 PAGE = Path(__file__).parents[1] / "docs" / "walkthrough.md"

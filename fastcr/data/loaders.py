@@ -11,43 +11,35 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
 
 from fastcr.config import Config
 from fastcr.data.cached_views import CachedViews
 from fastcr.data.images import BadFiles, ImageList
 from fastcr.data.pixel_cache import Place, fill, measure
 from fastcr.data.torch_views import TorchViews
-from fastcr.data.views import Batch, EachImage, Loading, Shard, Views
+from fastcr.data.views import Batch, Loading, Shard, Views
 from fastcr.errors import UsageError
-from fastcr.runs.distributed import ALONE, Processes
-from fastcr.runs.machine import cache_folder, free_memory, pick_workers
+from fastcr.runs.context import Context
+from fastcr.runs.machine import cache_folder, free_memory
 
 GIB = 2**30
 Loader = Literal["dali", "torch", "fused"]
 
 
-def make_views(
-    config: Config,
-    images: ImageList,
-    device: torch.device,
-    dtype: torch.dtype,
-    console: Console,
-    processes: Processes = ALONE,
-) -> tuple[Views, Config]:
+def make_views(config: Config, images: ImageList, context: Context) -> tuple[Views, Config]:
     """The loader the settings ask for, its cache filled; and the settings with every `auto` of it settled.
 
     Each of several processes loads its share of a batch. A resumed run keeps the loader it began with. Raises
     `UsageError` for what is not installed or has no room.
     """
-    data, bad = config.data, BadFiles(images, config.data.on_corrupt)
-    loading = (EachImage if config.optim.cached_views else Loading)(
+    data, bad, processes = config.data, BadFiles(images, config.data.on_corrupt), context.processes
+    loading = Loading(
         image_size=data.image_size,
         batch_size=config.optim.batch_size // processes.ranks,
         seed=config.run.seed,
-        device=device,
-        dtype=dtype,
-        workers=pick_workers(data.workers, processes.local_ranks),
+        device=context.device,
+        dtype=context.dtype,
+        workers=context.workers,
         shard=Shard(processes.rank, processes.ranks),
         impl=config.run.kernels,
         views=config.views,
@@ -61,21 +53,21 @@ def make_views(
     place: Place | Literal["off"] = "off"
     if data.loader != "dali" and data.cache != "off":
         side = data.cache_side or 2 * data.image_size
-        sizes = measure(images, side, loading.workers, console)
-        place = choose_place(config, 3 * int(sizes.prod(1).sum()), device, console, processes)
-    loader = choose_loader(config, place, device, console)
-    precision = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
-    said = f"loader: {loader}; cache: {place}; device: {device}, {precision}; {len(images)} training images"
-    console.print(said, highlight=False, soft_wrap=True)
+        sizes = measure(images, side, context)
+        place = choose_place(config, 3 * int(sizes.prod(1).sum()), context)
+    loader = choose_loader(config, place, context)
+    precision = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[context.dtype]
+    where = f"loader: {loader}; cache: {place}; device: {context.device}, {precision}"
+    context.say(f"{where}; {len(images)} training images")
     if place != "off":
         start, folder = time.perf_counter(), data.cache_dir or cache_folder()
         with processes.local_first() if place == "disk" else nullcontext():  # the others find what one has written
-            images = fill(images, sizes, place, loading, console, side=side, folder=folder)
+            images = fill(images, sizes, place, context, side=side, folder=folder)
             for index in images.broken.tolist():
                 bad.note(index)
         seconds = time.perf_counter() - start
-        console.print(f"decoded once: {images.pixels.numel() / GIB:.2f} GiB in {seconds:.1f} s", highlight=False)
-    views = Prefetched(loader_class(loader)(images, loading, bad), device)
+        context.say(f"decoded once: {images.pixels.numel() / GIB:.2f} GiB in {seconds:.1f} s")
+    views = Prefetched(loader_class(loader)(images, loading, bad), context.device)
     return views, replace(config, data=replace(data, loader=loader, cache=place))
 
 
@@ -88,13 +80,12 @@ def loader_class(loader: Loader) -> Any:
     return {"torch": TorchViews, "fused": CachedViews}[loader]
 
 
-def choose_place(
-    config: Config, size: int, device: torch.device, console: Console, processes: Processes = ALONE
-) -> Place | Literal["off"]:
+def choose_place(config: Config, size: int, context: Context) -> Place | Literal["off"]:
     """Where `size` bytes of decoded images go, as `--data.cache` asks; auto leaves ample room for everything else.
 
     Each of the processes of a machine keeps its own.
     """
+    device, processes = context.device, context.processes
     cuda = device.type == "cuda"
     room = {"device": torch.cuda.mem_get_info(device)[0] if cuda else 0, "host": free_memory() // processes.local_ranks}
     room = {where: -processes.most(-size)[0] for where, size in room.items()}  # all choose alike, before any fills
@@ -105,7 +96,7 @@ def choose_place(
         if size <= room["host"] / 2:
             return "host"
         needs = f"the decoded images take {size / GIB:.1f} GiB, too much to keep in memory"
-        console.print(f"{needs} (--data.cache disk keeps them in a file)", highlight=False, soft_wrap=True)
+        context.say(f"{needs} (--data.cache disk keeps them in a file)")
         return "off"
     if asked == "device" and not cuda:
         raise UsageError("--data.cache device needs CUDA: take host or disk")
@@ -119,9 +110,9 @@ def choose_place(
     return asked
 
 
-def choose_loader(config: Config, place: str, device: torch.device, console: Console) -> Loader:
+def choose_loader(config: Config, place: str, context: Context) -> Loader:
     """The loader `--data.loader` asks for; auto takes the fastest that can serve."""
-    asked, cuda = config.data.loader, device.type == "cuda"
+    asked, cuda = config.data.loader, context.device.type == "cuda"
     if asked == "fused" and place == "off":
         raise UsageError("--data.loader fused needs the decoded images: take --data.cache device, host or disk")
     if asked == "fused" or (asked == "auto" and place != "off"):
@@ -132,7 +123,7 @@ def choose_loader(config: Config, place: str, device: torch.device, console: Con
         return "dali"
     if asked == "dali":
         raise UsageError('--data.loader dali needs NVIDIA DALI: pip install "fastcr[dali]"')
-    console.print('DALI is not installed (pip install "fastcr[dali]"): loading with torchvision', soft_wrap=True)
+    context.say('DALI is not installed (pip install "fastcr[dali]"): loading with torchvision')
     return "torch"
 
 

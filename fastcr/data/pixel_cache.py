@@ -19,15 +19,13 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 from fastcr.data.images import ImageList, full_size, size_of, turn_of
-from fastcr.data.views import Loading
 from fastcr.errors import UsageError
-from fastcr.runs.log import progress
+from fastcr.runs.context import Context
 
 Place = Literal["device", "host", "disk"]
 FILTER = InterpolationMode.BICUBIC  # torchvision's for bytes, within a rounding of PIL's and ten times as fast
@@ -62,7 +60,7 @@ def bounded_size(height: int, width: int, side: int) -> tuple[int, int]:
     return (height, width) if shorter <= side else (round(height * side / shorter), round(width * side / shorter))
 
 
-def measure(images: ImageList, side: int, workers: int, console: Console) -> np.ndarray:
+def measure(images: ImageList, side: int, context: Context) -> np.ndarray:
     """Height and width `[n,2]` of every image as the cache will hold it, from the files' headers; 0 for unreadable."""
 
     def size(index: int) -> tuple[int, int]:
@@ -72,13 +70,13 @@ def measure(images: ImageList, side: int, workers: int, console: Console) -> np.
         except Exception:  # PIL raises whatever the broken bytes lead it to; `BadFiles` names the image later
             return 0, 0
 
-    with ThreadPoolExecutor(max(workers, 1)) as pool:
-        found = list(progress(pool.map(size, range(len(images))), "measuring the images", len(images), console))
+    with ThreadPoolExecutor(max(context.workers, 1)) as pool:
+        found = list(context.progress(pool.map(size, range(len(images))), "measuring the images", len(images)))
     return np.array(found, dtype=np.int64)
 
 
 def fill(
-    images: ImageList, sizes: np.ndarray, place: Place, loading: Loading, console: Console, *, side: int, folder: Path
+    images: ImageList, sizes: np.ndarray, place: Place, context: Context, *, side: int, folder: Path
 ) -> CachedImages:
     """Decode every image, or take up what an earlier run left in `folder`; `sizes` as `measure` found them for `side`.
 
@@ -87,17 +85,17 @@ def fill(
     if not sizes.any():
         raise images.none_readable()
     total = 3 * int(sizes.prod(1).sum())
-    decode = partial(_decode, images, sizes, side, loading.workers, console)
+    decode = partial(_decode, images, sizes, side, context)
     if place == "disk":
         pixels, layout = _on_disk(folder, _name(images, sizes, side), total, decode)
     else:
-        device, pinned = ("cpu", loading.device.type == "cuda") if place == "host" else (loading.device, False)
+        device, pinned = ("cpu", context.device.type == "cuda") if place == "host" else (context.device, False)
         pixels = torch.empty(total, dtype=torch.uint8, device=device, pin_memory=pinned)
         layout = decode(pixels)
     return CachedImages(images.root, images.files, images.labels, images.classes, pixels, *layout)
 
 
-def _decode(images: ImageList, sizes: np.ndarray, side: int, workers: int, console: Console, pixels: Tensor) -> Layout:
+def _decode(images: ImageList, sizes: np.ndarray, side: int, context: Context, pixels: Tensor) -> Layout:
     """Decode every image into `pixels`; returns starts, sizes and the unreadable ones."""
     lengths = sizes.prod(1) * 3
     starts = np.cumsum(lengths) - lengths
@@ -117,8 +115,8 @@ def _decode(images: ImageList, sizes: np.ndarray, side: int, workers: int, conso
         pixels[starts[index] : starts[index] + lengths[index]].copy_(decoded.permute(1, 2, 0).reshape(-1))
         return True
 
-    with ThreadPoolExecutor(max(workers, 1)) as pool:
-        done = list(progress(pool.map(one, range(len(images))), "decoding the images", len(images), console))
+    with ThreadPoolExecutor(max(context.workers, 1)) as pool:
+        done = list(context.progress(pool.map(one, range(len(images))), "decoding the images", len(images)))
     readable = np.flatnonzero(done)
     if not len(readable):
         raise images.none_readable()

@@ -33,7 +33,7 @@ from fastcr.data.listing import BESIDE, Entries, Notes, ending_of, entries_of
 from fastcr.errors import UsageError, one_line
 from fastcr.runs.checkpoint import write_whole
 from fastcr.runs.command_line import called
-from fastcr.runs.log import progress
+from fastcr.runs.context import progress
 
 VERSION = b"v1.2"
 SPLIT = re.compile(r"(?<![a-z])(train|test|val)(?:ing|val|id|idation)?(?![a-z])")  # in a shard's name, or its folder's

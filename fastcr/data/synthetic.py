@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 from fastcr.data.birds import CLASSES, COLOURS, PATTERNS, PLANS, Pen, Species, draw_body, hex_colours, shade, smooth
 from fastcr.errors import UsageError
-from fastcr.runs.log import progress
+from fastcr.runs.context import progress
 from fastcr.runs.machine import cache_folder
 
 VERSION = 2  # part of the cache folder's name: raise it whenever a drawn image changes

@@ -97,16 +97,6 @@ class Loading:
             yield step_indices(images, self.batch_size, self.seed, step, self.shard)
 
 
-class EachImage(Loading):
-    """For a loader that gives every image in each epoch, in the order of the list; the last batch begins anew."""
-
-    def steps(self, images: int, start: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Epoch and image indices `[batch_size]` of each step from `start` on, without end."""
-        for step in count(start):
-            epoch, position = divmod(step, -(-images // self.batch_size))
-            yield epoch, np.arange(position * self.batch_size, (position + 1) * self.batch_size) % images
-
-
 class Views(Protocol):
     """The contract of `TorchViews`, `DaliViews` and `CachedViews`."""
 

@@ -1,4 +1,4 @@
-"""Whether training still keeps what the initial weights knew: two measures without labels, on a sample of images."""
+"""Whether training goes well, without labels: what a sample of images says of the encoder, and warnings."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastcr.data.crop_loader import load_crops
 from fastcr.data.images import ImageList
 from fastcr.data.views import normalise
-from fastcr.measures.embeddings import load_crops
-from fastcr.method.encoder import Encoder, load
+from fastcr.encoders.encoder import Encoder, load
+from fastcr.runs.context import Context
 
 SAMPLE = 512  # images, decoded once
 NEIGHBOURS = 10
@@ -45,18 +46,16 @@ def kept_neighbours(before: Tensor, after: Tensor) -> float:
 class EncoderHealth:
     """Effective rank of an encoder's mean embeddings, and how many nearest neighbours of its start it has kept."""
 
-    def __init__(
-        self, images: ImageList, initial: Path, device: torch.device, dtype: torch.dtype = torch.float32
-    ) -> None:
-        """Take the sample evenly from `images`, and measure the encoder in the weights file `initial`, run in `dtype`.
+    def __init__(self, images: ImageList, initial: Path, context: Context) -> None:
+        """Take the sample evenly from `images`, and measure the encoder in the weights file `initial`.
 
         `UsageError` if none of the sample can be read.
         """
-        encoder, self.device, self.dtype = load(initial).to(device), device, dtype
+        self.context, encoder = context, load(initial).to(context.device)
         count = min(SAMPLE, len(images))
         chosen = (torch.arange(count) * len(images) // count).split(BATCH_SIZE)
         batches = [indices.tolist() for indices in chosen]
-        crops = load_crops([images], batches, image_size=encoder.image_size, workers=0, pin=False)
+        crops = load_crops([images], batches, encoder.image_size, Context())
         self.crops = [pixels for pixels, _, readable in crops if readable]
         if not self.crops:
             raise images.none_readable()
@@ -67,8 +66,8 @@ class EncoderHealth:
     @torch.inference_mode()
     def _embed(self, encoder: Encoder) -> Tensor:
         with encoder.evaluating():
-            pixels = (normalise(each.to(self.device), torch.float32) for each in self.crops)
-            return torch.cat([encoder.mean_embedding(each, self.dtype) for each in pixels]).cpu()
+            pixels = (normalise(each.to(self.context.device), torch.float32) for each in self.crops)
+            return torch.cat([encoder.mean_embedding(each, self.context.dtype) for each in pixels]).cpu()
 
     def measure(self, encoder: Encoder) -> dict[str, float]:
         """`effective_rank`, and `kept_neighbours` of the start, 0 to 1."""
@@ -76,3 +75,26 @@ class EncoderHealth:
             embeddings = self._embed(encoder)
         kept = kept_neighbours(self.before, nearest(embeddings, self.count))
         return {"effective_rank": effective_rank(embeddings), "kept_neighbours": kept}
+
+
+class HealthWarnings:
+    """Warns, once each, of what makes further training pointless."""
+
+    def __init__(self, context: Context, first_rank: float = 0.0) -> None:
+        """`first_rank` is the effective rank of the initial embeddings; 0 where it is not known."""
+        self.context, self.first_rank, self.said = context, first_rank, set[str]()
+
+    def look(self, record: dict[str, float], positions: int) -> None:
+        """Print what is wrong with the metrics of a step; attention maps have `positions` cells."""
+        entropy = record.get("attention_entropy", 0.5 * math.log(positions)) / max(math.log(positions), 1e-9)
+        warnings = {
+            "the embeddings have collapsed: all images get nearly the same": record["embedding_spread"] < 0.1,
+            "the attention has collapsed to a single position": positions > 1 and entropy < 0.1,
+            "the attention is the same everywhere: it pools as the mean does": positions > 1 and entropy > 0.9999,
+            "the embeddings use less than half of the dimensions they used at the start: this training forgets": (
+                record.get("effective_rank", self.first_rank) < self.first_rank / 2
+            ),
+        }
+        for warning in [text for text, holds in warnings.items() if holds and text not in self.said]:
+            self.said.add(warning)
+            self.context.say(f"warning: {warning}")

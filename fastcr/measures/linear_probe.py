@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from fastcr.data.images import ImageList
 from fastcr.data.views import normalise
-from fastcr.runs.log import progress
+from fastcr.runs.context import Context
 from fastcr.runs.machine import leave_signals, workers_that_fit
 
 LEARNING_RATE, EPOCHS, MILESTONES, BATCH = 30.0, 100, (60, 80), 256
@@ -43,11 +42,9 @@ def fit_augmented(
     encode: Callable[[Tensor], Mapping[str, Tensor]],
     images: ImageList,
     classes: int,
+    context: Context,
     *,
     image_size: int,
-    device: torch.device,
-    workers: int,
-    console: Console,
     epochs: int = EPOCHS,
 ) -> dict[str, nn.Linear]:
     """As `fit_linear`, on random crops and mirror images: a classifier for each embedding that `encode` gives.
@@ -55,23 +52,23 @@ def fit_augmented(
     `encode` maps normalised images `[B,3,S,S]` to unit embeddings `[B,C]` by name; `images` need labels.
     """
     crops = v2.Compose([v2.PILToTensor(), v2.RandomResizedCrop(image_size, antialias=True), v2.RandomHorizontalFlip()])
-    workers = workers_that_fit(workers, 3 * BATCH * image_size**2)
+    workers = workers_that_fit(context.workers, 3 * BATCH * image_size**2)
     loader = DataLoader(
         _Labelled(images, crops), BATCH, shuffle=True, num_workers=workers, collate_fn=_readable,
         persistent_workers=workers > 0, generator=torch.Generator().manual_seed(0), worker_init_fn=leave_signals,
     )  # fmt: skip
     fitted: dict[str, tuple[nn.Linear, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]] = {}
-    for _ in progress(range(epochs), "linear probe", console=console):
+    for _ in context.progress(range(epochs), "linear probe"):
         for pixels, labels in loader:
             with torch.no_grad():
-                embeddings = encode(normalise(pixels.to(device), torch.float32))
+                embeddings = encode(normalise(pixels.to(context.device), torch.float32))
             for name, vectors in embeddings.items():
                 if name not in fitted:
-                    classifier = new_classifier(vectors.shape[1], classes).to(device)
+                    classifier = new_classifier(vectors.shape[1], classes).to(context.device)
                     fitted[name] = (classifier, *recipe(classifier, epochs))
                 classifier, optimizer, _schedule = fitted[name]
                 optimizer.zero_grad()
-                F.cross_entropy(classifier(vectors), labels.to(device)).backward()
+                F.cross_entropy(classifier(vectors), labels.to(context.device)).backward()
                 optimizer.step()
         for _, _, schedule in fitted.values():
             schedule.step()

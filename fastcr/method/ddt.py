@@ -6,11 +6,23 @@ tells the object from the surroundings, and an image's positions are weighted wi
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fastcr.data.crop_loader import BATCH_SIZE, load_crops
+from fastcr.data.images import ImageList
+from fastcr.encoders.encoder import Encoder
+from fastcr.encoders.rationale import RationaleHead
+from fastcr.runs.context import Context
+from fastcr.runs.distributed import ALONE
+
+AXIS_IMAGES = 2048  # whose positions DDT's axis is of: far more than it takes
+START_IMAGES = 512  # to whose DDT the branch's detectors are fitted
 
 
 class Axis(NamedTuple):
@@ -121,3 +133,70 @@ def pair_error(weights: Tensor, wanted: Tensor, maps: Tensor) -> Tensor:
 
     goal = products(wanted)
     return (products(weights) - goal).square().sum() / goal.square().sum().clamp(min=1e-30)
+
+
+@torch.inference_mode()
+def ddt_axis(
+    encoder: Encoder,
+    images: ImageList,
+    context: Context,
+    load: Callable[..., Iterator[Any]] = load_crops,
+) -> Axis:
+    """DDT's axis of an encoder's features of `images`, or of `AXIS_IMAGES` of them taken evenly."""
+    moments: Moments | None = None
+    for _, features in _axis_features(encoder, images, context, load):
+        moments = moments or Moments(features.shape[1], context.device)
+        moments.add(features)
+    if not (channels := context.processes.most(len(moments.products) if moments else 0)[0]):
+        raise images.none_readable()
+    moments = moments or Moments(channels, context.device)
+    for name in ("inside", "border", "products"):
+        setattr(moments, name, context.processes.total(getattr(moments, name)))
+    return moments.axis()
+
+
+def ddt_detectors(encoder: Encoder, images: ImageList, seed: int, context: Context) -> dict[str, Tensor]:
+    """The branch's `weight [K,C]` and `bias [K]` with which it pools these images nearly as DDT does, on the CPU.
+
+    `ValueError` for another branch than the rationale branch, `UsageError` if no image can be read.
+    """
+    if not isinstance(encoder.branch, RationaleHead):
+        raise ValueError("only the rationale branch has such detectors")
+    moments: Moments | None = None
+    wanted, found = set(_evenly(images, START_IMAGES)), list[Tensor]()  # some of those whose axis it is
+    with torch.compiler.set_stance("force_eager"), torch.no_grad():
+        for indices, features in _axis_features(encoder, images, replace(context, processes=ALONE), load_crops):
+            moments = moments or Moments(features.shape[1], context.device)
+            moments.add(features)
+            found.append(features[[i for i, index in enumerate(indices) if index in wanted]].cpu())
+        if not moments:
+            raise images.none_readable()
+        axis = moments.axis()
+    on_cpu = Axis(axis.direction.cpu(), axis.centre.cpu())
+    weight, bias = detectors_like(on_cpu, torch.cat(found), len(encoder.branch.bias), seed)
+    temperature = encoder.branch.config.temperature
+    return {"weight": temperature * weight, "bias": temperature * bias}
+
+
+def _evenly(images: ImageList, most: int) -> list[int]:
+    """The indices of all images, or of `most` taken evenly."""
+    count = min(len(images), most)
+    return (torch.arange(count) * len(images) // count).tolist()
+
+
+def _axis_features(
+    encoder: Encoder,
+    images: ImageList,
+    context: Context,
+    load: Callable[..., Iterator[Any]],
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Readable images of those DDT's axis is of, this process's share in batches: indices and features fp32."""
+    batches = [part.tolist() for part in torch.tensor(_evenly(images, AXIS_IMAGES)).split(BATCH_SIZE)]
+    own = batches[context.processes.rank :: context.processes.ranks]
+    loader = load([images], own, encoder.image_size, context)
+    with encoder.evaluating():
+        shown = context.progress(loader, "axis of DDT", len(own))
+        for indices, (pixels, _, readable) in zip(own, shown, strict=True):
+            if readable:
+                features = encoder.of_crops(pixels.to(context.device), context.dtype)[0].float()
+                yield [indices[i] for i in readable], features

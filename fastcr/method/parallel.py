@@ -19,34 +19,22 @@ class Synchronised:
     """A loss function whose gradients come out averaged over the processes (DDP, static graph)."""
 
     def __init__(self, model: nn.Module, loss_function: LossFunction, accumulate: int) -> None:
-        self.model, self.loss_function, self.accumulate = model, loss_function, accumulate
-        self._wrap(init_sync=True)
-
-    def _wrap(self, *, init_sync: bool) -> None:
-        """Let DDP average the gradients of what is trained now."""
-        self.trained = self._trained()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # newer versions of torch call the buffers' flag otherwise
             # DDP watches one forward: the whole way from a batch to its losses. Buffers stay each process's own:
             # the queue is the same everywhere, BatchNorm's statistics need not be
             self.parallel = DistributedDataParallel(
-                _LossModule(self.model, self.loss_function),
+                _LossModule(model, loss_function),
                 static_graph=True,
                 broadcast_buffers=False,
                 gradient_as_bucket_view=True,
-                init_sync=init_sync,
             )
-        self.watched = self.accumulate  # backward passes of the first step, from which a static graph is learned
+        self.watched = accumulate  # backward passes of the first step, from which a static graph is learned
 
     def __call__(self, moco: MoCo, batch: Batch, autocast: torch.autocast, *, scale: Scale) -> Losses:
         """Losses of this process's part of a batch."""
-        if self.trained != self._trained():  # the backbone is held from now on, or no more: another graph
-            self._wrap(init_sync=False)
         self.watched -= 1
         return self.parallel(moco, batch, autocast, scale)
-
-    def _trained(self) -> int:
-        return sum(each.requires_grad for each in self.model.parameters())
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Gradients made inside only add up; they are averaged with those of the next backward pass outside."""

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from fastcr.data.views import Batch
-from fastcr.method.moco import MoCo
-from fastcr.method.objectives.contract import Objective
-from fastcr.method.rationale import RationaleHead, mismatch_gradient
+from fastcr.encoders.backbone import mean_pool
+from fastcr.encoders.rationale import RationaleHead, mismatch_gradient
+from fastcr.method.moco import MoCo, Pool
+from fastcr.method.objectives import Objective
 
 Scale = Callable[[Tensor], Tensor]
 CamOf = Literal["similarity", "loss"]
@@ -33,7 +34,7 @@ class Losses(NamedTuple):
 
 
 class LossFunction(Protocol):
-    """`contrast_losses`, or `released.released_losses`, with the branch bound."""
+    """`contrast_losses` with branch and objective bound, in several processes `Synchronised`."""
 
     def __call__(self, moco: MoCo, batch: Batch, autocast: torch.autocast, *, scale: Scale) -> Losses:
         """Losses of one batch; `scale` is applied to them before backward."""
@@ -47,6 +48,7 @@ def contrast_losses(
     *,
     branch: RationaleHead | None,  # None also where it is not fitted: then nothing asks for GradCAM
     objective: Objective,
+    pool: Pool = mean_pool,
     cam_of: CamOf = "similarity",
     scale: Scale = lambda loss: loss,
 ) -> Losses:
@@ -56,17 +58,17 @@ def contrast_losses(
     positive. `scale` is what the caller does to the loss before backward (loss scaling, accumulation): part of the
     gradient does not pass through the loss.
     """
-    features, key = moco.encode(batch, autocast)
+    features, key = moco.encode(batch, autocast, pool)
     if branch is None:
         with record_function("contrast"):
-            contrast = objective(moco.query(moco.pool(features)), moco.keys(key, batch.images)).loss.mean()
+            contrast = objective(moco.query(pool(features)), moco.keys(key, batch.images)).loss.mean()
         return Losses(contrast, None, None, features.detach(), key)
 
     with record_function("contrast"):
         # an image's own gradient of the loss serves both GradCAM and the features: the fit hands it to them in its own
         # pass over them, so pooling is cut off from them here
         shared = cam_of == "loss" and branch.config.cam_weights == "own"
-        pooled = moco.pool(features.detach() if shared else features)
+        pooled = pool(features.detach() if shared else features)
         if not pooled.requires_grad:  # cut off, or the backbone is not trained
             pooled.requires_grad_()
         projected = moco.project(pooled)
@@ -145,10 +147,6 @@ class Replayed:
 
     def __init__(self, step: Callable[[Batch], tuple[Tensor, Losses]]) -> None:
         self.step, self.stream = step, torch.cuda.Stream()
-        self.capture_anew()
-
-    def capture_anew(self) -> None:
-        """For a step that has changed."""
         self.calls, self.graph = 0, torch.cuda.CUDAGraph()
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Losses]:

@@ -235,8 +235,9 @@ def on_cpu(content: Any) -> Any:
 class Saver:
     """Writes the checkpoints of a run in a background thread: training only waits for the copy of the tensors."""
 
-    def __init__(self, folder: Path, facts: dict[str, Any], keep: int) -> None:
-        self.folder, self.facts, self.keep = folder, facts, keep
+    def __init__(self, folder: Path, facts: dict[str, Any], keep: int, minutes: float) -> None:
+        """Saves are due `minutes` after the last one; `keep` of them stay."""
+        self.folder, self.facts, self.keep, self.minutes = folder, facts, keep, minutes
         self.saved_at = time.monotonic()
         self.thread, self.pending = ThreadPoolExecutor(1), Future[None]()
         self.pending.set_result(None)
@@ -247,9 +248,9 @@ class Saver:
         self.pending = self.thread.submit(self._write, on_cpu(weights), on_cpu(state))
         self.saved_at = time.monotonic()
 
-    def due(self, minutes: float) -> bool:
-        """Whether the last save is at least so long ago."""
-        return time.monotonic() - self.saved_at >= 60 * minutes
+    def due(self) -> bool:
+        """Whether the last save is long enough ago."""
+        return time.monotonic() - self.saved_at >= 60 * self.minutes
 
     def _write(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
         # resume.pt last: what it has passed is there

@@ -22,12 +22,6 @@ from fastcr.presets import PRESETS, preset
 from fastcr.runs.validate import validate
 
 C = TypeVar("C")
-# settings of older versions: what they are called now, and their values, if those have other names, too
-RENAMED: dict[str, tuple[str, dict[str, str]]] = {
-    "rationale.cam_of": ("rationale.cam_of", {"logit": "similarity"}),
-    "rationale.cam_sign": ("rationale.cam_keeps", {"loss": "mismatch", "score": "match"}),
-}
-GONE = ("rationale.batchnorm", "rationale.pooled_contrast", "data.roi_decode", "data.hw_decoder_load")
 
 
 def called(command: str) -> str:
@@ -135,7 +129,7 @@ def read_command_line(args: Sequence[str]) -> tuple[Config, Path | None]:
 
     `PRESET --run.dir RUN --resume auto` resumes RUN if it has saved anything, and begins it if not.
     """
-    args, resume = _without_resume(list(todays_flags(args)))
+    args, resume = _without_resume(list(args))
     if resume:
         default = load_config(resume / "config.yaml")
     else:
@@ -152,6 +146,8 @@ def read_command_line(args: Sequence[str]) -> tuple[Config, Path | None]:
         config = _with_own_weights(config, default)
     if resume and (config.run.seed, config.optim.batch_size) != (default.run.seed, default.optim.batch_size):
         raise UsageError("--run.seed and --optim.batch_size of a run cannot change: they order its images")
+    if resume and (config.optim.backbone_lr == 0) != (default.optim.backbone_lr == 0):
+        raise UsageError("--optim.backbone_lr 0 of a run cannot change: one backbone serves as query and key encoder")
     return config, resume
 
 
@@ -213,18 +209,6 @@ def _pairs(args: Sequence[str]) -> Iterator[tuple[str, str | None]]:
             yield flag, value if equals else after
 
 
-def todays_flags(args: Sequence[str]) -> Iterator[str]:
-    """The arguments, with flags and values of older versions by today's names."""
-    values: dict[str, str] = {}
-    for arg in args:
-        if arg.startswith("--"):
-            flag, equals, value = arg.removeprefix("--").partition("=")
-            new, values = RENAMED.get(flag, (flag, {}))
-            yield f"--{new}{equals}{values.get(value, value)}"
-        else:
-            yield values.get(arg, arg)
-
-
 def save_config(config: Config, path: Path) -> None:
     """Write `config` as YAML, its paths so that they hold from any working folder."""
     text = yaml.safe_dump(dataclasses.asdict(config, dict_factory=_plain), sort_keys=False)
@@ -236,11 +220,7 @@ def _plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def load_config(path: Path) -> Config:
-    """Read what `save_config` wrote, an older version's too.
-
-    `UsageError` if it is missing or holds an unknown setting or value; settings that are gone are left out, and named
-    on stderr.
-    """
+    """Read what `save_config` wrote. `UsageError` if it is missing or holds an unknown setting or value."""
     try:
         sections = yaml.safe_load(path.read_text())
         preset = sections.pop("preset", Config.preset)
@@ -252,13 +232,6 @@ def load_config(path: Path) -> Config:
         raise UsageError(f"{path.parent} is not a run folder: it has no {path.name}") from None
     except (yaml.YAMLError, AttributeError, TypeError, OSError, ValueError, RecursionError):
         raise UsageError(f"{path} is broken: it does not hold sections of settings") from None
-    if gone := [name for name in GONE if name in settings]:
-        settings = {name: value for name, value in settings.items() if name not in gone}
-        print(f"fastcr: {path}: settings of an older version are left out: {', '.join(gone)}", file=sys.stderr)
-    for old, (new, values) in RENAMED.items():
-        if old in settings:
-            value = settings.pop(old)
-            settings[new] = values.get(value, value)
     flags = [f"--{name}={value}" for name, value in settings.items()]
     try:
         # through the command line's own checks: a file edited by hand gets the same messages

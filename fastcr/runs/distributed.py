@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -120,44 +119,18 @@ class Processes:
             if self.ranks > 1 and not self.local_rank:
                 dist.barrier()
 
-    def shuffle(self, images: Tensor) -> Tensor:
-        """Exchange images `[B,3,H,W]`, channels-last: every process gets an equal share of everyone's.
-
-        So keys are normalised in other company than their queries, and BatchNorm cannot give the pairs away (shuffling
-        BN, arXiv 1911.05722). Which go where is fixed: the images of a step are in a random order already.
-        """
-        rows = images.permute(0, 2, 3, 1).contiguous()
-        sent, received = ([int(n) for n in each] for each in _shares(self.rank, self.ranks, len(images)))
-        exchanged = torch.empty_like(rows)
-        dist.all_to_all_single(exchanged, rows, received, sent)
-        return exchanged.permute(0, 3, 1, 2)
-
-    def gather_keys(self, keys: Tensor, *, shuffled: bool) -> Tensor:
-        """Keys `[B,D]` of each process to those of all `[B*ranks,D]`, in the order of the images."""
+    def gather_keys(self, keys: Tensor) -> Tensor:
+        """Keys `[B,D]` of each process to those of all `[B*ranks,D]`, in the order of the processes."""
+        if self.ranks == 1:
+            return keys
         everyones = keys.new_empty(len(keys) * self.ranks, keys.shape[1])
         gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name in newer versions of torch
         gather(everyones, keys.contiguous())
-        return everyones[_places(self.ranks, len(keys), keys.device)] if shuffled else everyones
+        return everyones
 
 
 ALONE = Processes()
 JOIN = timedelta(minutes=10)  # for processes to find each other
-
-
-def _shares(rank: int, ranks: int, batch: int) -> tuple[list[int], list[int]]:
-    """How many of its `batch` images process `rank` sends to each, and how many it gets from each: `batch` in all."""
-    base, rest = divmod(batch, ranks)
-    sent = [base + ((other - rank) % ranks < rest) for other in range(ranks)]
-    received = [base + ((rank - other) % ranks < rest) for other in range(ranks)]
-    return sent, received
-
-
-@lru_cache(maxsize=8)
-def _places(ranks: int, batch: int, device: torch.device) -> Tensor:
-    """Where the key of each image, in the order before the exchange, lies among the gathered ones."""
-    parts = [torch.arange(r * batch, (r + 1) * batch).split(_shares(r, ranks, batch)[0]) for r in range(ranks)]
-    gathered = torch.cat([parts[sender][receiver] for receiver in range(ranks) for sender in range(ranks)])
-    return gathered.argsort().to(device)
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, TextIO, TypeVar
 
 from PIL import Image
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.progress import (
     BarColumn,
@@ -21,13 +21,13 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
-    track,
 )
 from rich.text import Text
 
 from fastcr.config import Config
 from fastcr.errors import one_line
 from fastcr.runs.checkpoint import write_whole
+from fastcr.runs.context import Context
 from fastcr.runs.sinks import SINKS, Sink
 
 T = TypeVar("T")
@@ -46,28 +46,21 @@ SHOWN = {  # metric: its name on the bar's second line, and format
 
 
 class RunLog:
-    """Shows a run's progress and logs its records; used as a context manager. With `writes` False it logs nothing.
+    """Shows a run's progress and logs its records; used as a context manager. Only the first process writes.
 
     `metrics.jsonl` holds one JSON object a logged step; the same numbers go to TensorBoard and to the tracker, if there
     is one. A resumed run first drops the records after step `start`, which it will write again.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        config: Config,
-        console: Console,
-        *,
-        start: int,
-        last: int,
-        steps_per_epoch: int,
-        writes: bool = True,
+        self, folder: Path, config: Config, context: Context, *, start: int, last: int, steps_per_epoch: int
     ) -> None:
-        self.console, self.steps_per_epoch, self.epochs = console, steps_per_epoch, config.optim.epochs
+        self.context, self.steps_per_epoch, self.epochs = context, steps_per_epoch, config.optim.epochs
+        self.meter = Meter()
         self.shown: dict[str, Any] = {}  # the latest of each metric: some come once an epoch
         self.sinks: list[Sink] = []
         self.file: TextIO | None = None
-        if writes:
+        if context.processes.first:
             path = folder / "metrics.jsonl"
             keep_records(path, "step", start)
             self.file = path.open("a")
@@ -83,16 +76,18 @@ class RunLog:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            console=console,
+            console=context.console,
             expand=True,
         )
         self.task = self.progress.add_task("", total=last, completed=start)
         self.status = Text("", no_wrap=True, overflow="ellipsis")
-        self.live = Live(Group(self.progress, self.status), console=console, transient=True, refresh_per_second=4)
+        self.live = Live(
+            Group(self.progress, self.status), console=context.console, transient=True, refresh_per_second=4
+        )
 
     def __enter__(self) -> RunLog:
         """Start the bar, where there is a terminal to show it on."""
-        if self.console.is_terminal:
+        if self.context.console.is_terminal:
             self.live.start()
         return self
 
@@ -110,20 +105,17 @@ class RunLog:
         try:
             act()
         except Exception as error:
-            self._say(f"warning: {name} failed, so nothing more is logged there: {one_line(error)}")
+            self.context.say(f"warning: {name} failed, so nothing more is logged there: {one_line(error)}")
             return False
         return True
 
     def _open(self, sink: Sink) -> None:
         self.sinks.append(sink)
-        self._say(f"{sink.name}: {sink.where}")
+        self.context.say(f"{sink.name}: {sink.where}")
 
     def _each(self, act: Callable[[Sink], object]) -> None:
         """Do something with each sink that still works."""
         self.sinks = [sink for sink in self.sinks if self._works(sink.name, partial(act, sink))]
-
-    def _say(self, line: str) -> None:
-        self.console.print(line, highlight=False, soft_wrap=True)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -133,9 +125,11 @@ class RunLog:
         yield
         if shown:
             self.live.start()
+        self.meter.reset()
 
-    def advance(self, step: int) -> None:
-        """Move the bar to `step` completed steps."""
+    def advance(self, step: int, images: int) -> None:
+        """Move the bar to `step` completed steps, the last of so many images."""
+        self.meter.images += images
         epoch = min((step - 1) // self.steps_per_epoch + 1, self.epochs)
         self.progress.update(self.task, completed=step, description=f"epoch {epoch}/{self.epochs}")
 
@@ -164,18 +158,12 @@ class RunLog:
 
     def epoch_done(self, record: dict[str, Any], epoch: int) -> None:
         """Leave a line behind for a finished epoch."""
-        self._say(f"epoch {epoch}/{self.epochs}  {describe(record)}")
+        self.context.say(f"epoch {epoch}/{self.epochs}  {describe(record)}")
 
 
 def describe(record: dict[str, Any]) -> str:
     """One line of the metrics worth watching."""
     return "  ".join(f"{label} {form.format(record[key])}" for key, (label, form) in SHOWN.items() if key in record)
-
-
-def progress(items: Iterable[T], title: str, total: int | None = None, console: Console | None = None) -> Iterable[T]:
-    """The items, with a bar that disappears at the end; none where there is no terminal. Default: on stderr."""
-    console = console or Console(stderr=True)
-    return track(items, title, total, console=console, transient=True, disable=not console.is_terminal)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -38,35 +38,21 @@ def _check_numbers(section: Any, name: str) -> None:
 def _conflicts(config: Config) -> dict[str, bool]:
     """What settings must be true of each other, by the message that says so."""
     data, optim, moco = config.data, config.optim, config.moco
-    queued = moco.objective in ("neighbour", "relational")
     return {
         "--data.cache_side must be at least --data.image_size": (data.cache_side or math.inf) >= data.image_size,
-        "--optim.cached_views needs a backbone that stays as it is: --optim.backbone_lr 0 --model.batchnorm frozen": (
-            not optim.cached_views or (optim.backbone_lr == 0 and config.model.norms == "frozen")
-        ),
         "--optim.momentum must be below 1": optim.momentum < 1,
         "--optim.accumulate must divide --optim.batch_size into parts of at least 2": (
             optim.accumulate <= optim.batch_size // 2 and optim.batch_size % optim.accumulate == 0
         ),
-        "--optim.accumulate: the released attention depends on the whole batch": (
-            not config.released.enabled or optim.accumulate == 1
+        "--moco.objective relational needs --moco.queue_size above 1": (
+            moco.objective != "relational" or moco.queue_size > 1
         ),
-        f"--moco.objective {moco.objective} needs a queue of more than --moco.neighbours {moco.neighbours} keys": (
-            not queued or moco.queue_size > moco.neighbours
-        ),
-        "--released.enabled needs --moco.objective infonce": (
-            not config.released.enabled or moco.objective == "infonce"
-        ),
-        "--moco.pooling rationale needs the rationale branch: --rationale.enabled True, --released.enabled False": (
-            moco.pooling == "mean" or (config.rationale.enabled and not config.released.enabled)
+        "--moco.pooling rationale needs the rationale branch: --rationale.enabled True": (
+            moco.pooling == "mean" or config.rationale.enabled
         ),
         "--moco.pooling rationale with --rationale.cam_of loss needs --rationale.cam_weights common": (
             moco.pooling == "mean"
             or config.rationale.cam_of == "similarity"
             or config.rationale.cam_weights == "common"
         ),
-        "--rationale.init ddt starts the detectors of the rationale branch, which --released.enabled replaces": (
-            config.rationale.init == "random" or not config.released.enabled
-        ),
-        "--released.enabled needs --rationale.enabled True": config.rationale.enabled or not config.released.enabled,
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 import stat
@@ -73,34 +72,6 @@ class LossWatch:
             f"the {what} is not a finite number from step {step} on (try a lower --optim.lr); {last_good}; "
             f"the step's images are listed in {self.folder / BAD_BATCH}"
         )
-
-
-class HealthWatch:
-    """Warns, once each, of what makes further training pointless."""
-
-    def __init__(self, console: Console) -> None:
-        self.console, self.said = console, set[str]()
-
-    def look(self, record: dict[str, float], positions: int, first_rank: float = 0.0) -> None:
-        """Print what is wrong with a step's metrics.
-
-        Attention maps have `positions` cells; `first_rank` is the effective rank of the initial embeddings.
-        """
-        entropy = record.get("attention_entropy", 0.5 * math.log(positions)) / max(math.log(positions), 1e-9)
-        warnings = {
-            "the embeddings have collapsed: all images get nearly the same": record["embedding_spread"] < 0.1,
-            "the attention has collapsed to a single position": positions > 1 and entropy < 0.1,
-            "the attention is the same everywhere: it pools as the mean does": positions > 1 and entropy > 0.9999,
-            "the embeddings use less than half of the dimensions they used at the start: this training forgets": (
-                record.get("effective_rank", first_rank) < first_rank / 2
-            ),
-            "more than half of the images' nearest neighbours are others than at the start: compare with evaluate": (
-                record.get("kept_neighbours", 1) < 0.5
-            ),
-        }
-        for warning in [text for text, holds in warnings.items() if holds and text not in self.said]:
-            self.said.add(warning)
-            self.console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
 
 
 class StopSignal:

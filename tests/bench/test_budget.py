@@ -11,7 +11,7 @@ from bench.budget import IN_PASSING, PASSES, Ceilings, Count, Work, floors, size
 from bench.timing import copy_bandwidth, matmul_rate
 from bench.workloads import Workload
 from fastcr.config import Config, RationaleConfig, ReleasedConfig
-from fastcr.method.backbone import build_backbone
+from fastcr.encoders.backbone import build_backbone
 from fastcr.presets import synthetic
 
 pytestmark = pytest.mark.usefixtures("one_thread")

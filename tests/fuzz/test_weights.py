@@ -15,7 +15,7 @@ import torch
 from hypothesis import strategies as st
 from PIL import Image
 
-from fastcr.method.encoder import load
+from fastcr.encoders.encoder import load
 from fastcr.runs.checkpoint import load_resume, load_weights, random_states, read_state_dict, save_resume, save_weights
 from tests.fuzz.damage import ARCHIVED, JSON, SAFETENSORS, Damage, Header
 from tests.fuzz.properties import REFUSED, attempt, fuzzed, reading

@@ -15,9 +15,9 @@ from rich.console import Console
 
 from fastcr import train
 from fastcr.data.images import ImageList
+from fastcr.encoders.encoder import load
 from fastcr.errors import UsageError
 from fastcr.measures.health import EncoderHealth, effective_rank, kept_neighbours, nearest
-from fastcr.method.encoder import load
 from fastcr.runs.watch import HealthWatch
 from tests.shared import SHORT, TINY, records, write_weights
 

@@ -19,14 +19,14 @@ from fastcr.data.crops import centre_crop
 from fastcr.data.images import ImageList
 from fastcr.data.layouts import read_splits
 from fastcr.data.views import normalise
+from fastcr.encoders.backbone import build_backbone
+from fastcr.encoders.encoder import Encoder, load
 from fastcr.measures import embeddings as embedding
 from fastcr.measures.embeddings import ddt_axis, embed
 from fastcr.measures.poolings import SIGMA, gaussian, gem, largest_region, norm, scda, weighted, without_training
 from fastcr.measures.results import best_line, best_pooling, retrieval_scores
 from fastcr.measures.retrieval import retrieval
-from fastcr.method.backbone import build_backbone
 from fastcr.method.ddt import Moments
-from fastcr.method.encoder import Encoder, load
 from fastcr.runs.distributed import Processes
 from tests.shared import write_weights
 

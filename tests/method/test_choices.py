@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fastcr.method.objectives.infonce import infonce
 from rich.console import Console
 from torch import Tensor
 
@@ -21,10 +22,9 @@ import fastcr
 from fastcr import train
 from fastcr.config import Config, DataConfig, MocoConfig, ModelConfig, OptimConfig, RationaleConfig, ReleasedConfig
 from fastcr.data.views import Batch
+from fastcr.encoders.rationale import RationaleHead, common_cam_weights
 from fastcr.method.build import Training, build
 from fastcr.method.moco import mean_pool
-from fastcr.method.objectives.infonce import infonce
-from fastcr.method.rationale import RationaleHead, common_cam_weights
 from fastcr.method.step import NO_SCALER, contrast_losses, train_step
 from fastcr.runs.distributed import ALONE
 from tests.shared import PLAIN

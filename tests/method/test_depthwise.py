@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastcr.config import Config
 from fastcr.data.views import Batch
-from fastcr.method.backbone import build_backbone
+from fastcr.encoders.backbone import build_backbone
 from fastcr.method.build import build
 from fastcr.method.depthwise import FastGradients, has_slow_gradients
 from fastcr.presets import preset

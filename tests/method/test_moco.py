@@ -8,15 +8,15 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from fastcr.method.objectives.infonce import infonce
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fastcr.config import MocoConfig, RationaleConfig
 from fastcr.data.views import Batch
+from fastcr.encoders.rationale import RationaleHead, attention_entropy
 from fastcr.method.moco import MoCo, mean_pool
-from fastcr.method.objectives.infonce import infonce
-from fastcr.method.rationale import RationaleHead, attention_entropy
 from fastcr.method.step import Losses, contrast_losses, cosine_lr, train_step
 
 INFONCE = partial(infonce, temperature=0.2)

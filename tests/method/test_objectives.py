@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fastcr.method.objectives.contract import Keys
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -18,7 +19,6 @@ from fastcr.errors import UsageError
 from fastcr.method.build import Training, build
 from fastcr.method.moco import mean_pool, projection_head
 from fastcr.method.objectives import QUEUED, build_objective
-from fastcr.method.objectives.contract import Keys
 from fastcr.runs.validate import validate
 
 CPU, CONSOLE = torch.device("cpu"), Console(quiet=True)

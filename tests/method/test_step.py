@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from fastcr.method.objectives.infonce import infonce
 from rich.console import Console
 from torch import Tensor, nn
 from torch.profiler import profile
@@ -28,11 +29,10 @@ from fastcr.config import (
     RunConfig,
 )
 from fastcr.data.views import Batch
+from fastcr.encoders.rationale import RationaleHead
+from fastcr.encoders.released import ReleasedBranch, released_losses
 from fastcr.method.build import Training, build
 from fastcr.method.moco import MoCo
-from fastcr.method.objectives.infonce import infonce
-from fastcr.method.rationale import RationaleHead
-from fastcr.method.released import ReleasedBranch, released_losses
 from fastcr.method.step import Losses, contrast_losses, train_step
 from fastcr.runs.machine import keep_compiled
 

@@ -18,8 +18,8 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
+from fastcr.encoders.encoder import load
 from fastcr.errors import UsageError
-from fastcr.method.encoder import load
 from fastcr.runs import checkpoint
 from fastcr.runs.checkpoint import (
     Saver,

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastcr.config import Config
-from fastcr.measures.charts import Chart, Points, chart
-from fastcr.measures.gallery import Gallery
-from fastcr.measures.results import best_line
+from fastcr.output.charts import Chart, Points, chart
+from fastcr.output.gallery import Gallery
+from fastcr.output.tables import best_line
 from fastcr.presets import PRESETS
 from fastcr.runs.command_line import called
 

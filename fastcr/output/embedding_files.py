@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fastcr.data.crops import in_image
 from fastcr.errors import UsageError
-from fastcr.measures.embedding_formats import (
+from fastcr.output.embedding_formats import (
     COLUMNS,
     FILES,
     Array,

@@ -16,11 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastcr.config import Config, DataConfig, MocoConfig, ModelConfig, OptimConfig, RunConfig
 from fastcr.data.views import Batch
-from fastcr.method.backbone import build_backbone
+from fastcr.encoders.backbone import build_backbone
+from fastcr.encoders.encoder import new_encoder
+from fastcr.encoders.folding import find_pairs, fold, fold_norms, unfold_norms
 from fastcr.method.build import Training, build
 from fastcr.method.depthwise import FastGradients
-from fastcr.method.encoder import new_encoder
-from fastcr.method.folded import find_pairs, fold, fold_norms, unfold_norms
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIDE = 33  # odd: padding differs at the two ends

@@ -97,8 +97,7 @@ def backbone_mistake(name: str, last_stage: str = "layer4", *, stem_maxpool: boo
         return f"--model.backbone: timm has no model {model!r} ({_guess(model, timm.list_models() + tagged, 3)})"
     if last_stage != "layer4" or not stem_maxpool:
         return (
-            "--model.last_stage layer3 and --released.stem_maxpool False are for torchvision's ResNets: "
-            f"{name} is taken whole (--model.last_stage layer4)"
+            f"--model.last_stage layer3 is for torchvision's ResNets: {name} is taken whole (--model.last_stage layer4)"
         )
     return None
 
@@ -205,3 +204,12 @@ def import_timm(name: str) -> Any:
 def _guess(name: str, names: Sequence[str], count: int) -> str:
     close = difflib.get_close_matches(name, names, n=count)
     return f"did you mean {' or '.join(map(repr, close))}?" if close else "nothing of a similar name"
+
+
+def mean_pool(features: Tensor) -> Tensor:
+    """Features `[B,C,H,W]` to their mean `[B,C]` in fp32, so that GradCAM's gradient is fp32 under autocast too.
+
+    Their gradient is channels-last and in their dtype: expanded in fp32, written once in 16 bits.
+    """
+    # the division comes last: before it, the backward pass would write the gradients of all positions in fp32
+    return features.permute(0, 2, 3, 1).sum((1, 2), dtype=torch.float32) / (features.shape[2] * features.shape[3])

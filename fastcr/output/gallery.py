@@ -17,10 +17,11 @@ from PIL import Image
 from fastcr.data.crops import enough
 from fastcr.data.images import ImageList
 from fastcr.data.views import normalise
+from fastcr.encoders.encoder import Encoder
 from fastcr.errors import UsageError
 from fastcr.measures.embeddings import Embeddings
-from fastcr.measures.overlays import Named, as_evaluated, attention_sheet, overlay
-from fastcr.method.encoder import Encoder
+from fastcr.output.overlays import Named, as_evaluated, attention_sheet, overlay
+from fastcr.runs.context import Context
 
 FIXED = 8  # images whose attention is drawn during a training
 SIDE, QUALITY, NEIGHBOURS = 144, 82, 5  # pixels and JPEG quality of the images on the page; found of each query
@@ -109,9 +110,7 @@ def neighbours(found: Embeddings, thumbnails: Thumbnails, count: int) -> list[Qu
 
 
 @torch.inference_mode()
-def fixed_attention(
-    encoder: Encoder, images: ImageList, device: torch.device, dtype: torch.dtype
-) -> Image.Image | None:
+def fixed_attention(encoder: Encoder, images: ImageList, context: Context) -> Image.Image | None:
     """The attention over `FIXED` images, the same ones of a list each time; None without a branch or an image."""
     shown, size = list[Named](), encoder.image_size
     for index in spread(FIXED, len(images)):
@@ -120,8 +119,8 @@ def fixed_attention(
             shown.append((name, as_evaluated(images.rgb(index, enough(size)), size)))
     if encoder.branch is None or not shown:
         return None
-    pixels = torch.stack([torch.from_numpy(np.array(image)) for _, image in shown]).to(device)
+    pixels = torch.stack([torch.from_numpy(np.array(image)) for _, image in shown]).to(context.device)
     with torch.compiler.set_stance("force_eager"), encoder.evaluating():
-        attention = encoder.both(normalise(pixels, torch.float32), dtype).attention
+        attention = encoder.both(normalise(pixels, torch.float32), context.dtype).attention
     assert attention is not None
     return attention_sheet(shown, attention, FIXED // 2)

@@ -19,10 +19,10 @@ import fastcr
 from fastcr.config import RationaleConfig, ReleasedConfig
 from fastcr.data.images import ImageList
 from fastcr.data.views import normalise
+from fastcr.encoders.encoder import Encoder
+from fastcr.encoders.released import ReleasedBranch
 from fastcr.errors import UsageError
 from fastcr.measures import embeddings
-from fastcr.method.encoder import Encoder
-from fastcr.method.released import ReleasedBranch
 from fastcr.runs.checkpoint import load_weights, save_weights
 from tests.shared import write_weights
 
@@ -78,7 +78,7 @@ def test_what_comes_back_is_unit_vectors_and_maps_that_sum_to_one(encoder: Encod
 def test_a_cpu_encodes_crops_a_few_at_a_time(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     crops = torch.randint(256, (5, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     whole = encoder.features(normalise(crops, torch.float32))
-    monkeypatch.setattr("fastcr.method.encoder.FEW", 2 * 32**2)
+    monkeypatch.setattr("fastcr.encoders.encoder.FEW", 2 * 32**2)
     seen = list[int]()
     hook = encoder.backbone.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     features, token = encoder.of_crops(crops)

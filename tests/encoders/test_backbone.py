@@ -22,11 +22,11 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from fastcr import train
 from fastcr.config import ModelConfig
 from fastcr.data.views import MEAN, STD
+from fastcr.encoders.backbone import PACKAGED, backbone_mistake, build_backbone, freeze_stages, synchronise_norms
+from fastcr.encoders.encoder import Encoder, load
+from fastcr.encoders.weights import FILE_OF, MODULE, PACKAGE, load_initial_weights
 from fastcr.errors import UsageError
-from fastcr.method.backbone import PACKAGED, backbone_mistake, build_backbone, freeze_stages, synchronise_norms
 from fastcr.method.build import check_settings
-from fastcr.method.encoder import Encoder, load
-from fastcr.method.weights import FILE_OF, MODULE, PACKAGE, load_initial_weights
 from fastcr.runs.checkpoint import save_weights
 from fastcr.runs.command_line import read_command_line
 

@@ -21,18 +21,17 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from fastcr.config import Config, RationaleConfig, ReleasedConfig
+from fastcr.config import Config, RationaleConfig
 from fastcr.data.crops import centre_crop
 from fastcr.data.images import to_rgb
 from fastcr.data.views import MEAN, STD, normalise
+from fastcr.encoders.backbone import TIMM, TimmEncoder, build_backbone, mean_pool
+from fastcr.encoders.folding import folded_once
+from fastcr.encoders.hub import address_of, fetch
+from fastcr.encoders.rationale import RationaleHead
+from fastcr.encoders.released import ReleasedBranch, from_released_checkpoint, released_facts
 from fastcr.errors import UsageError, one_line
 from fastcr.kernels.launch import Impl
-from fastcr.method.backbone import TIMM, TimmEncoder, build_backbone
-from fastcr.method.folded import folded_once
-from fastcr.method.hub import address_of, fetch
-from fastcr.method.moco import mean_pool
-from fastcr.method.rationale import RationaleHead
-from fastcr.method.released import ReleasedBranch, from_released_checkpoint, released_facts
 from fastcr.runs.checkpoint import IN_FOLDERS, load_weights
 from fastcr.runs.distributed import ALONE, Processes
 from fastcr.runs.machine import pick_device
@@ -158,10 +157,10 @@ def describe(config: Config) -> dict[str, Any]:
     return {
         "backbone": config.model.backbone,
         "last_stage": config.model.last_stage,
-        "stem_maxpool": config.released.stem_maxpool,
+        "stem_maxpool": True,
         "detectors": config.rationale.detectors if config.rationale.enabled else 0,
         "temperature": config.rationale.temperature,
-        "attention": "batch-minmax" if config.released.enabled else "softmax",
+        "attention": "softmax",
         "image_size": config.data.image_size,
         "mean": MEAN,
         "std": STD,
@@ -169,25 +168,16 @@ def describe(config: Config) -> dict[str, Any]:
 
 
 def build_branch(
-    channels: int,
-    rationale: RationaleConfig,
-    released: ReleasedConfig,
-    impl: Impl = "auto",
-    processes: Processes = ALONE,
-) -> Branch | None:
-    """The branch a configuration asks for; None for plain MoCo."""
-    if not rationale.enabled:
-        return None
-    if released.enabled:
-        return ReleasedBranch(channels, rationale, released)
-    return RationaleHead(channels, rationale, impl, processes=processes)
+    channels: int, rationale: RationaleConfig, impl: Impl = "auto", processes: Processes = ALONE
+) -> RationaleHead | None:
+    """The branch that a configuration asks for; None for plain MoCo."""
+    return RationaleHead(channels, rationale, impl, processes=processes) if rationale.enabled else None
 
 
 def new_encoder(config: Config) -> Encoder:
     """An encoder as `config` says, with random weights."""
-    model, released = config.model, config.released
-    backbone, channels = build_backbone(model.backbone, model.last_stage, stem_maxpool=released.stem_maxpool)
-    return Encoder(backbone, build_branch(channels, config.rationale, released), describe(config))
+    backbone, channels = build_backbone(config.model.backbone, config.model.last_stage)
+    return Encoder(backbone, build_branch(channels, config.rationale), describe(config))
 
 
 def load(path_or_run: str | os.PathLike[str], device: str | torch.device = "cpu") -> Encoder:
@@ -204,10 +194,14 @@ def load(path_or_run: str | os.PathLike[str], device: str | torch.device = "cpu"
             keys = ", ".join(sorted(state)[:3])
             raise UsageError(f"{file} was not written by fastcr.train (no fastcr metadata); its keys begin {keys}")
         _check(facts)
-        detectors, released = facts["detectors"], facts["attention"] == "batch-minmax"
-        rationale = RationaleConfig(enabled=detectors > 0, detectors=detectors, temperature=facts["temperature"])
+        detectors = facts["detectors"]
         backbone, channels = build_backbone(facts["backbone"], facts["last_stage"], stem_maxpool=facts["stem_maxpool"])
-        branch = build_branch(channels, rationale, ReleasedConfig(enabled=released))
+        branch: Branch | None
+        if facts["attention"] == "batch-minmax":
+            branch = ReleasedBranch(channels, detectors)
+        else:
+            rationale = RationaleConfig(enabled=detectors > 0, detectors=detectors, temperature=facts["temperature"])
+            branch = build_branch(channels, rationale)
         encoder = Encoder(backbone, branch, facts, ignored)
         encoder.load_state_dict(state)
     except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:

@@ -11,23 +11,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from fastcr.method.objectives.infonce import infonce
 from torch import Tensor, nn
 
 from fastcr.config import MocoConfig, RationaleConfig, ReleasedConfig
 from fastcr.data.views import Batch
-from fastcr.errors import UsageError
-from fastcr.kernels.info_nce import info_nce
-from fastcr.method.backbone import build_backbone
-from fastcr.method.encoder import load
-from fastcr.method.moco import MoCo
-from fastcr.method.objectives.infonce import infonce
-from fastcr.method.released import (
+from fastcr.encoders.backbone import build_backbone
+from fastcr.encoders.encoder import load
+from fastcr.encoders.released import (
     ReleasedBranch,
     from_released_checkpoint,
     gradcam,
     load_byol_heads,
     released_losses,
 )
+from fastcr.errors import UsageError
+from fastcr.kernels.info_nce import info_nce
+from fastcr.method.moco import MoCo
 from fastcr.method.step import train_step
 
 INFONCE = partial(infonce, temperature=0.2)

@@ -14,8 +14,8 @@ import torchvision
 from torch import Tensor, nn
 
 from fastcr.config import ModelConfig
+from fastcr.encoders.backbone import PACKAGED, STAGES, TIMM, TIMM_HEADS, TimmEncoder, create_timm, import_timm
 from fastcr.errors import UsageError, one_line
-from fastcr.method.backbone import PACKAGED, STAGES, TIMM, TIMM_HEADS, TimmEncoder, create_timm, import_timm
 from fastcr.runs.checkpoint import AVERAGED, read_state_dict
 
 # of several encoders in a checkpoint the first without one of these words in its name is taken: the one that is

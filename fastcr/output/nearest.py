@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fastcr.errors import UsageError, one_line
-from fastcr.measures.embedding_files import ENCODER, TABLE
-from fastcr.measures.embedding_formats import extra_of
+from fastcr.output.embedding_files import ENCODER, TABLE
+from fastcr.output.embedding_formats import extra_of
 from fastcr.runs.checkpoint import load_weights
 
 FACTS = ("weights", "weights_sha256", "root")

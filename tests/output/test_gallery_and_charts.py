@@ -16,9 +16,9 @@ from PIL import Image, ImageChops
 
 from fastcr.data.images import ImageList
 from fastcr.data.layouts import read_splits
-from fastcr.measures.charts import LOOKS, POINTS, chart, thinned
 from fastcr.measures.embeddings import Embeddings
-from fastcr.measures.gallery import SIDE, Thumbnails, attended, neighbours, spread
+from fastcr.output.charts import LOOKS, POINTS, chart, thinned
+from fastcr.output.gallery import SIDE, Thumbnails, attended, neighbours, spread
 from tests.shared import SVG, curves_of, decoded
 
 ODD = "<script>alert(1)"
@@ -139,7 +139,7 @@ def test_charts_leave_the_settings_of_matplotlib_alone_and_come_out_the_same() -
     with matplotlib.rc_context({"lines.linewidth": 40, "font.size": 3, "text.usetex": True}):
         assert chart("loss", [("", [(0.0, 1.0), (1.0, 2.0)])], "step") == first
     assert dict(matplotlib.rcParams) == before
-    code = "import sys, fastcr.report, fastcr.measures.charts as c; print('matplotlib' in sys.modules); "
+    code = "import sys, fastcr.report, fastcr.output.charts as c; print('matplotlib' in sys.modules); "
     code += "c.chart('', [('', [(0, 1)])], ''); print('matplotlib.pyplot' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]

@@ -1,0 +1,82 @@
+"""The checkpoints of the authors' released code, for use and for comparison; fastcr does not train this variant.
+
+Its branch differs from the paper's: a 1x1 convolution without bias, then BatchNorm, ReLU and the maximum over K. Its
+attention is scaled between the smallest and the largest value of the whole batch, so an image's embedding depends on
+the batch it is in. The embedding is the mean over positions of features times attention.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, autocast, nn
+
+from fastcr.encoders.weights import torchvision_name
+from fastcr.errors import UsageError
+from fastcr.kernels.rationale_pool import RationalePool
+
+
+class ReleasedBranch(nn.Module):
+    """Detectors `conv.weight [K,C,1,1]` with batch normalisation."""
+
+    def __init__(self, channels: int, detectors: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, detectors, 1, bias=False)
+        self.norm = nn.BatchNorm2d(detectors)
+
+    def responses(self, features: Tensor) -> Tensor:
+        """What each detector says at each position, before the maximum: `[B,K,H,W]` fp32."""
+        return self.norm(self.conv(features.float()))
+
+    def attention(self, features: Tensor) -> Tensor:
+        """Features `[B,C,H,W]` to maps `[B,H,W]` in [0, 1], scaled over the whole batch."""
+        with autocast(features.device.type, enabled=False):
+            peak = F.relu(self.responses(features)).amax(1)
+            low, high = peak.amin(), peak.amax()
+            return (peak - low) / (high - low).clamp_min(1e-12)
+
+    def pool(self, features: Tensor) -> RationalePool:
+        """Features `[B,C,H,W]` to `(pooled [B,C], attention [B,S])`; the attention does not sum to 1 here."""
+        attention = self.attention(features)
+        pooled = (features.float() * attention[:, None]).mean((2, 3))
+        return RationalePool(pooled, attention.flatten(1))
+
+    def alone(self, responses: Tensor) -> Tensor:
+        """The attention `[B,K,H,W]`, not scaled, that each detector would give without the others."""
+        return responses.relu()
+
+
+def released_facts(state: dict[str, Tensor]) -> dict[str, Any]:
+    """What `encoder.describe` would say of a released checkpoint: ResNet-50 at 224 px, no stem max-pool in BYOL."""
+    return {
+        "backbone": "resnet50",
+        "last_stage": "layer4",
+        "stem_maxpool": any(key.startswith("encoder_q.") for key in state),
+        "detectors": len(state["conv16.weight"]),
+        "temperature": 0.4,
+        "attention": "batch-minmax",
+        "image_size": 224,
+    }
+
+
+def from_released_checkpoint(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Released MoCo or BYOL state dict (without `module.`) to fastcr's names: `backbone.*` and `branch.*`.
+
+    Key encoders, queues, heads, predictors and the unused masked head are left out.
+    Raises `UsageError` if `state` is neither.
+    """
+    branch = {"conv16.weight": "branch.conv.weight"}
+    branch |= {f"bn16.{name}": f"branch.norm.{name}" for name in ("weight", "bias", "running_mean", "running_var")}
+    branch["bn16.num_batches_tracked"] = "branch.norm.num_batches_tracked"
+    if "conv16.weight" not in state:
+        raise UsageError(f"not a released checkpoint (no conv16.weight); its keys begin {', '.join(sorted(state)[:3])}")
+    encoder = "encoder_q." if any(key.startswith("encoder_q.") for key in state) else "online_encoder.0."
+    names = {
+        key: f"backbone.{torchvision_name(key.removeprefix(encoder))}"
+        for key in state
+        if key.startswith(encoder) and not key.startswith(f"{encoder}fc.")
+    }
+    if not names:
+        raise UsageError(f"not a released checkpoint (no encoder); its keys begin {', '.join(sorted(state)[:3])}")
+    return {new: state[old] for old, new in (names | branch).items() if old in state}

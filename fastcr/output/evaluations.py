@@ -1,0 +1,110 @@
+"""The evaluations of a training run, during it and at its end, as the run shows and logs them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+
+from fastcr.config import KnnConfig, LinearConfig
+from fastcr.data.images import Splits
+from fastcr.encoders.encoder import Encoder
+from fastcr.measures.evaluation import (
+    BEST,
+    HISTORY,
+    INITIAL,
+    Classifiers,
+    Evaluation,
+    Measured,
+    not_measured,
+    test_images,
+)
+from fastcr.output.gallery import fixed_attention
+from fastcr.output.tables import results_tables
+from fastcr.runs.checkpoint import save_weights, write_whole
+from fastcr.runs.context import Context
+from fastcr.runs.log import read_records
+
+
+class Logged(NamedTuple):
+    """What an evaluation gives a run's log; nothing in processes other than the first."""
+
+    scores: dict[str, float] = {}  # noqa: RUF012  # percent, by names such as knn/rationale/top1
+    attention: Image.Image | None = None
+
+
+class TrainingEvaluation:
+    """The evaluations of one training run: during it, and at its end. Without labels, only the attention is drawn."""
+
+    def __init__(self, folder: Path, splits: Splits, context: Context, *, knn: bool = False) -> None:
+        self.folder, self.context, images = folder, context, test_images(splits)
+        classifiers = Classifiers(KnnConfig(), LinearConfig(enabled=False)) if knn else None
+        self.evaluation = Evaluation(splits, images, context, classifiers) if images else None
+        self.drawn = partial(fixed_attention, images=splits.test or splits.train, context=context)
+        self.lacking = not_measured(splits)
+        self.frozen: Measured | None = None
+
+    def _frozen(self, evaluation: Evaluation) -> Measured:
+        if self.frozen is None:
+            self.frozen = evaluation.measure_file(self.folder / INITIAL, "frozen init")
+        return self.frozen
+
+    def _logged(self, encoder: Encoder, scores: Mapping[str, Any]) -> Logged:
+        if not self.context.processes.first:
+            return Logged()
+        found = {
+            f"{section}/{pooling}/{measure}": value
+            for section in ("retrieval", "knn")
+            for pooling in ("mean", "rationale")
+            for measure, value in scores.get(section, {}).get(pooling, {}).items()
+        }
+        return Logged(found, self.drawn(encoder))
+
+    def during(self, encoder: Encoder, epoch: int) -> Logged:
+        """Print rank-1 and kNN of the encoder as it is beside the frozen initialisation, with a warning if below."""
+        if self.evaluation is None:
+            return self._logged(encoder, {})
+        frozen = self._frozen(self.evaluation).scores
+        with torch.compiler.set_stance("force_eager"):  # not worth compiling for eval mode and another batch size
+            scores = self.evaluation.measure(encoder, f"epoch {epoch}", baselines=False).scores
+        if not self.context.processes.first:
+            return Logged()
+        with (self.folder / HISTORY).open("a") as file:
+            folder = str(self.evaluation.images.root)
+            file.write(json.dumps({"epoch": epoch, "folder": folder, **scores}) + "\n")
+        best = self.evaluation.best(read_records(self.folder / HISTORY))
+        if best is None or best["epoch"] == epoch:
+            save_weights(self.folder / BEST, encoder.state_dict(), encoder.facts)
+        for section, measure, shown in (("retrieval", "rank1", "rank-1"), ("knn", "top1", "kNN")):
+            for name, values in scores.get(section, {}).items():
+                now, before = values[measure], frozen[section][name][measure]
+                below = "  warning: below the frozen init" if now < before else ""
+                self.context.say(f"  {shown} {name} {now:.2f} (frozen init {before:.2f}){below}")
+        return self._logged(encoder, scores)
+
+    def at_the_end(self, encoder: Encoder) -> Logged:
+        """Evaluate weights.safetensors, which hold `encoder`; write results.json and print the table."""
+        if self.evaluation is None:
+            self.context.say(f"{self.lacking}: retrieval is not measured")
+            return self._logged(encoder, {})
+        results = self.evaluation.results(self.folder / "weights.safetensors", self._frozen(self.evaluation))
+        show(results, self.context)
+        if self.context.processes.first:
+            write_results(self.folder / "results.json", results)
+        return self._logged(encoder, results)
+
+
+def show(results: dict[str, Any], context: Context) -> None:
+    """Print the results for people."""
+    for each in results_tables(results):
+        context.console.print(each, highlight=False, soft_wrap=isinstance(each, str))
+
+
+def write_results(path: Path, results: dict[str, Any]) -> None:
+    """Write `results.json`, whole or not at all."""
+    write_whole(path, lambda file: file.write_text(json.dumps(results, indent=2) + "\n"))
