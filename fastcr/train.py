@@ -32,7 +32,6 @@ from fastcr.measures.evaluation import HISTORY, INITIAL
 from fastcr.measures.health import EncoderHealth, HealthWarnings
 from fastcr.method.build import Schedule, Training, build, check_settings, compiles, fit_sizes, trained
 from fastcr.method.ddt import ddt_detectors
-from fastcr.method.objectives import QUEUED
 from fastcr.method.step import Losses, cosine_lr
 from fastcr.output.evaluations import TrainingEvaluation
 from fastcr.runs.checkpoint import (
@@ -69,16 +68,13 @@ class Run:
     context: Context
 
 
-class Moment(NamedTuple):
+class Due(NamedTuple):
     """What is due after a step; the same in every process."""
 
-    step: int  # from 1
-    epoch: int  # epochs that are complete
-    ends_epoch: bool
-    logs: bool
-    saves: bool
-    evaluates: bool
-    stopped: int  # the signal that ends the run after this step, or 0
+    signal: int  # that ends the run after this step, or 0
+    log: bool
+    save: bool
+    evaluate: bool
 
 
 def train(
@@ -123,13 +119,14 @@ def carry_out(run: Run, began: float) -> None:
 def run_steps(run: Run, evaluation: TrainingEvaluation, log: RunLog, began: float) -> int:
     """The training loop; returns the number of the signal that ended it early, or 0."""
     config, training, schedule, processes = run.config, run.training, run.schedule, run.context.processes
-    stopped, files_of = 0, partial(files_of_step, config, run.splits.train)
+    files_of = partial(files_of_step, config, run.splits.train)
     watch = LossWatch(trained(training.optimizer), run.start, run.folder, files_of, processes)
     saver = Saver(run.folder, describe(config), config.run.keep, config.run.save_minutes)
     health = RunHealth(run)
+    due = Due(0, False, False, False)
     with StopSignal() as stop, closing(run.views.batches(run.start)) as batches:
-        if not run.start and schedule.last and config.moco.objective in QUEUED:  # with views that no step will see
-            with closing(run.views.batches(schedule.total)) as unseen:
+        if config.moco.objective == "relational" and not run.start and schedule.last:
+            with closing(run.views.batches(schedule.total)) as unseen:  # views that no step will see
                 training.fill_queue(unseen)
         log.meter.reset()
         ready = time.monotonic()
@@ -143,44 +140,45 @@ def run_steps(run: Run, evaluation: TrainingEvaluation, log: RunLog, began: floa
             if step == run.start + 1:
                 say_first_step(run, loss, began, ready)
 
-            now = moment(run, step, stop, saver)
-            stopped = now.stopped
-            if now.logs or now.saves:
+            due = due_after(run, step, stop, saver)
+            if due.log or due.save:
                 watch.check()
-            if now.logs:
-                health.record(now, loss, losses, log)
+            if due.log:
+                health.record(step, loss, losses, log)
             saver.check()
-            if now.saves:
+            if due.save:
                 save(run, saver, step)
-            if stopped:
+            if due.signal:
                 run.context.say(f"stopped at step {step}; resume with: {called('train')} --resume {run.folder}")
                 break
-            if now.evaluates:
+            if due.evaluate:
                 with log.paused():
-                    log.evaluated(step, *evaluation.during(training.encoder, now.epoch))
+                    epoch = step // schedule.steps_per_epoch
+                    log.evaluated(step, *evaluation.during(training.encoder, epoch))
         if run.start == schedule.last == 0:  # nothing to train: the start is what is saved
             save(run, saver, 0)
         processes.once(saver.wait)  # before signals end the process again, and before the others go
-    return stopped
+    return due.signal
 
 
-def moment(run: Run, step: int, stop: StopSignal, saver: Saver) -> Moment:
+def due_after(run: Run, step: int, stop: StopSignal, saver: Saver) -> Due:
     """What is due after `step`.
 
-    All processes agree on it here, at each step and before anything waits for the device: a process that waits for a
-    lost one there would never notice.
+    All processes agree on it at each step, on the CPU and before any of them waits for its device: only in such an
+    exchange is a lost process noticed.
     """
     config, schedule, processes = run.config.run, run.schedule, run.context.processes
-    wanted: int = processes.first and saver.due()
-    stopped, due = processes.most(stop.received, wanted)
-    epoch, ends_epoch, last = step // schedule.steps_per_epoch, step % schedule.steps_per_epoch == 0, schedule.last
-    evaluates = bool(config.eval_every) and ends_epoch and epoch % config.eval_every == 0 and step < last
-    logs = step % config.log_every == 0 or ends_epoch or step == last
-    return Moment(step, epoch, ends_epoch, logs, bool(stopped or due or evaluates or step == last), evaluates, stopped)
+    time_to_save: int = processes.first and saver.due()
+    signal, time_to_save = processes.most(stop.received, time_to_save)
+    epoch, into_epoch = divmod(step, schedule.steps_per_epoch)
+    last = step == schedule.last
+    evaluate = bool(config.eval_every) and not into_epoch and epoch % config.eval_every == 0 and not last
+    log = step % config.log_every == 0 or not into_epoch or last
+    return Due(signal, log, bool(signal or time_to_save or evaluate or last), evaluate)
 
 
 class RunHealth:
-    """The figures of a run that are logged, and warnings where they say that it goes badly."""
+    """The figures that a run logs, and warnings where they say that it goes badly."""
 
     def __init__(self, run: Run) -> None:
         initial = run.folder / INITIAL
@@ -190,19 +188,20 @@ class RunHealth:
         self.encoder = EncoderHealth(run.views.images, initial, run.context) if watched else None
         self.warnings = HealthWarnings(run.context, self.encoder.first_rank if self.encoder else 0.0)
 
-    def record(self, now: Moment, loss: Tensor, losses: Losses, log: RunLog) -> None:
+    def record(self, step: int, loss: Tensor, losses: Losses, log: RunLog) -> None:
         """Log a step's figures; at the end of an epoch those of the encoder too. Waits for the device."""
-        run, training = self.run, self.run.training
+        run, training, schedule = self.run, self.run.training, self.run.schedule
+        epoch, into_epoch = divmod(step, schedule.steps_per_epoch)
         figures = {"loss": loss.item()} | metrics_of(losses, training) | log.meter.read()
-        lr = cosine_lr(run.config.optim.lr, now.step - 1, run.schedule.total)
-        record = {"step": now.step, "epoch": now.step / run.schedule.steps_per_epoch, "lr": lr}
+        lr = cosine_lr(run.config.optim.lr, step - 1, schedule.total)
+        record = {"step": step, "epoch": step / schedule.steps_per_epoch, "lr": lr}
         record |= run.context.processes.mean(figures)
-        if now.ends_epoch and self.encoder:
+        if not into_epoch and self.encoder:
             record |= self.encoder.measure(training.encoder)
             log.meter.reset()
         log.record(record)
-        if now.ends_epoch:
-            log.epoch_done(record, now.epoch)
+        if not into_epoch:
+            log.epoch_done(record, epoch)
             self.warnings.look(record, losses.features[0, 0].numel())
 
 
@@ -294,16 +293,14 @@ def say_first_step(run: Run, loss: Tensor, began: float, ready: float) -> None:
 
 
 def metrics_of(losses: Losses, training: Training) -> dict[str, float]:
-    """Losses and the state of health of embeddings and branch, read from the device."""
+    """Losses and the state of health of the embeddings and of a branch that is fitted, read from the device."""
     # unit vectors that lie everywhere have a variance of nearly 1 in all; those of a collapsed encoder 0
     spread = losses.key.var(0, correction=0).sum().sqrt()
     metrics = {"contrast_loss": losses.contrast.item(), "embedding_spread": spread.item()}
     branch = training.encoder.branch
-    if losses.fit is not None:
+    if branch is not None and losses.fit is not None and losses.attention is not None:
         metrics["fit_loss"] = losses.fit.item()
-    if branch is not None:  # one that is not fitted has not been asked where it looks
-        attention = branch.pool(losses.features).attention if losses.attention is None else losses.attention
-        metrics["attention_entropy"] = attention_entropy(attention).item()
+        metrics["attention_entropy"] = attention_entropy(losses.attention).item()
         metrics["effective_detectors"] = branch.effective_detectors(losses.features).item()
     return metrics
 
