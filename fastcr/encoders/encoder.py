@@ -190,8 +190,8 @@ def load(path_or_run: str | os.PathLike[str], device: str | torch.device = "cpu"
     No code in the file is run. `UsageError` if it is missing, broken or foreign, or `device` is not there.
     """
     where, file = pick_device(str(device)), find_weights(path_or_run)
+    state, facts = _named(*load_weights(file))
     try:
-        state, facts = _named(*load_weights(file))
         if not facts:
             keys = ", ".join(sorted(state)[:3])
             raise UsageError(f"{file} was not written by fastcr.train (no fastcr metadata); its keys begin {keys}")
@@ -206,7 +206,8 @@ def load(path_or_run: str | os.PathLike[str], device: str | torch.device = "cpu"
         encoder = Encoder(backbone, branch, facts)
         encoder.load_state_dict(state)
     except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-        raise UsageError(f"{file} does not hold the encoder that it describes: {one_line(error)}") from None
+        promised = "a released checkpoint does" if facts.get("attention") == "batch-minmax" else "its metadata says"
+        raise UsageError(f"{file} does not hold what {promised}: {one_line(error)}") from None
     encoder.to(device=where, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return encoder.requires_grad_(False).eval()
 
