@@ -133,7 +133,7 @@ class OptimConfig:
     accumulate: int = number(1, 1)
     """Split each batch into this many parts to save memory; BatchNorm and common channel weights see one at a time."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    """SGD with momentum, or AdamW, whose learning rates are hundreds of times smaller."""
+    """SGD with momentum, or AdamW, which needs learning rates hundreds of times smaller."""
     lr: float = number(0.03, 0, above=True)
     """Learning rate at the start."""
     backbone_lr: float | None = number(None, 0)
@@ -178,8 +178,8 @@ class RationaleConfig:
     enabled: bool = True
     """False: plain MoCo v2, without the branch."""
     fit_weight: float = number(1.0, 0)
-    """Weight of the fit loss, the KL divergence of the attention from GradCAM (batch mean). 0: the branch stays as it
-    began, and neither is computed."""
+    """Weight of the fit loss, the KL divergence of the attention from GradCAM (batch mean). With 0 the detectors do not
+    change, and neither GradCAM nor the fit loss is computed."""
     detectors: int = number(32, 1, 128)
     """1x1 projections; their maximum at a position is its attention logit."""
     target: Literal["max-softmax", "sum", "uniform"] = "max-softmax"
