@@ -26,7 +26,6 @@ from fastcr.data.loaders import make_views
 from fastcr.data.synthetic import write_synthetic
 from fastcr.data.views import Views, step_indices
 from fastcr.encoders.encoder import describe
-from fastcr.encoders.rationale import attention_entropy
 from fastcr.errors import UsageError, one_line
 from fastcr.measures.evaluation import HISTORY, INITIAL
 from fastcr.measures.health import EncoderHealth, HealthWarnings
@@ -97,23 +96,18 @@ def train(
     with ExitStack() as folders:
         context = Context.of(config.run.device, config.run.precision, config.data.workers, console, processes)
         run = open_run(config, Path(resume) if resume else None, context, folders)
-        carry_out(run, began)
+        config, schedule = run.config, run.schedule
+        evaluation = TrainingEvaluation(run.folder, run.splits, context, knn=bool(config.run.eval_every))
+        logged = {"start": run.start, "last": schedule.last, "steps_per_epoch": schedule.steps_per_epoch}
+        with RunLog(run.folder, config, context, **logged) as log:
+            if stopped := run_steps(run, evaluation, log, began):
+                raise SystemExit(128 + stopped)
+            if bad := set().union(*processes.gather(run.views.bad.files)):
+                context.say(f"{len(bad)} unreadable training images were skipped")
+            with log.paused():
+                log.evaluated(schedule.last, *evaluation.at_the_end(run.training.encoder))
+        context.say(f"run folder: {run.folder}")
     return run.folder
-
-
-def carry_out(run: Run, began: float) -> None:
-    """Train and evaluate."""
-    config, context, schedule = run.config, run.context, run.schedule
-    evaluation = TrainingEvaluation(run.folder, run.splits, context, knn=bool(config.run.eval_every))
-    logged = {"start": run.start, "last": schedule.last, "steps_per_epoch": schedule.steps_per_epoch}
-    with RunLog(run.folder, config, context, **logged) as log:
-        if stopped := run_steps(run, evaluation, log, began):
-            raise SystemExit(128 + stopped)
-        if bad := set().union(*context.processes.gather(run.views.bad.files)):
-            context.say(f"{len(bad)} unreadable training images were skipped")
-        with log.paused():
-            log.evaluated(schedule.last, *evaluation.at_the_end(run.training.encoder))
-    context.say(f"run folder: {run.folder}")
 
 
 def run_steps(run: Run, evaluation: TrainingEvaluation, log: RunLog, began: float) -> int:
@@ -192,7 +186,7 @@ class RunHealth:
         """Log a step's figures; at the end of an epoch those of the encoder too. Waits for the device."""
         run, training, schedule = self.run, self.run.training, self.run.schedule
         epoch, into_epoch = divmod(step, schedule.steps_per_epoch)
-        figures = {"loss": loss.item()} | metrics_of(losses, training) | log.meter.read()
+        figures = training.figures(loss, losses) | log.meter.read()
         lr = cosine_lr(run.config.optim.lr, step - 1, schedule.total)
         record = {"step": step, "epoch": step / schedule.steps_per_epoch, "lr": lr}
         record |= run.context.processes.mean(figures)
@@ -246,11 +240,10 @@ def fingerprint(images: ImageList) -> int:
 
 
 def restore(path: Path, training: Training, images: int, context: Context) -> int:
-    """Restore the newest whole save; returns the step it was made after.
+    """Restore the newest whole save; returns the step it was made after. `images` is the fingerprint of today's images.
 
-    `images` is the fingerprint of today's images. Only the first process reads the file. With another number of
-    processes than before, the run continues with the same images, order, augmentation, queue and schedule; what changes
-    are the groups of `--model.batchnorm local`, and random draws of the model itself, such as dropout.
+    Only the first process reads the file. With another number of processes than before, only what `--model.batchnorm
+    local` sees together and random draws of the model itself, such as dropout, are others.
     """
     processes = context.processes
     state, file = processes.once(partial(load_resume, path))
@@ -260,9 +253,8 @@ def restore(path: Path, training: Training, images: int, context: Context) -> in
         raise UsageError(f"{path}: the training images are not those of this run: files came, went or moved")
     try:
         training.load_state(state)
-        random = state["random"] if isinstance(state["random"], list) else [state["random"]]
-        if processes.rank < len(random):
-            set_random_states(random[processes.rank])
+        if processes.rank < len(state["random"]):
+            set_random_states(state["random"][processes.rank])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path} does not fit the settings of this run: {one_line(error)}") from None
     return state["step"]
@@ -287,22 +279,9 @@ def files_of_step(config: Config, images: ImageList, step: int) -> list[str]:
 def say_first_step(run: Run, loss: Tensor, began: float, ready: float) -> None:
     """Print how long the first step took; waits for the device."""
     loss.item()
-    compiled = " and its compilation" * compiles(run.config, run.context.device)
-    since, step = time.monotonic() - began, time.monotonic() - ready
-    run.context.say(f"first step done {since:.1f} s after the start, {step:.1f} s of it the step{compiled}")
-
-
-def metrics_of(losses: Losses, training: Training) -> dict[str, float]:
-    """Losses and the state of health of the embeddings and of a branch that is fitted, read from the device."""
-    # unit vectors that lie everywhere have a variance of nearly 1 in all; those of a collapsed encoder 0
-    spread = losses.key.var(0, correction=0).sum().sqrt()
-    metrics = {"contrast_loss": losses.contrast.item(), "embedding_spread": spread.item()}
-    branch = training.encoder.branch
-    if branch is not None and losses.fit is not None and losses.attention is not None:
-        metrics["fit_loss"] = losses.fit.item()
-        metrics["attention_entropy"] = attention_entropy(losses.attention).item()
-        metrics["effective_detectors"] = branch.effective_detectors(losses.features).item()
-    return metrics
+    now, compiled = time.monotonic(), " and its compilation" * compiles(run.config, run.context.device)
+    took = f"{now - ready:.1f} s of it the step{compiled}"
+    run.context.say(f"first step done {now - began:.1f} s after the start, {took}")
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -17,7 +17,7 @@ from fastcr.data.views import Batch
 from fastcr.encoders.backbone import backbone_mistake, build_backbone, freeze_stages, mean_pool, synchronise_norms
 from fastcr.encoders.encoder import Encoder, build_branch, describe
 from fastcr.encoders.folding import fold_norms
-from fastcr.encoders.rationale import RationaleHead
+from fastcr.encoders.rationale import RationaleHead, attention_entropy
 from fastcr.encoders.weights import load_initial_weights
 from fastcr.errors import UsageError
 from fastcr.kernels import launch
@@ -83,10 +83,21 @@ class Training:
         gradients = [each.grad for each in trained(self.optimizer) if each.grad is not None]
         return torch.nn.utils.get_total_norm(gradients, foreach=True)
 
+    def figures(self, loss: Tensor, losses: Losses) -> dict[str, float]:
+        """Losses and the state of health of the embeddings and of a branch that is fitted; waits for the device."""
+        # unit vectors that lie everywhere have a variance of nearly 1 in all; those of a collapsed encoder 0
+        spread = losses.key.var(0, correction=0).sum().sqrt()
+        found = {"loss": loss, "contrast_loss": losses.contrast, "embedding_spread": spread}
+        if losses.fit is not None and losses.attention is not None:
+            found["fit_loss"] = losses.fit
+            found["attention_entropy"] = attention_entropy(losses.attention)
+            found["effective_detectors"] = self.model["branch"].effective_detectors(losses.features)  # type: ignore[operator]
+        return {name: figure.item() for name, figure in found.items()}
+
     def state(self) -> dict[str, Any]:
         """Everything the next step depends on, but for the batch and the random generators."""
-        parts = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler}
-        return {name: part.state_dict() for name, part in parts.items()}  # type: ignore[attr-defined]
+        parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler}
+        return {name: part.state_dict() for name, part in parts.items()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned; torch's own errors if it is of another model."""
