@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors import safe_open
 
 from fastcr import embed, evaluate, train
@@ -25,11 +26,13 @@ from fastcr.data.views import step_indices
 from fastcr.encoders.backbone import build_backbone
 from fastcr.encoders.encoder import load
 from fastcr.kernels import launch
+from fastcr.measures.health import HealthWarnings
 from fastcr.method import build as training
 from fastcr.method import step
 from fastcr.runs import checkpoint
 from fastcr.runs.checkpoint import load_weights
 from fastcr.runs.command_line import load_config
+from fastcr.runs.context import Context
 from tests.shared import SHORT, TINY, records, start, wait_for, write_calm_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -574,6 +577,26 @@ def test_resume_auto_begins_and_goes_on(
     assert "resume.pt" in line
     for wrong in (["--resume", "auto"], ["--resume", "auto", "--run.dir"]):
         assert "--run.dir" in refused(train.main, "synthetic", *wrong)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "words"),
+    [
+        ({"embedding_spread": 0.05}, "the embeddings have collapsed"),
+        ({"attention_entropy": 0.1}, "the attention has collapsed"),
+        ({"attention_entropy": math.log(49)}, "the attention is the same everywhere"),
+        ({}, None),
+    ],
+)
+def test_collapse_is_warned_of_once(metrics: dict[str, float], words: str | None) -> None:
+    output = io.StringIO()
+    health = HealthWarnings(Context(console=Console(file=output, width=200)))
+    for _ in range(3):
+        health.look({"embedding_spread": 0.9, "attention_entropy": 3.0} | metrics, 49)
+    health.look({"embedding_spread": 0.9}, 1)  # a map of a single cell, without a branch that is fitted
+    lines = output.getvalue().splitlines()
+    assert len(lines) == bool(words)
+    assert not words or lines[0].startswith(f"warning: {words}")
 
 
 def test_frozen_statistics_stay_as_they_were(birds: Path, tmp_path: Path) -> None:
