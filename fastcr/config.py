@@ -133,13 +133,11 @@ class OptimConfig:
     accumulate: int = number(1, 1)
     """Split each batch into this many parts to save memory; BatchNorm and common channel weights see one at a time."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    """SGD with momentum, or AdamW, whose learning rates are hundreds of times smaller."""
+    """SGD with momentum, or AdamW, which needs learning rates hundreds of times smaller."""
     lr: float = number(0.03, 0, above=True)
     """Learning rate at the start."""
     backbone_lr: float | None = number(None, 0)
     """Learning rate of the backbone; 0 with --model.batchnorm frozen leaves it unchanged. Default: --optim.lr."""
-    head_lr: float | None = number(None, 0, above=True)
-    """Learning rate of the projection head. Default: --optim.lr."""
     momentum: float = number(0.9, 0, 1)
     """Momentum of SGD; AdamW's beta1."""
     weight_decay: float = number(1e-4, 0)
@@ -150,18 +148,18 @@ class OptimConfig:
 class MocoConfig:
     """Query encoder, key encoder and queue of keys, and what the query is trained to be."""
 
-    objective: Literal["infonce", "relational", "byol"] = "infonce"
-    """infonce (MoCo v2): tell the own key from the queue's. relational: be as similar to the queue's keys as the own key
-    is. byol: predict the own key, without a queue."""
+    objective: Literal["infonce", "relational"] = "infonce"
+    """infonce (MoCo v2): tell the own key from the queue's. relational (ReSSL): be as similar to the queue's keys as
+    the own key is."""
     queue_size: int = number(4096, 0)
-    """Keys kept to compare with; at most as many as there are images. 0, of infonce and byol only: no queue, and
-    infonce tells the own key from the batch's others."""
+    """Keys kept to compare with; at most as many as there are images. 0, of infonce only: no queue; the own key is told
+    from the batch's others."""
     temperature: float = number(0.2, 0, above=True)
-    """Temperature of the query's similarities (not of byol)."""
+    """Temperature of the query's similarities."""
     key_temperature: float = number(0.04, 0, above=True)
     """Temperature of the key's similarities, of relational; below --moco.temperature."""
     head: Literal["mlp", "linear"] = "mlp"
-    """Projection head: two layers as in MoCo v2, or one, which begins as an orthogonal matrix. byol has its own."""
+    """Projection head: two layers as in MoCo v2, or one, which begins as an orthogonal matrix."""
     pooling: Literal["mean", "rationale"] = "mean"
     """What the projection head gets: the mean of the features, or their sum weighted with the branch's attention. The
     latter gains most on networks cut short, whose mean is full of surroundings, with --rationale.init ddt."""
@@ -180,8 +178,8 @@ class RationaleConfig:
     enabled: bool = True
     """False: plain MoCo v2, without the branch."""
     fit_weight: float = number(1.0, 0)
-    """Weight of the fit loss, the KL divergence of the attention from GradCAM (batch mean). 0: the branch stays as it
-    began, and neither is computed."""
+    """Weight of the fit loss, the KL divergence of the attention from GradCAM (batch mean). With 0 the detectors do not
+    change, and neither GradCAM nor the fit loss is computed."""
     detectors: int = number(32, 1, 128)
     """1x1 projections; their maximum at a position is its attention logit."""
     target: Literal["max-softmax", "sum", "uniform"] = "max-softmax"

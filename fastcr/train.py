@@ -26,13 +26,11 @@ from fastcr.data.loaders import make_views
 from fastcr.data.synthetic import write_synthetic
 from fastcr.data.views import Views, step_indices
 from fastcr.encoders.encoder import describe
-from fastcr.encoders.rationale import attention_entropy
 from fastcr.errors import UsageError, one_line
 from fastcr.measures.evaluation import HISTORY, INITIAL
 from fastcr.measures.health import EncoderHealth, HealthWarnings
 from fastcr.method.build import Schedule, Training, build, check_settings, compiles, fit_sizes, trained
 from fastcr.method.ddt import ddt_detectors
-from fastcr.method.objectives import QUEUED
 from fastcr.method.step import Losses, cosine_lr
 from fastcr.output.evaluations import TrainingEvaluation
 from fastcr.runs.checkpoint import (
@@ -69,16 +67,13 @@ class Run:
     context: Context
 
 
-class Moment(NamedTuple):
+class Due(NamedTuple):
     """What is due after a step; the same in every process."""
 
-    step: int  # from 1
-    epoch: int  # epochs that are complete
-    ends_epoch: bool
-    logs: bool
-    saves: bool
-    evaluates: bool
-    stopped: int  # the signal that ends the run after this step, or 0
+    signal: int  # that ends the run after this step, or 0
+    log: bool
+    save: bool
+    evaluate: bool
 
 
 def train(
@@ -101,35 +96,31 @@ def train(
     with ExitStack() as folders:
         context = Context.of(config.run.device, config.run.precision, config.data.workers, console, processes)
         run = open_run(config, Path(resume) if resume else None, context, folders)
-        carry_out(run, began)
+        config, schedule = run.config, run.schedule
+        evaluation = TrainingEvaluation(run.folder, run.splits, context, knn=bool(config.run.eval_every))
+        logged = {"start": run.start, "last": schedule.last, "steps_per_epoch": schedule.steps_per_epoch}
+        with RunLog(run.folder, config, context, **logged) as log:
+            if stopped := run_steps(run, evaluation, log, began):
+                raise SystemExit(128 + stopped)
+            if bad := set().union(*processes.gather(run.views.bad.files)):
+                context.say(f"{len(bad)} unreadable training images were skipped")
+            with log.paused():
+                log.evaluated(schedule.last, *evaluation.at_the_end(run.training.encoder))
+        context.say(f"run folder: {run.folder}")
     return run.folder
-
-
-def carry_out(run: Run, began: float) -> None:
-    """Train and evaluate."""
-    config, context, schedule = run.config, run.context, run.schedule
-    evaluation = TrainingEvaluation(run.folder, run.splits, context, knn=bool(config.run.eval_every))
-    logged = {"start": run.start, "last": schedule.last, "steps_per_epoch": schedule.steps_per_epoch}
-    with RunLog(run.folder, config, context, **logged) as log:
-        if stopped := run_steps(run, evaluation, log, began):
-            raise SystemExit(128 + stopped)
-        if bad := set().union(*context.processes.gather(run.views.bad.files)):
-            context.say(f"{len(bad)} unreadable training images were skipped")
-        with log.paused():
-            log.evaluated(schedule.last, *evaluation.at_the_end(run.training.encoder))
-    context.say(f"run folder: {run.folder}")
 
 
 def run_steps(run: Run, evaluation: TrainingEvaluation, log: RunLog, began: float) -> int:
     """The training loop; returns the number of the signal that ended it early, or 0."""
     config, training, schedule, processes = run.config, run.training, run.schedule, run.context.processes
-    stopped, files_of = 0, partial(files_of_step, config, run.splits.train)
+    files_of = partial(files_of_step, config, run.splits.train)
     watch = LossWatch(trained(training.optimizer), run.start, run.folder, files_of, processes)
     saver = Saver(run.folder, describe(config), config.run.keep, config.run.save_minutes)
     health = RunHealth(run)
+    due = Due(0, False, False, False)
     with StopSignal() as stop, closing(run.views.batches(run.start)) as batches:
-        if not run.start and schedule.last and config.moco.objective in QUEUED:  # with views that no step will see
-            with closing(run.views.batches(schedule.total)) as unseen:
+        if config.moco.objective == "relational" and not run.start and schedule.last:
+            with closing(run.views.batches(schedule.total)) as unseen:  # views that no step will see
                 training.fill_queue(unseen)
         log.meter.reset()
         ready = time.monotonic()
@@ -143,44 +134,45 @@ def run_steps(run: Run, evaluation: TrainingEvaluation, log: RunLog, began: floa
             if step == run.start + 1:
                 say_first_step(run, loss, began, ready)
 
-            now = moment(run, step, stop, saver)
-            stopped = now.stopped
-            if now.logs or now.saves:
+            due = due_after(run, step, stop, saver)
+            if due.log or due.save:
                 watch.check()
-            if now.logs:
-                health.record(now, loss, losses, log)
+            if due.log:
+                health.record(step, loss, losses, log)
             saver.check()
-            if now.saves:
+            if due.save:
                 save(run, saver, step)
-            if stopped:
+            if due.signal:
                 run.context.say(f"stopped at step {step}; resume with: {called('train')} --resume {run.folder}")
                 break
-            if now.evaluates:
+            if due.evaluate:
                 with log.paused():
-                    log.evaluated(step, *evaluation.during(training.encoder, now.epoch))
+                    epoch = step // schedule.steps_per_epoch
+                    log.evaluated(step, *evaluation.during(training.encoder, epoch))
         if run.start == schedule.last == 0:  # nothing to train: the start is what is saved
             save(run, saver, 0)
         processes.once(saver.wait)  # before signals end the process again, and before the others go
-    return stopped
+    return due.signal
 
 
-def moment(run: Run, step: int, stop: StopSignal, saver: Saver) -> Moment:
+def due_after(run: Run, step: int, stop: StopSignal, saver: Saver) -> Due:
     """What is due after `step`.
 
-    All processes agree on it here, at each step and before anything waits for the device: a process that waits for a
-    lost one there would never notice.
+    All processes agree on it at each step, on the CPU and before any of them waits for its device: only in such an
+    exchange is a lost process noticed.
     """
     config, schedule, processes = run.config.run, run.schedule, run.context.processes
-    wanted: int = processes.first and saver.due()
-    stopped, due = processes.most(stop.received, wanted)
-    epoch, ends_epoch, last = step // schedule.steps_per_epoch, step % schedule.steps_per_epoch == 0, schedule.last
-    evaluates = bool(config.eval_every) and ends_epoch and epoch % config.eval_every == 0 and step < last
-    logs = step % config.log_every == 0 or ends_epoch or step == last
-    return Moment(step, epoch, ends_epoch, logs, bool(stopped or due or evaluates or step == last), evaluates, stopped)
+    time_to_save: int = processes.first and saver.due()
+    signal, time_to_save = processes.most(stop.received, time_to_save)
+    epoch, into_epoch = divmod(step, schedule.steps_per_epoch)
+    last = step == schedule.last
+    evaluate = bool(config.eval_every) and not into_epoch and epoch % config.eval_every == 0 and not last
+    log = step % config.log_every == 0 or not into_epoch or last
+    return Due(signal, log, bool(signal or time_to_save or evaluate or last), evaluate)
 
 
 class RunHealth:
-    """The figures of a run that are logged, and warnings where they say that it goes badly."""
+    """The figures that a run logs, and warnings where they say that it goes badly."""
 
     def __init__(self, run: Run) -> None:
         initial = run.folder / INITIAL
@@ -190,19 +182,20 @@ class RunHealth:
         self.encoder = EncoderHealth(run.views.images, initial, run.context) if watched else None
         self.warnings = HealthWarnings(run.context, self.encoder.first_rank if self.encoder else 0.0)
 
-    def record(self, now: Moment, loss: Tensor, losses: Losses, log: RunLog) -> None:
+    def record(self, step: int, loss: Tensor, losses: Losses, log: RunLog) -> None:
         """Log a step's figures; at the end of an epoch those of the encoder too. Waits for the device."""
-        run, training = self.run, self.run.training
-        figures = {"loss": loss.item()} | metrics_of(losses, training) | log.meter.read()
-        lr = cosine_lr(run.config.optim.lr, now.step - 1, run.schedule.total)
-        record = {"step": now.step, "epoch": now.step / run.schedule.steps_per_epoch, "lr": lr}
+        run, training, schedule = self.run, self.run.training, self.run.schedule
+        epoch, into_epoch = divmod(step, schedule.steps_per_epoch)
+        figures = training.figures(loss, losses) | log.meter.read()
+        lr = cosine_lr(run.config.optim.lr, step - 1, schedule.total)
+        record = {"step": step, "epoch": step / schedule.steps_per_epoch, "lr": lr}
         record |= run.context.processes.mean(figures)
-        if now.ends_epoch and self.encoder:
+        if not into_epoch and self.encoder:
             record |= self.encoder.measure(training.encoder)
             log.meter.reset()
         log.record(record)
-        if now.ends_epoch:
-            log.epoch_done(record, now.epoch)
+        if not into_epoch:
+            log.epoch_done(record, epoch)
             self.warnings.look(record, losses.features[0, 0].numel())
 
 
@@ -247,11 +240,10 @@ def fingerprint(images: ImageList) -> int:
 
 
 def restore(path: Path, training: Training, images: int, context: Context) -> int:
-    """Restore the newest whole save; returns the step it was made after.
+    """Restore the newest whole save; returns the step it was made after. `images` is the fingerprint of today's images.
 
-    `images` is the fingerprint of today's images. Only the first process reads the file. With another number of
-    processes than before, the run continues with the same images, order, augmentation, queue and schedule; what changes
-    are the groups of `--model.batchnorm local`, and random draws of the model itself, such as dropout.
+    Only the first process reads the file. With another number of processes than before, only what `--model.batchnorm
+    local` sees together and random draws of the model itself, such as dropout, are others.
     """
     processes = context.processes
     state, file = processes.once(partial(load_resume, path))
@@ -261,9 +253,8 @@ def restore(path: Path, training: Training, images: int, context: Context) -> in
         raise UsageError(f"{path}: the training images are not those of this run: files came, went or moved")
     try:
         training.load_state(state)
-        random = state["random"] if isinstance(state["random"], list) else [state["random"]]
-        if processes.rank < len(random):
-            set_random_states(random[processes.rank])
+        if processes.rank < len(state["random"]):
+            set_random_states(state["random"][processes.rank])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path} does not fit the settings of this run: {one_line(error)}") from None
     return state["step"]
@@ -288,24 +279,9 @@ def files_of_step(config: Config, images: ImageList, step: int) -> list[str]:
 def say_first_step(run: Run, loss: Tensor, began: float, ready: float) -> None:
     """Print how long the first step took; waits for the device."""
     loss.item()
-    compiled = " and its compilation" * compiles(run.config, run.context.device)
-    since, step = time.monotonic() - began, time.monotonic() - ready
-    run.context.say(f"first step done {since:.1f} s after the start, {step:.1f} s of it the step{compiled}")
-
-
-def metrics_of(losses: Losses, training: Training) -> dict[str, float]:
-    """Losses and the state of health of embeddings and branch, read from the device."""
-    # unit vectors that lie everywhere have a variance of nearly 1 in all; those of a collapsed encoder 0
-    spread = losses.key.var(0, correction=0).sum().sqrt()
-    metrics = {"contrast_loss": losses.contrast.item(), "embedding_spread": spread.item()}
-    branch = training.encoder.branch
-    if losses.fit is not None:
-        metrics["fit_loss"] = losses.fit.item()
-    if branch is not None:  # one that is not fitted has not been asked where it looks
-        attention = branch.pool(losses.features).attention if losses.attention is None else losses.attention
-        metrics["attention_entropy"] = attention_entropy(attention).item()
-        metrics["effective_detectors"] = branch.effective_detectors(losses.features).item()
-    return metrics
+    now, compiled = time.monotonic(), " and its compilation" * compiles(run.config, run.context.device)
+    took = f"{now - ready:.1f} s of it the step{compiled}"
+    run.context.say(f"first step done {now - began:.1f} s after the start, {took}")
 
 
 def main(args: Sequence[str] | None = None) -> None:

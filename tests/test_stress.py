@@ -8,7 +8,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -76,36 +75,6 @@ def test_kills_at_random_moments_change_nothing(
     assert killed == whole
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == list(range(1, steps + 1))
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 75 MB, where the first save of a run fits (56 MB), and not a second beside it."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=75m", "fastcr", str(disk)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting a file system needs root")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
-
-
-def test_full_disk_keeps_the_last_good_checkpoint(
-    small_disk: Path, flat: Path, one_thread: None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = small_disk / "run"
-    flags = [*TINY, "--data.root", str(flat), "--run.dir", str(folder), "--run.steps", "4"]
-    with pytest.raises(SystemExit) as stop:
-        train.main(["synthetic", *flags])
-    assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"fastcr.train: error: cannot save {folder / 'resume.pt'}: ")
-    assert line.endswith("what was there before is untouched")
-    assert torch.load(folder / "resume.pt", weights_only=True)["step"] == 1
-    assert not list(folder.glob(".*.tmp"))
-    subprocess.run(["mount", "-o", "remount,size=200m", str(small_disk)], check=True)
-    train.main(["--resume", str(folder)])
-    assert torch.load(folder / "resume.pt", weights_only=True)["step"] == 4
 
 
 def memory_of(process: int) -> int:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -84,7 +83,7 @@ def test_every_command_takes_a_run_of_no_epochs(untrained: Path, birds: Path, tm
 
 
 def test_a_run_of_no_epochs_goes_on_as_one_that_never_paused(flat: Path, tmp_path: Path) -> None:
-    queued = ("--moco.objective", "neighbour")  # fills its queue before the first step: not where there is none
+    queued = ("--moco.objective", "relational")  # fills its queue before the first step: not where there is none
     whole = records(run(flat, tmp_path / "whole", *queued, "--run.steps", "2"))
     run(flat, tmp_path / "paused", *queued, *ZERO)
     assert torch.load(tmp_path / "paused" / "resume.pt", weights_only=True)["model"]["moco.queue_images"].max() == -1
@@ -98,11 +97,6 @@ def test_a_run_of_no_epochs_goes_on_as_one_that_never_paused(flat: Path, tmp_pat
 def test_no_epochs_without_labels_and_with_other_methods(more: tuple[str, ...], flat: Path, tmp_path: Path) -> None:
     folder = run(flat, tmp_path / "run", *ZERO, *more)
     assert {file.name for file in folder.iterdir() if "tfevents" not in file.name} == FILES
-
-
-def test_no_epochs_say_nothing_of_a_cache(flat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(flat, tmp_path / "run", *ZERO, "--data.loader", "auto", "--data.cache", "auto")
-    assert "decoded once" not in capsys.readouterr().out
 
 
 def ddt_maps(features: torch.Tensor) -> torch.Tensor:
@@ -148,13 +142,6 @@ def test_a_resumed_run_keeps_its_branch(flat: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(train, "ddt_detectors", None)  # would fail if it were called
     train.main(["--resume", str(folder), "--run.steps", "2"])
     assert same(weights(folder, "init"), initial)
-
-
-def test_the_released_branch_has_no_such_start(flat: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
-    line = refused(train.main, *flags(flat, tmp_path / "run", *DDT, "--released.enabled", "True"))
-    assert "--rationale.init ddt" in line
-    assert "--released.enabled" in line
-    assert not (tmp_path / "run").exists()
 
 
 def test_two_processes_begin_with_the_branch_of_one(flat: Path, tmp_path: Path) -> None:

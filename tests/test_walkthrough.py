@@ -18,10 +18,10 @@ from fastcr.data.crops import centre_crop
 from fastcr.data.synthetic import CLASSES, draw_bird
 from fastcr.data.torch_views import cut_image
 from fastcr.data.views import Batch, ViewParameters, draw_parameters, normalise, step_indices
-from fastcr.encoders.backbone import build_backbone
+from fastcr.encoders.backbone import build_backbone, mean_pool
 from fastcr.encoders.encoder import Encoder, describe
 from fastcr.encoders.rationale import RationaleHead, common_cam_weights, mismatch_gradient
-from fastcr.method.moco import MoCo, mean_pool
+from fastcr.method.moco import MoCo
 from fastcr.method.objectives import build_objective
 from fastcr.method.step import contrast_losses, train_step
 
@@ -65,7 +65,7 @@ def shapes() -> Iterator[tuple[str, Any]]:
     yield "features", features
     features = moco.backbone(batch.first)
     pooled = mean_pool(features)
-    projected, key = moco.project(pooled), moco.key(batch.second, autocast)
+    projected, key = moco.head(pooled), moco.key(batch.second, autocast)
     query = moco.query(pooled)
     yield from {"pooled": pooled, "projected": projected, "query": query, "key": key, "queue": moco.queue}.items()
 

@@ -26,7 +26,7 @@ from fastcr.data.crops import centre_crop
 from fastcr.data.images import to_rgb
 from fastcr.data.views import MEAN, STD, normalise
 from fastcr.encoders.backbone import TIMM, TimmEncoder, build_backbone, mean_pool
-from fastcr.encoders.folding import folded_once
+from fastcr.encoders.folding import folded_copy
 from fastcr.encoders.hub import address_of, fetch
 from fastcr.encoders.rationale import RationaleHead
 from fastcr.encoders.released import ReleasedBranch, from_released_checkpoint, released_facts
@@ -67,14 +67,11 @@ class Encoder(nn.Module):
         image_size: side of the images it was trained on, pixels; others work too.
         mean, std: of the normalisation, a number a colour.
         facts: the description kept with the weights.
-        ignored: keys of a released checkpoint that no part of the encoder comes from.
     """
 
-    def __init__(
-        self, backbone: nn.Module, branch: Branch | None, facts: dict[str, Any], ignored: tuple[str, ...] = ()
-    ) -> None:
+    def __init__(self, backbone: nn.Module, branch: Branch | None, facts: dict[str, Any]) -> None:
         super().__init__()
-        self.backbone, self.branch, self.ignored = backbone, branch, ignored
+        self.backbone, self.branch = backbone, branch
         self.facts = {"mean": MEAN, "std": STD} | facts
         self.image_size = int(facts["image_size"])
         self.mean, self.std = (tuple(map(float, self.facts[name])) for name in ("mean", "std"))
@@ -134,13 +131,19 @@ class Encoder(nn.Module):
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """All parts in eval mode, put back as they were afterwards; inside it the weights shall not change."""
+        """All parts in eval mode, put back as they were afterwards; inside it the weights shall not change.
+
+        Its backbone is a copy with folded norms meanwhile. A compiled one stays: the copy would be compiled anew.
+        """
         training = {module: module.training for module in self.modules()}  # frozen parts are always in eval mode
         self.eval()
+        backbone = self.backbone
+        if backbone._compiled_call_impl is None:
+            self.backbone = folded_copy(backbone, self.image_size)
         try:
-            with folded_once(self.backbone, self.image_size):
-                yield
+            yield
         finally:
+            self.backbone = backbone
             for module, mode in training.items():
                 module.training = mode
 
@@ -186,26 +189,24 @@ def load(path_or_run: str | os.PathLike[str], device: str | torch.device = "cpu"
     `hf://OWNER/NAME`, or `hf://OWNER/NAME@REVISION`, is one on the Hub (extra `hub`).
     No code in the file is run. `UsageError` if it is missing, broken or foreign, or `device` is not there.
     """
-    where, ignored = pick_device(str(device)), tuple[str, ...]()
-    file = find_weights(path_or_run)
+    where, file = pick_device(str(device)), find_weights(path_or_run)
+    state, facts = _named(*load_weights(file))
     try:
-        state, facts, ignored = _named(*load_weights(file))
         if not facts:
             keys = ", ".join(sorted(state)[:3])
             raise UsageError(f"{file} was not written by fastcr.train (no fastcr metadata); its keys begin {keys}")
         _check(facts)
-        detectors = facts["detectors"]
+        detectors, temperature = facts["detectors"], facts["temperature"]
         backbone, channels = build_backbone(facts["backbone"], facts["last_stage"], stem_maxpool=facts["stem_maxpool"])
-        branch: Branch | None
+        branch: Branch | None = None
         if facts["attention"] == "batch-minmax":
             branch = ReleasedBranch(channels, detectors)
-        else:
-            rationale = RationaleConfig(enabled=detectors > 0, detectors=detectors, temperature=facts["temperature"])
-            branch = build_branch(channels, rationale)
-        encoder = Encoder(backbone, branch, facts, ignored)
+        elif detectors:
+            branch = RationaleHead(channels, detectors=detectors, temperature=temperature)
+        encoder = Encoder(backbone, branch, facts)
         encoder.load_state_dict(state)
     except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-        promised = "a released checkpoint does" if ignored else "its metadata says"
+        promised = "a released checkpoint does" if facts.get("attention") == "batch-minmax" else "its metadata says"
         raise UsageError(f"{file} does not hold what {promised}: {one_line(error)}") from None
     encoder.to(device=where, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return encoder.requires_grad_(False).eval()
@@ -250,15 +251,11 @@ def _check(facts: dict[str, Any]) -> None:
         raise ValueError(f"{wrong[0]} cannot be {facts[wrong[0]]}")
 
 
-def _named(
-    state: dict[str, Tensor], facts: dict[str, Any]
-) -> tuple[dict[str, Tensor], dict[str, Any], tuple[str, ...]]:
-    """State dict with the names `backbone.*` and `branch.*`, its facts, and the keys left out."""
+def _named(state: dict[str, Tensor], facts: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """State dict with the names `backbone.*` and `branch.*`, and its facts."""
     if "conv16.weight" in state:
-        kept = from_released_checkpoint(state)
-        used = {id(value) for value in kept.values()}
-        return kept, released_facts(state), tuple(key for key, value in state.items() if id(value) not in used)
+        return from_released_checkpoint(state), released_facts(state)
     if facts and not any(key.startswith("backbone.") for key in state):  # exported under torchvision's or timm's names
         prefix = "backbone.timm." if str(facts.get("backbone")).startswith(TIMM) else "backbone."
         state = {key if key.startswith("branch.") else prefix + key: value for key, value in state.items()}
-    return state, facts, ()
+    return state, facts

@@ -4,8 +4,8 @@ With its running statistics a BatchNorm multiplies each channel by `scale = gamm
 
     norm(convolution(x; weight, bias)) = convolution(x; weight * scale, (bias - mean) * scale + beta)
 
-Done anew in each pass, this gives weight, bias, gamma and beta the gradients that they have without it. Modules,
-parameters and their names stay as they are, and a BatchNorm in training mode does what it always did.
+In training this is done anew in each pass, which gives weight, bias, gamma and beta the gradients that they have
+without it. For evaluation it is done once, in a copy.
 """
 
 from __future__ import annotations
@@ -13,9 +13,6 @@ from __future__ import annotations
 import copy
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,61 +20,89 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-Pair = tuple[nn.Conv2d, nn.BatchNorm2d]
+
+class FoldedConv2d(nn.Conv2d):
+    """A convolution `[B,C,H,W]` to `[B,K,h,w]` that does the work of the BatchNorm after it too.
+
+    It takes over the parameters of `convolution` under their names. `norm` stays where it is in the network: it is no
+    submodule here, but a deep copy of the network has its own copy of it in both places.
+    """
+
+    norm: nn.BatchNorm2d | None  # None once its weights hold it
+
+    def __init__(self, convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
+        nn.Module.__init__(self)
+        vars(self).update(vars(convolution), norm=norm, pads_as_needed=type(convolution) is _timm("Conv2dSame"))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """What the norm gives after the convolution."""
+        weight, bias = fold(self, self.norm) if self.norm else (self.weight, self.bias)
+        if self.pads_as_needed:
+            images = _timm("pad_same")(images, self.kernel_size, self.stride, self.dilation)
+        return self._conv_forward(images, weight, bias)
+
+
+class FoldedNorm(nn.BatchNorm2d):
+    """A BatchNorm that a convolution does the work of: here only the activation of timm's BatchNorm is left.
+
+    It keeps its parameters and statistics under their names, and the statistics stay as they are in training mode too.
+    """
+
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        nn.Module.__init__(self)
+        vars(self).update(vars(norm))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features `[B,C,H,W]` as they are, or activated."""
+        return self.act(self.drop(features)) if hasattr(self, "act") else features
 
 
 def fold_norms(backbone: nn.Module, image_size: int) -> None:
-    """Let the BatchNorms of a backbone, images `[B,3,image_size,image_size]` to features, be folded in eval mode.
+    """Fold the BatchNorms of a backbone, images `[B,3,image_size,image_size]` to features, in each of its passes.
 
-    Those that are not the only ones to take what a convolution gives stay as they are.
+    A norm that is not the only one to take what a convolution gives stays as it is.
     """
+    new = dict[nn.Module, nn.Module]()
     for convolution, norm in find_pairs(backbone, image_size):
-        # partials, because a deep copy of the backbone takes them to its own modules
-        convolution.forward = partial(_convolve, convolution, norm)  # type: ignore[method-assign]
-        norm.forward = partial(_finish, norm)  # type: ignore[method-assign]
+        new[norm] = folded = FoldedNorm(norm)
+        new[convolution] = FoldedConv2d(convolution, folded)
+    for name, module in list(backbone.named_modules(remove_duplicate=False)):
+        if module in new:
+            backbone.set_submodule(name, new[module])
 
 
-def unfold_norms(backbone: nn.Module) -> None:
-    """Undo `fold_norms`."""
-    for module in backbone.modules():
-        if _is_folded(module):
-            del module.forward
+def folded_copy(backbone: nn.Module, image_size: int) -> nn.Module:
+    """A copy of a backbone for evaluation, with norms folded once and without gradients of its parameters."""
+    with torch.inference_mode(False), torch.no_grad():
+        copied = copy.deepcopy(backbone).requires_grad_(False)
+        if not any(isinstance(module, FoldedConv2d) for module in copied.modules()):
+            fold_norms(copied, image_size)
+        for module in copied.modules():
+            if isinstance(module, FoldedConv2d) and module.norm:
+                weight, bias = fold(module, module.norm)
+                module.weight, module.bias = nn.Parameter(weight, False), nn.Parameter(bias, False)
+                module.norm = None
+    return copied
 
 
-def _is_folded(module: nn.Module) -> bool:
-    """Whether `fold_norms` gave it another forward pass."""
-    return getattr(vars(module).get("forward"), "func", None) in (_convolve, _finish)
+def fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Weight and bias of both as one convolution; in fp32 under autocast too, which casts them afterwards."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = (norm.running_var + norm.eps).rsqrt()
+    scale = scale if norm.weight is None else scale * norm.weight
+    bias = -norm.running_mean if convolution.bias is None else convolution.bias - norm.running_mean
+    bias = bias * scale if norm.bias is None else torch.addcmul(norm.bias, bias, scale)
+    return convolution.weight * scale.view(-1, 1, 1, 1), bias
 
 
-@contextmanager
-def folded_once(backbone: nn.Module, image_size: int) -> Iterator[None]:
-    """Inside it weights and statistics shall not change, and are folded once, without gradients.
-
-    A compiled backbone is left as it is: what it was compiled for would no longer hold.
-    """
-    if backbone._compiled_call_impl is not None:
-        yield
-        return
-    before = {module: vars(module)["forward"] for module in backbone.modules() if _is_folded(module)}
-    pairs = [each.args for each in before.values() if len(each.args) == 2] or find_pairs(backbone, image_size)
-    for convolution, norm in pairs:
-        with torch.inference_mode(False), torch.no_grad():
-            kept = fold(convolution, norm)
-        convolution.forward = partial(_convolve, convolution, norm, kept=kept)  # type: ignore[method-assign]
-        norm.forward = partial(_finish, norm)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        unfold_norms(backbone)
-        for module, forward in before.items():
-            module.forward = forward
-
-
-def find_pairs(backbone: nn.Module, image_size: int) -> list[Pair]:
-    """Convolutions and the BatchNorms that alone take what they give, as a pass of one image shows."""
+def find_pairs(backbone: nn.Module, image_size: int) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+    """Convolutions and the BatchNorms that alone take what they give, as a pass of one image through a copy shows."""
     tried = copy.deepcopy(backbone).eval()
-    own = dict(zip(tried.modules(), backbone.modules(), strict=True))
-    convolutions, norms = ([each for each in own if kind(each)] for kind in (_is_plain_convolution, _is_plain_norm))
+    own: dict[nn.Module, Any] = dict(zip(tried.modules(), backbone.modules(), strict=True))
+    convolutions = [each for each in own if type(each) in (nn.Conv2d, _timm("Conv2dSame"))]
+    norms = [each for each in own if type(each) in (nn.BatchNorm2d, _timm("BatchNormAct2d"))]
+    norms = [norm for norm in norms if norm.running_var is not None]
     if not (convolutions and norms):
         return []
     seen = _Seen()
@@ -85,36 +110,19 @@ def find_pairs(backbone: nn.Module, image_size: int) -> list[Pair]:
         each.register_forward_hook(seen.made_by)
     for each in norms:
         each.register_forward_pre_hook(seen.taken_by)
-    parameter = next(tried.parameters())
     with torch.no_grad(), seen:
-        features = tried(parameter.new_zeros(1, 3, image_size, image_size))
+        features = tried(convolutions[0].weight.new_zeros(1, 3, image_size, image_size))
     seen.count(features)
-    found: list[Any] = [(own[convolution], own[norm]) for convolution, norm in seen.pairs()]
-    return found
-
-
-def _is_plain_convolution(module: nn.Module) -> bool:
-    """Whether a module does what `_convolve` does, but for the norm."""
-    if not isinstance(module, nn.Conv2d) or "forward" in vars(module):
-        return False
-    inherited = type(module).forward, type(module)._conv_forward
-    return type(module) is _timm("Conv2dSame") or inherited == (nn.Conv2d.forward, nn.Conv2d._conv_forward)
-
-
-def _is_plain_norm(module: nn.Module) -> bool:
-    """Whether a module does what `_finish` does, and the norm; in eval mode with statistics of its own."""
-    if not isinstance(module, nn.BatchNorm2d) or "forward" in vars(module) or module.running_var is None:
-        return False
-    return type(module) is _timm("BatchNormAct2d") or type(module).forward is nn.BatchNorm2d.forward
+    return [(own[convolution], own[norm]) for convolution, norm in seen.pairs()]
 
 
 def _timm(name: str) -> Any:
-    """A layer of timm; None where timm is not in use."""
+    """A layer or function of timm's; None where timm is not in use."""
     return getattr(sys.modules.get("timm.layers"), name, None)
 
 
 class _Seen(TorchDispatchMode):
-    """Under it: which convolution made what, which norm took it, and how many operations did."""
+    """Inside it: which convolution made what, which norm took it, and how many operations did."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,38 +154,3 @@ class _Seen(TorchDispatchMode):
         alone = [each for each in self.made if each in self.taken and self.uses[each] == 1]
         pairs = [(self.made[each][0], self.taken[each]) for each in alone]
         return [pair for pair in pairs if all(self.calls[module] == 1 for module in pair)]
-
-
-def _convolve(
-    convolution: nn.Conv2d, norm: nn.BatchNorm2d, images: Tensor, kept: tuple[Tensor, Tensor] | None = None
-) -> Tensor:
-    """Forward pass of a convolution, and with running statistics of the norm after it, as `kept` or folded here."""
-    if _stays(norm):
-        return type(convolution).forward(convolution, images)
-    weight, bias = kept or fold(convolution, norm)
-    if type(convolution) is _timm("Conv2dSame"):
-        images = _timm("pad_same")(images, convolution.kernel_size, convolution.stride, convolution.dilation)
-    return convolution._conv_forward(images, weight, bias)
-
-
-def _finish(norm: Any, features: Tensor) -> Tensor:
-    """What is left of the norm's forward pass: nothing, or the activation of timm's."""
-    if _stays(norm):
-        return type(norm).forward(norm, features)
-    return norm.act(norm.drop(features)) if type(norm) is _timm("BatchNormAct2d") else features
-
-
-def _stays(norm: nn.BatchNorm2d) -> bool:
-    """Whether it is done as ever: with the statistics of the batch, and in an exported graph, whose users fold it."""
-    return norm.training or torch.compiler.is_exporting()
-
-
-def fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Weight and bias of both as one convolution; in fp32 under autocast too, which casts them afterwards."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    scale = (norm.running_var + norm.eps).rsqrt()
-    scale = scale if norm.weight is None else scale * norm.weight
-    bias = -norm.running_mean if convolution.bias is None else convolution.bias - norm.running_mean
-    bias = bias * scale if norm.bias is None else torch.addcmul(norm.bias, bias, scale)
-    return convolution.weight * scale.view(-1, 1, 1, 1), bias

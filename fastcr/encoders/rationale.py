@@ -109,7 +109,9 @@ class RationaleHead(nn.Module):
     def effective_detectors(self, features: Tensor) -> Tensor:
         """exp(entropy of which detector wins a position), 1 (always the same) to K; a scalar."""
         logits = torch.einsum("kc,bcs->bks", self.weight, features.flatten(2).to(self.weight.dtype))
-        return effective_number((logits + self.bias[:, None]).argmax(1), len(self.bias))
+        winners = (logits + self.bias[:, None]).argmax(1).flatten()
+        share = torch.bincount(winners, minlength=len(self.bias)) / winners.numel()
+        return torch.exp(-torch.xlogy(share, share).sum())
 
 
 def mismatch_gradient(pooled: Tensor, projected: Tensor, key: Tensor) -> Tensor:
@@ -133,12 +135,6 @@ def common_cam_weights(
     """
     common = processes.total(common_weights(features, gradient, cam_keeps=cam_keeps, impl=impl))
     return (common if cam_keeps == "mismatch" else -common).expand_as(gradient)
-
-
-def effective_number(winners: Tensor, detectors: int) -> Tensor:
-    """exp(entropy of which of the `detectors` wins) of indices of any shape; a scalar from 1 to `detectors`."""
-    share = torch.bincount(winners.flatten(), minlength=detectors) / winners.numel()
-    return torch.exp(-torch.xlogy(share, share).sum())
 
 
 def attention_entropy(attention: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ def released_facts(state: dict[str, Tensor]) -> dict[str, Any]:
         "backbone": "resnet50",
         "last_stage": "layer4",
         "stem_maxpool": any(key.startswith("encoder_q.") for key in state),
-        "detectors": len(state["conv16.weight"]),
+        "detectors": state["conv16.weight"].shape[:1].numel(),
         "temperature": 0.4,
         "attention": "batch-minmax",
         "image_size": 224,

@@ -18,9 +18,10 @@ from fastcr.encoders.backbone import PACKAGED, STAGES, TIMM, TIMM_HEADS, TimmEnc
 from fastcr.errors import UsageError, one_line
 from fastcr.runs.checkpoint import AVERAGED, read_state_dict
 
+FEW = 10  # keys whose numbers stand for names; a head of another model has fewer by chance
+
 # of several encoders in a checkpoint the first without one of these words in its name is taken: the one that is
 # trained, but of a student and its teacher, or weights and their moving average, the latter, as their authors do
-FEW = 10  # keys whose numbers stand for names; a head of another model has fewer by chance
 SECOND = ("encoder_k", "momentum", "target", "student", "key")
 
 # a package on the Python package index that holds the ImageNet weights of PACKAGED, under the names of its own code

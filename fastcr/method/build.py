@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -16,13 +17,12 @@ from fastcr.data.views import Batch
 from fastcr.encoders.backbone import backbone_mistake, build_backbone, freeze_stages, mean_pool, synchronise_norms
 from fastcr.encoders.encoder import Encoder, build_branch, describe
 from fastcr.encoders.folding import fold_norms
-from fastcr.encoders.rationale import RationaleHead
+from fastcr.encoders.rationale import RationaleHead, attention_entropy
 from fastcr.encoders.weights import load_initial_weights
 from fastcr.errors import UsageError
 from fastcr.kernels import launch
-from fastcr.method.depthwise import FastGradients, has_slow_gradients
 from fastcr.method.moco import MoCo, Pool
-from fastcr.method.objectives import QUEUED, build_objective
+from fastcr.method.objectives import build_objective
 from fastcr.method.parallel import Synchronised
 from fastcr.method.step import Losses, LossFunction, Replayed, contrast_losses, cosine_lr, train_step
 from fastcr.runs.context import Context
@@ -83,10 +83,21 @@ class Training:
         gradients = [each.grad for each in trained(self.optimizer) if each.grad is not None]
         return torch.nn.utils.get_total_norm(gradients, foreach=True)
 
+    def figures(self, loss: Tensor, losses: Losses) -> dict[str, float]:
+        """Losses and the state of health of the embeddings and of a branch that is fitted; waits for the device."""
+        # unit vectors that lie everywhere have a variance of nearly 1 in all; those of a collapsed encoder 0
+        spread = losses.key.var(0, correction=0).sum().sqrt()
+        found = {"loss": loss, "contrast_loss": losses.contrast, "embedding_spread": spread}
+        if losses.fit is not None and losses.attention is not None:
+            found["fit_loss"] = losses.fit
+            found["attention_entropy"] = attention_entropy(losses.attention)
+            found["effective_detectors"] = self.model["branch"].effective_detectors(losses.features)  # type: ignore[operator]
+        return {name: figure.item() for name, figure in found.items()}
+
     def state(self) -> dict[str, Any]:
         """Everything the next step depends on, but for the batch and the random generators."""
-        parts = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler}
-        return {name: part.state_dict() for name, part in parts.items()}  # type: ignore[attr-defined]
+        parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler}
+        return {name: part.state_dict() for name, part in parts.items()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned; torch's own errors if it is of another model."""
@@ -114,15 +125,17 @@ def build(config: Config, context: Context, *, initial_weights: bool = True) -> 
         moco.backbone.compile(dynamic=False)
         moco.key_backbone.compile(dynamic=False)
     pool = branch.attended if branch and config.moco.pooling == "rationale" else mean_pool
-    fitted = branch if config.rationale.fit_weight else None  # GradCAM serves the fit alone
-    objective = build_objective(config.moco, config.run.kernels)
     loss_function: LossFunction = partial(
-        contrast_losses, branch=fitted, objective=objective, pool=pool, cam_of=config.rationale.cam_of
+        contrast_losses,
+        branch=branch if config.rationale.fit_weight else None,  # GradCAM serves the fit alone
+        objective=build_objective(config.moco, config.run.kernels),
+        pool=pool,
+        cam_of=config.rationale.cam_of,
     )
-    options = dict[str, Any]()
+    no_sync: Callable[[], AbstractContextManager[None]] = nullcontext
     if processes.ranks > 1:
         loss_function = Synchronised(model, loss_function, config.optim.accumulate)
-        options["no_sync"] = loss_function.no_sync
+        no_sync = loss_function.no_sync
         torch.manual_seed(config.run.seed + processes.rank)  # for what a model draws in training, such as dropout
     scaler = torch.amp.GradScaler(device.type, enabled=context.dtype == torch.float16)
     autocast = torch.autocast(device.type, dtype=context.dtype, enabled=context.dtype != torch.float32)
@@ -136,7 +149,7 @@ def build(config: Config, context: Context, *, initial_weights: bool = True) -> 
         autocast=autocast,
         scaler=scaler,
         accumulate=config.optim.accumulate,
-        **options,
+        no_sync=no_sync,
     )
     step = Replayed(step) if config.run.cuda_graph else step
     return Training(encoder, moco, model, optimizer, rates, scaler, autocast, pool, step)
@@ -157,9 +170,7 @@ def _modules(config: Config, context: Context, initial_weights: bool) -> tuple[M
         for norm in backbone.modules():
             if isinstance(norm, nn.modules.batchnorm._BatchNorm):
                 norm.eval()
-    slow = context.device.type == "cpu" and not compiles(config, context.device) and has_slow_gradients(backbone)
-    gradients = FastGradients() if slow else None
-    moco = MoCo(backbone, channels, config.moco, processes=processes, gradients=gradients)
+    moco = MoCo(backbone, channels, config.moco, processes=processes)
     branch = build_branch(channels, config.rationale, config.run.kernels, processes)
     if branch and not config.rationale.fit_weight:
         branch.requires_grad_(False)  # it stays as it is, without weight decay too
@@ -171,14 +182,13 @@ def _modules(config: Config, context: Context, initial_weights: bool) -> tuple[M
 def _optimizer(
     config: Config, moco: MoCo, branch: RationaleHead | None, device: torch.device
 ) -> tuple[torch.optim.Optimizer, list[float]]:
-    """A group each for backbone, head (and predictor) and branch, and the groups' learning rates at the start."""
+    """A group each for backbone, head and branch, and the groups' learning rates at the start."""
     optim = config.optim
-    heads = nn.ModuleList([moco.head, *([moco.predictor] if moco.predictor else [])])
-    own = {moco.backbone: optim.backbone_lr, heads: optim.head_lr, branch: config.rationale.lr}
-    parts = {part: optim.lr if rate is None else rate for part, rate in own.items() if part is not None}
+    own = [(moco.backbone, optim.backbone_lr), (moco.head, None), (branch, config.rationale.lr)]
+    parts = [(part, optim.lr if rate is None else rate) for part, rate in own if part is not None]
     # rates are tensors, so that a CUDA graph sees them change
-    groups = [{"params": part.parameters(), "lr": torch.tensor(rate, device=device)} for part, rate in parts.items()]
-    rates = list(parts.values())
+    groups = [{"params": part.parameters(), "lr": torch.tensor(rate, device=device)} for part, rate in parts]
+    rates = [rate for _, rate in parts]
     if optim.optimizer == "adamw":
         betas = optim.momentum, 0.999
         return torch.optim.AdamW(groups, betas=betas, weight_decay=optim.weight_decay, fused=True), rates
@@ -218,9 +228,9 @@ def check_settings(config: Config, context: Context) -> None:
         launch.use_triton(config.run.kernels, {"features": torch.empty(0, device=device)})
     except ValueError as error:
         raise UsageError(f"--run.kernels {config.run.kernels}: {error}") from None
-    if model.weights == "none" and config.moco.objective in QUEUED and config.optim.epochs:
+    if model.weights == "none" and config.moco.objective == "relational" and config.optim.epochs:
         context.say(
-            f"warning: {config.moco.objective} learns from keys of the initial weights, and those are random: "
+            "warning: --moco.objective relational learns from keys of the initial weights, and those are random: "
             "docs/training.md has a recipe for them (--moco.objective infonce ...)"
         )
     if device.type == "cuda" and config.run.kernels == "auto" and launch.triton is None:
@@ -228,16 +238,16 @@ def check_settings(config: Config, context: Context) -> None:
 
 
 def fit_sizes(config: C, images: ImageList, context: Context) -> C:
-    """The settings for so many images; `UsageError` where a batch is larger than the data.
+    """The settings for these training images; `UsageError` where a batch is larger than the data.
 
-    A queue that is larger is cut to the data where it holds what a query shall resemble; else there is a warning.
+    A queue that is larger than the data is cut to it for the objective relational, else there is a warning.
     """
     count, moco = len(images), config.moco
     if count < config.optim.batch_size:
         raise UsageError(f"{images.root} has {count} training images: set --optim.batch_size to at most that")
     if moco.queue_size <= count:
         return config
-    if moco.objective in QUEUED:
+    if moco.objective == "relational":
         return replace(config, moco=replace(moco, queue_size=count))
     context.say(
         f"warning: the queue ({moco.queue_size}) is larger than the data set ({count} images): "

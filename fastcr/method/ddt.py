@@ -121,7 +121,7 @@ def fit_detector(maps: Tensor, wanted: Tensor, direction: Tensor, generator: tor
 
 
 def pair_error(weights: Tensor, wanted: Tensor, maps: Tensor) -> Tensor:
-    """Squared error of the products of all pairs of embeddings, centred, in units of the wanted ones' squares.
+    """Squared error of the products of all pairs of embeddings, in units of the squares of the wanted ones.
 
     Embeddings are features `maps [N,S,C]` pooled with weights `[N,S]`, at unit length; a scalar.
     """

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,87 +14,54 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from fastcr.config import MocoConfig
-from fastcr.data.views import Batch
 from fastcr.encoders.backbone import mean_pool
 from fastcr.method.objectives import Keys
 from fastcr.runs.distributed import ALONE, Processes
 
 Pool = Callable[[Tensor], Tensor]  # features [B,C,h,w] to what the head gets, [B,C] fp32
-EMBEDDING_DIM = 256  # of queries and keys, as in MoCo v2
-BYOL_HIDDEN = 4096  # units of the first layer of BYOL's heads, which is normalised over the batch
-
-
-def byol_head(channels: int, embedding_dim: int) -> nn.Sequential:
-    """BYOL's projector or predictor: `[B,channels]` to `[B,embedding_dim]`."""
-    first = nn.Linear(channels, BYOL_HIDDEN), nn.BatchNorm1d(BYOL_HIDDEN), nn.ReLU()
-    return nn.Sequential(*first, nn.Linear(BYOL_HIDDEN, embedding_dim))
+EMBEDDING_DIM = 256  # of queries and keys of a head of two layers, as in MoCo v2
 
 
 def projection_head(channels: int, config: MocoConfig) -> nn.Sequential:
-    """`[B,channels]` to `[B,embedding_dim]`: MoCo v2's two layers, BYOL's, or one that keeps all angles it can."""
-    dim = config.embedding_dim or EMBEDDING_DIM
-    if config.objective == "byol":
-        return byol_head(channels, dim)
+    """`[B,channels]` to `[B,embedding_dim]`: MoCo v2's two layers, or one that begins as an orthogonal matrix."""
     if config.head == "mlp":
-        return nn.Sequential(nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, dim))
+        hidden = nn.Linear(channels, channels)
+        return nn.Sequential(hidden, nn.ReLU(), nn.Linear(channels, config.embedding_dim or EMBEDDING_DIM))
     linear = nn.Linear(channels, config.embedding_dim or channels, bias=False)
     nn.init.orthogonal_(linear.weight)
     return nn.Sequential(linear)
 
 
 class MoCo(nn.Module):
-    """Query encoder (`backbone`, `head`, BYOL's `predictor`), EMA key encoder, queue of keys `[N,D]`, N 0 for none.
+    """Query encoder (`backbone`, `head`), key encoder (their moving average), and queue of keys `[N,D]`, N 0 for none.
 
     Args:
         backbone: images `[B,3,H,W]` to features `[B,C,h,w]`; parameters without gradients are never trained.
         channels: C.
-        config: queue, head and objective.
+        config: queue and head.
         processes: those that share a batch and the queue.
-        gradients: the context in which the query's forward pass is recorded.
     """
 
     queue: Tensor
     queue_images: Tensor  # [N]: the index of the image that each key is of; -1: unknown
     queue_position: Tensor
 
-    def __init__(
-        self,
-        backbone: nn.Module,
-        channels: int,
-        config: MocoConfig,
-        *,
-        processes: Processes = ALONE,
-        gradients: AbstractContextManager[Any] | None = None,
-    ) -> None:
+    def __init__(self, backbone: nn.Module, channels: int, config: MocoConfig, *, processes: Processes = ALONE) -> None:
         super().__init__()
-        self.backbone, self.head = backbone, projection_head(channels, config)
-        dim, byol = list(self.head.parameters())[-1].shape[0], config.objective == "byol"
-        self.predictor = byol_head(dim, dim) if byol else None
+        self.backbone, self.head, self.processes = backbone, projection_head(channels, config), processes
         # a backbone that is never trained encodes both views: its copy would always be the same
-        self.backbone_frozen = is_frozen(backbone)
-        self.key_backbone = backbone if self.backbone_frozen else copy.deepcopy(backbone).requires_grad_(False)
+        self.key_backbone = backbone if is_frozen(backbone) else copy.deepcopy(backbone).requires_grad_(False)
         self.key_head = copy.deepcopy(self.head).requires_grad_(False)
         pairs = zip(self.key_backbone.parameters(), self.backbone.parameters(), strict=True)
         self.trained = [(key, query) for key, query in pairs if query.requires_grad]  # of the backbones
-        self.processes, self.gradients = processes, gradients or nullcontext()
-        self.register_buffer("queue", F.normalize(torch.randn(0 if byol else config.queue_size, dim), dim=1))
+        queue = torch.randn(config.queue_size, self.head[-1].out_features)
+        self.register_buffer("queue", F.normalize(queue, dim=1))
         self.register_buffer("queue_images", torch.full((len(self.queue),), -1))
         self.register_buffer("queue_position", torch.zeros((), dtype=torch.int64))
 
-    def encode(self, batch: Batch, autocast: torch.autocast, pool: Pool = mean_pool) -> tuple[Tensor, Tensor]:
-        """The query's features `[B,C,h,w]` of the first views, and the unit keys `[B*ranks,D]` of the second ones."""
-        key = self.key(batch.second, autocast, pool)
-        with record_function("query forward"), autocast, self.gradients:
-            return self.backbone(batch.first), key
-
-    def project(self, pooled: Tensor) -> Tensor:
-        """Pooled features `[B,C]` to queries `[B,D]` before they are normalised."""
-        projected = self.head(pooled)
-        return self.predictor(projected) if self.predictor else projected
-
     def query(self, pooled: Tensor) -> Tensor:
         """Pooled features `[B,C]` to unit queries `[B,D]`."""
-        return F.normalize(self.project(pooled), dim=1)
+        return F.normalize(self.head(pooled), dim=1)
 
     @torch.no_grad()
     def key(self, images: Tensor, autocast: torch.autocast, pool: Pool = mean_pool) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a query is trained to be: each objective takes queries and keys, and gives a loss for each image.
+"""What a query is trained to be: an objective takes queries and keys, and gives a loss for each image.
 
 - `infonce` is MoCo v2 (arXiv 1911.05722, 2003.04297). It tells the query's own key from the queue's keys:
   `loss_b = -log softmax([q_b . k_b, q_b . queue] / T)[0]`. Every other image is pushed away, those of the same class
@@ -7,9 +7,6 @@
   `p = softmax(k_b . queue / t_key)`, `q = softmax(q_b . queue / t_query)`, `loss_b = -sum_n p_n log q_n`. With t_key
   below t_query the target is the sharper of the two. The key is the teacher, so its view should show the whole object
   (`--views.key centre` or `weak`). An image's own earlier keys are left out.
-- `byol` is BYOL (arXiv 2006.07733). A predictor makes the own key out of the query, without negatives and without a
-  queue: `loss_b = 2 - 2 q_b . k_b`. The predictor, and a key encoder that follows slowly, keep all embeddings from
-  becoming the same.
 """
 
 from __future__ import annotations
@@ -26,8 +23,6 @@ from fastcr.config import MocoConfig
 from fastcr.kernels import relational as relational_op
 from fastcr.kernels.info_nce import info_nce
 from fastcr.kernels.launch import Impl
-
-QUEUED = ("relational",)  # objectives that learn from the queue's keys: it is filled before the first step
 
 
 class Keys(NamedTuple):
@@ -53,8 +48,6 @@ Objective = Callable[[Tensor, Keys], Compared]  # unit queries [B,D], and the ke
 
 def build_objective(config: MocoConfig, impl: Impl = "auto") -> Objective:
     """The objective that the settings ask for, with its temperatures."""
-    if config.objective == "byol":
-        return byol
     if config.objective == "infonce":
         return partial(infonce, temperature=config.temperature, impl=impl)
     return partial(relational, temperature=config.temperature, key_temperature=config.key_temperature, impl=impl)
@@ -83,8 +76,3 @@ def relational(
         impl=impl,
     )
     return Compared(loss, positive)
-
-
-def byol(query: Tensor, keys: Keys) -> Compared:
-    """Squared distance `[B]` of unit queries `[B,D]` from their own keys."""
-    return Compared(2 - 2 * (query * keys.own).sum(1), keys.own)

@@ -58,10 +58,13 @@ def contrast_losses(
     positive. `scale` is what the caller does to the loss before backward (loss scaling, accumulation): part of the
     gradient does not pass through the loss.
     """
-    features, key = moco.encode(batch, autocast, pool)
+    key = moco.key(batch.second, autocast, pool)
+    with record_function("query forward"), autocast:
+        features = moco.backbone(batch.first)
+    keys = moco.keys(key, batch.images)
     if branch is None:
         with record_function("contrast"):
-            contrast = objective(moco.query(pool(features)), moco.keys(key, batch.images)).loss.mean()
+            contrast = objective(moco.query(pool(features)), keys).loss.mean()
         return Losses(contrast, None, None, features.detach(), key)
 
     with record_function("contrast"):
@@ -71,8 +74,8 @@ def contrast_losses(
         pooled = pool(features.detach() if shared else features)
         if not pooled.requires_grad:  # cut off, or the backbone is not trained
             pooled.requires_grad_()
-        projected = moco.project(pooled)
-        compared = objective(F.normalize(projected, dim=1), moco.keys(key, batch.images))
+        projected = moco.head(pooled)
+        compared = objective(F.normalize(projected, dim=1), keys)
         if cam_of == "similarity":
             gradient = mismatch_gradient(pooled, projected, compared.positive)
         else:

@@ -8,15 +8,16 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from fastcr.method.objectives.infonce import infonce
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fastcr.config import MocoConfig, RationaleConfig
 from fastcr.data.views import Batch
+from fastcr.encoders.backbone import mean_pool
 from fastcr.encoders.rationale import RationaleHead, attention_entropy
-from fastcr.method.moco import MoCo, mean_pool
+from fastcr.method.moco import MoCo, projection_head
+from fastcr.method.objectives import infonce
 from fastcr.method.step import Losses, contrast_losses, cosine_lr, train_step
 
 INFONCE = partial(infonce, temperature=0.2)
@@ -42,18 +43,6 @@ def parameters(*modules: nn.Module) -> dict[str, Tensor]:
     return dict(nn.ModuleList(modules).named_parameters())
 
 
-@pytest.mark.parametrize("batch", [1, 5, 4, 10, 13, 25], ids=lambda n: f"batch {n}, queue 10")
-def test_the_queue_holds_the_last_keys_of_any_batch_size(batch: int) -> None:
-    moco = tiny()
-    keys = torch.arange(3 * batch, dtype=torch.float32)[:, None].expand(-1, 4)
-    older = moco.queue[:, 0].tolist()
-    for part in keys.split(batch):
-        moco.enqueue(part)
-    expected = [*older, *keys[:, 0].tolist()][-10:]
-    assert sorted(moco.queue[:, 0].tolist()) == sorted(expected)
-    assert moco.queue.eq(moco.queue[:, :1]).all(1).sum() == min(3 * batch, 10)  # rows are written whole
-
-
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 9), st.lists(st.integers(0, 20), max_size=8))
 def test_the_queue_is_a_ring_that_drops_its_oldest(size: int, batches: list[int]) -> None:
@@ -63,6 +52,7 @@ def test_the_queue_is_a_ring_that_drops_its_oldest(size: int, batches: list[int]
         keys = 100 * number + torch.arange(batch, dtype=torch.float32)
         moco.enqueue(keys[:, None].expand(-1, 4))
         model.extend(keys.tolist())
+        assert moco.queue.eq(moco.queue[:, :1]).all(1).sum() == min(sum(batches[: number + 1]), size)  # whole rows
         # the position is that of the oldest key, the next to go
         assert moco.queue[:, 0].roll(-int(moco.queue_position)).tolist() == list(model)
 
@@ -76,6 +66,16 @@ def test_a_new_queue_is_random_unit_vectors_and_is_saved_with_its_position() -> 
     other.load_state_dict(moco.state_dict())
     assert torch.equal(other.queue, moco.queue)
     assert other.queue_position == 7
+
+
+def test_heads_are_those_of_the_settings() -> None:
+    assert projection_head(16, MocoConfig(head="linear"))[-1].out_features == 16  # a rotation: all angles are kept
+    assert projection_head(16, MocoConfig())[-1].out_features == 256
+    linear = projection_head(16, MocoConfig(head="linear", embedding_dim=8))
+    weight = next(linear.parameters())
+    torch.testing.assert_close(weight @ weight.T, torch.eye(8))  # orthogonal: angles between inputs are kept
+    mlp = projection_head(16, MocoConfig(embedding_dim=8))
+    assert [type(layer) for layer in mlp] == [nn.Linear, nn.ReLU, nn.Linear]
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9, 1.0])

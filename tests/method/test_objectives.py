@@ -9,20 +9,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fastcr.method.objectives.contract import Keys
-from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastcr.config import Config, DataConfig, MocoConfig, ModelConfig, OptimConfig, RationaleConfig
 from fastcr.data.views import Batch
-from fastcr.errors import UsageError
+from fastcr.encoders.backbone import mean_pool
 from fastcr.method.build import Training, build
-from fastcr.method.moco import mean_pool, projection_head
-from fastcr.method.objectives import QUEUED, build_objective
-from fastcr.runs.validate import validate
+from fastcr.method.objectives import Keys, build_objective
+from fastcr.runs.context import Context
 
-CPU, CONSOLE = torch.device("cpu"), Console(quiet=True)
-OBJECTIVES = ("infonce", "neighbour", "relational", "byol")
+OBJECTIVES = ("infonce", "relational")
 SMALL = Config(
     data=DataConfig(image_size=32),
     model=ModelConfig(backbone="resnet18", last_stage="layer3", weights="none", batchnorm="frozen"),
@@ -39,7 +35,7 @@ def unit(*shape: int, seed: int = 0) -> Tensor:
 
 def prepared(objective: Any, **sections: Any) -> Training:
     moco = replace(SMALL.moco, objective=objective, **sections.pop("moco", {}))
-    return build(replace(SMALL, moco=moco, **sections), CPU, CONSOLE)
+    return build(replace(SMALL, moco=moco, **sections), Context())
 
 
 def batch_of(seed: int = 0, images: range | None = range(8)) -> Batch:
@@ -53,35 +49,24 @@ def softmax(values: list[float]) -> list[float]:
 
 
 @pytest.mark.parametrize("known", [False, True], ids=["any key", "own keys left out"])
-def test_losses_and_positives_are_those_of_plain_loops(known: bool) -> None:
+def test_relational_losses_and_positives_are_those_of_plain_loops(known: bool) -> None:
     query, own, queue = unit(4, 6), unit(4, 6, seed=1), unit(10, 6, seed=2)
     images, queue_images = torch.arange(4), torch.full((10,), -1)
     for row in range(4) if known else ():  # the nearest key of each is an earlier one of its own
         queue_images[int((own @ queue.T)[row].argmax())] = row
     mine = images[:, None] == queue_images
     keys = Keys(own, own, queue, 0, images, queue_images) if known else Keys(own, own, queue)
+    settings = MocoConfig(objective="relational", temperature=0.3, key_temperature=0.05)
+    found = build_objective(settings)(query, keys)
     for row in range(4):
         others = [n for n in range(10) if not mine[row, n]]
         to_key, to_query = ([float(each[row] @ queue[n]) for n in others] for each in (own, query))
         target = softmax([value / 0.05 for value in to_key])
         learned = softmax([value / 0.3 for value in to_query])
-        nearest = sorted(range(len(others)), key=lambda n: -to_key[n])[:3]
-        expected = {
-            "relational": (
-                -sum(p * math.log(q) for p, q in zip(target, learned, strict=True)),
-                sum(p * queue[n] for p, n in zip(target, others, strict=True)),
-            ),
-            "neighbour": (
-                -sum(math.log(learned[n]) for n in nearest) / 3,
-                sum(queue[others[n]] for n in nearest),
-            ),
-            "byol": (float((query[row] - own[row]).square().sum()), own[row]),
-        }
-        for name, (loss, positive) in expected.items():
-            settings = MocoConfig(objective=name, temperature=0.3, key_temperature=0.05, neighbours=3)  # type: ignore[arg-type]
-            found = build_objective(settings)(query, keys)
-            assert float(found.loss[row]) == pytest.approx(loss, rel=1e-9), name
-            torch.testing.assert_close(found.positive[row], F.normalize(torch.as_tensor(positive), dim=0))
+        loss = -sum(p * math.log(q) for p, q in zip(target, learned, strict=True))
+        positive = torch.stack([p * queue[n] for p, n in zip(target, others, strict=True)]).sum(0)
+        assert float(found.loss[row]) == pytest.approx(loss, rel=1e-9)
+        torch.testing.assert_close(found.positive[row], F.normalize(positive, dim=0))
 
 
 def test_infonce_compares_with_all_processes_keys_where_there_is_no_queue() -> None:
@@ -107,7 +92,7 @@ def test_a_query_that_resembles_what_its_key_resembles_is_left_alone() -> None:
 
 @pytest.mark.parametrize("cam_of", ["similarity", "loss"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_a_step_trains_every_part_and_gradcam_is_of_what_the_table_says(objective: str, cam_of: Any) -> None:
+def test_a_step_trains_every_part_and_gradcam_is_of_what_the_table_says(objective: Any, cam_of: Any) -> None:
     rationale = replace(SMALL.rationale, cam_of=cam_of, cam_weights="own")
     training = prepared(objective, rationale=rationale)
     moco, branch, batch = training.moco, training.encoder.branch, batch_of(images=None)
@@ -117,8 +102,8 @@ def test_a_step_trains_every_part_and_gradcam_is_of_what_the_table_says(objectiv
         pooled = mean_pool(moco.backbone(batch.first))
         keys = moco.keys(moco.key(batch.second, training.autocast))
     pooled.requires_grad_()
-    projected = moco.project(pooled)  # in training mode: BYOL's heads normalise over the batch
-    compared = build_objective(training_config(objective))(F.normalize(projected, dim=1), keys)
+    projected = moco.head(pooled)
+    compared = build_objective(replace(SMALL.moco, objective=objective))(F.normalize(projected, dim=1), keys)
     of = compared.loss if cam_of == "loss" else -(projected * compared.positive).sum(1)
     (gradient,) = torch.autograd.grad(of.sum(), pooled)
     features = moco.backbone(batch.first).detach()
@@ -128,13 +113,9 @@ def test_a_step_trains_every_part_and_gradcam_is_of_what_the_table_says(objectiv
     _, losses = training.step(batch)
     torch.testing.assert_close(losses.fit, expected, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(losses.contrast, compared.loss.mean().detach(), rtol=1e-4, atol=1e-5)
-    for part in ("moco.backbone.", "moco.head.", "branch.", *(["moco.predictor."] if objective == "byol" else [])):
+    for part in ("moco.backbone.", "moco.head.", "branch."):
         assert any((value != before[name]).any() for name, value in training.model.named_parameters()
                    if name.startswith(part)), part  # fmt: skip
-
-
-def training_config(objective: Any) -> MocoConfig:
-    return replace(SMALL.moco, objective=objective)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -152,7 +133,6 @@ def test_the_queue_is_filled_with_the_initial_encoders_keys_and_knows_their_imag
     training.fill_queue(iter(batches))
     torch.testing.assert_close(training.moco.queue, torch.cat(expected[:3]))
     assert training.moco.queue_images.tolist() == list(range(24))
-    assert "neighbour" in QUEUED
     keys = training.moco.keys(expected[0], torch.arange(4, 12))
     assert keys.images is not None
     assert keys.images.tolist() == list(range(4, 12))
@@ -160,40 +140,17 @@ def test_the_queue_is_filled_with_the_initial_encoders_keys_and_knows_their_imag
 
 
 def test_the_queue_keeps_images_with_their_keys_when_a_batch_is_taken_in_parts() -> None:
-    training = prepared("neighbour", optim=replace(SMALL.optim, accumulate=2))
+    training = prepared("relational", optim=replace(SMALL.optim, accumulate=2))
     training.fill_queue(iter([batch_of(seed=seed, images=range(100, 108)) for seed in (1, 2, 3)]))
     training.step(batch_of())
     training.step(batch_of(images=None))
     assert training.moco.queue_images.tolist() == [*range(8), *[-1] * 8, *range(100, 108)]
 
 
-def test_heads_are_those_of_the_settings() -> None:
-    assert projection_head(16, MocoConfig(head="linear"))[-1].out_features == 16  # a rotation: all angles are kept
-    assert projection_head(16, MocoConfig())[-1].out_features == 256
-    linear = projection_head(16, MocoConfig(head="linear", embedding_dim=8))
-    weight = next(linear.parameters())
-    torch.testing.assert_close(weight @ weight.T, torch.eye(8))  # orthogonal: angles between inputs are kept
-    assert [type(layer) for layer in projection_head(16, MocoConfig(embedding_dim=8))] == [
-        nn.Linear,
-        nn.ReLU,
-        nn.Linear,
-    ]
-    byol = prepared("byol").moco
-    assert byol.predictor is not None
-    assert len(byol.queue) == 0
-    assert prepared("infonce").moco.predictor is None
-
-
-def test_settings_that_cannot_work_are_refused_in_one_line() -> None:
-    for objective in QUEUED:
-        with pytest.raises(UsageError, match="needs a queue of more than"):
-            validate(replace(SMALL, moco=replace(SMALL.moco, objective=objective, queue_size=1)))  # type: ignore[arg-type]
-
-
 def test_adamw_takes_the_steps_of_torchs_own() -> None:
-    rates = OptimConfig(batch_size=8, optimizer="adamw", lr=1e-3, backbone_lr=1e-4, head_lr=1e-2, weight_decay=0.1)
+    rates = OptimConfig(batch_size=8, optimizer="adamw", lr=1e-3, backbone_lr=1e-4, weight_decay=0.1)
     training = prepared("infonce", optim=rates, rationale=replace(SMALL.rationale, lr=1e-1))
-    assert training.rates == [1e-4, 1e-2, 1e-1]
+    assert training.rates == [1e-4, 1e-3, 1e-1]
     parts = [training.moco.backbone, training.moco.head, training.encoder.branch]
     copies = [[p.detach().clone().requires_grad_() for p in part.parameters()] for part in parts if part]
     groups = [{"params": copy, "lr": rate} for copy, rate in zip(copies, training.rates, strict=True)]

@@ -13,27 +13,17 @@ from typing import Any
 
 import pytest
 import torch
-from fastcr.method.objectives.infonce import infonce
-from rich.console import Console
 from torch import Tensor, nn
 from torch.profiler import profile
 
-from fastcr.config import (
-    Config,
-    DataConfig,
-    MocoConfig,
-    ModelConfig,
-    OptimConfig,
-    RationaleConfig,
-    ReleasedConfig,
-    RunConfig,
-)
+from fastcr.config import Config, DataConfig, MocoConfig, ModelConfig, OptimConfig, RationaleConfig, RunConfig
 from fastcr.data.views import Batch
 from fastcr.encoders.rationale import RationaleHead
-from fastcr.encoders.released import ReleasedBranch, released_losses
 from fastcr.method.build import Training, build
 from fastcr.method.moco import MoCo
+from fastcr.method.objectives import infonce
 from fastcr.method.step import Losses, contrast_losses, train_step
+from fastcr.runs.context import Context
 from fastcr.runs.machine import keep_compiled
 
 INFONCE = partial(infonce, temperature=0.2)
@@ -54,15 +44,14 @@ def small(stop_gradient: bool) -> tuple[MoCo, RationaleHead]:
 
 
 def one_step(
-    moco: MoCo, branch: RationaleHead | ReleasedBranch | None, batch: Batch, **options: Any
+    moco: MoCo, branch: RationaleHead | None, batch: Batch, **options: Any
 ) -> tuple[dict[str, Tensor], Tensor, Losses]:
     """Weights, queue and statistics after a step of copies of the model; its loss and losses."""
     moco, branch = copy.deepcopy((moco, branch))
-    losses: Any = released_losses if isinstance(branch, ReleasedBranch) else partial(contrast_losses, cam_of="loss")
     model = nn.ModuleList([moco, branch] if branch else [moco])
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, fused=True)
     settings = {"fit_weight": 2.0, "key_momentum": 0.9, "autocast": torch.autocast("cpu", enabled=False)}
-    loss_function = partial(losses, branch=branch, objective=INFONCE)
+    loss_function = partial(contrast_losses, branch=branch, objective=INFONCE, cam_of="loss")
     loss, parts = train_step(moco, loss_function, optimizer, batch, **settings | options)  # type: ignore[arg-type]
     return model.state_dict(), loss, parts
 
@@ -73,8 +62,7 @@ def batch() -> Batch:
     return Batch(*torch.randn(2, 12, 3, 13, 13))
 
 
-@pytest.mark.parametrize("parts", [2, 3, 6])
-@pytest.mark.parametrize("stop_gradient", [True, False, None], ids=["stopped", "flowing", "plain MoCo"])
+@pytest.mark.parametrize(("stop_gradient", "parts"), [(True, 2), (False, 6), (None, 3)])
 def test_parts_of_a_batch_add_up_to_the_whole(batch: Batch, stop_gradient: bool | None, parts: int) -> None:
     moco, branch = small(bool(stop_gradient))
     given = branch if stop_gradient is not None else None
@@ -90,20 +78,6 @@ def test_parts_of_a_batch_add_up_to_the_whole(batch: Batch, stop_gradient: bool 
         torch.testing.assert_close(merged.attention, losses.attention)
 
 
-@pytest.mark.parametrize("parts", [1, 3])
-@pytest.mark.parametrize("variant", ["stopped", "flowing", "released"])
-def test_scaling_the_loss_changes_nothing_but_rounding(batch: Batch, variant: str, parts: int) -> None:
-    moco, branch = small(variant == "stopped")
-    given: Any = branch
-    if variant == "released":
-        parts, given = 1, ReleasedBranch(6, RationaleConfig(detectors=3), ReleasedConfig())
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
-    plain, loss, _ = one_step(moco, given, batch, accumulate=parts)
-    scaled, same, _ = one_step(moco, given, batch, accumulate=parts, scaler=scaler)
-    torch.testing.assert_close(scaled, plain, atol=1e-6, rtol=1e-5)
-    assert loss == same
-
-
 def settings_of(**run: Any) -> Config:
     return Config(
         run=RunConfig(device=str(DEVICE), **run),
@@ -117,6 +91,10 @@ def settings_of(**run: Any) -> Config:
     )
 
 
+def context_of(config: Config) -> Context:
+    return Context.of(config.run.device, config.run.precision)
+
+
 def calm(training: Training) -> Training:
     """Small residual branches and few ReLUs near their kink: rounding stays rounding (see test_train)."""
     for name, module in training.moco.named_modules():
@@ -128,7 +106,7 @@ def calm(training: Training) -> Training:
 
 def losses_of(config: Config, steps: int = 50) -> Tensor:
     """Contrast and fit loss of each of several steps on four batches in turn: `[steps,2]`."""
-    training = calm(build(config, DEVICE, Console(quiet=True)))
+    training = calm(build(config, context_of(config)))
     if training.scaler.is_enabled():  # from 65,536 the first steps overflow, and are left out
         training.scaler.load_state_dict(training.scaler.state_dict() | {"scale": 2.0**8})
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.run.precision, torch.float32)
@@ -169,7 +147,8 @@ def test_fifty_steps_in_16_bits_stay_near_those_in_fp32(plain: Tensor, precision
 
 
 def test_steps_whose_gradient_overflows_are_left_out_from_the_first_on() -> None:
-    training = calm(build(settings_of(precision="fp16", compile=False), DEVICE, Console(quiet=True)))
+    config = settings_of(precision="fp16", compile=False)
+    training = calm(build(config, context_of(config)))
     training.scaler.load_state_dict(training.scaler.state_dict() | {"scale": 2.0**100})
     before = copy.deepcopy([training.model.state_dict(), training.optimizer.state_dict()["state"]])
     first = torch.randn(16, 3, 64, 64).to(DEVICE, torch.float16, memory_format=torch.channels_last)
@@ -219,10 +198,9 @@ def test_compiled_encoders_are_kept_where_a_reboot_leaves_them(
 
 @needs_cuda
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("overlap_keys", [False, True])
-def test_no_step_waits_for_the_device(precision: str, overlap_keys: bool) -> None:
-    config = settings_of(precision=precision, overlap_keys=overlap_keys, compile=False)
-    training = build(config, DEVICE, Console(quiet=True))
+def test_no_step_waits_for_the_device(precision: str) -> None:
+    config = settings_of(precision=precision, compile=False)
+    training = build(config, context_of(config))
     views = torch.randn(32, 3, 64, 64, device=DEVICE).contiguous(memory_format=torch.channels_last).split(16)
     training.step(Batch(*views))
     torch.cuda.set_sync_debug_mode("error")
@@ -234,15 +212,16 @@ def test_no_step_waits_for_the_device(precision: str, overlap_keys: bool) -> Non
 
 
 @needs_cuda
-@pytest.mark.parametrize("way", [{"cuda_graph": True}, {"overlap_keys": True}, {"cuda_graph": True, "compile": True}])
-def test_replayed_and_overlapped_steps_are_those_of_eager(plain: Tensor, way: dict[str, Any]) -> None:
+@pytest.mark.parametrize("way", [{"cuda_graph": True}, {"cuda_graph": True, "compile": True}])
+def test_replayed_steps_are_those_of_eager(plain: Tensor, way: dict[str, Any]) -> None:
     config = settings_of(precision="fp32", kernels="torch")
     assert_near(losses_of(replace(config, run=replace(config.run, **{"compile": False} | way))), plain, "fp32")
 
 
 @needs_cuda
 def test_a_replayed_step_takes_the_learning_rate_of_the_moment() -> None:
-    training = build(settings_of(precision="fp32", cuda_graph=True, compile=False), DEVICE, Console(quiet=True))
+    config = settings_of(precision="fp32", cuda_graph=True, compile=False)
+    training = build(config, context_of(config))
     views = torch.randn(32, 3, 64, 64, device=DEVICE).contiguous(memory_format=torch.channels_last).split(16)
     for _ in range(5):
         training.step(Batch(*views))
