@@ -285,13 +285,12 @@ def two_views(
 def _inputs(sizes: Sizes, dtype: torch.dtype, normal: Normal) -> dict[str, Any]:
     """Whole images of h x w pixels, all augmentations on."""
     batch, views, height, width, size = (sizes[name] for name in "BVhwS")
-    row = normal(batch, views, 16).mul_(0.1)
-    row[..., :12] = row.new_tensor([0, 0, height, width, 0, 1, 2, 3, 1.2, 0.8, 1.1, 0.05])
-    row[..., 12:] = row.new_tensor([0, 1.0, MAX_WINDOW, 1])
+    row = [0, 0, height, width, 0, 1, 2, 3, 1.2, 0.8, 1.1, 0.05, 0, 1, MAX_WINDOW, 1]
+    table = normal(batch, views, len(COLUMNS)).copy_(torch.tensor(row))
     pixels = (normal(batch * height * width * 3) * 60 + 128).clamp_(0, 255).to(torch.uint8)
-    starts = torch.arange(batch, device=row.device) * (3 * height * width)
-    arguments = {"pixels": pixels, "starts": starts, "widths": torch.full_like(starts, width), "table": row}
-    return arguments | {"size": size, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25), "dtype": dtype}
+    starts = torch.arange(batch, device=pixels.device) * (3 * height * width)
+    colours = {"size": size, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25), "dtype": dtype}
+    return {"pixels": pixels, "starts": starts, "widths": torch.full_like(starts, width), "table": table} | colours
 
 
 SPEC = OpSpec(
