@@ -219,10 +219,8 @@ def _fused(
     if out.numel() == 0:
         return out
     starts, widths, table = starts.contiguous(), widths.contiguous(), table.contiguous()
-    between, blurred = (
-        table.new_empty(batch * views, 3, size, size, dtype=torch.float32 if dtype == torch.float32 else torch.float16)
-        for _ in range(2)
-    )
+    narrow = torch.float32 if dtype == torch.float32 else torch.float16
+    between, blurred = (table.new_empty(batch * views, 3, size, size, dtype=narrow) for _ in range(2))
     tiles = triton.cdiv(size * size, BLOCK)
     greys = table.new_empty(batch * views, tiles)
     grid, colours = (batch * views * tiles,), (tuple(mean), tuple(std))

@@ -17,7 +17,9 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     def poison(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def made(*args: Any, **kwargs: Any) -> Tensor:
             tensor = make(*args, **kwargs)
-            return tensor.fill_(torch.nan if tensor.is_floating_point() else 2**30)
+            if tensor.is_floating_point():
+                return tensor.fill_(torch.nan)
+            return tensor.fill_(2**30) if tensor.itemsize >= 4 else tensor
 
         return made
 

@@ -75,7 +75,7 @@ def test_nan_and_inf_stay_in_their_image(
     where: tuple[str, str], value: float, dtype: torch.dtype, options: dict[str, Any]
 ) -> None:
     (op, name), options = where, options if where[0] == "rationale_fit" else {}
-    clean = draw(op, dtype, B=4)
+    clean = {key: each for key, each in draw(op, dtype, B=4).items() if not key.endswith("images")}
     if "queue" in clean:
         clean["queue"].abs_()  # an infinite entry is of one sign to all keys
     sick = fresh(op, clean)
