@@ -28,7 +28,7 @@ OPS = list(SMALL)
 # images, channels, positions, detectors
 SHAPES = [(0, 64, 49, 5), (1, 2047, 49, 32), (1, 3, 16, 128), (3, 64, 1, 1), (3, 64, 16, 33), (3, 48, 196, 128)]
 # images, dimensions, keys in the queue
-QUEUES = [(0, 64, 1000), (1, 64, 1), (1, 128, 1000), (3, 64, 1000), (3, 128, 1), (3, 5, 33)]
+QUEUES = [(0, 64, 1000), (1, 64, 1), (3, 128, 1000), (3, 5, 33)]
 
 
 def softmax(values: Array) -> Array:
