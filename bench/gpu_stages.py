@@ -37,8 +37,8 @@ from fastcr.arguments import TraceConfig
 from fastcr.config import Config, DataConfig, MocoConfig, ModelConfig, OptimConfig, RunConfig
 from fastcr.data.synthetic import CLASSES, draw_bird
 from fastcr.errors import UsageError
-from fastcr.kernels import settings
 from fastcr.kernels.launch import triton
+from fastcr.kernels.settings import TABLE
 from fastcr.runs.log import read_records
 from fastcr.runs.machine import process_age
 from fastcr.trace import TRACE, trace
@@ -204,20 +204,20 @@ def tune(out: Path, rehearse: bool) -> str | None:
     timer: Callable[[Sequence[Callable[[], Any]]], float] = lambda calls: time_on_gpu(calls).median  # noqa: E731
     if rehearse:
         device, rows = torch.device("cpu"), search.chosen_rows("info_nce: 32 bits")[:1]
-        search.CHOICES["info_nce"] = {name: (value,) for name, value in settings.TABLE["info_nce"][rows[0][1]].items()}
-        search.CHOICES["info_nce"]["num_warps"] = (4, 8)
+        search.CHOICES |= {name: (value,) for name, value in TABLE["info_nce"][rows[0][1]].items()}
+        search.CHOICES["num_warps"] = (4, 8)
 
         def timer(calls: Sequence[Callable[[], Any]]) -> float:
             start = time.perf_counter()
             calls[0]()
             return time.perf_counter() - start
 
-    best = {kernel: dict(table) for kernel, table in settings.TABLE.items()}
+    best = {kernel: dict(table) for kernel, table in TABLE.items()}
     found: list[dict[str, Any]] = []
     for kernel, row in rows:
         sizes = search.workloads(kernel, row)
         if rehearse:
-            sizes = [Workload("contrast", "training", 3, 100, 24, dtype=torch.float32)]
+            sizes = [Workload("info_nce", {"B": 3, "D": 24, "N": 100}, torch.float32)]
         outcome = search.search(kernel, row, sizes, device, timer, lambda: None)
         best[kernel][row] = outcome.best
         finite = {name: None for name in ("before", "after") if not math.isfinite(getattr(outcome, name))}

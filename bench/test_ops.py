@@ -1,4 +1,4 @@
-"""The ops on maps and on a queue: the public function, its eager reference, and that under torch.compile.
+"""The ops: the public function, its eager reference, and that under torch.compile.
 
 On a GPU: CUDA-graph replays over inputs that exceed the L2 cache, at the sizes of ResNet-50. Without one: a smoke test
 at small sizes, timed by the wall clock. `bench/report.py` turns the JSON into a table.
@@ -14,42 +14,32 @@ import pytest
 import torch
 
 from bench.timing import Timing, rotation, summary, time_on_gpu
-from bench.workloads import OPS, QUEUED, REFERENCES, Workload
+from bench.workloads import OPS, Workload
 
+CASES = [(name, example) for name, spec in OPS.items() if spec.kernels for example in spec.usual]
 BATCHES = (256, 128, 1024)
 GPU = [
-    *(
-        Workload(op, way, batch, positions, 2048)  # type: ignore[arg-type]
-        for op, way in (("fit", "forward"), ("fit", "training"), ("pool", "forward"), ("common", "forward"))
-        for batch in BATCHES
-        for positions in (49, 196)
-    ),
-    *(Workload("contrast", "training", batch, keys, 256) for batch in BATCHES for keys in (4096, 65536)),
-    *(
-        Workload(op, "training", batch, keys, 256, dtype=dtype)  # type: ignore[arg-type]
-        for op in QUEUED[1:]
-        for batch, keys, dtype in (
-            (128, 4096, torch.float32),  # as in training, whose head and queue are fp32
-            (256, 65536, torch.float32),
-            (256, 65536, torch.bfloat16),
-        )
-    ),
+    Workload(name, {**example.sizes, "B": batch}, dtype, training, example.options)
+    for batch in BATCHES
+    for name, example in CASES
+    for dtype in ((torch.bfloat16, torch.float32) if "N" in example.sizes else (torch.bfloat16,))  # heads are in fp32
+    for training in (False, True)
+    if (training and OPS[name].learns) or (not training and (batch == BATCHES[0] or not OPS[name].learns))
 ]
-GPU.sort(key=lambda work: BATCHES.index(work.batch))
+SMALL = {"B": 16, "C": 256, "S": 49, "K": 32, "D": 256, "N": 4096}
 CPU = [
-    Workload("fit", "forward", 16, 49, 256, dtype=torch.float32),
-    Workload("fit", "training", 16, 49, 256, dtype=torch.float32),
-    Workload("pool", "forward", 16, 49, 256, dtype=torch.float32),
-    Workload("common", "forward", 16, 49, 256, dtype=torch.float32),
-    *(Workload(op, "training", 64, 4096, 256, dtype=torch.float32) for op in QUEUED),  # type: ignore[arg-type]
+    Workload(name, {letter: SMALL[letter] for letter in OPS[name].usual[0].sizes}, torch.float32, training)
+    for name in dict(CASES)
+    for training in (False, True)
+    if OPS[name].learns or not training
 ]
 
 
 def needed_bytes(work: Workload, way: str) -> int:
-    """Memory a measurement takes at most: two sets of inputs with their gradients, and what the way holds in fp32."""
-    fp32 = 4 * work.input_bytes // work.dtype.itemsize
-    logits = 4 * work.batch * work.positions if work.op in QUEUED else 0
-    return 4 * work.input_bytes + (0 if way == "op" else 5 * (fp32 + logits))
+    """Memory a measurement takes at most: two sets of inputs with their gradients, and results in fp64 or in fp32."""
+    wide = work.input_bytes // work.dtype.itemsize * (8 if way == "op" else 4)
+    logits = work.sizes["B"] * work.sizes.get("N", 0) * (8 if way == "op" else 4)
+    return 4 * work.input_bytes + 5 * (wide + logits)
 
 
 def extra_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
@@ -82,7 +72,7 @@ def test_op(
     if gpu and needed_bytes(work, way) > 0.9 * torch.cuda.mem_get_info()[0]:
         pytest.skip(f"needs about {needed_bytes(work, way) / 2**30:.0f} GiB of GPU memory")
     torch.compiler.reset()  # a compiled function keeps but a few shapes
-    function = OPS[work.op] if way == "op" else REFERENCES[work.op]
+    function = work.spec.op if way == "op" else work.spec.reference
     if way == "compiled":
         function = torch.compile(function, dynamic=False)
     sets = [work.inputs(device, seed) for seed in range(rotation(work.input_bytes, device))]

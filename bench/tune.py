@@ -1,8 +1,7 @@
 """`python bench/tune.py [--only TEXT] [--out FILE]`: look for faster launch settings of the kernels on this GPU.
 
-Every candidate for a row of `kernels/settings.py` runs the op at the sizes of that row. A candidate that does not
-compile, does not fit or gives other results than the fp64 reference is left out; the rest are timed like the
-benchmarks.
+Every candidate for a row of a kernel's settings runs the op at examples of that row. A candidate that does not compile,
+does not fit or gives other results than the fp64 reference is left out; the rest are timed like the benchmarks.
 """
 
 from __future__ import annotations
@@ -27,31 +26,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `bench`, whe
 from bench.timing import rotation, time_on_gpu
 from bench.workloads import OPS, Workload
 from fastcr.errors import UsageError
-from fastcr.kernels import settings
-from fastcr.kernels.settings import Settings
+from fastcr.kernels.settings import TABLE, Settings
 from fastcr.runs.command_line import called, one_line_errors, parse
 
-MAP_CHOICES = {"BLOCK_S": (32, 64), "BLOCK_C": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4)}
-QUEUE_CHOICES = {
-    "BLOCK_B": (16, 32, 64, 128), "BLOCK_N": (32, 64), "num_warps": (4, 8), "num_stages": (1, 2, 3),
-    "programs": (132, 264, 528),
-}  # fmt: skip
-QUEUE_OPS = {"info_nce": "contrast", "relational": "relational", "neighbour": "neighbour"}
-CHOICES: dict[str, dict[str, tuple[int, ...]]] = {
-    "rationale_fit": MAP_CHOICES,
-    "fit_pairs": {"BLOCK_C": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4)},
-    "rationale_pool": MAP_CHOICES,
-    "attention_gradient": {"BLOCK_S": (32, 64), "BLOCK_C": (64, 128), "num_warps": (4, 8), "num_stages": (2, 3)},
-    "common_weights": {
-        "BLOCK": (4096, 8192, 16384), "num_warps": (2, 4, 8, 16), "num_stages": (2, 3, 4), "programs": (132, 264, 528),
-    },
-    "spread_gradients": {
-        "BLOCK_S": (32, 64), "BLOCK_C": (32, 64), "num_warps": (4, 8), "num_stages": (1, 2, 3),
-        "programs": (264, 528, 1056),
-    },
-    "info_nce": QUEUE_CHOICES,
-    "relational": QUEUE_CHOICES,
-    "neighbour": QUEUE_CHOICES,
+# what a kernel may be launched with, of the settings that it has
+CHOICES: dict[str, tuple[int, ...]] = {
+    "BLOCK_S": (32, 64), "BLOCK_C": (32, 64, 128), "BLOCK_B": (16, 32, 64, 128), "BLOCK_N": (32, 64),
+    "BLOCK": (4096, 8192, 16384), "num_warps": (4, 8), "num_stages": (1, 2, 3, 4), "programs": (132, 264, 528),
 }  # fmt: skip
 Timer = Callable[[Sequence[Callable[[], Any]]], float]
 
@@ -69,43 +50,32 @@ class Outcome(NamedTuple):
 
 
 def workloads(kernel: str, row: str) -> list[Workload]:
-    """The sizes a row is timed at: those of ResNet-50 at 224 and 448 px, or queues of 4,096 and 65,536 keys."""
+    """Two calls that use the row: forward where the kernel is the op's first, else forward and backward."""
     dtype = torch.float32 if row.startswith("32 bits") else torch.bfloat16
-    if kernel in QUEUE_OPS:
-        rows, dim = 16 if "B <= 16" in row else 256, 256 if "D <= 256" in row else 512
-        op, batch = QUEUE_OPS[kernel], rows // 2 if kernel == "relational" else rows  # whose rows are queries and keys
-        return [Workload(op, "training", batch, keys, dim, dtype=dtype) for keys in (4096, 65536)]  # type: ignore[arg-type]
-    if kernel == "common_weights":
-        channels = next((most for most in (512, 2048) if f"C <= {most}" in row), 4096)
-        return [Workload("common", "forward", 256, positions, channels, dtype=dtype) for positions in (49, 196)]
-    op, way = {
-        "rationale_fit": ("fit", "forward"),
-        "fit_pairs": ("fit", "forward"),
-        "rationale_pool": ("pool", "forward"),
-        "attention_gradient": ("pool", "training"),
-        "spread_gradients": ("fit", "training"),
-    }[kernel]
-    detectors = 128 if "K > 32" in row else 32
-    sides = (49,) if kernel == "fit_pairs" else (49, 196)
-    return [Workload(op, way, 256, positions, 2048, detectors, dtype) for positions in sides]  # type: ignore[arg-type]
+    return [
+        Workload(name, example.sizes, dtype, kernel != name, example.options)
+        for name, spec in OPS.items()
+        for example in (*spec.usual, *spec.others)
+        if spec.rows(example.sizes, dtype).get(kernel) == row
+    ][:2]
 
 
-def candidates(kernel: str, today: Settings) -> list[Settings]:
+def candidates(today: Settings) -> list[Settings]:
     """All combinations of the choices, and before them today's settings."""
-    choices = CHOICES[kernel]
-    every = [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
+    values = itertools.product(*(CHOICES[name] for name in today))
+    every = [dict(zip(today, each, strict=True)) for each in values]
     return [today, *(candidate for candidate in every if candidate != today)]
 
 
 @contextmanager
 def launched_with(kernel: str, row: str, candidate: Settings) -> Iterator[None]:
     """Put the candidate in the place of today's settings."""
-    today = settings.TABLE[kernel][row]
-    settings.TABLE[kernel][row] = candidate
+    today = TABLE[kernel][row]
+    TABLE[kernel][row] = candidate
     try:
         yield
     finally:
-        settings.TABLE[kernel][row] = today
+        TABLE[kernel][row] = today
 
 
 def search(
@@ -122,8 +92,8 @@ def search(
         with launched_with(kernel, row, candidate):
             for each, sets, exact in work:
 
-                def call(inputs: dict[str, torch.Tensor], each: Workload = each) -> tuple[torch.Tensor, ...]:
-                    return each.run(lambda **given: OPS[each.op](**given, impl="triton"), inputs)
+                def call(inputs: dict[str, Any], each: Workload = each) -> tuple[torch.Tensor, ...]:
+                    return each.run(lambda **given: each.spec.op(**given, impl="triton"), inputs)
 
                 try:
                     if each.error(call(sets[0]), exact) > each.tolerance:
@@ -136,8 +106,8 @@ def search(
         return total
 
     times: list[tuple[float, Settings]] = []
-    today = settings.TABLE[kernel][row]
-    for candidate in candidates(kernel, today):
+    today = TABLE[kernel][row]
+    for candidate in candidates(today):
         times.append((seconds(candidate), candidate))
         tick()
     after, best = min(times, key=lambda pair: pair[0])
@@ -146,7 +116,7 @@ def search(
 
 def chosen_rows(only: str) -> list[tuple[str, str]]:
     """The rows whose name, as `rationale_fit: 16 bits, K <= 32`, holds the text."""
-    rows = [(kernel, row) for kernel, table in settings.TABLE.items() for row in table]
+    rows = [(kernel, row) for kernel, table in TABLE.items() for row in table]
     found = [(kernel, row) for kernel, row in rows if only in f"{kernel}: {row}"]
     if not found:
         raise UsageError(f"--only {only!r}: no such row; rows are {', '.join(': '.join(row) for row in rows[:2])}, ...")
@@ -175,9 +145,9 @@ class TuneConfig:
     """Settings of a search."""
 
     only: str = "16 bits"
-    """Rows whose name holds this text; a name is `kernel: row` as in kernels/settings.py. Empty: all."""
+    """Rows whose name holds this text; a name is `kernel: row` as in the ops' files. Empty: all."""
     out: Path | None = None
-    """Write the whole table with the best settings here, as JSON that TABLE in kernels/settings.py takes as it is."""
+    """Write all rows with the best settings here, as JSON by kernel."""
 
 
 def main(args: Sequence[str]) -> None:
@@ -187,20 +157,17 @@ def main(args: Sequence[str]) -> None:
         rows = chosen_rows(config.only)
         if not torch.cuda.is_available():
             raise UsageError("there is no GPU to time kernels on")
-        device, console = torch.device("cuda"), Console()
-        outcomes = []
-        total = sum(len(candidates(kernel, settings.TABLE[kernel][row])) for kernel, row in rows)
+        device, console, outcomes = torch.device("cuda"), Console(), list[Outcome]()
         with Progress(console=console) as progress:
-            bar = progress.add_task("", total=total)
+            bar = progress.add_task("", total=sum(len(candidates(TABLE[kernel][row])) for kernel, row in rows))
             for kernel, row in rows:
                 progress.update(bar, description=f"{kernel}: {row}")
-                tick = lambda: progress.advance(bar)  # noqa: E731
-                outcomes.append(
-                    search(kernel, row, workloads(kernel, row), device, lambda calls: time_on_gpu(calls).median, tick)
-                )
-        console.print(outcome_table(outcomes, f"{torch.cuda.get_device_name()}, sum over two sizes"))
+                timer: Timer = lambda calls: time_on_gpu(calls).median  # noqa: E731
+                found = search(kernel, row, workloads(kernel, row), device, timer, lambda: progress.advance(bar))
+                outcomes.append(found)
+        console.print(outcome_table(outcomes, f"{torch.cuda.get_device_name()}, sum over two calls"))
         if config.out:
-            best = {kernel: dict(table) for kernel, table in settings.TABLE.items()}
+            best = {kernel: dict(table) for kernel, table in TABLE.items()}
             for outcome in outcomes:
                 best[outcome.kernel][outcome.row] = outcome.best
             config.out.write_text(json.dumps(best, indent=4) + "\n")

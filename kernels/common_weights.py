@@ -22,6 +22,7 @@ from fastcr.kernels.detectors import check_gradient, check_maps, rows_of
 from fastcr.kernels.launch import Impl, fused_op, use_triton
 from fastcr.kernels.rationale_fit import CamKeeps, gradcam_target
 from fastcr.kernels.settings import TABLE, channels_class
+from fastcr.kernels.spec import Example, OpSpec, draw_maps
 
 try:
     import triton
@@ -130,3 +131,26 @@ def common_weights(
     if use_triton(impl, {"features": features, "gradient": gradient}, fits=features.shape[1] <= MAX_CHANNELS):
         return _fused(features, gradient, cam_keeps)
     return common_weights_reference(features, gradient, cam_keeps=cam_keeps)
+
+
+SPEC = OpSpec(
+    common_weights,
+    common_weights_reference,
+    inputs=draw_maps,
+    usual=tuple(Example({"B": 256, "C": 2048, "S": positions}) for positions in (49, 196)),
+    others=tuple(  # odd numbers of channels are read one by one
+        Example({"B": 256, "C": channels, "S": 49}) for channels in (64, 511, 512, 1280, 2047, 4095, 4096)
+    ),
+    bytes=lambda z, width, backward: width * z["B"] * z["C"] * z["S"],
+    rows=lambda z, dtype: {"common_weights": channels_class(dtype, z["C"])},
+    kernels={
+        "common_weights": {
+            "16 bits, C <= 512": {"BLOCK": 2048, "num_warps": 2, "num_stages": 4, "programs": 528},
+            "16 bits, C <= 2048": {"BLOCK": 8192, "num_warps": 8, "num_stages": 4, "programs": 132},
+            "16 bits, C > 2048": {"BLOCK": 8192, "num_warps": 16, "num_stages": 4, "programs": 132},
+            "32 bits, C <= 512": {"BLOCK": 2048, "num_warps": 2, "num_stages": 3, "programs": 528},
+            "32 bits, C <= 2048": {"BLOCK": 8192, "num_warps": 8, "num_stages": 3, "programs": 132},
+            "32 bits, C > 2048": {"BLOCK": 8192, "num_warps": 16, "num_stages": 3, "programs": 132},
+        }
+    },
+)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastcr.kernels.launch import INTERPRET, on_its_device
-from fastcr.kernels.settings import TABLE, map_class
+from fastcr.kernels.settings import FENCED, TABLE, Settings, map_class
 
 try:
     import triton
@@ -25,6 +25,14 @@ except ImportError:
 
 MAX_DETECTORS = 128
 MAX_POSITIONS = 4096
+SPREAD: dict[str, Settings] = {
+    "16 bits, K <= 32": {"BLOCK_S": 64, "BLOCK_C": 64, "num_warps": 8, "num_stages": 3, "programs": 528},
+    "16 bits, K > 32": {
+        "BLOCK_S": 32, "BLOCK_C": 32, "num_warps": 8, "num_stages": 3 if FENCED else 1, "programs": 528,
+    },
+    "32 bits, K <= 32": {"BLOCK_S": 32, "BLOCK_C": 32, "num_warps": 8, "num_stages": 3, "programs": 528},
+    "32 bits, K > 32": {"BLOCK_S": 32, "BLOCK_C": 32, "num_warps": 8, "num_stages": 3, "programs": 528},
+}  # fmt: skip
 
 
 def attention_logits(features: Tensor, detectors: Tensor, bias: Tensor | None) -> Tensor:

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from fastcr.kernels.launch import Impl, fused_op, use_triton
-from fastcr.kernels.queue import MAX_DIM, attend, check, plan
+from fastcr.kernels.queue import MAX_DIM, OTHER_QUEUES, ROWS, SPLIT, USUAL_QUEUES, attend, check
+from fastcr.kernels.settings import FENCED, contrast_class
+from fastcr.kernels.spec import Example, OpSpec, draw_units
 
 try:
     import triton
@@ -68,10 +70,10 @@ def _fused(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> tup
     gradient = query.new_empty(batch, dim, dtype=torch.float32)
     if batch == 0:
         return loss, gradient, pull
-    grid, scale = plan("info_nce", query, queue), math.log2(math.e) / temperature
-    parts = attend(grid, query, queue, batch, (scale, scale), exact=False)
+    scale = math.log2(math.e) / temperature
+    *parts, options = attend("info_nce", query, queue, batch, (scale, scale), exact=False)
     _combine_kernel[(batch,)](
-        query, key, *parts, loss, gradient, pull, batch, grid.parts, scale, 1 / temperature, **grid.dims, num_warps=4
+        query, key, *parts, loss, gradient, pull, batch, len(parts[0]), scale, 1 / temperature, **options, num_warps=4
     )
     return loss, gradient, pull
 
@@ -123,3 +125,25 @@ def info_nce(query: Tensor, key: Tensor, queue: Tensor, *, temperature: float = 
     if not use_triton(impl, given, fits=query.shape[1] <= MAX_DIM):
         return info_nce_reference(query, key, queue, temperature=temperature)
     return _fused(query.to(torch.promote_types(query.dtype, queue.dtype)), key, queue, temperature)[0]
+
+
+SPEC = OpSpec(
+    info_nce,
+    info_nce_reference,
+    inputs=draw_units,
+    learns=("query",),
+    usual=tuple(map(Example, USUAL_QUEUES)),
+    others=tuple(map(Example, OTHER_QUEUES)),
+    bytes=lambda z, width, backward: width * z["N"] * z["D"],
+    flops=lambda z: 4 * z["B"] * z["N"] * z["D"],
+    rows=lambda z, dtype: {"info_nce": contrast_class(dtype, z["B"], z["D"])},
+    kernels={
+        "info_nce": ROWS
+        | {
+            "16 bits, B > 16, D <= 256": {"BLOCK_B": 64, "BLOCK_N": 64, "num_warps": 4}
+            | SPLIT
+            | {"num_stages": 2 if FENCED else 1},
+            "32 bits, B > 16, D <= 256": {"BLOCK_B": 32, "BLOCK_N": 32, "num_warps": 8} | SPLIT,
+        }
+    },
+)

@@ -23,9 +23,11 @@ import torch
 from torch import Tensor
 
 from fastcr.kernels.detectors import (
+    SPREAD,
     all_positions,
     attention_logits,
     check_features,
+    check_gradient,
     dot_settings,
     fake_gradients,
     named,
@@ -33,15 +35,15 @@ from fastcr.kernels.detectors import (
     spread_gradients,
     tile_settings,
 )
-from fastcr.kernels.fit_pairs import launch_pairs, takes_pairs
 from fastcr.kernels.launch import Impl, fused_op, use_triton
+from fastcr.kernels.settings import map_class
+from fastcr.kernels.spec import OTHER_MAPS, USUAL_MAPS, Example, OpSpec, draw_detectors, draw_maps
 
 try:
     import triton
     import triton.language as tl
 
     from fastcr.kernels.detectors import tile_logits
-    from fastcr.kernels.fit_pairs import distributions
 except ImportError:
     triton = None
 
@@ -86,17 +88,10 @@ class _AddPoolGradient(torch.autograd.Function):
 
 
 def rationale_fit_reference(
-    features: Tensor,
-    gradient: Tensor,
-    detectors: Tensor,
-    bias: Tensor | None = None,
-    *,
-    temperature: float = 0.4,
-    target: Target = "max-softmax",
-    cam_keeps: CamKeeps = "mismatch",
-    pool_weight: float = 0.0,
+    features: Tensor, gradient: Tensor, detectors: Tensor, bias: Tensor | None = None, *, temperature: float = 0.4,
+    target: Target = "max-softmax", cam_keeps: CamKeeps = "mismatch", pool_weight: float = 0.0,
     stop_gradient: bool = False,
-) -> RationaleFit:
+) -> RationaleFit:  # fmt: skip
     """The equations above in plain torch, in fp32 (fp64 for fp64 inputs): the specification and the test oracle."""
     dtype = torch.promote_types(features.dtype, torch.float32)
     with torch.autocast(features.device.type, enabled=False):
@@ -142,7 +137,21 @@ if triton is not None:
         logits = tl.load(attention + row + s, mask=inside, other=0.0)
         cam = tl.load(target + row + s, mask=inside, other=0.0)
         tl.debug_barrier()
-        p, log_q, kl = distributions(logits, cam, inside, S, inverse_temperature, SUM)
+        # relu would hide an infinity of the other sign; sums keep NaN where maxima drop it
+        cam = tl.where(cam - cam == 0, tl.where(cam > 0, cam, 0.0), float("nan"))
+        if SUM:
+            mass = tl.sum(tl.where(inside, cam, 0.0), axis=1, keep_dims=True)
+            p = tl.where(mass == 0, 1.0 / S, cam / tl.where(mass == 0, 1.0, mass))
+        else:
+            peak = tl.max(tl.where(inside, cam, 0.0), axis=1, keep_dims=True)
+            cam = cam / tl.where(peak == 0, 1.0, peak) - tl.where(peak == 0, 0.0, 1.0)
+            p = tl.where(inside, tl.exp(cam * inverse_temperature), 0.0)
+            p = p / tl.sum(p, axis=1, keep_dims=True)
+        high = tl.max(tl.where(inside, logits, float("-inf")), axis=1, keep_dims=True)
+        mass = tl.sum(tl.where(inside, tl.exp(logits - high), 0.0), axis=1, keep_dims=True)
+        log_q = logits - high - tl.log(mass)
+        log_p = tl.log(tl.where(p > 0, p, 1.0))
+        kl = tl.sum(tl.where(inside, p * (log_p - log_q), 0.0), axis=1)
         tl.store(attention + row + s, tl.exp(log_q), mask=inside)
         tl.store(target + row + s, p, mask=inside)
         tl.store(divergence + b + tl.arange(0, 1), kl)
@@ -162,9 +171,7 @@ def _fused(
     sign = 0.0 if target == "uniform" else 1.0 if cam_keeps == "mismatch" else -1.0  # 0: GradCAM 0, target uniform
     gradient, bias = gradient.float().contiguous(), None if bias is None else bias.contiguous()
     outputs = divergence, attention, probability, winners
-    if batch and takes_pairs(rows, len(detectors)):
-        launch_pairs(rows, gradient, detectors, bias, outputs, temperature, sign, target == "sum")
-    elif batch:
+    if batch:
         _fit_kernel[(batch,)](
             rows, gradient, detectors, rows if bias is None else bias, *outputs,
             positions, channels, len(detectors), 1 / temperature, sign,
@@ -175,10 +182,7 @@ def _fused(
 
 
 @_fused.register_fake
-def _(
-    features: Tensor, gradient: Tensor, detectors: Tensor, bias: Tensor | None, temperature: float, target: str,
-    cam_keeps: str, pool_weight: float, stop_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def _(features: Tensor, *unused: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, _, height, width = features.shape
     attention = features.new_empty(batch, height * width, dtype=torch.float32)
     winners = torch.empty_like(attention, dtype=torch.int32)
@@ -196,11 +200,8 @@ def _fused_backward(
 
 
 @_fused_backward.register_fake
-def _(
-    by_divergence: Tensor, features: Tensor, gradient: Tensor, detectors: Tensor, attention: Tensor, target: Tensor,
-    winners: Tensor, temperature: float, pool_weight: float, write: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return fake_gradients(features, detectors, write)
+def _(by_divergence: Tensor, features: Tensor, gradient: Tensor, detectors: Tensor, *others: Any) -> Any:
+    return fake_gradients(features, detectors, write=others[-1])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -228,18 +229,10 @@ _fused.register_autograd(_backward, setup_context=_save)
 
 
 def rationale_fit(
-    features: Tensor,
-    gradient: Tensor,
-    detectors: Tensor,
-    bias: Tensor | None = None,
-    *,
-    temperature: float = 0.4,
-    target: Target = "max-softmax",
-    cam_keeps: CamKeeps = "mismatch",
-    pool_weight: float = 0.0,
-    stop_gradient: bool = False,
-    impl: Impl = "auto",
-) -> RationaleFit:
+    features: Tensor, gradient: Tensor, detectors: Tensor, bias: Tensor | None = None, *, temperature: float = 0.4,
+    target: Target = "max-softmax", cam_keeps: CamKeeps = "mismatch", pool_weight: float = 0.0,
+    stop_gradient: bool = False, impl: Impl = "auto",
+) -> RationaleFit:  # fmt: skip
     """KL of each image's GradCAM from its rationale map (arXiv 2303.01669, L_KL), and both maps.
 
     Args:
@@ -265,27 +258,40 @@ def rationale_fit(
         ValueError: shapes, dtypes, devices or options do not fit, or `impl` cannot serve these tensors.
     """
     check_features(features, detectors, bias, temperature)
-    if gradient.shape != features.shape[:2] or not gradient.is_floating_point():
-        raise ValueError(
-            f"gradient must be a floating-point {list(features.shape[:2])}, got {gradient.dtype} {list(gradient.shape)}"
-        )
-    if gradient.device != features.device:
-        raise ValueError(f"gradient must be on {features.device} like features, got {gradient.device}")
+    check_gradient(features, gradient)
     if target not in ("max-softmax", "sum", "uniform"):
         raise ValueError(f"target must be 'max-softmax', 'sum' or 'uniform', got {target!r}")
     if cam_keeps not in ("mismatch", "match"):
         raise ValueError(f"cam_keeps must be 'mismatch' or 'match', got {cam_keeps!r}")
-    settings = temperature, target, cam_keeps, pool_weight, stop_gradient
+    options: dict[str, Any] = {
+        "temperature": temperature, "target": target, "cam_keeps": cam_keeps, "pool_weight": pool_weight,
+        "stop_gradient": stop_gradient,
+    }  # fmt: skip
     if use_triton(impl, named(features=features, gradient=gradient, detectors=detectors, bias=bias)):
-        return RationaleFit(*_fused(features, gradient, detectors, bias, *settings)[:3])
-    return rationale_fit_reference(
-        features,
-        gradient,
-        detectors,
-        bias,
-        temperature=temperature,
-        target=target,
-        cam_keeps=cam_keeps,
-        pool_weight=pool_weight,
-        stop_gradient=stop_gradient,
-    )
+        return RationaleFit(*_fused(features, gradient, detectors, bias, *options.values())[:3])
+    return rationale_fit_reference(features, gradient, detectors, bias, **options)
+
+
+SPEC = OpSpec(
+    rationale_fit,
+    rationale_fit_reference,
+    inputs=lambda z, dtype, normal: draw_maps(z, dtype, normal) | draw_detectors(z, normal),
+    learns=("features", "detectors", "bias"),
+    usual=tuple(
+        Example(sizes, {"pool_weight": 1 / sizes["B"], "stop_gradient": stop})
+        for sizes in USUAL_MAPS
+        for stop in (True, False)
+    ),
+    others=tuple(Example(sizes, {"target": "sum"}) for sizes in OTHER_MAPS),
+    bytes=lambda z, width, backward: (3 if backward else 1) * width * z["B"] * z["C"] * z["S"],
+    rows=lambda z, dtype: dict.fromkeys(("rationale_fit", "spread_gradients"), map_class(dtype, z["K"])),
+    kernels={
+        "spread_gradients": SPREAD,
+        "rationale_fit": {
+            "16 bits, K <= 32": {"BLOCK_S": 64, "BLOCK_C": 32, "num_warps": 4, "num_stages": 4},
+            "16 bits, K > 32": {"BLOCK_S": 64, "BLOCK_C": 32, "num_warps": 4, "num_stages": 3},
+            "32 bits, K <= 32": {"BLOCK_S": 16, "BLOCK_C": 32, "num_warps": 4, "num_stages": 3},
+            "32 bits, K > 32": {"BLOCK_S": 16, "BLOCK_C": 32, "num_warps": 8, "num_stages": 2},
+        },
+    },
+)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fastcr.kernels.detectors import (
+    SPREAD,
     all_positions,
     attention_logits,
     check_features,
@@ -33,6 +34,8 @@ from fastcr.kernels.detectors import (
     upcast,
 )
 from fastcr.kernels.launch import Impl, fused_op, use_triton
+from fastcr.kernels.settings import map_class
+from fastcr.kernels.spec import OTHER_MAPS, USUAL_MAPS, Example, OpSpec, Sizes, draw_detectors, draw_maps
 
 try:
     import triton
@@ -150,7 +153,7 @@ def _fused(
 
 
 @_fused.register_fake
-def _(features: Tensor, detectors: Tensor, bias: Tensor | None, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+def _(features: Tensor, *unused: Any) -> tuple[Tensor, Tensor, Tensor]:
     batch, channels, height, width = features.shape
     pooled = features.new_empty(batch, channels, dtype=torch.float32)
     attention = features.new_empty(batch, height * width, dtype=torch.float32)
@@ -176,11 +179,8 @@ def _fused_backward(
 
 
 @_fused_backward.register_fake
-def _(
-    by_pooled: Tensor, by_attention: Tensor, features: Tensor, detectors: Tensor, attention: Tensor, winners: Tensor,
-    temperature: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return fake_gradients(features, detectors, True)
+def _(by_pooled: Tensor, by_attention: Tensor, features: Tensor, detectors: Tensor, *unused: Any) -> Any:
+    return fake_gradients(features, detectors, write=True)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -204,12 +204,7 @@ _fused.register_autograd(_backward, setup_context=_save)
 
 
 def rationale_pool(
-    features: Tensor,
-    detectors: Tensor,
-    bias: Tensor | None = None,
-    *,
-    temperature: float = 0.4,
-    impl: Impl = "auto",
+    features: Tensor, detectors: Tensor, bias: Tensor | None = None, *, temperature: float = 0.4, impl: Impl = "auto"
 ) -> RationalePool:
     """Rationale map of each image and the features pooled with it (arXiv 2303.01669, inference).
 
@@ -232,3 +227,34 @@ def rationale_pool(
         return rationale_pool_reference(features, detectors, bias, temperature=temperature)
     pooled, attention, _ = _fused(features, detectors, bias, temperature)
     return RationalePool(pooled, attention)
+
+
+def _rows(sizes: Sizes, dtype: torch.dtype) -> dict[str, str]:
+    multiplying = dict.fromkeys(("rationale_pool", "spread_gradients"), map_class(dtype, sizes["K"]))
+    return multiplying | {"attention_gradient": map_class(dtype)}
+
+
+SPEC = OpSpec(
+    rationale_pool,
+    rationale_pool_reference,
+    inputs=lambda z, dtype, normal: {"features": draw_maps(z, dtype, normal)["features"]} | draw_detectors(z, normal),
+    learns=("features", "detectors", "bias"),
+    usual=tuple(map(Example, USUAL_MAPS)),
+    others=tuple(map(Example, OTHER_MAPS)),
+    # backward: the gradient at a position depends on all of them, so the features are read twice
+    bytes=lambda z, width, backward: (4 if backward else 1) * width * z["B"] * z["C"] * z["S"],
+    rows=_rows,
+    kernels={
+        "spread_gradients": SPREAD,
+        "rationale_pool": {
+            "16 bits, K <= 32": {"BLOCK_S": 64, "BLOCK_C": 64, "num_warps": 4, "num_stages": 3},
+            "16 bits, K > 32": {"BLOCK_S": 64, "BLOCK_C": 32, "num_warps": 4, "num_stages": 3},
+            "32 bits, K <= 32": {"BLOCK_S": 16, "BLOCK_C": 32, "num_warps": 4, "num_stages": 3},
+            "32 bits, K > 32": {"BLOCK_S": 16, "BLOCK_C": 32, "num_warps": 8, "num_stages": 2},
+        },
+        "attention_gradient": {
+            "16 bits": {"BLOCK_S": 64, "BLOCK_C": 64, "num_warps": 4, "num_stages": 3},
+            "32 bits": {"BLOCK_S": 32, "BLOCK_C": 64, "num_warps": 4, "num_stages": 3},
+        },
+    },
+)

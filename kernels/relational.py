@@ -13,33 +13,56 @@ weights come in two parts: loss and gradient are differences of what they give.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from fastcr.kernels.launch import Impl, fused_op, use_triton
-from fastcr.kernels.queue import (
-    MAX_DIM,
-    attend,
-    attention,
-    backward,
-    check,
-    check_images,
-    own_keys,
-    plan,
-    pulled,
-    results,
-    save,
-    similarities,
-)
+from fastcr.kernels.queue import LOWEST, MAX_DIM, OTHER_QUEUES, ROWS, SPLIT, USUAL_QUEUES, attend, check
+from fastcr.kernels.settings import contrast_class
+from fastcr.kernels.spec import Example, Normal, OpSpec, Sizes, draw_units
 
 try:
     import triton
     import triton.language as tl
 
-    from fastcr.kernels.queue import NOTHING, join, pull
+    from fastcr.kernels.queue import NOTHING, join
 except ImportError:
     triton = None
+
+LEFT_OUT = -3.3e38  # below every logit, and finite: an infinite similarity is an error, and comes out as NaN
+
+
+def attention(rows: Tensor, queue: Tensor, own: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
+    """`logsumexp [B]` of `rows [B,D] . queue [N,D] / temperature`, and the softmax's mean of the keys `[B,D]`.
+
+    Keys that are a row's `own` `[B,N]` are left out: a row without others has -inf and 0. A row not finite has NaN.
+    """
+    logits = (rows / temperature) @ queue.T
+    if own is not None:
+        logits.masked_fill_(own, LEFT_OUT)
+    top = logits.amax(1, keepdim=True)
+    high = top.clamp_min(LOWEST) + (top - top)  # an infinite one makes all of the row NaN
+    weights = logits.sub_(high).exp_()
+    mass = weights.sum(1, keepdim=True)  # 1 at least: that of the highest
+    return (high + mass.log())[:, 0], (weights @ queue).div_(mass.clamp_min(1))
+
+
+class _WithGradient(torch.autograd.Function):
+    """A loss `[B]` whose gradient by each query `[B,D]` is known already."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, loss: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        ctx.dtype = query.dtype
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (grad[:, None] * gradient).to(ctx.dtype), None, None
 
 
 def relational_reference(
@@ -48,14 +71,36 @@ def relational_reference(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The equations above in plain torch, in fp32 (fp64 for fp64 inputs): the specification and the test oracle."""
     dtype = torch.promote_types(query.dtype, torch.float32)
-    with torch.autocast(query.device.type, enabled=False):
-        queue, own = queue.to(dtype), own_keys(images, queue_images)
-        _, target = attention(similarities(key.to(dtype), queue, own, key_temperature), queue)
-        loss, positive = pulled(query, queue, target, own, temperature)
-        return loss, positive.to(key.dtype)
+    own = None if images is None or queue_images is None else images[:, None] == queue_images
+    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+        queue, wide = queue.to(dtype), query.to(dtype)
+        _, target = attention(key.to(dtype), queue, own, key_temperature)
+        mass, mean = attention(wide, queue, own, temperature)
+        loss = (mass - torch.linalg.vecdot(wide, target) / temperature).masked_fill_(mass == -torch.inf, 0)
+        gradient = mean.sub_(target).div_(temperature)
+        positive = normalize(target, dim=1).to(key.dtype)
+    return _WithGradient.apply(query, loss, gradient), positive
 
 
 if triton is not None:
+
+    @triton.jit
+    def pull(
+        query, key, loss, gradient, positive, b, high, mass, sums, target, inverse_temperature,
+        D: tl.constexpr, BLOCK_D: tl.constexpr,
+    ):  # fmt: skip
+        """Write what the op gives of one query, and the gradient by it."""
+        d = tl.arange(0, BLOCK_D)
+        q = tl.load(query + b * D + d, mask=d < D, other=0.0).to(tl.float32)
+        k = tl.load(key + b * D + d, mask=d < D, other=0.0).to(tl.float32)
+        own = tl.sum(k - k, axis=0)  # NaN where the row is not finite, else 0
+        both = own + tl.sum(q - q, axis=0)
+        value = (high + tl.log2(mass)) * 0.6931471805599453 - tl.sum(q * target, axis=0) * inverse_temperature
+        tl.store(loss + b, tl.where(mass == 0, 0.0, value) + both)
+        slope = (sums / tl.maximum(mass, 1.0) - target) * inverse_temperature
+        tl.store(gradient + b * D + d, slope + both, mask=d < D)
+        length = tl.sqrt(tl.sum(target * target, axis=0))
+        tl.store(positive + b * D + d, target / tl.maximum(length, 1e-12) + own, mask=d < D)
 
     @triton.jit
     def _combine_kernel(
@@ -77,25 +122,43 @@ def _fused(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss, its gradient by each query, and the positives, for queries and keys of one dtype."""
     batch, queue = len(query), queue.contiguous()
-    loss, gradient, positive = results(query)
+    loss, gradient, positive = _empty(query)
     if batch == 0:
         return loss, gradient, positive
     scales = math.log2(math.e) / temperature, math.log2(math.e) / key_temperature
     rows = torch.cat([query, key])
-    grid = plan("relational", rows, queue)
-    parts = attend(grid, rows, queue, batch, scales, exact=True, images=images, queue_images=queue_images)
+    *parts, options = attend(
+        "relational", rows, queue, batch, scales, exact=True, images=images, queue_images=queue_images
+    )
     _combine_kernel[(batch,)](
-        rows, *parts, loss, gradient, positive, batch, grid.parts, 1 / temperature, **grid.dims, num_warps=4
+        rows, *parts, loss, gradient, positive, batch, len(parts[0]), 1 / temperature, **options, num_warps=4
     )
     return loss, gradient, positive
 
 
+def _empty(query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    loss = query.new_empty(len(query), dtype=torch.float32)
+    return loss, loss.new_empty(query.shape), query.new_empty(query.shape)
+
+
 @_fused.register_fake
 def _(query: Tensor, *unused: Tensor | float | None) -> tuple[Tensor, Tensor, Tensor]:
-    return results(query)
+    return _empty(query)
 
 
-_fused.register_autograd(backward, setup_context=save)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, gradient, positive = output
+    ctx.mark_non_differentiable(gradient, positive)
+    ctx.save_for_backward(gradient)
+    ctx.dtype = inputs[0].dtype
+
+
+def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
+    (gradient,) = ctx.saved_tensors
+    return (grad[:, None] * gradient).to(ctx.dtype), *[None] * 6
+
+
+_fused.register_autograd(_backward, setup_context=_save)
 
 
 def relational(
@@ -124,7 +187,13 @@ def relational(
     """
     given = {"query": query, "key": key, "queue": queue}
     check(given, {"temperature": temperature, "key_temperature": key_temperature})
-    check_images(query, queue, images, queue_images)
+    if (images is None) != (queue_images is None):
+        raise ValueError("images must be given with queue_images, or neither")
+    for name, of, tensor in (("images", query, images), ("queue_images", queue, queue_images)):
+        if tensor is not None and (tensor.shape != of.shape[:1] or tensor.dtype != torch.int64):
+            raise ValueError(f"{name} must be an int64 [{len(of)}], got {tensor.dtype} {list(tensor.shape)}")
+        if tensor is not None and tensor.device != query.device:
+            raise ValueError(f"{name} must be on {query.device} like query, got {tensor.device}")
     key, queue = key.detach(), queue.detach()
     if not use_triton(impl, given, fits=query.shape[1] <= MAX_DIM):
         return relational_reference(
@@ -134,3 +203,29 @@ def relational(
     rows = torch.promote_types(torch.promote_types(query.dtype, key.dtype), queue.dtype)
     fused = _fused(query.to(rows), key.to(rows), queue, images, queue_images, temperature, key_temperature)
     return fused[0], fused[2].to(key.dtype)
+
+
+def _inputs(sizes: Sizes, dtype: torch.dtype, normal: Normal) -> dict[str, Tensor]:
+    drawn = draw_units(sizes, dtype, normal)
+    keys = torch.arange(sizes["N"], device=drawn["query"].device)  # a queue that holds a key of every image
+    return drawn | {"images": keys[torch.arange(sizes["B"]) % sizes["N"]], "queue_images": keys}
+
+
+SPEC = OpSpec(
+    relational,
+    relational_reference,
+    inputs=_inputs,
+    learns=("query",),
+    usual=tuple(map(Example, USUAL_QUEUES)),
+    others=tuple(map(Example, OTHER_QUEUES)),
+    bytes=lambda z, width, backward: width * z["N"] * z["D"],
+    flops=lambda z: 8 * z["B"] * z["N"] * z["D"],
+    rows=lambda z, dtype: {"relational": contrast_class(dtype, 2 * z["B"], z["D"])},
+    kernels={
+        "relational": ROWS
+        | {
+            "16 bits, B > 16, D <= 256": {"BLOCK_B": 32, "BLOCK_N": 32, "num_warps": 4} | SPLIT,
+            "32 bits, B > 16, D <= 256": {"BLOCK_B": 16, "BLOCK_N": 32, "num_warps": 8} | SPLIT,
+        }
+    },
+)

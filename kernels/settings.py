@@ -1,9 +1,9 @@
 """How each kernel is launched, by the shapes of its inputs: one table, read at every call.
 
-`BLOCK_*` are tiles of positions (S), channels (C), queries (B) and keys (N), `BLOCK` elements of a tile; `programs` is
-their number.
-Chosen so that nothing spills or exceeds shared memory on capabilities 8.0 to 12.0 (`python
-bench/resources.py`); `python bench/tune.py` times others on the GPU at hand and prints the rows to put here.
+Each op's file puts the rows of its kernels into `TABLE` (`spec.py`). `BLOCK_*` are tiles of positions (S), channels
+(C), queries (B) and keys (N), `BLOCK` elements of a tile; `programs` is their number. They are chosen so that nothing
+spills or exceeds shared memory on capabilities 8.0 to 12.0 (`python bench/resources.py`); `python bench/tune.py` times
+others on the GPU at hand.
 """
 
 from __future__ import annotations
@@ -17,67 +17,7 @@ Settings = dict[str, int]
 
 # before 3.7.1 Triton leaves out the fence between copies ahead and wgmma (docs/compiled-code.md): one stage copies none
 FENCED = triton is not None and TorchVersion(triton.__version__) >= "3.7.1"
-
-TABLE: dict[str, dict[str, Settings]] = {
-    "rationale_fit": {
-        "16 bits, K <= 32": {"BLOCK_S": 64, "BLOCK_C": 32, "num_warps": 4, "num_stages": 4},
-        "16 bits, K > 32": {"BLOCK_S": 64, "BLOCK_C": 32, "num_warps": 4, "num_stages": 3},
-        "32 bits, K <= 32": {"BLOCK_S": 16, "BLOCK_C": 32, "num_warps": 4, "num_stages": 3},
-        "32 bits, K > 32": {"BLOCK_S": 16, "BLOCK_C": 32, "num_warps": 8, "num_stages": 2},
-    },
-    "fit_pairs": {
-        "16 bits, K <= 32": {"BLOCK_C": 64, "num_warps": 8, "num_stages": 3},
-    },
-    "rationale_pool": {
-        "16 bits, K <= 32": {"BLOCK_S": 64, "BLOCK_C": 64, "num_warps": 4, "num_stages": 3},
-        "16 bits, K > 32": {"BLOCK_S": 64, "BLOCK_C": 32, "num_warps": 4, "num_stages": 3},
-        "32 bits, K <= 32": {"BLOCK_S": 16, "BLOCK_C": 32, "num_warps": 4, "num_stages": 3},
-        "32 bits, K > 32": {"BLOCK_S": 16, "BLOCK_C": 32, "num_warps": 8, "num_stages": 2},
-    },
-    "attention_gradient": {
-        "16 bits": {"BLOCK_S": 64, "BLOCK_C": 64, "num_warps": 4, "num_stages": 3},
-        "32 bits": {"BLOCK_S": 32, "BLOCK_C": 64, "num_warps": 4, "num_stages": 3},
-    },
-    "common_weights": {
-        "16 bits, C <= 512": {"BLOCK": 2048, "num_warps": 2, "num_stages": 4, "programs": 528},
-        "16 bits, C <= 2048": {"BLOCK": 8192, "num_warps": 8, "num_stages": 4, "programs": 132},
-        "16 bits, C > 2048": {"BLOCK": 8192, "num_warps": 16, "num_stages": 4, "programs": 132},
-        "32 bits, C <= 512": {"BLOCK": 2048, "num_warps": 2, "num_stages": 3, "programs": 528},
-        "32 bits, C <= 2048": {"BLOCK": 8192, "num_warps": 8, "num_stages": 3, "programs": 132},
-        "32 bits, C > 2048": {"BLOCK": 8192, "num_warps": 16, "num_stages": 3, "programs": 132},
-    },
-    "spread_gradients": {
-        "16 bits, K <= 32": {"BLOCK_S": 64, "BLOCK_C": 64, "num_warps": 8, "num_stages": 3, "programs": 528},
-        "16 bits, K > 32": {
-            "BLOCK_S": 32, "BLOCK_C": 32, "num_warps": 8, "num_stages": 3 if FENCED else 1, "programs": 528,
-        },
-        "32 bits, K <= 32": {"BLOCK_S": 32, "BLOCK_C": 32, "num_warps": 8, "num_stages": 3, "programs": 528},
-        "32 bits, K > 32": {"BLOCK_S": 32, "BLOCK_C": 32, "num_warps": 8, "num_stages": 3, "programs": 528},
-    },
-    "info_nce": {
-        "16 bits, B <= 16, D <= 256": {"BLOCK_B": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "programs": 264},
-        "16 bits, B <= 16, D > 256": {"BLOCK_B": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2, "programs": 264},
-        "16 bits, B > 16, D <= 256": {
-            "BLOCK_B": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2 if FENCED else 1, "programs": 264,
-        },
-        "16 bits, B > 16, D > 256": {"BLOCK_B": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2, "programs": 264},
-        "32 bits, B <= 16, D <= 256": {"BLOCK_B": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2, "programs": 264},
-        "32 bits, B <= 16, D > 256": {"BLOCK_B": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2, "programs": 264},
-        "32 bits, B > 16, D <= 256": {"BLOCK_B": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2, "programs": 264},
-        "32 bits, B > 16, D > 256": {"BLOCK_B": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2, "programs": 264},
-    },
-    "relational": {
-        "16 bits, B <= 16, D <= 256": {"BLOCK_B": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "programs": 264},
-        "16 bits, B <= 16, D > 256": {"BLOCK_B": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2, "programs": 264},
-        "16 bits, B > 16, D <= 256": {"BLOCK_B": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2, "programs": 264},
-        "16 bits, B > 16, D > 256": {"BLOCK_B": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2, "programs": 264},
-        "32 bits, B <= 16, D <= 256": {"BLOCK_B": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2, "programs": 264},
-        "32 bits, B <= 16, D > 256": {"BLOCK_B": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2, "programs": 264},
-        "32 bits, B > 16, D <= 256": {"BLOCK_B": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2, "programs": 264},
-        "32 bits, B > 16, D > 256": {"BLOCK_B": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2, "programs": 264},
-    },
-}  # fmt: skip
-TABLE["neighbour"] = dict(TABLE["relational"])  # until a GPU has timed them apart
+TABLE: dict[str, dict[str, Settings]] = {}
 
 
 def map_class(dtype: torch.dtype, detectors: int | None = None) -> str:

@@ -19,6 +19,7 @@ cut meets a pixel of a crop four times at any reduction; rows and columns apart,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from fastcr.kernels.colour import blur_reference, grey_reference, jitter_reference
 from fastcr.kernels.launch import KERNEL_DTYPES, Impl, fused_op, use_triton
+from fastcr.kernels.spec import Example, Normal, OpSpec, Sizes
 
 try:
     import triton
@@ -61,17 +63,9 @@ def _view(image: Tensor, row: Sequence[float], size: int, compute: torch.dtype, 
 
 
 def two_views_reference(
-    pixels: Tensor,
-    starts: Tensor,
-    widths: Tensor,
-    table: Tensor,
-    size: int,
-    *,
-    mean: Sequence[float],
-    std: Sequence[float],
-    dtype: torch.dtype = torch.float32,
-    whole_levels: bool = False,
-) -> Tensor:
+    pixels: Tensor, starts: Tensor, widths: Tensor, table: Tensor, size: int, *, mean: Sequence[float],
+    std: Sequence[float], dtype: torch.dtype = torch.float32, whole_levels: bool = False,
+) -> Tensor:  # fmt: skip
     """The steps above in plain torch, in fp32 (fp64 for an fp64 result): the specification and the test oracle.
 
     `whole_levels`: the resize gives uint8 again, as torchvision's does, which a CPU is three times as fast at.
@@ -225,10 +219,8 @@ def _fused(
     if out.numel() == 0:
         return out
     starts, widths, table = starts.contiguous(), widths.contiguous(), table.contiguous()
-    between, blurred = (
-        table.new_empty(batch * views, 3, size, size, dtype=torch.float32 if dtype == torch.float32 else torch.float16)
-        for _ in range(2)
-    )
+    narrow = torch.float32 if dtype == torch.float32 else torch.float16
+    between, blurred = (table.new_empty(batch * views, 3, size, size, dtype=narrow) for _ in range(2))
     tiles = triton.cdiv(size * size, BLOCK)
     greys = table.new_empty(batch * views, tiles)
     grid, colours = (batch * views * tiles,), (tuple(mean), tuple(std))
@@ -240,26 +232,14 @@ def _fused(
 
 
 @_fused.register_fake
-def _(
-    pixels: Tensor, starts: Tensor, widths: Tensor, table: Tensor, size: int, mean: list[float], std: list[float],
-    dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    batch, views = table.shape[:2]
-    return table.new_empty(views, batch, size, size, 3, dtype=dtype)
+def _(pixels: Tensor, starts: Tensor, widths: Tensor, table: Tensor, size: int, *others: Any) -> Tensor:
+    return table.new_empty(table.shape[1], len(table), size, size, 3, dtype=others[-1])
 
 
 def two_views(
-    pixels: Tensor,
-    starts: Tensor,
-    widths: Tensor,
-    table: Tensor,
-    size: int,
-    *,
-    mean: Sequence[float],
-    std: Sequence[float],
-    dtype: torch.dtype = torch.float32,
-    impl: Impl = "auto",
-) -> Tensor:
+    pixels: Tensor, starts: Tensor, widths: Tensor, table: Tensor, size: int, *, mean: Sequence[float],
+    std: Sequence[float], dtype: torch.dtype = torch.float32, impl: Impl = "auto",
+) -> Tensor:  # fmt: skip
     """Views of decoded images, augmented as `table` says, normalised (MoCo v2's augmentation, arXiv 2003.04297).
 
     Args:
@@ -298,3 +278,23 @@ def two_views(
         return views.permute(0, 1, 4, 2, 3)
     whole = impl == "auto" and pixels.device.type == "cpu" and dtype != torch.float64
     return two_views_reference(pixels, starts, widths, table, size, mean=mean, std=std, dtype=dtype, whole_levels=whole)
+
+
+def _inputs(sizes: Sizes, dtype: torch.dtype, normal: Normal) -> dict[str, Any]:
+    """Whole images of h x w pixels, all augmentations on."""
+    batch, views, height, width, size = (sizes[name] for name in "BVhwS")
+    row = [0, 0, height, width, 0, 1, 2, 3, 1.2, 0.8, 1.1, 0.05, 0, 1, MAX_WINDOW, 1]
+    table = normal(batch, views, len(COLUMNS)).copy_(torch.tensor(row))
+    pixels = (normal(batch * height * width * 3) * 60 + 128).clamp_(0, 255).to(torch.uint8)
+    starts = torch.arange(batch, device=pixels.device) * (3 * height * width)
+    colours = {"size": size, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25), "dtype": dtype}
+    return {"pixels": pixels, "starts": starts, "widths": torch.full_like(starts, width), "table": table} | colours
+
+
+SPEC = OpSpec(
+    two_views,
+    two_views_reference,
+    inputs=_inputs,
+    usual=(Example({"B": 64, "V": 2, "h": 300, "w": 300, "S": 224}),),
+    bytes=lambda z, width, backward: 3 * z["B"] * z["V"] * (z["h"] * z["w"] + width * z["S"] ** 2),
+)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from bench import report, timing
 from bench.report_tables import keep, tables
-from bench.workloads import OPS, REFERENCES, Workload
+from bench.workloads import Workload
 
 MACHINE = {
     "cpu": {"brand_raw": "Some CPU"},
@@ -248,14 +248,14 @@ def test_inputs_rotate_over_four_times_the_cache_where_memory_allows() -> None:
     assert timing.sets_beyond_cache(bytes_a_set=300, cache=50, free=400) == 2
 
 
+MAPS, QUEUE = {"B": 19, "C": 64, "S": 20, "K": 5}, {"B": 19, "D": 24, "N": 300}
 WORK = [
-    Workload("fit", "forward", 19, 20, 64, 5),
-    Workload("fit", "training", 19, 20, 64, 5),
-    Workload("pool", "training", 19, 20, 64, 5, torch.float32),
-    Workload("common", "forward", 19, 20, 64),
-    Workload("contrast", "training", 19, 300, 24),
-    Workload("relational", "training", 19, 300, 24),
-    Workload("neighbour", "training", 19, 300, 24),
+    Workload("rationale_fit", MAPS),
+    Workload("rationale_fit", MAPS, training=True, options={"pool_weight": 1 / 19}),
+    Workload("rationale_pool", MAPS, torch.float32, training=True),
+    Workload("common_weights", MAPS),
+    Workload("info_nce", QUEUE, training=True),
+    Workload("relational", QUEUE, training=True),
 ]
 
 
@@ -263,22 +263,21 @@ WORK = [
 def test_a_right_kernel_passes_the_check_of_a_workload_and_a_wrong_one_fails(work: Workload) -> None:
     inputs = work.inputs(torch.device("cpu"))
     exact = work.exact(inputs)
-    for function in (REFERENCES[work.op], partial(OPS[work.op], impl="triton")):
+    for function in (work.spec.reference, partial(work.spec.op, impl="triton")):
         assert work.error(work.run(function, inputs), exact) <= work.tolerance
-    others = {"contrast": {"temperature": 0.19}, "common": {"cam_keeps": "match"}}
-    others |= {op: {"temperature": 0.35} for op in ("fit", "pool")}
-    wrong = work.run(partial(REFERENCES[work.op], **others.get(work.op, {"temperature": 0.095})), inputs)
+    others: dict[str, dict[str, Any]] = {"common_weights": {"cam_keeps": "match"}, "info_nce": {"temperature": 0.19}}
+    other = others.get(work.op, {"temperature": 0.095 if work.op == "relational" else 0.35})
+    wrong = work.run(partial(work.spec.reference, **other), inputs)
     assert work.error(wrong, exact) > work.tolerance
     broken = (*exact[:-1], torch.full_like(exact[-1], torch.nan))
     assert work.error(broken, exact) == torch.inf
 
 
 def test_floors_count_each_pass_over_the_features_once() -> None:
-    sizes = (256, 49, 2048)
+    maps = {"B": 256, "C": 2048, "S": 49, "K": 32}
     once = 2 * 256 * 49 * 2048
-    assert Workload("fit", "forward", *sizes).floor_bytes == once
-    assert Workload("fit", "training", *sizes).floor_bytes == 3 * once
-    assert Workload("common", "forward", *sizes).floor_bytes == once
-    contrast = Workload("contrast", "training", 256, 65536, 256).floor
+    assert Workload("rationale_fit", maps).floor.bytes == once
+    assert Workload("rationale_fit", maps, training=True).floor.bytes == 3 * once
+    assert Workload("common_weights", maps).floor.bytes == once
+    contrast = Workload("info_nce", {"B": 256, "D": 256, "N": 65536}, training=True).floor
     assert contrast == (2 * 65536 * 256, 4 * 256 * 65536 * 256)
-    assert contrast.flops / contrast.bytes == 512

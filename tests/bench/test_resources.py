@@ -12,22 +12,16 @@ from typing import Any
 
 import pytest
 
-from bench import predict, resources
-from fastcr.kernels import settings
+from bench import resources
 
 triton = pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[2]
 VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # most one block may take
-MULTIPLYING = {"attend_kernel", "_nearest_kernel", "_pool_kernel", "_fit_kernel", "_pairs_kernel"}
-MULTIPLYING |= {"_spread_kernel", "_spread_kernel (features)"}
-OTHERS = {"_combine_kernel", "_attention_gradient_kernel", "_common_kernel", "_split_kernel"}
+MULTIPLYING = {"attend_kernel", "_pool_kernel", "_fit_kernel", "_spread_kernel", "_spread_kernel (features)"}
+OTHERS = {"_combine_kernel", "_attention_gradient_kernel", "_common_kernel"}
 OTHERS |= {"_cut_kernel", "_colour_kernel", "_blur_kernel"}
-if not settings.FENCED:  # with this Triton a program does one image
-    MULTIPLYING -= {"_pairs_kernel"}
-    OTHERS -= {"_split_kernel"}
-QUEUED = ("info_nce", "relational", "neighbour")
 RESOURCES = """
 import json, sys
 from bench.resources import resources
@@ -69,33 +63,6 @@ def test_kernels_fit_the_target(target: int, sizes: str) -> None:
     }
     assert (spilled, too_big, scalar) == ({}, {}, set())
     assert all(0 < row["occupancy"] <= 1 for row in rows)
-    predicted = {row["kernel"] for row in rows if row["copy"]}
-    assert predicted == (MULTIPLYING | {"_attention_gradient_kernel", "_common_kernel"} if target == 90 else set())
-    assert all(0 < share <= 1 for row in rows for share in row["copy"].values())
-
-
-def test_every_row_of_the_launch_settings_is_compiled() -> None:
-    maps = {
-        f"{kernel}: {settings.map_class(sizes.dtype, None if kernel == 'attention_gradient' else sizes.detectors)}"
-        for sizes in resources.EVERY
-        if isinstance(sizes, resources.Maps)
-        for kernel in settings.TABLE
-        if kernel not in (*QUEUED, "common_weights")
-        and (kernel != "fit_pairs" or (sizes.positions <= 64 and sizes.dtype.itemsize == 2))
-    }
-    weights = {
-        f"common_weights: {settings.channels_class(sizes.dtype, sizes.channels)}"
-        for sizes in resources.EVERY
-        if isinstance(sizes, resources.Weights)
-    }
-    queued = {
-        f"{kernel}: {settings.contrast_class(sizes.dtype, rows, sizes.dim)}"
-        for sizes in resources.EVERY
-        if isinstance(sizes, resources.Contrast)
-        for kernel, rows in zip(QUEUED, (sizes.batch, 2 * sizes.batch, sizes.batch), strict=True)
-    }
-    rows = maps | weights | queued
-    assert rows == {f"{kernel}: {row}" for kernel, table in settings.TABLE.items() for row in table}
 
 
 def test_the_command_prints_the_table() -> None:
@@ -128,51 +95,6 @@ def test_a_mistake_is_one_line(
     assert stop.value.code == 2
     assert error.startswith(f"bench/resources.py: error: {message}")
     assert error.count("\n") == 1
-
-
-SASS = """
-        /*0000*/                   LDG.E R2, desc[UR4][R2.64] ;
-        /*0010*/                   LDG.E R6, desc[UR4][R2.64] ;
-        /*0020*/                   LDGSTS.E.BYPASS.128 [R5], desc[UR4][R2.64] ;
-        /*0030*/                   HGMMA.64x32x16.F32.BF16 R24, gdesc[UR8], R24 ;
-        /*0040*/              @!P0 BRA 0x20 ;
-        /*0050*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
-        /*0060*/               @P1 BRA 0x50 ;
-        /*0070*/                   IADD3 R1, R1, 0x1, RZ ;
-        /*0080*/                   BRA.U UP0, 0x10 ;
-        /*0090*/                   BRA 0xb0 ;
-        /*00a0*/                   EXIT ;
-        /*00b0*/                   BRA 0xb0;
-"""
-
-
-def test_innermost_loops_of_machine_code() -> None:
-    assert predict.loops_of(SASS) == [predict.Loop(3, 64 * 32 * 16 // 4, True), predict.Loop(2, 16 * 8 * 16, False)]
-
-
-@pytest.mark.parametrize(
-    ("loop", "resident", "stages", "share"),
-    [
-        (predict.Loop(10, 0, True), 8, 9, 1.0),
-        (predict.Loop(500, 0, True), 8, 9, 1000 / 5000),  # 10 trips of 4 warps, 4 instructions a cycle
-        (predict.Loop(10, 2048 * 50, True), 8, 9, 1000 / 2000),  # 10 trips of 4 warps
-        (predict.Loop(10, 0, False), 1, 3, 1000 / 8000),  # 10 waits
-        (predict.Loop(10, 0, True), 1, 3, 1000 / 4000),  # two trips ahead
-    ],
-)
-def test_the_longest_of_bytes_instructions_products_and_waits_decides(
-    loop: predict.Loop, resident: int, stages: int, share: float
-) -> None:
-    work = predict.Work(round(predict.COPY["H100"] / predict.CLOCK * 1000), predict.MULTIPROCESSORS, 10)
-    found = predict.share_of_a_copy(work, [loop], 4, resident, stages)
-    assert found["H100"] == pytest.approx(share, rel=1e-4)
-    assert found["H200"] <= found["H100"]
-
-
-def test_blocks_side_by_side_share_a_wait() -> None:
-    work = predict.Work(round(predict.COPY["H100"] / predict.CLOCK * 1000), 4 * predict.MULTIPROCESSORS, 10)
-    shares = [predict.share_of_a_copy(work, [predict.Loop(1, 0, False)], 4, fit, 1)["H100"] for fit in (1, 2, 4, 8)]
-    assert shares == pytest.approx([1000 / 32000, 1000 / 16000, 1000 / 8000, 1000 / 8000], rel=1e-4)
 
 
 def test_occupancy_of_known_cases() -> None:

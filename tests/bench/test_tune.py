@@ -10,41 +10,42 @@ import pytest
 import torch
 
 from bench import tune
-from bench.workloads import OPS, Workload
-from fastcr.kernels import settings
+from bench.workloads import Workload
+from fastcr.kernels import rationale_pool
+from fastcr.kernels.settings import TABLE
 
 pytest.importorskip("triton")
 
 CPU = torch.device("cpu")
+MAPS = {"B": 3, "C": 70, "S": 20, "K": 5}
 SMALL = {
-    "rationale_fit": Workload("fit", "forward", 3, 20, 70, 5, torch.float32),
-    "rationale_pool": Workload("pool", "forward", 3, 20, 70, 5, torch.float32),
-    "attention_gradient": Workload("pool", "training", 3, 20, 70, 5, torch.float32),
-    "spread_gradients": Workload("fit", "training", 3, 20, 70, 5, torch.float32),
-    "common_weights": Workload("common", "forward", 3, 20, 10, dtype=torch.float32),
-    "info_nce": Workload("contrast", "training", 3, 100, 24, dtype=torch.float32),
-    "relational": Workload("relational", "training", 3, 100, 24, dtype=torch.float32),
-    "neighbour": Workload("neighbour", "training", 3, 100, 24, dtype=torch.float32),
+    "rationale_fit": Workload("rationale_fit", MAPS, torch.float32),
+    "rationale_pool": Workload("rationale_pool", MAPS, torch.float32),
+    "attention_gradient": Workload("rationale_pool", MAPS, torch.float32, training=True),
+    "spread_gradients": Workload("rationale_fit", MAPS, torch.float32, training=True),
+    "common_weights": Workload("common_weights", {"B": 3, "C": 10, "S": 20}, torch.float32),
+    "info_nce": Workload("info_nce", {"B": 3, "D": 24, "N": 100}, torch.float32),
+    "relational": Workload("relational", {"B": 3, "D": 24, "N": 100}, torch.float32, training=True),
 }
 Calls = Sequence[Callable[[], Any]]
 
 
 def row_of(kernel: str) -> str:
-    return next(row for row in settings.TABLE[kernel] if row.startswith("32 bits"))
+    return next(row for row in TABLE[kernel] if row.startswith("32 bits"))
 
 
 @pytest.mark.parametrize("kernel", SMALL)
 def test_the_fastest_right_candidate_wins(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     row, ticks = row_of(kernel), []
-    today = settings.TABLE[kernel][row]
+    today = TABLE[kernel][row]
     name = next(name for name in ("BLOCK_S", "BLOCK_N", "BLOCK") if name in today)
     wrong = 48 if name == "BLOCK" else 24  # does not compile; 16 channels by 3 positions
     choices = {each: (value,) for each, value in today.items()} | {name: (16, wrong, 32, 64)}
-    monkeypatch.setitem(tune.CHOICES, kernel, choices)
+    monkeypatch.setattr(tune, "CHOICES", choices)
 
     def timer(calls: Calls) -> float:
         calls[0]()
-        return 1e-5 if settings.TABLE[kernel][row][name] == 32 else 2e-5
+        return 1e-5 if TABLE[kernel][row][name] == 32 else 2e-5
 
     sizes = SMALL[kernel]
     outcome = tune.search(kernel, row, [sizes, sizes], CPU, timer, lambda: ticks.append(1))
@@ -53,44 +54,37 @@ def test_the_fastest_right_candidate_wins(kernel: str, monkeypatch: pytest.Monke
     assert outcome.after == 2e-5
     assert outcome.before == (2e-5 if today[name] == 32 else 4e-5)
     assert outcome.out == 1
-    assert len(ticks) == len(tune.candidates(kernel, today))
-    assert settings.TABLE[kernel][row] is today
+    assert len(ticks) == len(tune.candidates(today))
+    assert TABLE[kernel][row] is today
 
 
 def test_a_candidate_with_wrong_results_is_out(monkeypatch: pytest.MonkeyPatch) -> None:
     row = row_of("rationale_pool")
-    today = settings.TABLE["rationale_pool"][row]
-    monkeypatch.setitem(tune.CHOICES, "rationale_pool", {name: (value,) for name, value in today.items()} | {
-        "num_warps": (1, 2, 32)
-    })  # fmt: skip
-    real = OPS["pool"]
+    today = TABLE["rationale_pool"][row]
+    choices = {name: (value,) for name, value in today.items()} | {"num_warps": (1, 2, 32)}
+    monkeypatch.setattr(tune, "CHOICES", choices)
+    real = rationale_pool._fused
 
-    def wrong_with_two_warps(**given: Any) -> Any:
-        pooled, attention = real(**given)
-        return pooled * (1.1 if settings.TABLE["rationale_pool"][row]["num_warps"] == 2 else 1), attention
+    def wrong_with_two_warps(*given: Any) -> Any:
+        pooled, attention, winners = real(*given)
+        return pooled * (1.1 if TABLE["rationale_pool"][row]["num_warps"] == 2 else 1), attention, winners
 
-    monkeypatch.setitem(OPS, "pool", wrong_with_two_warps)
+    monkeypatch.setattr(rationale_pool, "_fused", wrong_with_two_warps)
 
     def timer(calls: Calls) -> float:
-        return 1 / settings.TABLE["rationale_pool"][row]["num_warps"]
+        return 1 / TABLE["rationale_pool"][row]["num_warps"]
 
     outcome = tune.search("rationale_pool", row, [SMALL["rationale_pool"]], CPU, timer, lambda: None)
     assert (outcome.best["num_warps"], outcome.out) == (32, 1)
 
 
-def test_every_row_has_sizes_of_its_own_class_and_choices_for_all_its_settings() -> None:
-    for kernel, table in settings.TABLE.items():
-        for row, today in table.items():
-            assert tune.CHOICES[kernel].keys() == today.keys()
-            for each in tune.workloads(kernel, row):
-                if kernel == "common_weights":
-                    assert settings.channels_class(each.dtype, each.channels) == row
-                elif kernel in tune.QUEUE_OPS:
-                    rows = each.batch * (2 if kernel == "relational" else 1)
-                    assert settings.contrast_class(each.dtype, rows, each.channels) == row
-                else:
-                    multiplies = kernel != "attention_gradient"
-                    assert settings.map_class(each.dtype, each.detectors if multiplies else None) == row
+def test_every_row_has_examples_and_choices_for_all_its_settings() -> None:
+    for kernel, rows in TABLE.items():
+        for row, today in rows.items():
+            assert today.keys() <= tune.CHOICES.keys()
+            found = tune.workloads(kernel, row)
+            assert found, (kernel, row)
+            assert {each.spec.rows(each.sizes, each.dtype)[kernel] for each in found} == {row}
 
 
 def test_the_table_names_both_settings_and_the_gain() -> None:
@@ -126,7 +120,7 @@ def test_the_command_writes_a_whole_table(
     best = {"BLOCK_S": 32, "BLOCK_C": 64, "num_warps": 4, "num_stages": 2}
 
     def found(kernel: str, row: str, *unused: Any) -> tune.Outcome:
-        return tune.Outcome(kernel, row, settings.TABLE[kernel][row], 3e-5, best, 2e-5, 0)
+        return tune.Outcome(kernel, row, TABLE[kernel][row], 3e-5, best, 2e-5, 0)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
@@ -134,5 +128,5 @@ def test_the_command_writes_a_whole_table(
     tune.main(["--only", "attention_gradient", "--out", str(tmp_path / "table.json")])
     table = json.loads((tmp_path / "table.json").read_text())
     assert table["attention_gradient"] == {"16 bits": best, "32 bits": best}
-    assert table["rationale_fit"] == settings.TABLE["rationale_fit"]
+    assert table["rationale_fit"] == TABLE["rationale_fit"]
     assert "some GPU" in capsys.readouterr().out

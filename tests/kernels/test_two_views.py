@@ -57,23 +57,16 @@ def assert_as_exact_as_torch(arguments: dict[str, Tensor], size: int, dtype: tor
         assert (got.double() - exact).abs().max() <= allowed
 
 
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_kernels_agree_with_the_reference(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    empty = torch.Tensor.new_empty
-
-    def poisoned(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        tensor = empty(self, *args, **kwargs)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)  # whatever is read before it is written shows
-    for epoch in (0, 1):
-        assert_as_exact_as_torch(draw(SIZES, epoch=epoch)[0], 24, dtype)
+def test_kernels_agree_with_the_reference(dtype: torch.dtype) -> None:
+    assert_as_exact_as_torch(draw(SIZES, epoch=dtype == torch.float32)[0], 20, dtype)
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(
-    sizes=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60)), min_size=1, max_size=3),
-    size=st.integers(8, 40),
+    sizes=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60)), min_size=1, max_size=2),
+    size=st.integers(8, 30),
     seed=st.integers(0, 99),
 )
 def test_images_and_views_of_any_size(sizes: list[tuple[int, int]], size: int, seed: int) -> None:
@@ -81,7 +74,7 @@ def test_images_and_views_of_any_size(sizes: list[tuple[int, int]], size: int, s
 
 
 def test_a_strong_reduction_takes_every_pixel_under_the_filter() -> None:
-    sizes = [(400, 9), (9, 400), (72, 72)]  # to 8: up to 50 times smaller
+    sizes = [(200, 9), (9, 200), (40, 40)]  # to 8: up to 25 times smaller
     arguments, parameters = draw(sizes)
     arguments["table"] = torch.from_numpy(view_table(single(parameters))).to(DEVICE)
     arguments["table"][:, :, :4] = torch.tensor([[[0, 0, *size]] * 2 for size in sizes], dtype=torch.float32)
@@ -117,14 +110,6 @@ def test_a_view_beyond_the_limit_is_refused_but_served_by_auto() -> None:
     with pytest.raises(ValueError, match="its kernels do not take these shapes"):
         two_views(**arguments, size=MAX_SIZE + 1, **COLOURS, impl="triton")
     assert two_views(**arguments, size=MAX_SIZE + 1, **COLOURS).shape == (0, 1, 3, MAX_SIZE + 1, MAX_SIZE + 1)
-
-
-@pytest.mark.parametrize("views", [1, 3])
-def test_any_number_of_views(views: int) -> None:
-    arguments, _ = draw(SIZES[:3])
-    arguments["table"] = arguments["table"][:, :1].repeat(1, views, 1)
-    arguments["table"][:, -1, 15] = 1
-    assert_as_exact_as_torch(arguments, 16, torch.float32)
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
@@ -165,33 +150,44 @@ EACH: dict[str, tuple[dict[str, Any], float]] = {  # what is on, and how many le
 }
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+def alone(parameters: ViewParameters, changes: dict[str, Any]) -> ViewParameters:
+    """The parameters with one augmentation on, as `EACH` says."""
+    if "order" not in changes:
+        return single(parameters, **{key: np.broadcast_to(on, parameters.grey.shape) for key, on in changes.items()})
+    only = np.full_like(parameters.order, changes["order"])
+    only[..., 1:] = -1
+    return single(parameters, jitter=np.ones_like(parameters.jitter), order=only)
+
+
 @pytest.mark.parametrize("name", EACH)
-def test_each_augmentation_is_torchvisions(name: str, impl: Any) -> None:
-    arguments, parameters = draw([(50, 40), (37, 61), (90, 33)])
+def test_each_augmentation_is_torchvisions(name: str) -> None:
+    sizes = [(50, 40), (37, 61), (90, 33)]
+    arguments, parameters = draw(sizes)
     changes, levels = EACH[name]
-    if "order" in changes:
-        only = np.full_like(parameters.order, changes["order"])
-        only[..., 1:] = -1
-        p = single(parameters, jitter=np.ones_like(parameters.jitter), order=only)
-    else:
-        p = single(parameters, **{key: np.broadcast_to(on, parameters.grey.shape) for key, on in changes.items()})
+    p = alone(parameters, changes)
     arguments["table"] = torch.from_numpy(view_table(p)).to(DEVICE)
-    ours = two_views(**arguments, size=28, **COLOURS, impl=impl).cpu()
-    theirs = torchvision_views(arguments["pixels"].cpu(), [(50, 40), (37, 61), (90, 33)], p, 28)
-    difference = (ours - theirs).abs()
+    ours = two_views(**arguments, size=28, **COLOURS, impl="torch").cpu()
+    difference = (ours - torchvision_views(arguments["pixels"].cpu(), sizes, p, 28)).abs()
     assert difference.max() <= levels * LEVEL
     assert difference.mean() <= 0.5 * LEVEL
     if name != "crop and resize":  # it does something
         arguments["table"] = torch.from_numpy(view_table(single(parameters))).to(DEVICE)
-        assert (two_views(**arguments, size=28, **COLOURS, impl=impl).cpu() - ours).abs().mean() > 2 * LEVEL
+        assert (two_views(**arguments, size=28, **COLOURS, impl="torch").cpu() - ours).abs().mean() > 2 * LEVEL
+
+
+def test_the_kernels_do_each_augmentation_alone_and_any_number_of_views() -> None:
+    arguments, parameters = draw([(50, 40), (21, 31)])
+    each = [view_table(alone(parameters, changes))[:, :1] for changes, _ in EACH.values()]
+    arguments["table"] = torch.from_numpy(np.concatenate(each, axis=1)).to(DEVICE)
+    assert_as_exact_as_torch(arguments, 17, torch.float32)
+    assert_as_exact_as_torch(arguments | {"table": arguments["table"][:, -1:]}, 17, torch.float32)
 
 
 def test_all_together_have_torchvisions_statistics() -> None:
-    """2,000 views: the same images through both, on the parameters of 10 epochs."""
+    """1,000 views: the same images through both, on the parameters of 5 epochs."""
     sizes = [(48, 36 + i % 30) for i in range(100)]
     sums = []
-    for epoch in range(10):
+    for epoch in range(5):
         arguments, parameters = draw(sizes, epoch=epoch)
         ours = two_views(**arguments, size=12, **COLOURS, impl="torch").cpu()
         sums.append((ours, torchvision_views(arguments["pixels"].cpu(), sizes, parameters, 12)))
@@ -238,27 +234,27 @@ def test_two_runs_give_the_same_bits_and_compile_in_one_graph() -> None:
     torch.library.opcheck(module._fused, (*arguments.values(), 16, list(MEAN), list(STD), torch.float32))
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"pixels": torch.zeros(3)}, "pixels must be a contiguous uint8"),
-        ({"pixels": torch.zeros(60, dtype=torch.uint8)[::2]}, "pixels must be a contiguous uint8"),
-        ({"starts": torch.zeros(1, dtype=torch.int32)}, r"starts must be an int64 \[1\]"),
-        ({"widths": torch.zeros(2, dtype=torch.int64)}, r"widths must be an int64 \[1\]"),
-        ({"widths": torch.zeros(1, dtype=torch.int64, device="meta")}, "widths must be on cpu like pixels"),
-        ({"table": torch.zeros(1, 2, 15)}, rf"table must be an fp32 \[B,V,{len(COLUMNS)}\]"),
-        ({"table": torch.zeros(1, 2, 16, dtype=torch.float64)}, "table must be an fp32"),
-        ({"size": 7}, "size must be at least 8"),
-        ({"mean": (0.5,)}, "mean and std must have three values, got 1 and 3"),
-        ({"dtype": torch.uint8}, "dtype must be floating-point"),
-        ({"dtype": torch.float64, "impl": "triton"}, "impl must be"),
-        ({"impl": "cuda"}, "impl must be"),
-    ],
-)
-def test_bad_arguments_are_named(change: dict[str, Any], message: str) -> None:
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"pixels": torch.zeros(3)}, "pixels must be a contiguous uint8"),
+    ({"pixels": torch.zeros(60, dtype=torch.uint8)[::2]}, "pixels must be a contiguous uint8"),
+    ({"starts": torch.zeros(1, dtype=torch.int32)}, r"starts must be an int64 \[1\]"),
+    ({"widths": torch.zeros(2, dtype=torch.int64)}, r"widths must be an int64 \[1\]"),
+    ({"widths": torch.zeros(1, dtype=torch.int64, device="meta")}, "widths must be on cpu like pixels"),
+    ({"table": torch.zeros(1, 2, 15)}, rf"table must be an fp32 \[B,V,{len(COLUMNS)}\]"),
+    ({"table": torch.zeros(1, 2, 16, dtype=torch.float64)}, "table must be an fp32"),
+    ({"size": 7}, "size must be at least 8"),
+    ({"mean": (0.5,)}, "mean and std must have three values, got 1 and 3"),
+    ({"dtype": torch.uint8}, "dtype must be floating-point"),
+    ({"dtype": torch.float64, "impl": "triton"}, "impl must be"),
+    ({"impl": "cuda"}, "impl must be"),
+]
+
+
+def test_bad_arguments_are_named() -> None:
     arguments = {name: tensor.cpu() for name, tensor in draw([(9, 9)])[0].items()}
-    with pytest.raises(ValueError, match=message):
-        two_views(**({"size": 16, **arguments, **COLOURS} | change))
+    for change, message in BAD:
+        with pytest.raises(ValueError, match=message):
+            two_views(**({"size": 16, **arguments, **COLOURS} | change))
 
 
 def test_auto_serves_the_cpu_with_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:

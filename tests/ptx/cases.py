@@ -16,15 +16,10 @@ from unittest import mock
 import torch
 
 from fastcr.kernels import launch
-from fastcr.kernels.common_weights import common_weights
-from fastcr.kernels.fit_pairs import takes_pairs
-from fastcr.kernels.settings import TABLE, Settings, channels_class, contrast_class, map_class
-from tests.kernels import test_common_weights as weights
-from tests.kernels import test_kernels as kernels
-from tests.kernels import test_relational as queued
+from fastcr.kernels.settings import TABLE, Settings
 from tests.kernels import test_two_views as views
+from tests.kernels.harness import BF16, F16, F32, OPS, assert_as_exact_as_torch, draw
 
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 PROGRAMS = 8  # of a launch, in place of hundreds: each then has several images, or several tiles of keys
 
 
@@ -58,54 +53,13 @@ def recorded() -> Iterator[set[str]]:
     used.update(f"{kernel}: {row}" for kernel, recorder in recorders.items() for row in recorder.used)
 
 
-def maps(op: str, *shape: int, dtype: torch.dtype, **options: Any) -> Case:
-    """`rationale_fit` or `rationale_pool` of `images, channels, height, width, detectors`."""
+def case(op: str, dtype: torch.dtype, options: dict[str, Any] | None = None, **sizes: int) -> Case:
+    """An op at the sizes of its docstring's letters."""
 
     def check() -> None:
-        function = {"fit": kernels.fit, "pool": kernels.pool}[op]
-        kernels.assert_as_exact_as_torch(function, kernels.draw(*shape, dtype=dtype), dtype, **options)
+        assert_as_exact_as_torch(op, draw(op, dtype, **sizes), dtype, **options or {})
 
-    row, (images, channels, height, width, detectors) = map_class(dtype, shape[-1]), shape
-    pairs = op == "fit" and takes_pairs(torch.empty(images, height * width, channels, dtype=dtype), detectors)
-    attention = {f"attention_gradient: {map_class(dtype)}"} if op == "pool" else set()
-    forward = "fit_pairs" if pairs else f"rationale_{op}"
-    return Case(check, {f"{forward}: {row}", f"spread_gradients: {row}"} | attention)
-
-
-def common(*shape: int, dtype: torch.dtype) -> Case:
-    """`common_weights` of `images, channels, height, width`."""
-
-    def check() -> None:
-        features, gradient = weights.draw(shape, dtype)
-        got = common_weights(features, gradient, impl="triton")
-        assert weights.error(got, weights.naive(features, gradient, "mismatch")) < 1e-5
-
-    return Case(check, {f"common_weights: {channels_class(dtype, shape[1])}"})
-
-
-def contrast(*shape: int, dtype: torch.dtype) -> Case:
-    """`info_nce` of `images, dimensions, keys`."""
-
-    def check() -> None:
-        kernels.assert_as_exact_as_torch(kernels.contrast, kernels.draw_contrast(*shape, dtype=dtype), dtype)
-
-    return Case(check, {f"info_nce: {contrast_class(dtype, *shape[:2])}"})
-
-
-def pulled(op: str, *shape: int, dtype: torch.dtype) -> Case:
-    """`relational`, whose kernel gets queries and keys as rows, or `neighbour`, of `images, dimensions, keys`."""
-
-    def check() -> None:
-        queued.assert_as_exact_as_torch(
-            {"relational": queued.relational, "neighbour": queued.nearest3}[op], queued.draw(*shape, dtype=dtype), dtype
-        )
-
-    rows = shape[0] * (2 if op == "relational" else 1)
-    return Case(check, {f"{op}: {contrast_class(dtype, rows, shape[1])}"})
-
-
-def every_pull(name: str, *shape: int, dtype: torch.dtype) -> dict[str, Case]:
-    return {f"{op} {name}": pulled(op, *shape, dtype=dtype) for op in ("relational", "neighbour")}
+    return Case(check, {f"{kernel}: {row}" for kernel, row in OPS[op].rows(sizes, dtype).items()})
 
 
 def two_views(size: int, dtype: torch.dtype) -> Case:
@@ -115,54 +69,54 @@ def two_views(size: int, dtype: torch.dtype) -> Case:
     return Case(check, set())
 
 
-def both(name: str, *shape: int, dtype: torch.dtype, **options: Any) -> dict[str, Case]:
-    """The two ops on maps; `options` are of `rationale_fit`."""
+def both(name: str, dtype: torch.dtype, options: dict[str, Any] | None = None, **sizes: int) -> dict[str, Case]:
+    """The two ops with detectors; `options` are of `rationale_fit`."""
     return {
-        f"fit {name}": maps("fit", *shape, dtype=dtype, **options),
-        f"pool {name}": maps("pool", *shape, dtype=dtype),
+        f"fit {name}": case("rationale_fit", dtype, options, **sizes),
+        f"pool {name}": case("rationale_pool", dtype, **sizes),
     }
 
 
 # channels in multiples of 16 are copied asynchronously; 90 positions are two tiles, the second one not full
 CASES: dict[str, Case] = {
-    **both("bf16 K32", 9, 256, 7, 7, 32, dtype=BF16),
-    **both("fp16 K5 odd", 2, 70, 10, 9, 5, dtype=FP16, target="sum", pool_weight=0.5),
-    **both("bf16 K20 tiles", 2, 192, 10, 9, 20, dtype=BF16, cam_keeps="match"),
-    **both("bf16 K64", 9, 256, 7, 7, 64, dtype=BF16),
-    **both("bf16 K128 tiles", 2, 192, 10, 9, 128, dtype=BF16, target="sum"),
-    **both("fp16 K33 odd", 2, 70, 7, 7, 33, dtype=FP16, stop_gradient=True),
-    **both("fp32 K32", 2, 128, 7, 7, 32, dtype=FP32),
-    **both("fp32 K64 tiles", 2, 64, 5, 7, 64, dtype=FP32, target="sum", pool_weight=0.5),
-    **both("bf16 K1 one position", 3, 64, 1, 1, 1, dtype=BF16),
-    "common bf16 C256": common(19, 256, 7, 7, dtype=BF16),
-    "common fp16 C700 odd": common(9, 700, 3, 5, dtype=FP16),
-    "common bf16 C2100": common(9, 2100, 2, 2, dtype=BF16),
-    "common fp32 C256": common(9, 256, 7, 7, dtype=FP32),
-    "common fp32 C700": common(9, 700, 3, 5, dtype=FP32),
-    "common fp32 C2100": common(9, 2100, 2, 2, dtype=FP32),
-    "contrast bf16 B3 D256": contrast(3, 256, 2000, dtype=BF16),
-    "contrast bf16 B3 D512": contrast(3, 512, 1000, dtype=BF16),
-    "contrast bf16 B70 D256": contrast(70, 256, 2000, dtype=BF16),
-    "contrast bf16 B70 D64": contrast(70, 64, 600, dtype=BF16),
-    "contrast bf16 B70 D512": contrast(70, 512, 1000, dtype=BF16),
-    "contrast fp16 B130 D128": contrast(130, 128, 1500, dtype=FP16),
-    "contrast fp16 B17 D100 odd": contrast(17, 100, 777, dtype=FP16),
-    "contrast fp32 B3 D128": contrast(3, 128, 600, dtype=FP32),
-    "contrast fp32 B3 D512": contrast(3, 512, 300, dtype=FP32),
-    "contrast fp32 B40 D128": contrast(40, 128, 300, dtype=FP32),
-    "contrast fp32 B20 D512": contrast(20, 512, 150, dtype=FP32),
-    **every_pull("bf16 B3 D256", 3, 256, 1000, dtype=BF16),
-    **every_pull("fp16 B5 D100 odd", 5, 100, 333, dtype=FP16),
-    **every_pull("bf16 B3 D512", 3, 512, 600, dtype=BF16),
-    **every_pull("bf16 B40 D128", 40, 128, 600, dtype=BF16),
-    **every_pull("bf16 B40 D512", 40, 512, 300, dtype=BF16),
-    **every_pull("fp32 B3 D128", 3, 128, 300, dtype=FP32),
-    **every_pull("fp32 B3 D512", 3, 512, 300, dtype=FP32),
-    **every_pull("fp32 B20 D128", 20, 128, 300, dtype=FP32),
-    **every_pull("fp32 B20 D512", 20, 512, 150, dtype=FP32),
+    **both("bf16 K32", BF16, B=9, C=256, S=49, K=32),
+    **both("fp16 K5 odd", F16, {"target": "sum", "pool_weight": 0.5}, B=2, C=70, S=90, K=5),
+    **both("bf16 K20 tiles", BF16, {"cam_keeps": "match"}, B=2, C=192, S=90, K=20),
+    **both("bf16 K64", BF16, B=9, C=256, S=49, K=64),
+    **both("bf16 K128 tiles", BF16, {"target": "sum"}, B=2, C=192, S=90, K=128),
+    **both("fp16 K33 odd", F16, {"stop_gradient": True}, B=2, C=70, S=49, K=33),
+    **both("fp32 K32", F32, B=2, C=128, S=49, K=32),
+    **both("fp32 K64 tiles", F32, {"target": "sum", "pool_weight": 0.5}, B=2, C=64, S=35, K=64),
+    **both("bf16 K1 one position", BF16, B=3, C=64, S=1, K=1),
+    "common bf16 C256": case("common_weights", BF16, B=19, C=256, S=49),
+    "common fp16 C700 odd": case("common_weights", F16, B=9, C=700, S=15),
+    "common bf16 C2100": case("common_weights", BF16, B=9, C=2100, S=4),
+    "common fp32 C256": case("common_weights", F32, B=9, C=256, S=49),
+    "common fp32 C700": case("common_weights", F32, B=9, C=700, S=15),
+    "common fp32 C2100": case("common_weights", F32, B=9, C=2100, S=4),
+    "contrast bf16 B3 D256": case("info_nce", BF16, B=3, D=256, N=2000),
+    "contrast bf16 B3 D512": case("info_nce", BF16, B=3, D=512, N=1000),
+    "contrast bf16 B70 D256": case("info_nce", BF16, B=70, D=256, N=2000),
+    "contrast bf16 B70 D64": case("info_nce", BF16, B=70, D=64, N=600),
+    "contrast bf16 B70 D512": case("info_nce", BF16, B=70, D=512, N=1000),
+    "contrast fp16 B130 D128": case("info_nce", F16, B=130, D=128, N=1500),
+    "contrast fp16 B17 D100 odd": case("info_nce", F16, B=17, D=100, N=777),
+    "contrast fp32 B3 D128": case("info_nce", F32, B=3, D=128, N=600),
+    "contrast fp32 B3 D512": case("info_nce", F32, B=3, D=512, N=300),
+    "contrast fp32 B40 D128": case("info_nce", F32, B=40, D=128, N=300),
+    "contrast fp32 B20 D512": case("info_nce", F32, B=20, D=512, N=150),
+    "relational bf16 B3 D256": case("relational", BF16, B=3, D=256, N=1000),
+    "relational fp16 B5 D100 odd": case("relational", F16, B=5, D=100, N=333),
+    "relational bf16 B3 D512": case("relational", BF16, B=3, D=512, N=600),
+    "relational bf16 B40 D128": case("relational", BF16, B=40, D=128, N=600),
+    "relational bf16 B40 D512": case("relational", BF16, B=40, D=512, N=300),
+    "relational fp32 B3 D128": case("relational", F32, B=3, D=128, N=300),
+    "relational fp32 B3 D512": case("relational", F32, B=3, D=512, N=300),
+    "relational fp32 B20 D128": case("relational", F32, B=20, D=128, N=300),
+    "relational fp32 B20 D512": case("relational", F32, B=20, D=512, N=150),
     "views bf16": two_views(16, BF16),
-    "views fp16 ragged": two_views(19, FP16),
-    "views fp32": two_views(16, FP32),
+    "views fp16 ragged": two_views(19, F16),
+    "views fp32": two_views(16, F32),
 }
 
 
