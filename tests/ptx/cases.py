@@ -1,14 +1,11 @@
-"""What `test_kernels.py` executes: every op, forward and backward, at sizes of every row of the launch settings.
+"""What `python -m tests.ptx` executes: every op, forward and backward, at sizes of every row of the launch settings.
 
-`python -m tests.ptx.cases 90 NAME ...` executes the cases of these names (none: all) as compiled for capability 9.0,
-and prints a line of JSON for each. Triton must not be the interpreter: `TRITON_INTERPRET=0` where it would be.
+This is the one file here that knows the project: `CASES` has a case by each name, and `check` runs one of them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from unittest import mock
@@ -118,8 +115,8 @@ def two_views(size: int, dtype: torch.dtype) -> Case:
 def both(name: str, *shape: int, dtype: torch.dtype, **options: Any) -> dict[str, Case]:
     """The two ops on maps; `options` are of `rationale_fit`."""
     return {
-        f"fit {name}": maps("fit", *shape, dtype=dtype, **options),
-        f"pool {name}": maps("pool", *shape, dtype=dtype),
+        f"rationale_fit {name}": maps("fit", *shape, dtype=dtype, **options),
+        f"rationale_pool {name}": maps("pool", *shape, dtype=dtype),
     }
 
 
@@ -134,23 +131,23 @@ CASES: dict[str, Case] = {
     **both("fp32 K32", 2, 128, 7, 7, 32, dtype=FP32),
     **both("fp32 K64 tiles", 2, 64, 5, 7, 64, dtype=FP32, target="sum", pool_weight=0.5),
     **both("bf16 K1 one position", 3, 64, 1, 1, 1, dtype=BF16),
-    "common bf16 C256": common(19, 256, 7, 7, dtype=BF16),
-    "common fp16 C700 odd": common(9, 700, 3, 5, dtype=FP16),
-    "common bf16 C2100": common(9, 2100, 2, 2, dtype=BF16),
-    "common fp32 C256": common(9, 256, 7, 7, dtype=FP32),
-    "common fp32 C700": common(9, 700, 3, 5, dtype=FP32),
-    "common fp32 C2100": common(9, 2100, 2, 2, dtype=FP32),
-    "contrast bf16 B3 D256": contrast(3, 256, 2000, dtype=BF16),
-    "contrast bf16 B3 D512": contrast(3, 512, 1000, dtype=BF16),
-    "contrast bf16 B70 D256": contrast(70, 256, 2000, dtype=BF16),
-    "contrast bf16 B70 D64": contrast(70, 64, 600, dtype=BF16),
-    "contrast bf16 B70 D512": contrast(70, 512, 1000, dtype=BF16),
-    "contrast fp16 B130 D128": contrast(130, 128, 1500, dtype=FP16),
-    "contrast fp16 B17 D100 odd": contrast(17, 100, 777, dtype=FP16),
-    "contrast fp32 B3 D128": contrast(3, 128, 600, dtype=FP32),
-    "contrast fp32 B3 D512": contrast(3, 512, 300, dtype=FP32),
-    "contrast fp32 B40 D128": contrast(40, 128, 300, dtype=FP32),
-    "contrast fp32 B20 D512": contrast(20, 512, 150, dtype=FP32),
+    "common_weights bf16 C256": common(19, 256, 7, 7, dtype=BF16),
+    "common_weights fp16 C700 odd": common(9, 700, 3, 5, dtype=FP16),
+    "common_weights bf16 C2100": common(9, 2100, 2, 2, dtype=BF16),
+    "common_weights fp32 C256": common(9, 256, 7, 7, dtype=FP32),
+    "common_weights fp32 C700": common(9, 700, 3, 5, dtype=FP32),
+    "common_weights fp32 C2100": common(9, 2100, 2, 2, dtype=FP32),
+    "info_nce bf16 B3 D256": contrast(3, 256, 2000, dtype=BF16),
+    "info_nce bf16 B3 D512": contrast(3, 512, 1000, dtype=BF16),
+    "info_nce bf16 B70 D256": contrast(70, 256, 2000, dtype=BF16),
+    "info_nce bf16 B70 D64": contrast(70, 64, 600, dtype=BF16),
+    "info_nce bf16 B70 D512": contrast(70, 512, 1000, dtype=BF16),
+    "info_nce fp16 B130 D128": contrast(130, 128, 1500, dtype=FP16),
+    "info_nce fp16 B17 D100 odd": contrast(17, 100, 777, dtype=FP16),
+    "info_nce fp32 B3 D128": contrast(3, 128, 600, dtype=FP32),
+    "info_nce fp32 B3 D512": contrast(3, 512, 300, dtype=FP32),
+    "info_nce fp32 B40 D128": contrast(40, 128, 300, dtype=FP32),
+    "info_nce fp32 B20 D512": contrast(20, 512, 150, dtype=FP32),
     **every_pull("bf16 B3 D256", 3, 256, 1000, dtype=BF16),
     **every_pull("fp16 B5 D100 odd", 5, 100, 333, dtype=FP16),
     **every_pull("bf16 B3 D512", 3, 512, 600, dtype=BF16),
@@ -160,47 +157,14 @@ CASES: dict[str, Case] = {
     **every_pull("fp32 B3 D512", 3, 512, 300, dtype=FP32),
     **every_pull("fp32 B20 D128", 20, 128, 300, dtype=FP32),
     **every_pull("fp32 B20 D512", 20, 512, 150, dtype=FP32),
-    "views bf16": two_views(16, BF16),
-    "views fp16 ragged": two_views(19, FP16),
-    "views fp32": two_views(16, FP32),
+    "two_views bf16": two_views(16, BF16),
+    "two_views fp16 ragged": two_views(19, FP16),
+    "two_views fp32": two_views(16, FP32),
 }
 
 
-def run(name: str, target: int) -> dict[str, Any]:
-    """Execute one case: its error if it has one, the rows it used, and what each launch did."""
-    from tests.ptx.run import executed
-
-    error = ""
-    with executed(target) as launches, recorded() as used:
-        try:
-            CASES[name].check()
-        except AssertionError as wrong:
-            error = f"wrong result: {wrong}"
-    return {
-        "case": name,
-        "error": error,
-        "rows": sorted(used),
-        "launches": [
-            {
-                "kernel": each.kernel,
-                "findings": dict(each.findings),
-                "blocks": each.blocks,
-                "instructions": each.executed.total(),
-                "barriers": each.executed["bar.sync"],
-                "products": sum(count for name, count in each.executed.items() if "mma" in name and ".m" in name),
-                "seconds": round(each.seconds, 1),
-            }
-            for each in launches
-        ],
-    }
-
-
-def main(args: list[str]) -> None:
-    if launch.INTERPRET:
-        sys.exit("tests.ptx.cases: error: TRITON_INTERPRET=1 takes the place of Triton's compiler: unset it")
-    for name in args[1:] or CASES:
-        print(json.dumps(run(name, int(args[0]))), flush=True)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+def check(name: str) -> None:
+    """Run a case where `executed` is in force. `AssertionError`: values are wrong, or other rows are used."""
+    with mock.patch.object(launch, "INTERPRET", True), recorded() as used:  # the ops then take CPU tensors
+        CASES[name].check()
+    assert used == CASES[name].rows, f"it used the launch settings {sorted(used)}, not {sorted(CASES[name].rows)}"
