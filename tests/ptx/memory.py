@@ -87,9 +87,10 @@ class Memory:
         self.check_write(index, warp[:, None])
         for number in np.unique(warp):  # each sees what others wrote: Triton lets several write the same value
             mine = warp == number
-            if (self.unordered(self.writer[index[mine]], number) & (self.data[index[mine]] != values[mine])).any():
-                self.report("race: warps write different values to one address, without a barrier between them")
+            others, before = self.unordered(self.writer[index[mine]], number), self.data[index[mine]]
             self.put(index[mine], values[mine], warp[mine])
+            if (others & (self.data[index[mine]] != before)).any():
+                self.report("race: warps write different values to one address, without a barrier between them")
             if not self.one_thread_wins and (self.data[index[mine]] != values[mine]).any():
                 self.report("race: threads of a warp write different values to one address")
 
