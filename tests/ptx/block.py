@@ -19,7 +19,7 @@ Values = NDArray[Any]
 TYPES = {
     f"{kind}{bits}": np.dtype(f"{letter}{bits // 8}")
     for kind, letter in (("b", "u"), ("u", "u"), ("s", "i"), ("f", "f"))
-    for bits in ((16, 32, 64) if kind == "f" else (8, 16, 32, 64))
+    for bits in ((16, 32) if kind == "f" else (8, 16, 32, 64))
 }
 TYPES["pred"] = np.dtype(bool)
 MOST = 20_000_000  # instructions of a block: a loop that never ends is found
@@ -94,7 +94,6 @@ class Block:
         same |= {f"%nctaid.{axis}": number for axis, number in zip("xyz", grid, strict=True)}
         self.registers: dict[str, Values] = {name: np.full(self.threads, value, "u4") for name, value in same.items()}
         self.registers["%tid.x"] = thread.astype(np.uint32)
-        self.constants: dict[tuple[str, str], Values] = {}
         self.products = Groups()  # of wgmma
         self.running: dict[str, tuple[Values, Any]] = {}  # what the last product of a register will put into it
         self.step: Instruction
@@ -145,10 +144,7 @@ class Block:
         dtype = TYPES[kind]
         bits = self.registers.get(operand)  # type: ignore[arg-type]
         if bits is None:
-            key = str(operand), kind
-            if key not in self.constants:
-                self.constants[key] = np.full(self.threads, constant(key[0], dtype))
-            return self.constants[key]
+            return np.full(self.threads, constant(str(operand), dtype))
         if bits.itemsize != dtype.itemsize:
             bits = bits.astype(f"u{dtype.itemsize}")
         return bits.view(dtype)
@@ -172,11 +168,12 @@ class Block:
         return self.read(operand.base, "u32" if space == "shared" else "u64").astype(np.int64) + operand.offset
 
 
+@lru_cache(None)
 def constant(text: str, dtype: np.dtype[Any]) -> Any:
     """A number as PTX writes it."""
-    if not re.fullmatch(r"0[fd][0-9A-F]+|-?(0x)?[0-9a-fA-F]+", text):
+    if not re.fullmatch(r"0f[0-9A-F]+|-?(0x)?[0-9a-fA-F]+", text):
         raise ExecutionError(f"{text} was never written")
     if dtype.kind == "b":
         return int(text, 0) != 0
-    bits = int(text[2:], 16) if text.startswith(("0f", "0d")) else int(text, 0)
+    bits = int(text[2:], 16) if text.startswith("0f") else int(text, 0)
     return np.array(bits % (1 << 8 * dtype.itemsize), f"u{dtype.itemsize}").view(dtype)

@@ -42,10 +42,15 @@ def remainder(a: Values, b: Values) -> Values:
     return np.fmod(a, np.where(b == 0, 1, b))  # what dividing by 0 gives is left open
 
 
+def count_ones(a: Values) -> Values:
+    return np.unpackbits(np.ascontiguousarray(a)[:, None].view(np.uint8), axis=1).sum(1)
+
+
 INTEGERS = {
     "add": np.add, "sub": np.subtract, "mul.lo": np.multiply, "mad.lo": lambda a, b, c: a * b + c, "neg": np.negative,
     "div": lambda a, b: (a - remainder(a, b)) // np.where(b == 0, 1, b), "rem": remainder, "min": np.minimum,
     "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert,
+    "popc": count_ones,
 }  # fmt: skip
 FLOATS = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "fma": lambda a, b, c: a * b + c,
@@ -115,12 +120,6 @@ def extract_bits(block: Block, to: Operand, a: Operand, first: str, count: str, 
     if length < 1 or start + length > 32:
         raise ExecutionError(f"bfe of {length} bits from bit {start} on")
     block.write(to, block.read(a, type) << (32 - start - length) >> (32 - length), type)
-
-
-@opcode(r"popc\.b32")
-def count_ones(block: Block, to: Operand, a: Operand) -> None:
-    octets = np.ascontiguousarray(block.read(a, "b32")).view(np.uint8).reshape(-1, 4)
-    block.write(to, np.unpackbits(octets, axis=1).sum(1), "u32")
 
 
 # moves and conversions
