@@ -122,6 +122,16 @@ def extract_bits(block: Block, to: Operand, a: Operand, first: str, count: str, 
     block.write(to, block.read(a, type) << (32 - start - length) >> (32 - length), type)
 
 
+@opcode(r"prmt\.b32")
+def permute(block: Block, to: Operand, a: Operand, b: Operand, selector: str) -> None:
+    """Four of the eight bytes of two numbers, chosen by the digits of a constant."""
+    chosen = [int(selector.rstrip("U"), 16) >> 4 * i & 15 for i in range(4)]
+    if max(chosen) > 7:
+        raise ExecutionError("prmt that repeats a sign is not served")
+    octets = np.stack([block.read(a, "b32"), block.read(b, "b32")], axis=1).view(np.uint8)
+    block.write(to, np.ascontiguousarray(octets[:, chosen]).view(np.uint32)[:, 0], "b32")
+
+
 # moves and conversions
 
 

@@ -61,6 +61,7 @@ INT, UINT, LONG, FLOAT, HALF = np.int32, np.uint32, np.int64, np.float32, np.flo
          lambda a, b: np.minimum(a.view(UINT), b.view(UINT))),
         ("mov.b32 {%x, %y}, %a; mov.b32 %c, {%y, %x};", I32, UINT,
          lambda a, b: a.view(UINT) << 16 | a.view(UINT) >> 16),
+        ("prmt.b32 %c, %a, %b, 0x5410U;", I32, UINT, lambda a, b: b.view(UINT) << 16 | a.view(UINT) & 0xFFFF),
         ("shfl.sync.bfly.b32 %c, %a, 5, 31, -1;", I32, INT, lambda a, b: a[LANE ^ 5]),
         ("shfl.sync.idx.b32 %c, %a, 3, 31, -1;", I32, INT, lambda a, b: a[[3] * 32]),
         ("redux.sync.add.s32 %c, %a, -1;", I32, INT, lambda a, b: np.full(32, a.sum(dtype=INT))),
