@@ -50,6 +50,7 @@ INT, UINT, LONG, FLOAT, HALF = np.int32, np.uint32, np.int64, np.float32, np.flo
         ("rem.s32 %c, %a, %b;", I32, INT, np.fmod),
         ("min.s32 %c, %a, %b;", I32, INT, np.minimum),
         ("neg.s32 %c, %a; not.b32 %c, %c;", I32, INT, lambda a, b: ~-a),
+        ("abs.s32 %c, %a;", I32, INT, lambda a, b: np.abs(a)),
         ("and.b32 %c, %a, %b; xor.b32 %c, %c, %a;", I32, INT, lambda a, b: a & b ^ a),
         ("shl.b32 %c, %a, %b;", SHIFT, INT, lambda a, b: np.where(b < 32, a.astype(LONG) << b, 0)),
         ("shr.s32 %c, %a, %b;", SHIFT, INT, lambda a, b: a.astype(LONG) >> b),
