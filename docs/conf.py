@@ -18,7 +18,14 @@ project, author, version = "fastcr", "The fastcr authors", fastcr.__version__
 copyright = f"{author}, Apache-2.0"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 root_doc = START
-include_patterns = ["*.md", "docs/*.md", "bench/README.md", "kernels/README.md", "examples/*.ipynb"]
+include_patterns = [
+    "*.md",
+    "docs/*.md",
+    "bench/README.md",
+    "kernels/README.md",
+    "tests/ptx/README.md",
+    "examples/*.ipynb",
+]
 
 myst_heading_anchors = 4
 nb_execution_mode = "off"  # notebooks are shown with the outputs they are committed with; a test runs them

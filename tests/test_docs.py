@@ -25,7 +25,10 @@ from tests.shared import write_weights
 ROOT = Path(__file__).parents[1]
 # all but the tables that bench/evidence_table.py writes, and the history
 PAGES = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "kernels/README.md")),
+    *(
+        ROOT / name
+        for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "kernels/README.md", "tests/ptx/README.md")
+    ),
     *(page for page in sorted((ROOT / "docs").glob("*.md")) if "tables" not in page.name),
 ]
 pytestmark = pytest.mark.usefixtures("one_thread")

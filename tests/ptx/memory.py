@@ -1,144 +1,155 @@
-"""Memory that remembers who touched each byte since the last barrier, and says what must not be."""
+"""Memory that remembers who touched each byte since the last barrier, and reports what must not happen."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Bytes = NDArray[np.uint8]
 Numbers = NDArray[np.int64]
-SEVERAL = -2  # warps or blocks, where one alone would be its number
-NOBODY = -1
 RED_ZONE = 4096  # bytes that belong to nobody on either side of a tensor
+# A stamp says when a byte was touched and by which warp: epoch * WARPS + warp.
+NEVER, BEFORE = -1, 0  # stamps of what nobody touched, and of what the launch was given
+WARPS = 64
+SEVERAL = WARPS - 1  # in place of a warp: more than one of them
 
 
 class Memory:
-    """Bytes at addresses from `base` on. Each has the warps that last read and wrote it, and when.
+    """Bytes at addresses from `base` on, each with stamps of its last write and read.
 
-    `epoch` counts barriers: of two accesses in one epoch by different warps neither is known to be the first.
+    `epoch` counts barriers, of all blocks together; the block that runs began at epoch `began`. Of two accesses in one
+    epoch by different warps neither is known to be the first, nor of two by different blocks.
     The last byte of all arrays stands for every address outside.
     """
 
-    def __init__(self, size: int, base: int = 0) -> None:
-        self.size, self.base, self.epoch = size, base, 0
-        self.report: Callable[[str], None] = lambda finding: None
-        self.data = np.zeros(size + 1, np.uint8)
-        self.inside, self.written = np.ones(size + 1, bool), np.zeros(size + 1, bool)
-        self.inside[size] = False
-        self.read_epoch, self.write_epoch = (np.full(size + 1, NOBODY, np.int32) for _ in range(2))
-        self.read_warp, self.write_warp = (np.full(size + 1, NOBODY, np.int16) for _ in range(2))
+    one_thread_wins = False  # whether threads of one warp may write different values to one address
 
-    def bytes_at(self, at: Numbers, width: int) -> Numbers:
+    def __init__(self, size: int, base: int = 0) -> None:
+        self.size, self.base = size, base
+        self.epoch = self.began = 1
+        self.report: Callable[[str], None] = print
+        self.data = np.zeros(size + 1, np.uint8)
+        self.inside = np.arange(size + 1) < size
+        self.writer, self.reader, self.first_reader = (np.full(size + 1, NEVER) for _ in range(3))
+
+    def located(self, at: Numbers, width: int, access: str) -> Numbers:
         """Indices `[n,width]` of the bytes from each address on."""
+        if (at % width).any():
+            self.report(f"misaligned {access}")
         index = (at - self.base)[:, None] + np.arange(width)
-        return np.where((index >= 0) & (index < self.size), index, self.size)
+        index = np.where((index >= 0) & (index < self.size), index, self.size)
+        if not self.inside[index].all():
+            self.report(f"{access} out of bounds")
+        return index
+
+    def unordered(self, stamps: Numbers, warp: Numbers) -> NDArray[np.bool_]:
+        """Whether these stamps are of other warps since the last barrier."""
+        return (stamps // WARPS == self.epoch) & (stamps % WARPS != warp)
+
+    def of_other_blocks(self, stamps: Numbers) -> bool:
+        return bool(((stamps > BEFORE) & (stamps < self.began * WARPS)).any())
 
     def load(self, at: Numbers, width: int, warp: Numbers) -> Bytes:
-        """Bytes `[n,width]` from each address on, read by threads of these warps."""
-        index = self.bytes_at(at, width)
-        if (at % width).any():
-            self.report("misaligned read")
-        self.check_read(index, warp)
+        """Bytes `[n,width]` from each address on, read by threads of the warps `[n]`."""
+        index = self.located(at, width, "read")
+        self.check_read(index, warp[:, None])
         return self.data[index]
+
+    def check_read(self, index: Numbers, warp: Numbers) -> None:
+        """Report what is wrong with a read of the bytes `[n,width]` by warps `[n,1]`, and remember it."""
+        writer, reader = self.writer[index], self.reader[index]
+        if (self.inside[index] & (writer == NEVER)).any():
+            self.report("read of memory that nobody wrote")
+        if self.unordered(writer, warp).any():
+            self.report("race: read of what another warp writes, without a barrier between them")
+        if self.of_other_blocks(writer):
+            self.report("race: read of what another block writes")
+        stamps = self.epoch * WARPS + np.where(self.unordered(reader, warp), SEVERAL, warp)
+        self.reader[index] = stamps
+        self.reader[index[self.reader[index] != stamps]] = self.epoch * WARPS + SEVERAL
+        self.first_reader[index] = np.where(self.first_reader[index] == NEVER, stamps, self.first_reader[index])
+
+    def check_write(self, index: Numbers, warp: Numbers) -> None:
+        """Report what is wrong with a write of the bytes `[n,width]` by warps `[n,1]`, whatever their values."""
+        if self.unordered(self.reader[index], warp).any():
+            self.report("race: write to what another warp reads, without a barrier between them")
+        if self.of_other_blocks(self.first_reader[index]):
+            self.report("race: write to what another block reads")
+        if self.of_other_blocks(self.writer[index]):
+            self.report("race: two blocks write to one address")
 
     def store(self, at: Numbers, values: Bytes, warp: Numbers) -> None:
         """Write `values [n,width]` from each address on."""
-        index = self.bytes_at(at, values.shape[1])
-        if (at % values.shape[1]).any():
-            self.report("misaligned write")
-        self.check_write(index, warp)
-        # several warps may write the same value, as Triton lets them
-        recent = (self.write_epoch[index] == self.epoch) & (self.write_warp[index] != warp[:, None])
-        if (recent & (self.data[index] != values)).any():
-            self.report("race: warps write different values without a barrier between them")
-        self.put(index, values, warp)
-        if (self.data[index] != values).any() and self.clash(index, values, warp):
-            self.report("race: threads write different values to one address")
-
-    def clash(self, index: Numbers, values: Bytes, warp: Numbers) -> bool:
-        """Whether it matters that threads write different values to one address in one instruction."""
-        return True
+        index = self.located(at, values.shape[1], "write")
+        self.check_write(index, warp[:, None])
+        for number in np.unique(warp):  # each sees what others wrote: Triton lets several write the same value
+            mine = warp == number
+            others, before = self.unordered(self.writer[index[mine]], number), self.data[index[mine]]
+            self.put(index[mine], values[mine], warp[mine])
+            if (others & (self.data[index[mine]] != before)).any():
+                self.report("race: warps write different values to one address, without a barrier between them")
+            if not self.one_thread_wins and (self.data[index[mine]] != values[mine]).any():
+                self.report("race: threads of a warp write different values to one address")
 
     def put(self, index: Numbers, values: Bytes, warp: Numbers) -> None:
         """Write without any check."""
-        self.data[index], self.written[index] = values, True
-        self.write_epoch[index], self.write_warp[index] = self.epoch, np.broadcast_to(warp[:, None], index.shape)
-
-    def check_read(self, index: Numbers, warp: Numbers) -> None:
-        """Report what is wrong with a read of the bytes `[n,width]`, and remember it."""
-        if not self.inside[index].all():
-            self.report("read out of bounds")
-        elif not self.written[index].all():
-            self.report("read of memory that nobody wrote")
-        warps = np.broadcast_to(warp[:, None], index.shape)
-        if ((self.write_epoch[index] == self.epoch) & (self.write_warp[index] != warps)).any():
-            self.report("race: read of what another warp writes, without a barrier between them")
-        others = (self.read_epoch[index] == self.epoch) & (self.read_warp[index] != warps)
-        self.note(self.read_warp, index, np.where(others, SEVERAL, warps))
-        self.read_epoch[index] = self.epoch
-
-    def note(self, array: NDArray, index: Numbers, values: Numbers) -> None:
-        """Put `values` into the array, and SEVERAL where different ones go to one place."""
-        array[index] = values
-        array[index[array[index] != values]] = SEVERAL
-
-    def check_write(self, index: Numbers, warp: Numbers) -> None:
-        """Report what is wrong with a write of the bytes `[n,width]`."""
-        if not self.inside[index].all():
-            self.report("write out of bounds")
-        if ((self.read_epoch[index] == self.epoch) & (self.read_warp[index] != warp[:, None])).any():
-            self.report("race: write to what another warp reads, without a barrier between them")
+        self.data[index], self.writer[index] = values, self.epoch * WARPS + warp[:, None]
 
 
 class GlobalMemory(Memory):
-    """The memory of all blocks of a launch, which nothing orders: none may touch what another writes."""
+    """The memory of all blocks of a launch: `tensors` are bytes, and which of them something has been put into."""
 
-    def __init__(self, size: int) -> None:
-        super().__init__(size, base=1 << 20)
+    def __init__(self, tensors: Sequence[tuple[Bytes, NDArray[np.bool_]]]) -> None:
+        super().__init__(RED_ZONE + sum(len(data) + -len(data) % 256 + RED_ZONE for data, _ in tensors), base=1 << 20)
         self.inside[:] = False
-        self.end, self.block = RED_ZONE, 0
-        self.read_block, self.write_block = (np.full(size + 1, NOBODY, np.int32) for _ in range(2))
+        self.addresses: list[int] = []
+        start = RED_ZONE
+        for data, written in tensors:
+            part = slice(start, start + len(data))
+            self.data[part], self.writer[part], self.inside[part] = data, np.where(written, BEFORE, NEVER), True
+            self.addresses.append(self.base + start)
+            start = part.stop + -len(data) % 256 + RED_ZONE
 
-    @staticmethod
-    def room(sizes: list[int]) -> int:
-        """Bytes that tensors of these sizes need."""
-        return RED_ZONE + sum(size + -size % 256 + RED_ZONE for size in sizes)
-
-    def place(self, data: Bytes, written: NDArray[np.bool_]) -> int:
-        """The address of a copy of `data`, of which some bytes count as written."""
-        start, stop = self.end, self.end + len(data)
-        self.data[start:stop], self.written[start:stop], self.inside[start:stop] = data, written, True
-        self.end = stop + -len(data) % 256 + RED_ZONE
-        return self.base + start
+    def begin_block(self) -> None:
+        self.epoch += 1
+        self.began = self.epoch
 
     def contents(self, address: int, size: int) -> Bytes:
         return self.data[address - self.base :][:size]
 
-    def check_read(self, index: Numbers, warp: Numbers) -> None:
-        super().check_read(index, warp)
-        if ((self.write_block[index] != NOBODY) & (self.write_block[index] != self.block)).any():
-            self.report("race: read of what another block writes")
-        others = (self.read_block[index] != NOBODY) & (self.read_block[index] != self.block)
-        self.read_block[index] = np.where(others, SEVERAL, self.block)
 
-    def check_write(self, index: Numbers, warp: Numbers) -> None:
-        super().check_write(index, warp)
-        if ((self.read_block[index] != NOBODY) & (self.read_block[index] != self.block)).any():
-            self.report("race: write to what another block reads")
-        if ((self.write_block[index] != NOBODY) & (self.write_block[index] != self.block)).any():
-            self.report("race: two blocks write to one address")
-        self.write_block[index] = self.block
+class Groups:
+    """What goes on while the threads do: commits make groups of it, which are waited for in their order."""
+
+    def __init__(self) -> None:
+        self.open: list[Any] = []
+        self.closed: list[list[Any]] = []
+
+    def commit(self) -> None:
+        self.closed.append(self.open)
+        self.open = []
+
+    def wait(self, remaining: int) -> list[Any]:
+        """What must have ended once all groups have but the last ones."""
+        ended = []
+        while len(self.closed) > remaining:
+            ended += self.closed.pop(0)
+        return ended
 
 
 class SharedMemory(Memory):
     """The memory of one block, which copies (`cp.async`) and tensor cores (`wgmma`) use while the threads go on."""
 
+    one_thread_wins = True  # Triton's copies of a sum differ by a rounding between threads
+
     def __init__(self, size: int) -> None:
         super().__init__(size)
-        self.in_flight, self.in_use, self.unfenced = (np.zeros(size + 1, bool) for _ in range(3))
-        self.groups: list[list[tuple[Numbers, Bytes, Numbers]]] = [[]]  # of copies; the last is still open
+        self.in_flight, self.unfenced = (np.zeros(size + 1, bool) for _ in range(2))
+        self.in_use = np.zeros(size + 1, np.int16)  # by how many operands of a wgmma
+        self.copies = Groups()
 
     def check_read(self, index: Numbers, warp: Numbers) -> None:
         super().check_read(index, warp)
@@ -152,59 +163,41 @@ class SharedMemory(Memory):
         if self.in_use[index].any():
             self.report("write to bytes that a wgmma may still read")
 
-    def clash(self, index: Numbers, values: Bytes, warp: Numbers) -> bool:
-        """Between warps only: Triton's copies of a sum differ by a rounding, and of one warp one thread always wins."""
-        remains = self.data[index]
-        for number in np.unique(warp):
-            mine = warp == number
-            self.data[index[mine]] = values[mine]
-            if (self.data[index[mine]] != remains[mine]).any():
-                return True
-        return False
-
     def put(self, index: Numbers, values: Bytes, warp: Numbers) -> None:
         super().put(index, values, warp)
         self.unfenced[index] = True
 
     def copy(self, at: Numbers, values: Bytes, warp: Numbers) -> None:
         """Begin to write `values [n,width]` from each address on; they arrive when their group is waited for."""
-        index = self.bytes_at(at, values.shape[1])
-        if (at % values.shape[1]).any():
-            self.report("misaligned write")
-        self.check_write(index, warp)
+        index = self.located(at, values.shape[1], "write")
+        self.check_write(index, warp[:, None])
         self.in_flight[index] = True
-        self.groups[-1].append((index, values, warp))
+        self.copies.open.append((index, values, warp))
 
-    def commit(self) -> None:
-        self.groups.append([])
-
-    def wait(self, groups: int) -> None:
-        """Let all copies arrive but those of the last groups."""
-        while len(self.groups) > groups + 1:
-            for index, values, warp in self.groups.pop(0):
-                self.in_flight[index] = False
-                self.put(index, values, warp)
+    def wait_for_copies(self, remaining: int) -> None:
+        for index, values, warp in self.copies.wait(remaining):
+            self.in_flight[index] = False
+            self.put(index, values, warp)
 
     def fence(self) -> None:
         """`fence.proxy.async`: what threads have written can now be read by tensor cores."""
         self.unfenced[:] = False
 
-    def operand(self, index: Numbers) -> Bytes:
-        """The bytes of a wgmma's operand, which it reads until `release`."""
-        if not self.inside[index].all():
-            self.report("read out of bounds")
-        elif self.in_flight[index].any():
+    def operand(self, at: Numbers) -> tuple[Bytes, Numbers]:
+        """The two bytes at each address, which a wgmma reads until `release`, and their indices."""
+        index = self.located(at, 2, "read")
+        if self.in_flight[index].any():
             self.report("wgmma reads bytes that a cp.async may still write")
-        elif not self.written[index].all():
+        elif (self.inside[index] & (self.writer[index] == NEVER)).any():
             self.report("read of memory that nobody wrote")
-        elif (self.write_epoch[index] == self.epoch).any():
+        elif (self.writer[index] // WARPS == self.epoch).any():
             self.report("race: wgmma reads what was written since the last barrier")
         if self.unfenced[index].any():
             self.report("wgmma reads what threads wrote, without fence.proxy.async")
-        self.in_use[index] = True
-        return self.data[index]
+        self.in_use[index] += 1
+        return self.data[index], index
 
     def release(self, index: Numbers) -> None:
         """A wgmma has read its operand; other warps know so after the next barrier."""
-        self.in_use[index] = False
-        self.read_epoch[index], self.read_warp[index] = self.epoch, SEVERAL
+        self.in_use[index] -= 1
+        self.reader[index] = self.epoch * WARPS + SEVERAL

@@ -42,7 +42,7 @@ class Program(NamedTuple):
 
 
 def parse(ptx: str) -> Program:
-    """The one kernel in `ptx`, which must say how many threads a block has."""
+    """The one kernel in `ptx`, which must say how many threads a block has; `ValueError` where it is no such text."""
     entry = ENTRY.search(ptx)
     if entry is None:
         raise ValueError("no .entry with .reqntid in this PTX")
@@ -66,7 +66,7 @@ def parse(ptx: str) -> Program:
 
 
 def _add(program: Program, statement: str, source: str) -> None:
-    statement = statement.lstrip(" {}")  # scopes that inline assembly may open and close
+    statement = statement.strip().lstrip(" {}")  # scopes that inline assembly may open and close
     while label := LABEL.match(statement):
         statement = statement[label.end() :].lstrip(" {}")
         if statement.startswith(".branchtargets"):
@@ -75,9 +75,9 @@ def _add(program: Program, statement: str, source: str) -> None:
         program.labels[label[1]] = len(program.code)
     if not statement:
         return
-    found = STATEMENT.fullmatch(statement.strip())
+    found = STATEMENT.fullmatch(statement)
     if found is None:
-        raise ValueError(f"not an instruction: {statement.strip()!r} ({source})")
+        raise ValueError(f"not an instruction: {statement!r} ({source})")
     negated, predicate, opcode, rest = found.groups()
     operands = tuple(_operand(each.strip()) for each in OPERAND.findall(rest))
     program.code.append(Instruction(opcode, operands, predicate or "", bool(negated), source))

@@ -1,13 +1,13 @@
 """Run Triton kernels as compiled: `with executed(90) as launches` a launch on CPU tensors executes its PTX.
 
 The kernel is compiled for a target that need not be there, and its blocks are executed one after the other on the
-launch's tensors. Needs Triton's compiler, so not `TRITON_INTERPRET=1`.
+launch's tensors. This takes Triton's compiler, so `TRITON_INTERPRET=1` must not be set.
 """
 
 from __future__ import annotations
 
 import contextlib
-import time
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -15,11 +15,11 @@ from unittest import mock
 
 import numpy as np
 import torch
+import triton
 from torch import Tensor
 
-from fastcr.kernels import launch
-from tests.ptx import instructions, tensor_cores, transfers  # noqa: F401  (they register what they serve)
-from tests.ptx.machine import Block, Place
+from tests.ptx import instructions, tensor_cores  # noqa: F401  (they register what they serve)
+from tests.ptx.block import Block
 from tests.ptx.memory import GlobalMemory
 from tests.ptx.parse import parse
 
@@ -32,27 +32,27 @@ class Launch(NamedTuple):
     kernel: str
     findings: Counter[str]  # what is wrong and where, and how many instructions found it
     executed: Counter[str]  # instructions by opcode, of all blocks
-    blocks: int
-    seconds: float
 
 
 def execute(
     ptx: str, grid: Sequence[int], arguments: Sequence[int | float], memory: GlobalMemory, shared: int
 ) -> Launch:
-    """Run every block of a grid; `shared` bytes of memory each. Arguments are numbers and addresses in `memory`."""
-    program, began = parse(ptx), time.monotonic()
+    """Run every block of a grid; `shared` bytes of memory each. Arguments are numbers and addresses in `memory`.
+
+    Raises `UnknownOpcodeError` for an instruction that nothing here serves, `ExecutionError` where it cannot go on.
+    """
+    program = parse(ptx)
     bits = [int(np.float32(each).view(np.uint32)) if isinstance(each, float) else each for each in arguments]
     bits += [0] * (len(program.parameters) - len(bits))  # Triton's own scratch memory
     sizes = tuple(grid) + (1,) * (3 - len(grid))
-    result = Launch(program.name, Counter(), Counter(), int(np.prod(sizes)), 0.0)
-    for number, (z, y, x) in enumerate(np.ndindex(sizes[::-1])):
-        memory.block = number
-        block = Block(program, bits, Place((x, y, z), sizes), memory, shared)
+    result = Launch(program.name, Counter(), Counter())
+    for z, y, x in np.ndindex(sizes[::-1]):
+        block = Block(program, bits, (x, y, z), sizes, memory, shared)
         with np.errstate(all="ignore"):
             block.run()
         result.findings.update(block.findings)
         result.executed.update(block.executed)
-    return result._replace(seconds=time.monotonic() - began)
+    return result
 
 
 def octets(tensor: Tensor) -> np.ndarray:
@@ -62,11 +62,12 @@ def octets(tensor: Tensor) -> np.ndarray:
 
 def written(tensor: Tensor) -> np.ndarray:
     """Of the bytes of its storage, those that something has been put into."""
-    known = np.ones(tensor.untyped_storage().nbytes(), bool)
-    if size := max(tensor.itemsize, 2) if tensor.itemsize > 1 else 0:
-        whole = len(known) // size * size
-        values = octets(tensor)[:whole].view(np.uint16).reshape(-1, size // 2)
-        known[:whole] = np.repeat((values != NOBODY_WROTE).any(1), size)
+    data = octets(tensor)
+    known = np.ones(len(data), bool)
+    if tensor.itemsize > 1:
+        whole = len(data) // tensor.itemsize * tensor.itemsize
+        values = data[:whole].view(np.uint16).reshape(-1, tensor.itemsize // 2)
+        known[:whole] = np.repeat((values != NOBODY_WROTE).any(1), tensor.itemsize)
     return known
 
 
@@ -78,15 +79,15 @@ def flat(values: Any) -> Iterator[Any]:
 def launched(ptx: str, grid: Sequence[int], arguments: Sequence[Any], shared: int) -> Launch:
     """Execute on copies of the tensors' storages, and copy them back."""
     storages = {each.untyped_storage().data_ptr(): each for each in arguments if isinstance(each, Tensor)}
-    memory = GlobalMemory(GlobalMemory.room([each.untyped_storage().nbytes() for each in storages.values()]))
-    at = {pointer: memory.place(octets(each), written(each)) for pointer, each in storages.items()}
-    values = [
-        at[each.untyped_storage().data_ptr()] + each.storage_offset() * each.itemsize
-        if isinstance(each, Tensor)
-        else float(each) if isinstance(each, float) else int(each)
-        for each in arguments
-    ]  # fmt: skip
-    result = execute(ptx, grid, values, memory, shared)
+    memory = GlobalMemory([(octets(each), written(each)) for each in storages.values()])
+    at = dict(zip(storages, memory.addresses, strict=True))
+
+    def passed(value: Any) -> int | float:
+        if isinstance(value, Tensor):
+            return at[value.untyped_storage().data_ptr()] + value.storage_offset() * value.itemsize
+        return value if isinstance(value, float) else int(value)
+
+    result = execute(ptx, grid, [passed(each) for each in arguments], memory, shared)
     for pointer, each in storages.items():
         octets(each)[:] = memory.contents(at[pointer], len(octets(each)))
     return result
@@ -96,7 +97,7 @@ class _Driver:
     """Stands in for that of a GPU: what Triton's launcher asks before it compiles."""
 
     def __init__(self, target: int) -> None:
-        self.target = launch.triton.backends.compiler.GPUTarget("cuda", target, 32)
+        self.target = triton.backends.compiler.GPUTarget("cuda", target, 32)
 
     def get_current_device(self) -> int:
         return self.target.arch  # Triton keeps what it has compiled by device
@@ -122,11 +123,12 @@ def _unwritten(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def executed(target: int, change: Callable[[str], str] = lambda ptx: ptx) -> Iterator[list[Launch]]:
     """Execute launches on CPU tensors as compiled for `target`, 80 or 90; `change` may alter the PTX first.
 
-    The list grows by one a launch.
+    The list grows by one a launch. Raises `RuntimeError` where Triton is the interpreter.
     """
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise RuntimeError("TRITON_INTERPRET=1 takes the place of Triton's compiler: unset it")
     launches: list[Launch] = []
-    runtime = launch.triton.runtime
-    compile_only = runtime.jit.JITFunction.run
+    compile_only = triton.runtime.jit.JITFunction.run
 
     def run(self: Any, *args: Any, grid: Sequence[int], warmup: bool, **kwargs: Any) -> None:
         compiled = compile_only(self, *args, grid=grid, warmup=True, **kwargs)
@@ -135,15 +137,11 @@ def executed(target: int, change: Callable[[str], str] = lambda ptx: ptx) -> Ite
         arguments = list(flat(values[name] for name in self.arg_names if name not in constant))
         launches.append(launched(change(compiled.asm["ptx"]), grid, arguments, compiled.metadata.shared))
 
+    driver = triton.runtime.driver
     with contextlib.ExitStack() as patches:
-        before = runtime.driver._active
-        patches.callback(lambda: setattr(runtime.driver, "_active", before))
-        runtime.driver.set_active(_Driver(target))
-        for owner, name, new in (
-            (runtime.jit.JITFunction, "run", run),
-            (launch, "INTERPRET", True),  # the ops then take CPU tensors
-            *((owner, name, _unwritten(getattr(owner, name)))
-              for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty"))),
-        ):  # fmt: skip
-            patches.enter_context(mock.patch.object(owner, name, new))
+        patches.callback(setattr, driver, "_active", driver._active)
+        driver.set_active(_Driver(target))
+        patches.enter_context(mock.patch.object(triton.runtime.jit.JITFunction, "run", run))
+        for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+            patches.enter_context(mock.patch.object(owner, name, _unwritten(getattr(owner, name))))
         yield launches

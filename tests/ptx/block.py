@@ -5,20 +5,22 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple
+from functools import lru_cache, wraps
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.ptx.memory import GlobalMemory, SharedMemory
+from tests.ptx.memory import GlobalMemory, Groups, SharedMemory
 from tests.ptx.parse import Address, Instruction, Operand, Program
 
 Values = NDArray[Any]
 # of a value, by the last part of an opcode; a register holds its bits as an unsigned number
-TYPES = {f"{kind}{bits}": np.dtype(f"{letter}{bits // 8}")
-         for kind, letter in (("b", "u"), ("u", "u"), ("s", "i"), ("f", "f"))
-         for bits in (8, 16, 32, 64) if (kind, bits) != ("f", 8)}  # fmt: skip
+TYPES = {
+    f"{kind}{bits}": np.dtype(f"{letter}{bits // 8}")
+    for kind, letter in (("b", "u"), ("u", "u"), ("s", "i"), ("f", "f"))
+    for bits in ((16, 32) if kind == "f" else (8, 16, 32, 64))
+}
 TYPES["pred"] = np.dtype(bool)
 MOST = 20_000_000  # instructions of a block: a loop that never ends is found
 Handler = Callable[..., None]
@@ -33,11 +35,20 @@ class ExecutionError(RuntimeError):
     """The program cannot go on."""
 
 
-def opcode(pattern: str) -> Callable[[Handler], Handler]:
-    """Let a function serve all opcodes of this pattern; it gets the block, the operands and the named groups."""
+def opcode(pattern: str, together: bool = False) -> Callable[[Handler], Handler]:
+    """Let a function serve all opcodes of this pattern; it gets the block, the operands and the named groups.
+
+    Some are for all threads `together`, and where those of a block part ways the program cannot be followed.
+    """
 
     def register(handler: Handler) -> Handler:
-        HANDLERS.append((re.compile(pattern), handler))
+        @wraps(handler)
+        def checked(block: Block, *operands: Operand, **parts: str) -> None:
+            if together and block.some:
+                raise ExecutionError("threads of a block part ways here, which tests/ptx cannot follow")
+            handler(block, *operands, **parts)
+
+        HANDLERS.append((re.compile(pattern), checked))
         return handler
 
     return register
@@ -64,50 +75,42 @@ def widened(bits: Values) -> NDArray[np.float32]:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-class Place(NamedTuple):
-    """Where in the grid a block is."""
-
-    block: tuple[int, int, int]
-    grid: tuple[int, int, int]
-
-
 class Block:
-    """Threads of one block. All warps run in step; what they do between two barriers counts as unordered."""
+    """Threads of block `place` of a grid, both `(x, y, z)`; what warps do between two barriers counts as unordered."""
 
     def __init__(
-        self, program: Program, arguments: Sequence[int], place: Place, memory: GlobalMemory, shared: int
-    ) -> None:
+        self, program: Program, arguments: Sequence[int], place: Sequence[int], grid: Sequence[int],
+        memory: GlobalMemory, shared: int,
+    ) -> None:  # fmt: skip
         self.program, self.arguments, self.memory, self.shared = program, arguments, memory, SharedMemory(shared)
+        self.memory.begin_block()
+        self.memory.report = self.shared.report = self.report
         self.threads, thread = program.threads, np.arange(program.threads)
         self.warp, self.lane = thread // 32, thread % 32
         self.findings: Counter[str] = Counter()
         self.executed: Counter[str] = Counter()
-        self.memory.report = self.shared.report = self.report
-        self.registers: dict[str, Values] = {
-            "%tid.x": thread.astype(np.uint32),
-            "%tid.y": np.zeros(self.threads, np.uint32),
-            "%tid.z": np.zeros(self.threads, np.uint32),
-            "%ntid.x": np.full(self.threads, self.threads, np.uint32),
-            "global_smem": np.zeros(self.threads, np.uint32),
-        }
-        for axis, number, count in zip("xyz", *place, strict=True):
-            self.registers[f"%ctaid.{axis}"] = np.full(self.threads, number, np.uint32)
-            self.registers[f"%nctaid.{axis}"] = np.full(self.threads, count, np.uint32)
-        self.constants: dict[tuple[str, str], Values] = {}
-        self.running: dict[str, Values] = {}  # what wgmma will have put into registers
-        self.products: list[list[tuple[tuple[str, ...], list[Any]]]] = [[]]  # groups of wgmma; the last is open
+        same = {"%tid.y": 0, "%tid.z": 0, "%ntid.x": self.threads, "global_smem": 0}
+        same |= {f"%ctaid.{axis}": number for axis, number in zip("xyz", place, strict=True)}
+        same |= {f"%nctaid.{axis}": number for axis, number in zip("xyz", grid, strict=True)}
+        self.registers: dict[str, Values] = {name: np.full(self.threads, value, "u4") for name, value in same.items()}
+        self.registers["%tid.x"] = thread.astype(np.uint32)
+        self.products = Groups()  # of wgmma
+        self.running: dict[str, tuple[Values, Any]] = {}  # what the last product of a register will put into it
         self.step: Instruction
-        self.mask: NDArray[np.bool_] | None = None  # threads that take part; None: all
+        self.mask = self.everyone = np.ones(self.threads, bool)  # threads that take part in a step
+        self.some = False  # whether others do not
         self.next = 0
 
     def report(self, finding: str) -> None:
         """Count a finding at the instruction that runs."""
-        self.findings[f"{finding} ({self.step.opcode}, {self.step.source or f'instruction {self.next - 1}'})"] += 1
+        self.findings[f"{finding} ({self.step.opcode}, {self.where()})"] += 1
+
+    def where(self) -> str:
+        return self.step.source or f"instruction {self.next - 1}"
 
     def run(self) -> None:
         """Execute the program from its start to its end."""
         handlers = [handler_of(step.opcode) for step in self.program.code]
-        self.memory.epoch += 1
         for _ in range(MOST):
             if self.next >= len(handlers):
                 return
@@ -120,29 +123,17 @@ class Block:
                 self.executed[self.step.opcode] += 1
                 handler(self, *self.step.operands, **parts)
             except Exception as error:
-                where = f"{self.program.name}, {self.step.source or f'instruction {self.next - 1}'}"
-                raise ExecutionError(f"{self.step.opcode} in {where}: {error!r}") from error
+                where = f"{self.step.opcode} in {self.program.name}, {self.where()}"
+                raise ExecutionError(f"{where}: {error!r}") from error
         raise ExecutionError(f"{self.program.name} has not ended after {MOST} instructions")
 
     def masked(self) -> bool:
         """Whether any thread takes part in this step."""
-        self.mask = None
+        self.mask, self.some = self.everyone, False
         if self.step.predicate:
-            taken = self.registers[self.step.predicate] ^ self.step.negated
-            if not taken.any():
-                return False
-            self.mask = None if taken.all() else taken
-        return True
-
-    @property
-    def active(self) -> NDArray[np.bool_]:
-        """Threads that take part in this step."""
-        return np.ones(self.threads, bool) if self.mask is None else self.mask
-
-    def together(self) -> None:
-        """An error unless all threads take part, as some instructions want it."""
-        if self.mask is not None:
-            raise ExecutionError("threads of a block part ways here, which tests/ptx cannot follow")
+            self.mask = self.registers[self.step.predicate] ^ self.step.negated
+            self.some = not self.mask.all()
+        return bool(self.mask.any())
 
     def read(self, operand: Operand, kind: str) -> Values:
         """A value of each thread: of a register, or a constant; bf16 as fp32."""
@@ -153,16 +144,13 @@ class Block:
         dtype = TYPES[kind]
         bits = self.registers.get(operand)  # type: ignore[arg-type]
         if bits is None:
-            key = str(operand), kind
-            if key not in self.constants:
-                self.constants[key] = np.full(self.threads, constant(key[0], dtype))
-            return self.constants[key]
+            return np.full(self.threads, constant(str(operand), dtype))
         if bits.itemsize != dtype.itemsize:
             bits = bits.astype(f"u{dtype.itemsize}")
         return bits.view(dtype)
 
     def write(self, register: Operand, values: Values, kind: str) -> None:
-        """Put a value of this type into a register of the threads that take part; bf16 is given as fp32."""
+        """Put values, converted to this type, into a register of the threads that take part; bf16 is given as fp32."""
         name = str(register)
         if kind == "bf16":
             bits = narrowed(values)
@@ -171,7 +159,7 @@ class Block:
         else:
             dtype = TYPES[kind]
             bits = np.ascontiguousarray(values, dtype).view(f"u{dtype.itemsize}")
-        if self.mask is not None:
+        if self.some:
             bits = np.where(self.mask, bits, self.registers.get(name, np.zeros_like(bits)))
         self.registers[name] = bits
 
@@ -180,11 +168,12 @@ class Block:
         return self.read(operand.base, "u32" if space == "shared" else "u64").astype(np.int64) + operand.offset
 
 
+@lru_cache(None)
 def constant(text: str, dtype: np.dtype[Any]) -> Any:
     """A number as PTX writes it."""
-    if not re.fullmatch(r"0[fd][0-9A-F]+|-?(0x)?[0-9a-fA-F]+", text):
+    if not re.fullmatch(r"0f[0-9A-F]+|-?(0x)?[0-9a-fA-F]+", text):
         raise ExecutionError(f"{text} was never written")
     if dtype.kind == "b":
         return int(text, 0) != 0
-    bits = int(text[2:], 16) if text.startswith(("0f", "0d")) else int(text, 0)
+    bits = int(text[2:], 16) if text.startswith("0f") else int(text, 0)
     return np.array(bits % (1 << 8 * dtype.itemsize), f"u{dtype.itemsize}").view(dtype)
