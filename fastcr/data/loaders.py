@@ -17,7 +17,7 @@ from fastcr.data.cached_views import CachedViews
 from fastcr.data.images import BadFiles, ImageList
 from fastcr.data.pixel_cache import Place, fill, measure
 from fastcr.data.torch_views import TorchViews
-from fastcr.data.views import Batch, Loading, Shard, Views
+from fastcr.data.views import Batch, Loading, Views
 from fastcr.errors import UsageError
 from fastcr.runs.context import Context
 from fastcr.runs.machine import cache_folder, free_memory
@@ -37,10 +37,7 @@ def make_views(config: Config, images: ImageList, context: Context) -> tuple[Vie
         image_size=data.image_size,
         batch_size=config.optim.batch_size // processes.ranks,
         seed=config.run.seed,
-        device=context.device,
-        dtype=context.dtype,
-        workers=context.workers,
-        shard=Shard(processes.rank, processes.ranks),
+        context=context,
         impl=config.run.kernels,
         views=config.views,
     )

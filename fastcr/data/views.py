@@ -19,6 +19,8 @@ from torch import Tensor
 from fastcr.config import ViewsConfig
 from fastcr.data.images import BadFiles, ImageList
 from fastcr.kernels.launch import Impl
+from fastcr.runs.context import Context
+from fastcr.runs.distributed import ALONE, Processes
 
 # what no setting changes of MoCo v2's augmentation, as torchvision names it
 CROP_RATIO = (3 / 4, 4 / 3)
@@ -67,16 +69,6 @@ class Batch(NamedTuple):
         return [Batch(*part) for part in zip(self.first.chunk(parts), self.second.chunk(parts), images, strict=True)]
 
 
-class Shard(NamedTuple):
-    """Which of the processes that train together this is: each takes its own part of every step's images."""
-
-    rank: int
-    ranks: int
-
-
-ALONE = Shard(0, 1)
-
-
 @dataclass(frozen=True)
 class Loading:
     """What every loader is told."""
@@ -84,17 +76,14 @@ class Loading:
     image_size: int  # side of the views, pixels
     batch_size: int  # images of this process in a step
     seed: int
-    device: torch.device  # where the views go
-    dtype: torch.dtype  # of the views
-    workers: int = 0  # processes or threads that decode
-    shard: Shard = ALONE
+    context: Context  # where the views go, in which precision, and which of several processes this is
     impl: Impl = "auto"  # of the op that cuts decoded images into views
     views: ViewsConfig = DEFAULT  # how they are drawn
 
     def steps(self, images: int, start: int) -> Iterator[tuple[int, np.ndarray]]:
         """Epoch and image indices `[batch_size]` of each step from `start` on, without end."""
         for step in count(start):
-            yield step_indices(images, self.batch_size, self.seed, step, self.shard)
+            yield step_indices(images, self.batch_size, self.seed, step, self.context.processes)
 
 
 class Views(Protocol):
@@ -109,13 +98,15 @@ class Views(Protocol):
         ...
 
 
-def step_indices(images: int, batch_size: int, seed: int, step: int, shard: Shard = ALONE) -> tuple[int, np.ndarray]:
+def step_indices(
+    images: int, batch_size: int, seed: int, step: int, processes: Processes = ALONE
+) -> tuple[int, np.ndarray]:
     """Epoch and image indices `[batch_size]` of `step` in one process; the short last batch of an epoch is dropped.
 
-    The processes share one order: what they take together in a step is one batch of `batch_size * shard.ranks`.
+    The processes share one order: what they take together in a step is one batch of `batch_size * processes.ranks`.
     """
-    epoch, position = divmod(step, images // (batch_size * shard.ranks))
-    start = (position * shard.ranks + shard.rank) * batch_size
+    epoch, position = divmod(step, images // (batch_size * processes.ranks))
+    start = (position * processes.ranks + processes.rank) * batch_size
     return epoch, epoch_order(images, seed, epoch)[start : start + batch_size]
 
 
