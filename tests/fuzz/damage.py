@@ -84,19 +84,6 @@ class Json(NamedTuple):
         return json.dumps(tree[0]).replace('"DEEP"', deep).encode()
 
 
-class Record(NamedTuple):
-    """Damage to one line of a JSONL file."""
-
-    where: float
-    damage: Damage
-
-    def __call__(self, content: bytes) -> bytes:
-        lines = content.splitlines()
-        at = round(self.where * (len(lines) - 1))
-        lines[at] = self.damage(lines[at])
-        return b"\n".join(lines) + b"\n"
-
-
 class Header(NamedTuple):
     """Damage to the header of a safetensors file, whose length is right again afterwards."""
 
@@ -134,6 +121,3 @@ def text(words: Sequence[str]) -> st.SearchStrategy[Damage]:
     edits = st.lists(st.tuples(kinds, SHARE, SHARE, st.sampled_from(words)), min_size=1, max_size=4)
     lines = st.builds(Lines, edits, st.sampled_from(["surrogateescape"] * 9 + ["backslashreplace"]))
     return st.one_of(BYTES, lines, lines, lines)
-
-
-RECORDS = st.one_of(text([*ODD_NUMBERS, *ODD_WORDS]), st.builds(Record, SHARE, JSON), st.builds(Record, SHARE, JSON))

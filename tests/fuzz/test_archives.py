@@ -94,11 +94,3 @@ def test_a_table_that_crashes_its_reader_is_refused(tmp_path: Path) -> None:
 
 def crash(*args: object, **how: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_a_billion_parts_are_refused(tmp_path: Path) -> None:
-    make_archive("cub", tmp_path)
-    table = tmp_path / "parts" / "part_locs.txt"
-    table.write_text(table.read_text().replace(" 2 2.0", " 1000000000 2.0"))
-    images = ImageList(tmp_path / "images", ("001.Wren/a.jpg",), (0,), ("001.Wren",))
-    assert attempt(lambda: read_objects(None, images)) is REFUSED
