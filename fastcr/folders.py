@@ -143,7 +143,7 @@ def check(root: Path, context: Context, *, classes: bool = False) -> int:
     notes = [*(note for note in splits.notes if note.what != SHARED), *shared(parts)]
     facts = [fact for _, found in parts.values() for fact in found]
     broken = [fact.error for fact in facts if fact.error]
-    for line in (*notes, *(f"broken: {error}" for error in broken)):
+    for line in (*map(str, notes), *(f"broken: {error}" for error in broken)):
         context.say(line)
     total = len(facts)
     verdict = f"{len(broken):,} of {total:,} images are broken" if broken else f"all {total:,} images are whole"

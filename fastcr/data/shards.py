@@ -77,7 +77,7 @@ def read_shards(root: Path, inside: Entries, notes: Notes) -> Splits | None:
     splits = [split for split in find_shards(root, inside, notes) if split]
     if not splits:
         return None
-    listed = {shard: list_samples(root, shard) for shard in progress([*chain(*splits)], "listing shards")}
+    listed = {shard: list_samples(root / shard) for shard in progress([*chain(*splits)], "listing shards")}
     labels = {sample.label for sample in chain(*listed.values()) if sample.image}
     classes = sorted(labels - {None}, key=lambda label: (isinstance(label, str), label))  # numbers by their value
     train, *test = (_images(root, split, listed, classes, notes) for split in splits)
@@ -135,28 +135,25 @@ def _images(
     return replace(images, labels=tuple(place[label] for label in labels), classes=tuple(map(str, classes)))
 
 
-def list_samples(root: Path, shard: str) -> list[Sample]:
+def list_samples(shard: Path) -> list[Sample]:
     """The samples of a shard, from its headers. `UsageError` if it is no whole, uncompressed tar."""
     members = []
     try:
-        with tarfile.open(root / shard, "r:") as tar:
+        with tarfile.open(shard, "r:") as tar:
             for entry in tar:
                 key, dot, extension = entry.name.rpartition("/")[2].partition(".")
                 # no links, nor files with holes, whose size says nothing; what has no extension or is hidden is no part
                 if entry.isreg() and not entry.issparse() and key and dot:
                     members.append(Member(extension, entry.offset_data, entry.size, entry.name))
     except Exception as error:  # tarfile raises whatever the broken bytes lead it to
-        raise UsageError(f"{root / shard} is not a whole, uncompressed tar: {one_line(error)}") from None
-    groups = groupby(members, lambda member: member.name[: -len(member.extension) - 1])
-    parts = chain.from_iterable(_parts(shard, list(members)) for _, members in groups)
-    with open(root / shard, "rb", buffering=0) as file:
-        return [
-            Sample(part[0].name, image, _label(file.fileno(), root / shard, part) if image else None)
-            for part, image in parts
-        ]
+        raise UsageError(f"{shard} is not a whole, uncompressed tar: {one_line(error)}") from None
+    samples = groupby(members, lambda member: member.name[: -len(member.extension) - 1])
+    parts = chain.from_iterable(_parts(shard, list(members)) for _, members in samples)
+    with open(shard, "rb", buffering=0) as file:
+        return [Sample(part[0].name, image, _label(file, part) if image else None) for part, image in parts]
 
 
-def _parts(shard: str, sample: list[Member]) -> Iterator[tuple[list[Member], Member | None]]:
+def _parts(shard: Path, sample: list[Member]) -> Iterator[tuple[list[Member], Member | None]]:
     """The sample and its image, if it has one; several samples if it is one only because their keys hold dots.
 
     Raises `UsageError` for names of which it is not clear what they share.
@@ -183,16 +180,16 @@ def _parts(shard: str, sample: list[Member]) -> Iterator[tuple[list[Member], Mem
         yield part, images_of(part)[0]
 
 
-def _label(descriptor: int, shard: Path, sample: list[Member]) -> Label | None:
+def _label(shard: BinaryIO, sample: list[Member]) -> Label | None:
     """The label of a sample, from its `.cls` or else its `.json`; None where it has none."""
     member = min((member for member in sample if member.extension in ("cls", "json")), default=None)
     if member is None:
         return None
-    text, is_number = os.pread(descriptor, member.size, member.offset), member.extension == "cls"
+    text, is_number = os.pread(shard.fileno(), member.size, member.offset), member.extension == "cls"
     try:
         label = int(text) if is_number else json.loads(text).get("label")
     except (ValueError, AttributeError, RecursionError):
-        raise UsageError(f"{shard}: {member.name!r} holds no {'number' if is_number else 'object'}") from None
+        raise UsageError(f"{shard.name}: {member.name!r} holds no {'number' if is_number else 'object'}") from None
     if label is not None and not isinstance(label, (int, str)):
-        raise UsageError(f"{shard}: the label in {member.name!r} is neither a number nor text")
+        raise UsageError(f"{shard.name}: the label in {member.name!r} is neither a number nor text")
     return label

@@ -159,6 +159,8 @@ def test_nothing_readable_and_fail_are_errors(photos: ImageList, tmp_path: Path)
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(UsageError, match="none of the 2 images"):
         cached(ImageList(tmp_path, ("a.jpg", "b.jpg"), None, ()))
+    with pytest.raises(UsageError, match="none of the 2 images"):
+        ImageList(tmp_path, ("a.jpg", "b.jpg"), None, ()).rgb_or_next(1)
 
 
 def test_views_of_cached_pixels_are_those_of_the_files(photos: ImageList) -> None:
@@ -313,8 +315,8 @@ def test_which_loader_serves(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--data.loader", "dali", "--data.cache", "host"), "--data.loader dali decodes files"),
-        (("--data.loader", "fused", "--data.cache", "off"), "--data.loader fused needs the decoded images"),
+        (("--data.loader", "dali", "--data.cache", "host"), "does not go with --data.cache host: take fused or torch"),
+        (("--data.loader", "fused"), "--data.loader fused needs the decoded images"),
         (("--data.cache", "device"), "--data.cache device needs CUDA"),
         (("--data.cache", "host"), r"--data\.cache host: the decoded images take .* GiB and 0\.0 are free"),
     ],
