@@ -121,7 +121,7 @@ def test_a_list_in_windows_western_encoding_is_read(tmp_path: Path, encoding: st
         ("1.png\n2.png\n3.png\n", r"2 of the 3 images that .*list.txt names are not there, e.g. '2.png'"),
         ("1.png\n1.png\n", r"names '1.png' twice"),
         ("a/0\n1.png\n", r"1 of the 2 images that .*list.txt names are not there, e.g. 'a/0'"),
-        ("1.png\twren\n./1.png\n", r"some images have a label and some, e.g. './1.png', have none"),
+        ("1.png\twren\n./1.png\n", r"some images have a label and some, e.g. '.*/./1.png', have none"),
         ("\0\1\2", r"neither a folder of images or tar shards nor a text file that lists images"),
     ],
 )
@@ -155,7 +155,7 @@ def test_the_check_counts_and_names(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert stop.value.code == 1
     assert f"broken: '{picture}' is not a readable image" in out
     assert "1 of 6 images are broken" in out
-    assert max(map(len, out.splitlines()[:-3])) <= 100
+    assert max(len(line) for line in out.splitlines() if "│" in line) <= 100
 
 
 # GiB, of the largest process; a picture of 108 megapixels is 0.3, and DALI keeps the buffers that it has once needed

@@ -58,7 +58,7 @@ def read_archive(root: Path) -> Splits | None:
 
 def _split(classes: tuple[str, ...], table: Path, root: Path, rows: Rows) -> ImageList:
     """The images that `table` names, below `root`. `UsageError` if some lie elsewhere or nowhere, or in no class."""
-    rows, number = sorted(rows), {name: i for i, name in enumerate(classes)}
+    rows = sorted(rows)
     if not rows:
         raise UsageError(f"{table} names no images for one of the splits")
     if outside := [file for file, _ in rows if os.path.isabs(file) or ".." in Path(file).parts]:
@@ -67,9 +67,10 @@ def _split(classes: tuple[str, ...], table: Path, root: Path, rows: Rows) -> Ima
         raise UsageError(
             f"{len(missing)} of the {len(rows)} images that {table} names are not in {root}, e.g. {missing[0]!r}"
         )
-    if unknown := {name for _, name in rows} - number.keys():
+    if unknown := {name for _, name in rows} - {*classes}:
         raise UsageError(f"{table} names a class that is not in the list of classes: {min(unknown)!r}")
-    return ImageList(root, tuple(file for file, _ in rows), tuple(number[name] for _, name in rows), classes)
+    images = ImageList(root, tuple(file for file, _ in rows), None, ())
+    return images.with_labels([name for _, name in rows], classes)
 
 
 @contextmanager

@@ -51,7 +51,7 @@ def read_splits(root: Path) -> Splits:
 
 
 def list_splits(root: Path) -> Splits:
-    """As `read_splits`, without a word."""
+    """As `read_splits`, but nothing is printed: what is to be said is in the notes."""
     if root.is_file():
         return Splits(read_list(root), None)
     if not root.is_dir():
@@ -126,11 +126,9 @@ def _split(root: Path, name: str, notes: Notes) -> ImageList:
 def _alike(train: ImageList, test: ImageList | None) -> Splits:
     """The two splits with labels of the same classes, those of both together."""
     if test and train.labels is not None and test.labels is not None and train.classes != test.classes:
-        classes = tuple(sorted({*train.classes, *test.classes}))
-        number = {name: label for label, name in enumerate(classes)}
+        classes = sorted({*train.classes, *test.classes})
         train, test = (
-            replace(part, labels=tuple(number[part.classes[label]] for label in part.labels or ()), classes=classes)
-            for part in (train, test)
+            part.with_labels([part.classes[label] for label in part.labels or ()], classes) for part in (train, test)
         )
     return Splits(train, test)
 

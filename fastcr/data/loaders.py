@@ -124,7 +124,7 @@ def choose_loader(config: Config, place: str, context: Context) -> Loader:
 
 
 class Prefetched:
-    """The same batches, each made while the one before is used: by a thread, and on a stream of its own with CUDA.
+    """Makes each batch while the one before is used: in a thread, and with CUDA on a stream of its own.
 
     On a CPU that thread computes on one core: its operations are small, and the step needs the others.
     """

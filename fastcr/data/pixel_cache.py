@@ -1,4 +1,4 @@
-"""The decoded training set (`--data.cache`): every image once as uint8, on the device, in memory or on disk.
+"""The decoded training images (`--data.cache`) as uint8: on the device, in memory or on disk.
 
 Images whose shorter side is over a bound are reduced to it as they are decoded. The images lie one after the other in
 one array; whoever loads from it, on whatever device, gets the same pixels.

@@ -15,7 +15,7 @@ import json
 import os
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain, groupby
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -127,12 +127,7 @@ def _images(
     if not files:
         raise UsageError(f"no images in the shards of {root} (looked for {' '.join(sorted(SUFFIXES))})")
     images = TarImages(root, tuple(files), None, (), tuple(shards), np.array(extents, dtype=np.int64))
-    if all(label is None for label in labels):
-        return images
-    if None in labels:
-        raise UsageError(f"some images have a label and some, e.g. {images.path(labels.index(None))!r}, have none")
-    place = {label: i for i, label in enumerate(classes)}
-    return replace(images, labels=tuple(place[label] for label in labels), classes=tuple(map(str, classes)))
+    return images.with_labels(labels, classes)
 
 
 def list_samples(shard: Path) -> list[Sample]:

@@ -1,4 +1,4 @@
-"""What the two views of an image are, whichever loader makes them: order of the images and MoCo v2 augmentation.
+"""What all loaders share: the order of the images, and how the two views of an image are drawn (MoCo v2).
 
 Every number is a function of (seed, epoch, image index, view): views do not depend on batch size, workers,
 loader or a resume, and a loader holds no state beyond the step it is at.
@@ -57,14 +57,14 @@ class Batch(NamedTuple):
     first: Tensor
     second: Tensor
     images: Tensor | None = None
-    """Which images they are, int64 `[B]`: their indices in the list; None where nobody needs to know."""
+    """Indices of the images in the list, int64 `[B]`; None if no one needs them."""
 
     def tensors(self) -> list[Tensor]:
-        """Those that are there."""
+        """Its tensors, without those that are None."""
         return [each for each in self if each is not None]
 
     def split(self, parts: int) -> list[Batch]:
-        """This many equal parts."""
+        """The batch in this many equal parts."""
         images = [None] * parts if self.images is None else self.images.chunk(parts)
         return [Batch(*part) for part in zip(self.first.chunk(parts), self.second.chunk(parts), images, strict=True)]
 
@@ -90,7 +90,7 @@ class Views(Protocol):
     """The contract of `TorchViews`, `DaliViews` and `CachedViews`."""
 
     images: ImageList
-    """Those that it makes views of, decoded ones where they are kept."""
+    """The images that it makes views of; their decoded copies if there is a cache."""
     bad: BadFiles
 
     def batches(self, start_step: int) -> Generator[Batch, None, None]:

@@ -226,16 +226,6 @@ def sharded(
     return found
 
 
-def test_dali_s_views_are_cut_by_the_op_from_the_same_pixels(photos: ImageList) -> None:
-    """Whole PNGs: no decoder differs by a rounding."""
-    dali = pytest.importorskip("fastcr.data.dali_views", reason="NVIDIA DALI is not installed")
-    expected = sharded(photos, "fused", 1, 0, 3, batch_size=4)[0]
-    views = dali.DaliViews(photos, LOADING, BadFiles(photos, "skip"))
-    for ours, theirs in zip(islice(views.batches(0), 3), expected, strict=True):
-        torch.testing.assert_close(torch.stack(ours[:2]), theirs, atol=1e-5, rtol=0)
-    assert views.bad.files == [photos.path(5)]
-
-
 def test_prefetched_batches_are_the_same_and_errors_come_through(photos: ImageList) -> None:
     plain = CachedViews(cached(photos), LOADING, BadFiles(photos, "skip"))
     ahead = Prefetched(plain, CONTEXT.device)

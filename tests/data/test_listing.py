@@ -112,19 +112,12 @@ TREES: dict[str, tuple[Callable[[Path], object] | tuple[str, ...], list[str], li
     "test without labels": (
         ("train/a/0.jpg", "val/a/1.jpg", "test/2.jpg"), ["train/a/0.jpg=a"], ["val/a/1.jpg=a"], {BESIDE: 1},
     ),
-    "extra folders and images": (
-        ("train/a/0.jpg", "test/a/1.jpg", "extra/a/2.jpg", "3.jpg"),
-        ["train/a/0.jpg=a"], ["test/a/1.jpg=a"], {BESIDE: 2},
-    ),
     "a class named train": (
         ("bus/0.jpg", "car/0.jpg", "train/0.jpg"), ["bus/0.jpg=bus", "car/0.jpg=car", "train/0.jpg=train"], [], {},
     ),
     "unpacked into itself": (
         ("birds/birds/train/a/0.jpg", "birds/birds/test/a/1.jpg", "birds/__MACOSX/x"),
         ["birds/birds/train/a/0.jpg=a"], ["birds/birds/test/a/1.jpg=a"], {HIDDEN: 1},
-    ),
-    "classes in a folder of their own": (
-        ("birds/a/0.jpg", "birds/b/0.jpg"), ["birds/a/0.jpg=a", "birds/b/0.jpg=b"], [], {},
     ),
     "of detectors": (
         ("images/train/0.jpg", "images/val/1.jpg", "labels/train/0.txt", "labels/val/1.txt"),
