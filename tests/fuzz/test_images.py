@@ -22,7 +22,7 @@ NOBODY = 65534
 
 
 @fuzzed(
-    sample=100,
+    sample=40,
     count=1850,
     image=IMAGE,
     tail=st.one_of(st.none(), st.none(), st.none(), st.tuples(SHARE, WHOLE, st.integers(0, 60))),

@@ -74,7 +74,7 @@ def kept(config: Config, folder: Path) -> bool:
     return load_config(file) == from_anywhere(config)
 
 
-@fuzzed(sample=50, count=1500, command=COMMAND)
+@fuzzed(sample=20, count=1500, command=COMMAND)
 def test_command_line(folder: Path, command: list[str]) -> None:
     (folder / "file").write_text("no run")
     (folder / "run").mkdir()
@@ -96,7 +96,7 @@ def test_command_line(folder: Path, command: list[str]) -> None:
 
 
 @fuzzed(
-    sample=40,
+    sample=15,
     count=1000,
     preset=st.sampled_from(list(PRESETS)),
     spoil=st.one_of(CONFIG_DAMAGE, CONFIG_DAMAGE, CONFIG_DAMAGE, OTHER_CONFIG),
