@@ -171,8 +171,6 @@ class FoldersConfig:
 
     root: tyro.conf.Positional[Path]
     """What --data.root of the training takes; docs/data.md lists the layouts."""
-    index: tyro.conf.UseCounterAction[int] = 0
-    """Write an index beside each tar shard that lacks a current one, and do no more."""
     classes: tyro.conf.UseCounterAction[int] = 0
     """List every class with its number of images."""
 

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,11 +20,9 @@ from rich.table import Table
 from fastcr.arguments import FoldersConfig, read_arguments
 from fastcr.data.images import ImageList, Note
 from fastcr.data.layouts import list_splits
-from fastcr.data.listing import SHARED, UNREADABLE, Notes, entries_of
-from fastcr.data.shards import find_shards, list_samples, read_index, write_index
-from fastcr.errors import UsageError
+from fastcr.data.listing import SHARED, UNREADABLE
 from fastcr.runs.command_line import one_line_errors
-from fastcr.runs.context import Context, progress
+from fastcr.runs.context import Context
 from fastcr.runs.machine import pick_workers
 
 FEWEST = 5  # classes named
@@ -48,11 +47,8 @@ def examine(images: ImageList, index: int) -> Facts:
     data = images.read(index)
     with Image.open(io.BytesIO(data)) as header:
         odd = ["progressive"] * ("progressive" in header.info) + ["animated"] * getattr(header, "is_animated", False)
-        kind, digest = (
-            " ".join([header.format or "", header.mode, *odd]),
-            hashlib.blake2b(data, digest_size=16).digest(),
-        )
-        return Facts(kind, width, height, digest=digest)
+        kind = " ".join([header.format or "", header.mode, *odd])
+    return Facts(kind, width, height, digest=hashlib.blake2b(data, digest_size=16).digest())
 
 
 def examine_all(images: ImageList, title: str, context: Context) -> list[Facts]:
@@ -69,14 +65,20 @@ def _spread(values: Sequence[float], digits: int = 0) -> str:
     return " / ".join(f"{value:,.{digits}f}" for value in (min(values), float(np.median(values)), max(values)))
 
 
+def class_sizes(images: ImageList) -> dict[str, int]:
+    """Number of images of every class."""
+    counts = Counter(images.labels)
+    return {name: counts[label] for label, name in enumerate(images.classes)}
+
+
 def summary(images: ImageList, facts: list[Facts]) -> dict[str, str]:
     """What the first table says of a split."""
-    good, counts = [fact for fact in facts if not fact.error], Counter(images.labels)
+    good = [fact for fact in facts if not fact.error]
     return {
         "images": f"{len(images):,}",
         "broken": f"{len(images) - len(good):,}",
         "classes": f"{len(images.classes):,}" if images.labels else "no labels",
-        "images a class": _spread([counts[label] for label in range(len(images.classes))]),
+        "images a class": _spread([*class_sizes(images).values()]),
         "width, px": _spread([fact.width for fact in good]),
         "height, px": _spread([fact.height for fact in good]),
         "megapixels": _spread([fact.width * fact.height / 1e6 for fact in good], 2),
@@ -118,61 +120,42 @@ def print_report(parts: dict[str, tuple[ImageList, list[Facts]]], context: Conte
     show("minimum / median / maximum", "", ([row, *(column[row] for column in columns)] for row in columns[0]))
 
     kinds = [Counter(fact.kind for fact in facts if not fact.error) for _, facts in parts.values()]
-    every = sorted(set[str]().union(*kinds))
-    rows = [[kind, *(f"{counted[kind]:,}" for counted in kinds), _decoding(kind)] for kind in every]
+    rows = [[kind, *(f"{found[kind]:,}" for found in kinds), _decoding(kind)] for kind in sorted({*chain(*kinds)})]
     show("kinds of images", "", rows, "decoding")
 
-    counts = {name: Counter(images.labels) for name, (images, _) in parts.items()}
-    for name, (images, _) in parts.items():
-        fewest = sorted(range(len(images.classes)), key=lambda label: counts[name][label])[:FEWEST]
-        if fewest:
-            said = ", ".join(f"{images.classes[label]} ({counts[name][label]})" for label in fewest)
-            context.say(f"fewest images in {name}: {said}")
+    sizes = {name: class_sizes(images) for name, (images, _) in parts.items()}
+    for name, of_classes in sizes.items():
+        if len({*of_classes.values()}) > 1:
+            fewest = sorted(of_classes.items(), key=lambda one: one[1])[:FEWEST]
+            context.say(f"fewest images in {name}: {', '.join(f'{one} ({size})' for one, size in fewest)}")
     if classes:
-        names = next((images.classes for images, _ in parts.values() if images.classes), ())
-        rows = [[name, *(f"{count[label]:,}" for count in counts.values())] for label, name in enumerate(names)]
-        show(None, "class", rows)
+        names = sizes.get("test") or sizes["train"]  # the same ones, if both have labels
+        show(None, "class", ([one, *(f"{found.get(one, 0):,}" for found in sizes.values())] for one in names))
 
 
 def check(root: Path, context: Context, *, classes: bool = False) -> int:
     """Print what `root` holds, what is left out, and every broken image; returns how many cannot be read."""
     start, splits = time.perf_counter(), list_splits(root)
-    named = {name: images for name, images in (("train", splits.train), ("test", splits.test)) if images is not None}
+    named = {"train": splits.train} | ({"test": splits.test} if splits.test is not None else {})
     parts = {name: (images, examine_all(images, f"decoding, {name}", context)) for name, images in named.items()}
     seconds = time.perf_counter() - start
     print_report(parts, context, classes)
     notes = [*(note for note in splits.notes if note.what != SHARED), *shared(parts)]
-    for note in notes:
-        context.say(note)
     facts = [fact for _, found in parts.values() for fact in found]
-    broken = [fact for fact in facts if fact.error]
-    for fact in broken:
-        context.say(f"broken: {fact.error}")
+    broken = [fact.error for fact in facts if fact.error]
+    for line in (*map(str, notes), *(f"broken: {error}" for error in broken)):
+        context.say(line)
     total = len(facts)
     verdict = f"{len(broken):,} of {total:,} images are broken" if broken else f"all {total:,} images are whole"
     context.say(f"{verdict} ({seconds:.1f} s, {total / seconds:,.0f} images/s)")
     return len(broken) + sum(note.number for note in notes if note.what == UNREADABLE)
 
 
-def write_indexes(root: Path) -> int:
-    """Write the index of every shard in `root` that has none, or an old one; returns how many."""
-    notes = Notes()
-    shards = [shard for part in find_shards(root, entries_of(root, "", notes), notes) for shard in part]
-    if not shards:
-        raise UsageError(f"no tar shards in {root}, so there is nothing to index")
-    lacking = [shard for shard in shards if read_index(shard) is None]
-    for shard in progress(lacking, "listing shards"):
-        write_index(shard, list_samples(shard))
-    return len(lacking)
-
-
 def main(args: Sequence[str] | None = None) -> None:
     """Command line of `fastcr folders`; exit status 1 if images or folders cannot be read."""
     with one_line_errors("folders"):
         config: FoldersConfig = read_arguments("folders", args)
-        if config.index:
-            print(f"{write_indexes(config.root)} indexes written, {config.root}")
-        elif check(config.root, Context(workers=pick_workers(None)), classes=bool(config.classes)):
+        if check(config.root, Context(workers=pick_workers(None)), classes=bool(config.classes)):
             raise SystemExit(1)
 
 

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastcr import train
 from fastcr.data.layouts import read_splits
 from fastcr.errors import UsageError
 from fastcr.folders import main
@@ -30,32 +29,11 @@ def put(path: Path, colour: int = 0) -> None:
     Image.new("RGB", (8, 8), (colour, 0, 0)).save(path)
 
 
-def test_class_folders_with_splits(tmp_path: Path) -> None:
-    for split in ("train", "test"):
-        for name in ("wren", "robin"):
-            for i in range(2):
-                put(tmp_path / split / name / f"{i}.JPG")
-    put(tmp_path / "train" / "wren" / "deeper" / "x.png")
-    (tmp_path / "train" / "wren" / "notes.txt").write_text("no image")
+def test_a_flat_folder_is_sorted_and_has_no_labels(tmp_path: Path) -> None:
+    for name in ("2.png", "1.JPG"):
+        put(tmp_path / name)
     splits = read_splits(tmp_path)
-    assert splits.train.classes == ("robin", "wren")
-    assert splits.train.files == ("robin/0.JPG", "robin/1.JPG", "wren/0.JPG", "wren/1.JPG", "wren/deeper/x.png")
-    assert splits.train.labels == (0, 0, 1, 1, 1)
-    assert splits.test is not None
-    assert len(splits.test) == 4
-    assert all(os.path.isfile(splits.train.path(i)) for i in range(len(splits.train)))
-
-
-def test_class_folders_without_splits_and_flat_folders(tmp_path: Path) -> None:
-    put(tmp_path / "classes" / "a" / "1.png")
-    put(tmp_path / "classes" / "b" / "1.png")
-    splits = read_splits(tmp_path / "classes")
-    assert (splits.train.labels, splits.test) == ((0, 1), None)
-    for name in ("2.png", "1.png"):
-        put(tmp_path / "flat" / name)
-    splits = read_splits(tmp_path / "flat")
-    assert splits.train.files == ("1.png", "2.png")
-    assert splits.train.labels is None
+    assert (splits.train.files, splits.train.labels, splits.test) == (("1.JPG", "2.png"), None, None)
 
 
 @pytest.mark.parametrize("labelled", [False, True])
@@ -136,24 +114,14 @@ def test_a_list_in_windows_western_encoding_is_read(tmp_path: Path, encoding: st
     assert (images.files, images.classes) == (("café/1.png",), ("café",))
 
 
-def test_a_labelled_list_is_trained_on_and_measured(tmp_path: Path, birds: Path) -> None:
-    lines = [f"{path}\t{path.parent.name}\n" for path in (birds / "train").glob("*/*.jpg")]
-    (tmp_path / "list.txt").write_text("".join(lines))
-    train.main(
-        [*TINY, "--data.root", str(tmp_path / "list.txt"), "--run.steps", "1", "--run.dir", str(tmp_path / "run")]
-    )
-    assert (tmp_path / "run" / "results.json").is_file()
-
-
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("# nothing\n\n", r"list.txt names no images"),
         ("1.png\n2.png\n3.png\n", r"2 of the 3 images that .*list.txt names are not there, e.g. '2.png'"),
         ("1.png\n1.png\n", r"names '1.png' twice"),
-        ("0.png\n1.png\n", r"1 of the 2 images that .*list.txt names are not there, e.g. '0.png'"),
         ("a/0\n1.png\n", r"1 of the 2 images that .*list.txt names are not there, e.g. 'a/0'"),
-        ("1.png\twren\n./1.png\n", r"some images have a label and some, e.g. './1.png', have none"),
+        ("1.png\twren\n./1.png\n", r"some images have a label and some, e.g. '.*/./1.png', have none"),
         ("\0\1\2", r"neither a folder of images or tar shards nor a text file that lists images"),
     ],
 )
@@ -177,6 +145,7 @@ def test_the_check_counts_and_names(tmp_path: Path, capsys: pytest.CaptureFixtur
                 ["wren", "3", "1"], ["robin", "1", "1"]):  # fmt: skip
         assert row in rows
     assert "fewest images in train: robin (1), wren (3)" in out
+    assert "fewest images in test" not in out  # its classes are of one size
     assert "all 6 images are whole" in out
     picture = tmp_path / "train" / "wren" / "0.png"
     picture.write_bytes(picture.read_bytes()[:40])
@@ -186,79 +155,52 @@ def test_the_check_counts_and_names(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert stop.value.code == 1
     assert f"broken: '{picture}' is not a readable image" in out
     assert "1 of 6 images are broken" in out
-    assert max(map(len, out.splitlines()[:-3])) <= 100
-    for arguments in ([str(tmp_path / "nowhere")], [str(tmp_path), "--index"], []):
-        with pytest.raises(SystemExit) as stop:
-            main(arguments)
-        assert stop.value.code == 2
-        assert len(capsys.readouterr().err.splitlines()) == 1
+    assert max(len(line) for line in out.splitlines() if "│" in line) <= 100
 
 
 # GiB, of the largest process; a picture of 108 megapixels is 0.3, and DALI keeps the buffers that it has once needed
 PEAK = {"torch": 2, "dali": 5}
 
 
-def encoded(
-    format_: str, size: tuple[int, int], random: np.random.Generator, mode: str = "RGB", **options: object
-) -> bytes:
-    """A coarse random picture."""
-    small = random.integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(small).convert(mode).resize(size).save(file, format_, **options)
+def encoded(format_: str, size: tuple[int, int], mode: str = "RGB", **options: object) -> bytes:
+    """A coarse picture."""
+    small, file = Image.fromarray(np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)), io.BytesIO()
+    small.convert(mode).resize(size).save(file, format_, **options)
     return file.getvalue()
 
 
-def fuzzed(root: Path, files: int, random: np.random.Generator) -> set[str]:
-    """`files` files of every kind named like images, and what is no file; returns those no decoder can read."""
-    big, jpeg = encoded("JPEG", (12_000, 9_000), random), encoded("JPEG", (90, 70), random)
-    png = encoded("PNG", (60, 80), random)
-    deep = io.BytesIO()
-    Image.fromarray(random.integers(0, 65536, (40, 50), dtype=np.uint16)).save(deep, "PNG")
-    frames = [Image.new("P", (40, 30), shade) for shade in (0, 90, 200)]
-    gif = io.BytesIO()
-    frames[0].save(gif, "GIF", save_all=True, append_images=frames[1:])
+def fuzzed(root: Path) -> set[str]:
+    """Files of every kind named like images, and what is no file; returns those that no decoder can read."""
+    jpeg, png = encoded("JPEG", (90, 70)), encoded("PNG", (60, 80))
     sound = [
-        (".jpg", jpeg), (".jpg", encoded("JPEG", (64, 64), random, progressive=True)), (".png", png),
-        (".jpg", encoded("JPEG", (70, 50), random, mode="CMYK")), (".jpg", encoded("JPEG", (50, 70), random, mode="L")),
-        (".png", deep.getvalue()), (".gif", gif.getvalue()), (".png", encoded("PNG", (1, 1), random)),
-        (".jpg", encoded("JPEG", (1, 1), random)), (".png", encoded("PNG", (50, 50), random, mode="RGBA")),
-        (".jpg", jpeg[: len(jpeg) // 2] + b"\xff\xd9"),  # ends too early, but ends: decoders fill it up with grey
-        (".webp", encoded("WEBP", (60, 50), random)), (".jpg", encoded("JPEG", (3, 900), random)), (".jpg", png),
+        encoded("JPEG", (12_000, 9_000)), jpeg, png, encoded("JPEG", (64, 64), progressive=True),
+        encoded("JPEG", (70, 50), mode="CMYK"), encoded("JPEG", (50, 70), mode="L"), encoded("GIF", (40, 30)),
+        encoded("PNG", (1, 1)), encoded("PNG", (50, 50), mode="RGBA"), encoded("WEBP", (60, 50)),
+        encoded("JPEG", (3, 900)),
+        jpeg[: len(jpeg) // 2] + b"\xff\xd9",  # ends too early, but ends: decoders fill it up with grey
     ]  # fmt: skip
-    bomb = bytearray(encoded("JPEG", (64, 64), random))
+    bomb = bytearray(encoded("JPEG", (64, 64)))
     frame = bomb.index(b"\xff\xc0")
     bomb[frame + 5 : frame + 9] = b"\xff\xff\xff\xff"  # says it is 65,535 pixels high and wide
-    names = ["{}", "with space {}", "it's {}", 'say "{}"', "new\nline {}", "ü-鸟-{}", "-{}", "%s {}", "[bold]{}"]
-    bad = set()
-    for i in range(files):
-        name = names[i % len(names)].format(f"{i:03d}")
-        if i == 0:
-            suffix, content = ".jpg", big
-        elif random.random() < 0.7:
-            suffix, content = sound[random.integers(len(sound))]
-        else:
-            whole = [jpeg, png][random.integers(2)]
-            suffix, content = ".jpg", [
-                whole[: random.integers(1, len(whole) // 2)], b"", b"<!DOCTYPE html><html>404</html>",
-                bytes(random.integers(0, 256, 500, dtype=np.uint8)), bytes(bomb),
-            ][random.integers(5)]  # fmt: skip
-            bad.add(str(root / f"{name}{suffix}"))
-        (root / f"{name}{suffix}").write_bytes(content)
+    broken = [jpeg[:99], png[:99], b"", b"<!DOCTYPE html><html>404</html>", bytes(range(256)), bytes(bomb)]
+    names = ["with space {}", "it's {}", 'say "{}"', "new\nline {}", "ü-鸟-{}", "-{}", "%s {}", "[bold]{}"]
+    paths = [root / f"{names[i % len(names)].format(i)}.jpg" for i in range(59)]
+    for i, path in enumerate(paths):
+        path.write_bytes(broken[i // 3 % len(broken)] if i % 3 == 2 else sound[0 if i == 0 else 1 + i % 11])
     (root / "folder.jpg").mkdir()
-    (root / f"{files:03d} link.jpg").symlink_to(root / "nowhere.jpg")
-    return bad | {str(root / f"{files:03d} link.jpg")}
+    (root / "link.jpg").symlink_to(root / "nowhere.jpg")
+    return {str(path) for path in (*paths[2::3], root / "link.jpg")}
 
 
-@pytest.mark.slow  # half a minute each
+@pytest.mark.slow
 @pytest.mark.parametrize("loader", ["torch", "dali"])
-@pytest.mark.parametrize("seed", [pytest.param(0, id="sample"), *range(1, 6)])
-def test_broken_files_are_named_once_and_stop_nothing(tmp_path: Path, loader: str, seed: int) -> None:
-    """200 files, one of them of 108 megapixels, in one epoch of ten steps; the peak is that of the whole process."""
+def test_sample_of_broken_files_is_named_once_and_stops_nothing(tmp_path: Path, loader: str) -> None:
+    """60 files, one of them of 108 megapixels, in one epoch of three steps; the peak is that of the whole process."""
     if loader == "dali":
         pytest.importorskip("nvidia.dali")
     root = tmp_path / "images"
     root.mkdir()
-    bad = fuzzed(root, 199, np.random.default_rng(seed))
+    bad = fuzzed(root)
     command = [sys.executable, "-m", "fastcr.train", *TINY, "--data.root", root, "--run.dir", tmp_path / "run",
                "--data.loader", loader, "--data.workers", "2"]  # fmt: skip
     with open(tmp_path / "err", "wb") as err, open(tmp_path / "out", "wb") as out:
@@ -267,12 +209,11 @@ def test_broken_files_are_named_once_and_stop_nothing(tmp_path: Path, loader: st
     lines = (tmp_path / "err").read_text().splitlines()
     assert os.waitstatus_to_exitcode(status) == 0, lines[-5:]
     named = [line for line in lines if "unreadable image" in line]
-    expected = [f"fastcr: unreadable image {path!r}: its neighbour is used instead" for path in bad]
-    assert sorted(named) == sorted(expected)
+    assert sorted(named) == sorted(f"fastcr: unreadable image {path!r}: its neighbour is used instead" for path in bad)
     assert f"{len(bad)} unreadable training images" in (tmp_path / "out").read_text()
     assert usage.ru_maxrss / 2**20 < PEAK[loader]
     check = subprocess.run([sys.executable, "-m", "fastcr.folders", root], capture_output=True, text=True, check=False)
-    broken = [line for line in check.stdout.splitlines() if line.startswith("broken: ")]
+    found = [line for line in check.stdout.splitlines() if line.startswith("broken: ")]
     assert check.returncode == 1
-    assert [sum(line.startswith(f"broken: {path!r}") for line in broken) for path in bad] == [1] * len(bad)
-    assert len(broken) == len(bad)
+    assert [sum(line.startswith(f"broken: {path!r}") for line in found) for path in bad] == [1] * len(bad)
+    assert len(found) == len(bad)

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,7 +58,7 @@ def read_archive(root: Path) -> Splits | None:
 
 def _split(classes: tuple[str, ...], table: Path, root: Path, rows: Rows) -> ImageList:
     """The images that `table` names, below `root`. `UsageError` if some lie elsewhere or nowhere, or in no class."""
-    rows, number = sorted(rows), {name: i for i, name in enumerate(classes)}
+    rows = sorted(rows)
     if not rows:
         raise UsageError(f"{table} names no images for one of the splits")
     if outside := [file for file, _ in rows if os.path.isabs(file) or ".." in Path(file).parts]:
@@ -66,18 +67,26 @@ def _split(classes: tuple[str, ...], table: Path, root: Path, rows: Rows) -> Ima
         raise UsageError(
             f"{len(missing)} of the {len(rows)} images that {table} names are not in {root}, e.g. {missing[0]!r}"
         )
-    if unknown := {name for _, name in rows} - number.keys():
+    if unknown := {name for _, name in rows} - {*classes}:
         raise UsageError(f"{table} names a class that is not in the list of classes: {min(unknown)!r}")
-    return ImageList(root, tuple(file for file, _ in rows), tuple(number[name] for _, name in rows), classes)
+    images = ImageList(root, tuple(file for file, _ in rows), None, ())
+    return images.with_labels([name for _, name in rows], classes)
+
+
+@contextmanager
+def _reading(file: Path, what: str) -> Iterator[None]:
+    """Whatever a reader raises about a table becomes the one line that it is missing, or is not `what`."""
+    try:
+        yield
+    except Exception:  # readers raise whatever the broken bytes lead them to
+        raise UsageError(f"{file} is missing or is not {what}") from None
 
 
 def _lines(file: Path) -> dict[str, str]:
     """A table of lines `<image id> <value>`; the value may hold spaces."""
-    try:
+    with _reading(file, "a table of '<image id> <value>'"):
         pairs = (line.split(None, 1) for line in read_text(file).splitlines() if line.strip())
         return {id_: value.strip() for id_, value in pairs}
-    except (OSError, ValueError):
-        raise UsageError(f"{file} is missing or is not a table of '<image id> <value>'") from None
 
 
 def _cub(root: Path) -> Archive:
@@ -87,9 +96,9 @@ def _cub(root: Path) -> Archive:
         raise UsageError(f"images.txt, train_test_split.txt and image_class_labels.txt of {root} list different ids")
     files = {id_: file.replace("\\", "/") for id_, file in files.items()}
     rows = {id_: (file, file.split("/")[0]) for id_, file in files.items()}
-    train, test = ([row for id_, row in rows.items() if training[id_] == flag] for flag in "10")
     table, folder = root / "train_test_split.txt", root / "images"
-    return tuple(sorted({name for _, name in rows.values()})), Part(table, folder, train), Part(table, folder, test)
+    train, test = (Part(table, folder, [row for id_, row in rows.items() if training[id_] == flag]) for flag in "10")
+    return tuple(sorted({name for _, name in rows.values()})), train, test
 
 
 def _matlab(file: Path, name: str, *fields: str) -> Any:
@@ -98,12 +107,10 @@ def _matlab(file: Path, name: str, *fields: str) -> Any:
         from scipy.io import loadmat
     except ImportError:
         raise UsageError('the tables of Stanford Cars need scipy: pip install "fastcr[archives]"') from None
-    try:
+    with _reading(file, f"the archive's MATLAB file with {name!r}"):
         with ProcessPoolExecutor(1, get_context("fork")) as apart:  # broken bytes can crash scipy, and its process
             found = apart.submit(loadmat, file, variable_names=[name], squeeze_me=True).result()
         values = np.atleast_1d(found[name])
-    except Exception:  # scipy raises whatever the broken bytes lead it to
-        raise UsageError(f"{file} is missing or is not the archive's MATLAB file with {name!r}") from None
     if lacking := [field for field in fields if field not in (values.dtype.names or ())]:
         hint = ": the devkit's own test table has none, it came separately" if lacking == ["class"] else ""
         raise UsageError(f"{file}: {name!r} has no field {lacking[0]!r}{hint}")
@@ -112,14 +119,13 @@ def _matlab(file: Path, name: str, *fields: str) -> Any:
 
 def _cars(root: Path) -> Archive:
     classes = tuple(map(str, _matlab(root / "devkit" / "cars_meta.mat", "class_names")))
-    test_table = root / "cars_test_annos_withlabels.mat"
-    if not test_table.is_file():
-        test_table = root / "devkit" / test_table.name
 
     def part(folder: str, table: Path) -> Part:
         rows = _matlab(table, "annotations", "fname", "class")
         return Part(table, root / folder, _numbered(rows["fname"], rows["class"], classes, table))
 
+    labels = "cars_test_annos_withlabels.mat"
+    test_table = root / labels if (root / labels).is_file() else root / "devkit" / labels
     return classes, part("cars_train", root / "devkit" / "cars_train_annos.mat"), part("cars_test", test_table)
 
 
@@ -127,9 +133,12 @@ def _cars_in_one_folder(root: Path) -> Archive:
     table = root / "cars_annos.mat"
     classes = tuple(map(str, _matlab(table, "class_names")))
     rows = _matlab(table, "annotations", "relative_im_path", "class", "test")
-    train, test = (rows[rows["test"].astype(int) == flag] for flag in (0, 1))
-    train, test = (_numbered(part["relative_im_path"], part["class"], classes, table) for part in (train, test))
-    return classes, Part(table, root, train), Part(table, root, test)
+
+    def part(flag: int) -> Part:
+        chosen = rows[rows["test"].astype(int) == flag]
+        return Part(table, root, _numbered(chosen["relative_im_path"], chosen["class"], classes, table))
+
+    return classes, part(0), part(1)
 
 
 def _numbered(files: Any, numbers: Any, classes: tuple[str, ...], table: Path) -> Rows:
@@ -140,10 +149,9 @@ def _numbered(files: Any, numbers: Any, classes: tuple[str, ...], table: Path) -
 
 
 def _aircraft(root: Path) -> Archive:
-    try:
-        classes = tuple(name.strip() for name in read_text(root / "variants.txt").splitlines() if name.strip())
-    except (OSError, ValueError):
-        raise UsageError(f"{root / 'variants.txt'}, the list of classes, is missing or is not text") from None
+    with _reading(root / "variants.txt", "the list of classes"):
+        names = map(str.strip, read_text(root / "variants.txt").splitlines())
+        classes = tuple(name for name in names if name)
 
     def part(table: Path) -> Part:
         return Part(table, root / "images", [(f"{id_}.jpg", name) for id_, name in _lines(table).items()])
@@ -153,16 +161,12 @@ def _aircraft(root: Path) -> Archive:
 
 def _inat(root: Path) -> Archive:
     def read(file: Path) -> tuple[Part, tuple[str, ...]]:
-        try:
+        with _reading(file, "iNaturalist's table of images, annotations and categories"):
             content = json.loads(file.read_bytes())
             names = {row["id"]: str(row["name"]) for row in sorted(content["categories"], key=lambda row: row["id"])}
             files = {row["id"]: str(row["file_name"]) for row in content["images"]}
             rows = [(files[row["image_id"]], names[row["category_id"]]) for row in content["annotations"]]
             return Part(file, root, rows), tuple(names.values())
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            raise UsageError(
-                f"{file} is missing or does not hold images, annotations and categories of iNaturalist"
-            ) from None
 
     (train, classes), (test, _) = read(root / "train2019.json"), read(root / "val2019.json")
     return classes, train, test

@@ -46,7 +46,7 @@ def cut_views(
         tensor = torch.from_numpy(np.ascontiguousarray(values))
         return tensor.pin_memory().to(pixels.device, non_blocking=True) if pixels.is_cuda else tensor
 
-    size, dtype, impl = loading.image_size, loading.dtype, loading.impl
+    size, dtype, impl = loading.image_size, loading.context.dtype, loading.impl
     tensors = send(starts), send(widths), send(table)
     first, second = two_views(pixels, *tensors, size, mean=MEAN, std=STD, dtype=dtype, impl=impl)
     return Batch(first, second, send(indices))
@@ -64,7 +64,7 @@ class CachedViews:
         for epoch, indices in loading.steps(len(images), start_step):
             sizes, starts, pixels = images.sizes[indices], images.starts[indices], images.pixels
             table = view_table(draw_parameters(loading.seed, epoch, indices, sizes, loading.views))
-            if pixels.device != loading.device:
+            if pixels.device != loading.context.device:
                 pixels, starts = self._bring(starts, sizes[:, 1], table)
             yield cut_views(pixels, starts, sizes[:, 1], table, indices, loading)
 
@@ -76,7 +76,7 @@ class CachedViews:
         origins = starts + 3 * widths * first.astype(np.int64)
         lengths = 3 * widths * (last - first).astype(np.int64)
         ends = lengths.cumsum()
-        pixels = torch.empty(int(ends[-1]), dtype=torch.uint8, device=self.loading.device)
+        pixels = torch.empty(int(ends[-1]), dtype=torch.uint8, device=self.loading.context.device)
         for origin, length, end in zip(origins.tolist(), lengths.tolist(), ends.tolist(), strict=True):
             pixels[end - length : end].copy_(self.images.pixels[origin : origin + length], non_blocking=True)
         return pixels, ends - lengths

@@ -80,13 +80,13 @@ class DaliViews:
 
     def __init__(self, images: ImageList, loading: Loading, bad: BadFiles) -> None:
         self.images, self.loading, self.bad = images, loading, bad
-        self._threads = ThreadPoolExecutor(max(loading.workers, 1))
+        self._threads = ThreadPoolExecutor(max(loading.context.workers, 1))
         self._turns: dict[int, Image.Transpose | None] = {}
         self._undecodable: set[int] = set()  # PIL reads these: sound ends, broken insides, or more than DALI can
 
     def batches(self, start_step: int) -> Generator[Batch, None, None]:
         """Batches from `start_step` on, epoch after epoch, without end."""
-        step, pipeline, device = start_step, self._pipeline(start_step), self.loading.device
+        step, pipeline, device = start_step, self._pipeline(start_step), self.loading.context.device
         stream = used = None
         while True:
             if device.type == "cuda":
@@ -119,13 +119,13 @@ class DaliViews:
         return cut_views(in_a_row, lengths.cumsum() - lengths, sizes[:, 1], table, indices, loading)
 
     def _pipeline(self, step: int) -> Any:
-        device = self.loading.device
+        device = self.loading.context.device
         gpu = device.type == "cuda"
         return decoded(
             self._files(step),
             "mixed" if gpu else "cpu",
             batch_size=self.loading.batch_size,
-            num_threads=max(self.loading.workers, 1),
+            num_threads=max(self.loading.context.workers, 1),
             device_id=(device.index or 0) if gpu else None,
         )
 

@@ -6,14 +6,18 @@ import io
 import os
 import sys
 import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError, features
 
 from fastcr.errors import UsageError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 ENDINGS = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".bmp", ".dib", ".webp", ".tif", ".tiff", ".ppm", ".pgm",
@@ -25,7 +29,7 @@ SUFFIXES = frozenset([*ENDINGS, *(end for what, ends in OPTIONAL.items() if what
 # PIL's own guard against decompression bombs, moved up: photographs of 12,000 x 9,000 pixels exist
 Image.MAX_IMAGE_PIXELS = 250_000_000
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # of its 64 MB, editors fill more than 1 with one text
-warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)  # which turns nothing, and spoils nothing
+warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)  # the image itself is read all the same
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -52,6 +56,19 @@ class ImageList:
     def __len__(self) -> int:
         """Number of images."""
         return len(self.files)
+
+    def with_labels(self, labels: Sequence[int | str | None], classes: Sequence[int | str]) -> Self:
+        """The same images with a label each, one of `classes`, or without labels if there are none.
+
+        Raises `UsageError` if only some have one.
+        """
+        if all(label is None for label in labels):
+            return self
+        if None in labels:
+            raise UsageError(f"some images have a label and some, e.g. {self.path(labels.index(None))!r}, have none")
+        number = {name: label for label, name in enumerate(classes)}
+        numbers = tuple(number[label] for label in labels if label is not None)
+        return replace(self, labels=numbers, classes=tuple(map(str, classes)))
 
     def path(self, index: int) -> str:
         """Name of image `index` in messages and reports: its file."""
@@ -99,7 +116,7 @@ class ImageList:
 
 
 class Note(NamedTuple):
-    """What of a root is left out, or is read in a way that one may not expect."""
+    """Files or folders of a root that are left out, or that are read in a way that one may not expect."""
 
     what: str
     number: int
@@ -112,7 +129,7 @@ class Note(NamedTuple):
 
 @dataclass(frozen=True)
 class Splits:
-    """What a root holds; `test` is None where nothing is set aside for testing. `notes`: what is to be said of it."""
+    """The images of a root; `test` is None where none are set aside for testing. `notes` are to be told to the user."""
 
     train: ImageList
     test: ImageList | None

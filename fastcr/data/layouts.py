@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 import sys
 import unicodedata
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,13 +30,12 @@ from fastcr.data.listing import (
     entries_of,
     images_among,
     images_below,
+    split_in,
 )
-from fastcr.data.shards import SPLIT, read_shards
+from fastcr.data.shards import read_shards
 from fastcr.data.text_lists import read_list
 from fastcr.errors import UsageError
 
-TRAIN = ("train", "training")
-TEST = ("test", "testing", "val", "valid", "validation")  # the first of them that has labels is measured on
 NESTED = 3  # folders that lie alone in one another
 
 
@@ -53,7 +51,7 @@ def read_splits(root: Path) -> Splits:
 
 
 def list_splits(root: Path) -> Splits:
-    """As `read_splits`, without a word."""
+    """As `read_splits`, but nothing is printed: what is to be said is in the notes."""
     if root.is_file():
         return Splits(read_list(root), None)
     if not root.is_dir():
@@ -72,46 +70,46 @@ def list_splits(root: Path) -> Splits:
 
 def _split_folders(root: Path, entries: Entries, notes: Notes) -> Splits | None:
     """The images below `train` and `test` or `val`; None where there is no `train`, or where it is a class."""
-    named = {name.casefold(): name for name in entries.folders}
-    train, *_ = [*(named[name] for name in TRAIN if name in named), None]
-    tests = [named[name] for name in TEST if name in named]
-    if train is None and (words := _by_word(root, entries)):
-        train, *tests = words
+    train, tests = _folders_of_splits(root, entries)
     if train is None:
-        if "test" in named:
-            raise UsageError(f"{root} has a folder {named['test']} but none named train")
+        if tests:
+            raise UsageError(f"{root} has a folder {tests[0]} but none named train")
         return None
     inside = entries_of(root / train, "", Notes())
     if not inside.folders and any(ending_of(name) == ".tar" for name in inside.others) and not inside.images:
         return None  # shards
     if not inside.folders and not tests and len(entries.folders) > 1:
         return None  # a class of vehicles
-    chosen, split = None, None
-    for name in tests:
+    chosen, test = None, None
+    for name in tests:  # the first that has labels, or else the first
         images = _split(root, name, notes)
-        if split is None or (split.labels is None and images.labels is not None):
-            chosen, split = name, images
+        if test is None or images.labels is not None:
+            chosen, test = name, images
         if images.labels is not None:
             break
     for name in sorted({*entries.folders, *entries.images} - {train, chosen}):
         notes.add(BESIDE, name)
     if chosen and os.path.samefile(root / train, root / chosen):
         notes.add(SHARED, chosen)
-    return _alike(_split(root, train, notes), split)
+    return _alike(_split(root, train, notes), test)
 
 
-def _word(folder: str) -> str:
-    """The split that is a word of a folder's name: train, test or val; nothing where there is none."""
-    found = SPLIT.search(folder.casefold())
-    return found.group(1) if found else ""
+def _folders_of_splits(root: Path, entries: Entries) -> tuple[str | None, list[str]]:
+    """The folder to train on, if there is one, and those to measure on: `test` before `val`.
 
-
-def _by_word(root: Path, entries: Entries) -> list[str]:
-    """Folders of class folders such as `seg_train` and `seg_test`, the one to train on first; none if not clear."""
-    named = [(name, _word(name)) for name in entries.folders]
-    full = [each for each in named if each[1] and entries_of(root, each[0], Notes()).folders]
-    train, *tests = ([name for name, word in full if word == split] for split in ("train", "test", "val"))
-    return [*train, *tests[0], *tests[1]] if len(train) == 1 and any(tests) else []
+    Where none is named train, they are those with words such as in `seg_train` that hold folders, if it is clear which.
+    """
+    whole, word = ({split: [] for split in ("train", "test", "val")} for _ in range(2))
+    for name in sorted(entries.folders):
+        if split_in(name, whole=True):
+            whole[split_in(name)].append(name)
+        if split_in(name) and entries_of(root, name, Notes()).folders:
+            word[split_in(name)].append(name)
+    if whole["train"]:
+        return whole["train"][0], whole["test"] + whole["val"]
+    if len(word["train"]) == 1 and (tests := word["test"] + word["val"]):
+        return word["train"][0], tests
+    return None, [name for name in whole["test"] if name.lower() == "test"]
 
 
 def _split(root: Path, name: str, notes: Notes) -> ImageList:
@@ -119,7 +117,7 @@ def _split(root: Path, name: str, notes: Notes) -> ImageList:
     root, notes = root / name, notes.within(name)
     entries = entries_of(root, "", notes)
     inner = _alone(root, entries, notes)
-    if inner and _word(inner) == _word(name):
+    if inner and split_in(inner) == split_in(name):
         root, notes = root / inner, notes.within(inner)
         entries = entries_of(root, "", notes)
     return _class_folders(root, entries, notes)
@@ -128,11 +126,9 @@ def _split(root: Path, name: str, notes: Notes) -> ImageList:
 def _alike(train: ImageList, test: ImageList | None) -> Splits:
     """The two splits with labels of the same classes, those of both together."""
     if test and train.labels is not None and test.labels is not None and train.classes != test.classes:
-        classes = tuple(sorted({*train.classes, *test.classes}))
-        number = {name: label for label, name in enumerate(classes)}
+        classes = sorted({*train.classes, *test.classes})
         train, test = (
-            replace(part, labels=tuple(number[part.classes[label]] for label in part.labels or ()), classes=classes)
-            for part in (train, test)
+            part.with_labels([part.classes[label] for label in part.labels or ()], classes) for part in (train, test)
         )
     return Splits(train, test)
 
@@ -142,9 +138,15 @@ def _alone(root: Path, entries: Entries, notes: Notes) -> str | None:
     if entries.images:
         return None
     inside = {name: entries_of(root, name, Notes()) for name in entries.folders[:FEW]}
-    split = [name for name, found in inside.items() if {each.casefold() for each in found.folders} & {*TRAIN}]
+    split = [
+        name for name, found in inside.items() if any(split_in(each, whole=True) == "train" for each in found.folders)
+    ]
     if len(split) > 1:  # of detectors' data sets, one folder holds the images and one the labels
-        split = [name for name in split if any(ending_of(each) in SUFFIXES for each in _files(root / name))]
+        split = [
+            name
+            for name in split
+            if any(ending_of(each) in SUFFIXES for _, _, names in os.walk(root / name) for each in names)
+        ]
     if len(split) == 1:
         for name in entries.folders:
             if name != split[0]:
@@ -157,25 +159,23 @@ def _alone(root: Path, entries: Entries, notes: Notes) -> str | None:
     return None
 
 
-def _files(folder: Path) -> Iterator[str]:
-    return (name for _, _, names in os.walk(folder) for name in names)
-
-
 def _class_folders(root: Path, entries: Entries, notes: Notes) -> ImageList:
     """The images in the class folders of `root`, or else those directly in `root`, without labels."""
     below = {name: images_below(root, name, notes) for name in sorted(entries.folders)}
     for name in (name for name, images in below.items() if not images):
         notes.add(EMPTY, name)
-    classes, found = tuple(name for name in below if below[name]), [images for images in below.values() if images]
+    found = {name: images for name, images in below.items() if images}
     # a Mac writes an accent as a letter of its own: the same name in another split need not be the same bytes
-    composed = tuple(unicodedata.normalize("NFC", name) for name in classes)
-    classes = composed if len({*composed}) == len(classes) else classes
+    composed = tuple(unicodedata.normalize("NFC", name) for name in found)
+    classes = composed if len({*composed}) == len(found) else tuple(found)
     flat = sorted([*entries.images, *images_among(root, entries.others, notes)])
     if found and flat:
-        raise UsageError(f"{root} holds images and also folders of images ({found[0][0]!r}): keep one kind")
+        raise UsageError(
+            f"{root} holds images and also folders of images ({next(iter(found.values()))[0]!r}): keep one kind"
+        )
     if found:
-        labels = tuple(label for label, images in enumerate(found) for _ in images)
-        return ImageList(root, tuple(file for images in found for file in images), labels, classes)
+        labels = tuple(label for label, images in enumerate(found.values()) for _ in images)
+        return ImageList(root, tuple(file for images in found.values() for file in images), labels, classes)
     if not flat:
         said = "; ".join([f"looked for {' '.join(sorted(SUFFIXES))}", *map(str, notes)])
         raise UsageError(f"no images under {root} ({said})")

@@ -22,6 +22,7 @@ SYSTEM = frozenset({
 })  # fmt: skip
 BACKUP = re.compile(r"(~|_original|\.(bak|old|orig))$", re.IGNORECASE)  # added to the name of what a program changes
 SNIFFED = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "AVIF")  # not TIFF: what a camera's raw files hold is a thumbnail
+SPLIT = re.compile(r"(?<![a-z])(train|test|val)(?:ing|val|id|idation)?(?![a-z])")  # in the name of a folder or a shard
 FEW = 8  # files of an ending that are looked into: if none is an image, its others are none
 
 HIDDEN = "left out: hidden files and folders, and what systems leave behind"
@@ -79,6 +80,12 @@ def of_the_system(name: str) -> bool:
 def ending_of(name: str) -> str:
     """The ending of a file's name, in lower case, with its dot."""
     return os.path.splitext(name)[1].lower()
+
+
+def split_in(name: str, *, whole: bool = False) -> str:
+    """The split that is a word of a file's or folder's name, or the `whole` name: train, test or val; else nothing."""
+    found = SPLIT.search(name.lower())
+    return found[1] if found and (not whole or found[0] == name.lower()) else ""
 
 
 def is_image(path: str) -> bool:

@@ -17,13 +17,15 @@ from fastcr.data.cached_views import CachedViews
 from fastcr.data.images import BadFiles, ImageList
 from fastcr.data.pixel_cache import Place, fill, measure
 from fastcr.data.torch_views import TorchViews
-from fastcr.data.views import Batch, Loading, Shard, Views
+from fastcr.data.views import Batch, Loading, Views
 from fastcr.errors import UsageError
 from fastcr.runs.context import Context
 from fastcr.runs.machine import cache_folder, free_memory
 
 GIB = 2**30
 Loader = Literal["dali", "torch", "fused"]
+# the loaders that can read each cache
+READERS = {"device": ("fused",), "host": ("fused", "torch"), "disk": ("fused", "torch"), "off": ("dali", "torch")}
 
 
 def make_views(config: Config, images: ImageList, context: Context) -> tuple[Views, Config]:
@@ -37,19 +39,15 @@ def make_views(config: Config, images: ImageList, context: Context) -> tuple[Vie
         image_size=data.image_size,
         batch_size=config.optim.batch_size // processes.ranks,
         seed=config.run.seed,
-        device=context.device,
-        dtype=context.dtype,
-        workers=context.workers,
-        shard=Shard(processes.rank, processes.ranks),
+        context=context,
         impl=config.run.kernels,
         views=config.views,
     )
     if not config.optim.epochs:  # no view will be asked for: nothing is decoded, and nothing settled
         return TorchViews(images, loading, bad), config
-    if data.loader == "dali" and data.cache not in ("auto", "off"):
-        raise UsageError(
-            f"--data.loader dali decodes files, it does not read --data.cache {data.cache}: take fused or torch"
-        )
+    if "auto" not in (data.loader, data.cache) and data.loader not in READERS[data.cache]:
+        able = " or ".join(READERS[data.cache])
+        raise UsageError(f"--data.loader {data.loader} does not go with --data.cache {data.cache}: take {able}")
     place: Place | Literal["off"] = "off"
     if data.loader != "dali" and data.cache != "off":
         side = data.cache_side or 2 * data.image_size
@@ -89,9 +87,9 @@ def choose_place(config: Config, size: int, context: Context) -> Place | Literal
     cuda = device.type == "cuda"
     room = {"device": torch.cuda.mem_get_info(device)[0] if cuda else 0, "host": free_memory() // processes.local_ranks}
     room = {where: -processes.most(-size)[0] for where, size in room.items()}  # all choose alike, before any fills
-    asked, loader = config.data.cache, config.data.loader
+    asked = config.data.cache
     if asked == "auto":
-        if cuda and loader != "torch" and size <= room["device"] / 4:
+        if cuda and config.data.loader != "torch" and size <= room["device"] / 4:
             return "device"
         if size <= room["host"] / 2:
             return "host"
@@ -100,8 +98,6 @@ def choose_place(config: Config, size: int, context: Context) -> Place | Literal
         return "off"
     if asked == "device" and not cuda:
         raise UsageError("--data.cache device needs CUDA: take host or disk")
-    if asked == "device" and loader == "torch":
-        raise UsageError("--data.cache device is read by --data.loader fused, not by torch")
     if asked in room and size > room[asked]:
         raise UsageError(
             f"--data.cache {asked}: the decoded images take {size / GIB:.1f} GiB and {room[asked] / GIB:.1f} are free: "
@@ -128,7 +124,7 @@ def choose_loader(config: Config, place: str, context: Context) -> Loader:
 
 
 class Prefetched:
-    """The same batches, each made while the one before is used: by a thread, and on a stream of its own with CUDA.
+    """Makes each batch while the one before is used: in a thread, and with CUDA on a stream of its own.
 
     On a CPU that thread computes on one core: its operations are small, and the step needs the others.
     """

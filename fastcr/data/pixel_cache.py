@@ -1,4 +1,4 @@
-"""The decoded training set (`--data.cache`): every image once as uint8, on the device, in memory or on disk.
+"""The decoded training images (`--data.cache`) as uint8: on the device, in memory or on disk.
 
 Images whose shorter side is over a bound are reduced to it as they are decoded. The images lie one after the other in
 one array; whoever loads from it, on whatever device, gets the same pixels.
@@ -28,6 +28,7 @@ from fastcr.errors import UsageError
 from fastcr.runs.context import Context
 
 Place = Literal["device", "host", "disk"]
+PIXELS, LAYOUT = "pixels.u8", "layout.npz"  # files of --data.cache disk
 FILTER = InterpolationMode.BICUBIC  # torchvision's for bytes, within a rounding of PIL's and ten times as fast
 
 
@@ -87,7 +88,7 @@ def fill(
     total = 3 * int(sizes.prod(1).sum())
     decode = partial(_decode, images, sizes, side, context)
     if place == "disk":
-        pixels, layout = _on_disk(folder, _name(images, sizes, side), total, decode)
+        pixels, layout = _on_disk(folder / _name(images, sizes, side), total, decode)
     else:
         device, pinned = ("cpu", context.device.type == "cuda") if place == "host" else (context.device, False)
         pixels = torch.empty(total, dtype=torch.uint8, device=device, pin_memory=pinned)
@@ -134,30 +135,29 @@ def _name(images: ImageList, sizes: np.ndarray, side: int) -> str:
     return f"pixels-{identity.hexdigest()}-{side}"
 
 
-def _on_disk(folder: Path, name: str, total: int, decode: Callable[[Tensor], Layout]) -> tuple[Tensor, Layout]:
-    """Pixels, mapped from `name`.u8, and their layout, from `name`.npz; both are written if they are not there.
-
-    The layout is written last: without it the pixels count for nothing.
-    """
-    index_file, pixel_file = folder / f"{name}.npz", folder / f"{name}.u8"
-    if not (index_file.exists() and pixel_file.exists() and pixel_file.stat().st_size == total):
+def _on_disk(folder: Path, total: int, decode: Callable[[Tensor], Layout]) -> tuple[Tensor, Layout]:
+    """Pixels, mapped from a file in `folder`, and their layout; where there is no such folder, it is written first."""
+    if not folder.exists():
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:  # another run may be filling the same cache
-                written, listed = Path(scratch, "pixels"), Path(scratch, "index.npz")
-                with open(written, "wb") as file:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            # written beside the final folder and renamed: a killed run leaves no half cache, two runs do not meet
+            with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+                draft = Path(scratch, folder.name)
+                draft.mkdir()
+                with open(draft / PIXELS, "wb") as file:
                     os.posix_fallocate(file.fileno(), 0, total)  # a full disk says so now
-                mapped = np.memmap(written, dtype=np.uint8, mode="r+")
-                np.savez(listed, **decode(torch.from_numpy(mapped))._asdict())
-                mapped.flush()
-                os.replace(written, pixel_file)
-                os.replace(listed, index_file)
+                pixels = np.memmap(draft / PIXELS, dtype=np.uint8, mode="r+")
+                np.savez(draft / LAYOUT, **decode(torch.from_numpy(pixels))._asdict())
+                pixels.flush()
+                if not folder.exists():
+                    draft.rename(folder)
         except OSError as error:
-            raise UsageError(f"cannot save {pixel_file}: {error}") from None
+            raise UsageError(f"cannot save the decoded images in {folder}: {error}") from None
     try:
-        with np.load(index_file) as index:  # never as pickled objects
-            layout = Layout(**index)
+        with np.load(folder / LAYOUT) as arrays:  # never as pickled objects
+            layout = Layout(**arrays)
+        # torch wants the memory writable; nothing is written to it
+        pixels = np.memmap(folder / PIXELS, dtype=np.uint8, mode="c", shape=(total,))
     except Exception:  # numpy raises whatever the broken bytes lead it to
-        raise UsageError(f"{index_file} is broken: remove it to decode the images again") from None
-    pixels = np.memmap(pixel_file, dtype=np.uint8, mode="c")  # torch wants it writable; nothing is written
+        raise UsageError(f"{folder} is broken: remove it to decode the images again") from None
     return torch.from_numpy(pixels), layout

@@ -54,13 +54,7 @@ def read_list(file: Path) -> ImageList:
         )
     if twice := [path for path, after in pairwise(paths) if path == after]:
         raise UsageError(f"{file} names {twice[0]!r} twice")
-    if not any(labels):
-        return ImageList(file.parent, paths, None, ())
-    if not all(labels):
-        raise UsageError(f"{file}: some images have a label and some, e.g. {paths[labels.index('')]!r}, have none")
-    classes = tuple(sorted(set(labels)))
-    number = {name: label for label, name in enumerate(classes)}
-    return ImageList(file.parent, paths, tuple(number[label] for label in labels), classes)
+    return ImageList(file.parent, paths, None, ()).with_labels([label or None for label in labels], sorted({*labels}))
 
 
 def _row(folder: str, line: str, separator: str | None) -> tuple[str, str, bool]:

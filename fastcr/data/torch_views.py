@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fastcr.config import ViewsConfig
 from fastcr.data.cached_views import view_table
 from fastcr.data.images import BadFiles, ImageList
 from fastcr.data.views import Batch, Loading, ViewParameters, draw_parameters, normalise
@@ -30,15 +31,15 @@ def cut_image(image: Image.Image, parameters: ViewParameters, size: int) -> Tens
 class _ViewDataset(Dataset[Sample]):
     """`(epoch, index)` to the two views of an image, uint8 `[2,S,S,3]`, and the images skipped as unreadable."""
 
-    def __init__(self, images: ImageList, loading: Loading) -> None:
-        self.images, self.loading = images, loading
+    def __init__(self, images: ImageList, size: int, seed: int, views: ViewsConfig) -> None:
+        self.images, self.size, self.seed, self.views = images, size, seed, views
 
     def __getitem__(self, item: tuple[int, int]) -> Sample:
         epoch, index = item
         rgb, bad = self.images.rgb_or_next(index)
-        loading, size = self.loading, np.array([[rgb.height, rgb.width]])
-        parameters = draw_parameters(loading.seed, epoch, np.array([index]), size, loading.views)
-        return cut_image(rgb, parameters, loading.image_size), bad  # uint8: a quarter of the room between processes
+        sizes = np.array([[rgb.height, rgb.width]])
+        parameters = draw_parameters(self.seed, epoch, np.array([index]), sizes, self.views)
+        return cut_image(rgb, parameters, self.size), bad  # uint8: a quarter of the room between processes
 
 
 def _collate(samples: list[Sample]) -> tuple[Tensor, list[int]]:
@@ -53,20 +54,20 @@ class TorchViews:
 
     def batches(self, start_step: int) -> Generator[Batch, None, None]:
         """Batches from `start_step` on, epoch after epoch, without end."""
-        loading = self.loading
+        loading, context = self.loading, self.loading.context
         steps = loading.steps(len(self.images), start_step)
         loader = DataLoader(
-            _ViewDataset(self.images, loading),
+            _ViewDataset(self.images, loading.image_size, loading.seed, loading.views),
             batch_sampler=([(epoch, index) for index in indices.tolist()] for epoch, indices in steps),
-            num_workers=workers_that_fit(loading.workers, 2 * 3 * loading.batch_size * loading.image_size**2),
+            num_workers=workers_that_fit(context.workers, 2 * 3 * loading.batch_size * loading.image_size**2),
             collate_fn=_collate,
-            pin_memory=loading.device.type == "cuda",
+            pin_memory=context.device.type == "cuda",
             worker_init_fn=leave_signals,
         )
         numbers = (indices for _, indices in loading.steps(len(self.images), start_step))
         for (pixels, bad), indices in zip(batches_of(loader), numbers, strict=False):
             for index in bad:
                 self.bad.note(index)
-            first, second = pixels.to(loading.device, non_blocking=True)
-            images = torch.from_numpy(indices).to(loading.device)
-            yield Batch(normalise(first, loading.dtype), normalise(second, loading.dtype), images)
+            first, second = pixels.to(context.device, non_blocking=True)
+            images = torch.from_numpy(indices).to(context.device)
+            yield Batch(normalise(first, context.dtype), normalise(second, context.dtype), images)

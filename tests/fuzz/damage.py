@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from copy import deepcopy
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from hypothesis import strategies as st
 
@@ -60,43 +58,6 @@ class Lines(NamedTuple):
         return "\n".join(lines).encode(errors=self.errors)
 
 
-class Json(NamedTuple):
-    """Values replaced by odd ones, keys left out or renamed; a path is followed as far as it leads."""
-
-    edits: Sequence[tuple[str, Sequence[int], Any]]
-
-    def __call__(self, content: bytes) -> bytes:
-        tree = [json.loads(content)]
-        for kind, path, value in deepcopy(self.edits):  # a later edit may change what an earlier one has set
-            holder: Any = tree
-            key: Any = 0
-            for step in path:
-                if not isinstance(inner := holder[key], (dict, list)) or not inner:
-                    break
-                holder, key = inner, (list(inner) if isinstance(inner, dict) else range(len(inner)))[step % len(inner)]
-            if kind == "rename" and isinstance(holder, dict):
-                holder[str(value)] = holder.pop(key)
-            elif kind == "remove" and holder is not tree:
-                del holder[key]
-            else:
-                holder[key] = value
-        deep = ("[", '{"a":')[len(self.edits) % 2] * 100_000
-        return json.dumps(tree[0]).replace('"DEEP"', deep).encode()
-
-
-class Record(NamedTuple):
-    """Damage to one line of a JSONL file."""
-
-    where: float
-    damage: Damage
-
-    def __call__(self, content: bytes) -> bytes:
-        lines = content.splitlines()
-        at = round(self.where * (len(lines) - 1))
-        lines[at] = self.damage(lines[at])
-        return b"\n".join(lines) + b"\n"
-
-
 class Header(NamedTuple):
     """Damage to the header of a safetensors file, whose length is right again afterwards."""
 
@@ -120,12 +81,7 @@ ATOMS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(
 VALUES = st.one_of(
     st.sampled_from(ODD_VALUES), st.recursive(ATOMS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner))
 )
-PATH = st.lists(st.integers(0, 2**16), min_size=1, max_size=6) | st.lists(st.integers(0, 9), max_size=2)
-TREES = st.lists(
-    st.tuples(st.sampled_from(["set", "set", "rename", "remove"]), PATH, VALUES), min_size=1, max_size=4
-).map(Json)
-JSON = st.one_of(BYTES, TREES, TREES)
-SAFETENSORS = st.one_of(ARCHIVED, ARCHIVED, JSON.map(Header))
+SAFETENSORS = st.one_of(ARCHIVED, ARCHIVED, BYTES.map(Header))
 
 
 def text(words: Sequence[str]) -> st.SearchStrategy[Damage]:
@@ -134,6 +90,3 @@ def text(words: Sequence[str]) -> st.SearchStrategy[Damage]:
     edits = st.lists(st.tuples(kinds, SHARE, SHARE, st.sampled_from(words)), min_size=1, max_size=4)
     lines = st.builds(Lines, edits, st.sampled_from(["surrogateescape"] * 9 + ["backslashreplace"]))
     return st.one_of(BYTES, lines, lines, lines)
-
-
-RECORDS = st.one_of(text([*ODD_NUMBERS, *ODD_WORDS]), st.builds(Record, SHARE, JSON), st.builds(Record, SHARE, JSON))

@@ -50,7 +50,7 @@ ANYTHING = st.one_of(WHOLE, WHOLE, BROKEN, st.binary(max_size=300), TEXTS)
 STEMS = ["a", "b", "train", "test", "-x", ".hidden", "line\nbreak", "'q'", '"', "ü鸟", "\udcff\udcfe", "sp ace",
          "x" * 200, "%s", "[b]", "a.b", "images", "cars_train", "images.txt", "train2019.json", "data", "CUB_200_2011",
          "\x1b[31m", "\\", "train-0", "test-1"]  # fmt: skip
-SUFFIXES = [".jpg", ".jpg", ".JPG", ".Png", ".gif", ".webp", "", "", ".txt", ".tar", ".idx"]
+SUFFIXES = [".jpg", ".jpg", ".JPG", ".Png", ".gif", ".webp", "", "", ".txt", ".tar"]
 NAMES = st.builds(str.__add__, st.sampled_from(STEMS), st.sampled_from(SUFFIXES))
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fastcr.config import Config
 from fastcr.presets import PRESETS
-from fastcr.runs.command_line import GONE, RENAMED, load_config, read_command_line, save_config
+from fastcr.runs.command_line import load_config, read_command_line, save_config
 from fastcr.runs.validate import validate
 from tests.fuzz import damage
 from tests.fuzz.damage import ODD_NUMBERS, ODD_VALUES, ODD_WORDS
@@ -30,7 +30,7 @@ FLAGS = [
     for section in dataclasses.fields(Config)
     if section.name != "preset"
     for each in dataclasses.fields(section.default_factory())  # type: ignore[misc,operator,arg-type]
-] + [f"--{name}" for name in (*RENAMED, *GONE)]
+]
 SOUND = ["2", "64", "0.5", "auto", "True", "False", "cpu", "resnet18", "none", "off", "layer3", "timm:resnet10t"]
 # argv holds neither NUL nor, where the terminal is UTF-8, half characters other than those of file names
 TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20)
@@ -74,7 +74,7 @@ def kept(config: Config, folder: Path) -> bool:
     return load_config(file) == from_anywhere(config)
 
 
-@fuzzed(sample=50, count=1500, command=COMMAND)
+@fuzzed(sample=20, count=1500, command=COMMAND)
 def test_command_line(folder: Path, command: list[str]) -> None:
     (folder / "file").write_text("no run")
     (folder / "run").mkdir()
@@ -96,7 +96,7 @@ def test_command_line(folder: Path, command: list[str]) -> None:
 
 
 @fuzzed(
-    sample=40,
+    sample=15,
     count=1000,
     preset=st.sampled_from(list(PRESETS)),
     spoil=st.one_of(CONFIG_DAMAGE, CONFIG_DAMAGE, CONFIG_DAMAGE, OTHER_CONFIG),
