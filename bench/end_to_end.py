@@ -30,7 +30,7 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `bench`, when this file is run as a script
 
 from bench.process import ROOT, measure, python_path
-from bench.report_tables import RESULTS, table
+from bench.report import RESULTS, table
 from fastcr.config import number
 from fastcr.errors import UsageError
 from fastcr.runs.command_line import called, one_line_errors, parse

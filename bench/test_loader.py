@@ -8,7 +8,6 @@ torchvision's of the same, by processor time, so that other processes count litt
 
 from __future__ import annotations
 
-import io
 import os
 import time
 from pathlib import Path
@@ -28,6 +27,8 @@ from fastcr.data.layouts import read_splits
 from fastcr.data.loaders import make_views
 from fastcr.data.views import DEFAULT, STD, Loading, ViewParameters, draw_parameters, normalise
 from fastcr.presets import tuned
+from fastcr.runs.context import Context
+from fastcr.runs.machine import pick_workers
 
 BATCH = 64
 FEW = 16  # images whose views are timed on one core
@@ -67,7 +68,7 @@ def test_loader(
     config = Config(data=data, optim=OptimConfig(batch_size=BATCH))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     start = time.perf_counter()
-    views, _ = make_views(config, photos, device, dtype, Console(file=io.StringIO()))
+    views, _ = make_views(config, photos, Context(device, dtype, pick_workers(None), Console(quiet=True)))
     benchmark.extra_info["fill_seconds"] = time.perf_counter() - start
     batches, epoch = views.batches(0), len(photos) // BATCH
     for _ in range(epoch):
