@@ -18,7 +18,14 @@ project, author, version = "fastcr", "The fastcr authors", fastcr.__version__
 copyright = f"{author}, Apache-2.0"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 root_doc = START
-include_patterns = ["*.md", "docs/*.md", "bench/README.md", "kernels/README.md", "examples/*.ipynb"]
+include_patterns = [
+    "*.md",
+    "docs/*.md",
+    "bench/README.md",
+    "bench/results/*.md",
+    "kernels/README.md",
+    "examples/*.ipynb",
+]
 
 myst_heading_anchors = 4
 nb_execution_mode = "off"  # notebooks are shown with the outputs they are committed with; a test runs them
@@ -47,14 +54,11 @@ def menu() -> dict[str, dict[str, str]]:
 
 
 def add_navigation(app: Sphinx, name: str, source: list[str]) -> None:
-    """The start page's lists are the menu of the site; a table that a script wrote gets its title from there."""
+    """The start page's lists are the menu of the site."""
     if name == START:
         for caption, pages in menu().items():
             entries = "\n".join(f"{title} </{page}>" for page, title in pages.items())
             source[0] += f"\n```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{entries}\n```\n"
-    elif name.startswith("docs/") and not source[0].startswith("# "):
-        title = next((pages[name] for pages in menu().values() if name in pages), name)
-        source[0] = f"# {title}\n\n{source[0]}"
 
 
 def unlink_folders(app: Sphinx, name: str, source: list[str]) -> None:
