@@ -7,9 +7,11 @@ Each way is built from the same seed, so that encoder, head, detectors and queue
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +21,9 @@ from torch import Tensor, nn
 from fastcr.config import Config, MocoConfig, ModelConfig, OptimConfig, RationaleConfig, RunConfig
 from fastcr.data.views import Batch
 from fastcr.encoders.backbone import build_backbone, mean_pool
-from fastcr.encoders.folding import unfold_norms
 from fastcr.encoders.released import ReleasedBranch
 from fastcr.kernels.info_nce import info_nce_reference
-from fastcr.method.build import build
+from fastcr.method import build as method_build
 from fastcr.method.moco import MoCo
 from fastcr.presets import tuned
 from fastcr.runs.context import Context
@@ -78,10 +79,9 @@ def ours(
         rationale=replace(recipe.rationale, enabled=rationale),
     )
     context = Context(device, pick_dtype(config.run.precision, device), console=Console(quiet=True))
-    training = build(config, context)
+    with nullcontext() if folded else patch.object(method_build, "fold_norms", lambda *_: None):
+        training = method_build.build(config, context)
     moco = training.moco
-    if not folded:
-        unfold_norms(moco)
     step = lambda batch: training.step(batch)[0]  # noqa: E731
     return Built(step, moco.backbone, moco.key_backbone, moco.queue, context.dtype, torch.channels_last)
 
@@ -191,7 +191,7 @@ def released_plainly(setting: Setting, device: torch.device) -> Built:
     autocast = torch.autocast(device.type, enabled=False)
 
     def step(batch: Batch) -> Tensor:
-        features, key = moco.encode(batch, autocast)
+        features, key = moco.backbone(batch.first), moco.key(batch.second, autocast)
         pooled = mean_pool(features)
         contrast = info_nce_reference(moco.query(pooled), key, moco.queue, temperature=TEMPERATURE).mean()
         (gradient,) = torch.autograd.grad(contrast, pooled, retain_graph=True)

@@ -69,7 +69,6 @@ ROWS = {
         "as relational, with InfoNCE: the own key is the positive, the queue's keys are negatives",
         f"{MEAN_POOLED} --moco.objective infonce",
     ),
-    "byol": ("as relational, with BYOL: there is no queue", f"{MEAN_POOLED} --moco.objective byol"),
     "moco-v2": ("MoCo v2's objective, optimiser and views; BatchNorm is frozen", MOCO_V2),
     "moco-v2-batchnorm": (
         "MoCo v2's objective, optimiser and views; BatchNorm uses the batch's statistics",

@@ -52,7 +52,7 @@ def slopes(training: Training, config: Config, images: Tensor) -> Tensor:
         key = moco.key(images.flip(3), training.autocast, training.pool)
         pooled = training.pool(features)
     pooled.requires_grad_()
-    projected = moco.project(pooled)
+    projected = moco.head(pooled)
     compared = build_objective(config.moco)(F.normalize(projected, dim=1), moco.keys(key))
     if branch and rationale.cam_of == "similarity":
         gradient = mismatch_gradient(pooled, projected, compared.positive)

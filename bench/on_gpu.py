@@ -204,7 +204,7 @@ def make_stages(out: Path, scratch: Path, *, rehearse: bool) -> list[Stage]:
     cold = {name: str(scratch / "cold" / name) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
     return [
         Stage("tests", pytest(out / "tests.xml", "", *kernel_tests), out / "tests.xml", out / "tests.xml"),
-        bench("ops", "ops.json", "bench/test_ops.py", few="contrast and not compiled"),
+        bench("ops", "ops.json", "bench/test_ops.py", few="(contrast or info_nce) and not compiled"),
         bench("steps", "steps.json", "bench/test_step.py", few="not compiled"),
         bench("loaders", "loader.json", "bench/test_loader.py", few="torch-host"),
         Stage("trace", [*inside, "trace"], out / "phases.json", environment=shared, short=True),

@@ -152,6 +152,7 @@ WORK = [
     Workload("common", "forward", 19, 20, 64),
     Workload("contrast", "training", 19, 300, 24),
     Workload("relational", "training", 19, 300, 24),
+    Workload("neighbour", "training", 19, 300, 24),
 ]
 
 
