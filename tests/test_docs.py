@@ -17,10 +17,8 @@ from fastcr.data.layouts import read_splits
 from tests.shared import write_weights
 
 ROOT = Path(__file__).parents[1]
-PAGES = [  # all but the changelog
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "kernels/README.md", "bench/README.md")),
-    *sorted((ROOT / "docs").glob("*.md")),
-]
+NAMED = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "kernels/README.md", "bench/README.md")
+PAGES = [*(ROOT / name for name in NAMED), *sorted((ROOT / "docs").glob("*.md"))]
 pytestmark = pytest.mark.usefixtures("one_thread")
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
