@@ -114,15 +114,6 @@ def test_steps_stand_beside_ours_at_the_same_batch_fastest_first(tmp_path: Path)
     assert lines[10].startswith("resnet50 up to layer4, 224 px, queue 4096; events around each step, 30 of each.")
 
 
-@pytest.mark.parametrize("correct", [False, None])
-def test_no_ratio_with_a_step_that_is_wrong_or_unchecked(tmp_path: Path, correct: bool | None) -> None:
-    right, wrong = step("released", 0.5), step("lightly", 0.3, correct=correct)
-    lines = printed([step("ours", 0.1), right, wrong], tmp_path)
-    assert [line.split(" | ")[-1] for line in lines[4:7]] == [" |", "wrong results |", "5.00 |"]
-    lines = printed([step("ours", 0.1, correct=correct), step("ours-moco", 0.08), right], tmp_path)
-    assert [line.split(" | ")[-1] for line in lines[4:7]] == ["wrong results |", " |", "wrong results |"]
-
-
 def test_a_kept_report_is_named_after_what_it_holds_and_has_no_raw_samples(tmp_path: Path) -> None:
     entries = [entry("op", 20e-6, correct=True), step("ours", 0.1)]
     entries[0]["stats"]["data"] = [0.1] * 1000

@@ -146,8 +146,6 @@ def test_a_process_that_a_signal_ended_is_no_failed_run(tmp_path: Path) -> None:
     [
         (["--rows", "relationall"], "no row 'relationall'"),
         (["--rows", "relational", "--", "--optim.lrr", "1"], "did you mean --optim.lr?"),
-        (["--data.skip", "2"], "--data.skip"),
-        (["--data.classes", "2", "--data.skip", "999"], "there are none"),
         (["--data.boxes", "nowhere.csv"], "no file nowhere.csv"),
     ],
 )

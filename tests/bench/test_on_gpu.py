@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -66,19 +65,6 @@ def test_an_overrunning_stage_is_stopped_and_every_result_stays(run_all: Any, tm
     assert "fine" in (tmp_path / "log.txt").read_text()
 
 
-def test_all_stages_leave_at_most_eight_files_and_share_what_they_compile(tmp_path: Path) -> None:
-    stages = on_gpu.make_stages(tmp_path / "out", tmp_path / "scratch", rehearse=False)
-    assert [stage.name for stage in stages] == list(on_gpu.SHARES)
-    kept = {path for stage in stages for path in (stage.file, stage.junit) if path and not stage.short}
-    kept = {path for path in kept if path.parent == tmp_path / "out"}
-    assert len(kept | {tmp_path / name for name in ("summary.json", "log.txt", gpu_stages.TRACE)}) <= 8
-    caches = {stage.name: stage.environment.get("TORCHINDUCTOR_CACHE_DIR") for stage in stages}
-    assert caches["ops"] == caches["steps"] == caches["trace"] == str(tmp_path / "scratch" / "inductor")
-    assert caches["training"] not in (None, caches["trace"])
-    tests = stages[0].command
-    assert tests[tests.index("-n") + 1] == "12" if find_spec("xdist") else "-n" not in tests
-
-
 def test_a_stage_that_ignores_sigint_is_killed_with_its_processes(run_all: Any, tmp_path: Path) -> None:
     deaf = (
         "import signal, subprocess, sys, pathlib; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
@@ -117,13 +103,11 @@ def test_a_report_is_counted_and_its_failures_are_named(tmp_path: Path) -> None:
     assert on_gpu.read_junit(path) == ("", [])
 
 
-@pytest.mark.parametrize("report", [None, "", '{"benchmarks": "whole"}'])
 def test_benchmarks_finished_before_a_kill_are_kept(
-    benchmark: Any, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, report: str | None
+    benchmark: Any, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result, lines = tmp_path / "ops.json", tmp_path / "ops.jsonl"
-    if report is not None:
-        result.write_text(report)
+    result.write_text("")
     benchmark.disabled = False  # as it is where the tests run in several processes
     benchmark.extra_info["work"] = "fit"
     benchmark.pedantic(lambda: None, rounds=3)
@@ -134,9 +118,6 @@ def test_benchmarks_finished_before_a_kill_are_kept(
     on_gpu.salvage(on_gpu.Stage("ops", [], result, lines=lines), {"gpu": "Some GPU"})
     kept = json.loads(result.read_text())
     assert not lines.exists()
-    if report:
-        assert kept == {"benchmarks": "whole"}
-        return
     (entry,) = kept["benchmarks"]
     assert kept["machine_info"]["fastcr"]["gpu"] == "Some GPU"
     assert (entry["name"], entry["extra_info"], entry["stats"]["rounds"]) == (request.node.name, {"work": "fit"}, 3)
