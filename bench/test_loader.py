@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from rich.console import Console
 
+from bench.end_to_end import draw_photos
 from bench.torchvision_views import torchvision_view
 from fastcr.config import Config, DataConfig, OptimConfig
 from fastcr.data.cached_views import cut_views, view_table
@@ -39,14 +39,10 @@ DRAWN = 256  # different pictures; further files are links to these
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> ImageList:
     """JPEGs of the size and weight of photographs."""
-    root, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
-    for i in range(max(int(os.environ.get("FASTCR_BENCH_PHOTOS", DRAWN)), DRAWN)):
-        if i >= DRAWN:
-            os.link(root / f"{i % DRAWN}.jpg", root / f"{i}.jpg")
-            continue
-        coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
-        pixels = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC)) + rng.normal(0, 6, (375, 500, 1))
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(root / f"{i}.jpg", quality=90)
+    root = tmp_path_factory.mktemp("photos") / "all"
+    draw_photos(root, DRAWN)
+    for i in range(DRAWN, int(os.environ.get("FASTCR_BENCH_PHOTOS", DRAWN))):
+        os.link(root / f"{i % DRAWN:05d}.jpg", root / f"{i:05d}.jpg")
     return read_splits(root).train
 
 
