@@ -1,4 +1,4 @@
-"""Ways of doing a training step: ours and its variants, the authors' released way, lightly's, a supervised one.
+"""Ways of doing a training step: ours and its variants, the authors' released way, and lightly's.
 
 Each way is built from the same seed, so that encoder, head, detectors and queue start the same. Before it is timed,
 `same_maths.py` compares a few of its steps with the same maths done plainly.
@@ -6,28 +6,32 @@ Each way is built from the same seed, so that encoder, head, detectors and queue
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from fastcr.config import Config, MocoConfig, ModelConfig, OptimConfig, RationaleConfig, ReleasedConfig, RunConfig
+from fastcr.config import Config, MocoConfig, ModelConfig, OptimConfig, RationaleConfig, RunConfig
 from fastcr.data.views import Batch
-from fastcr.encoders.backbone import build_backbone
-from fastcr.method.build import build
+from fastcr.encoders.backbone import build_backbone, mean_pool
+from fastcr.encoders.released import ReleasedBranch
+from fastcr.kernels.info_nce import info_nce_reference
+from fastcr.method import build as method_build
 from fastcr.method.moco import MoCo
 from fastcr.presets import tuned
+from fastcr.runs.context import Context
 from fastcr.runs.machine import pick_dtype
 
-SEED, TEMPERATURE, KEY_MOMENTUM, EMBEDDING_DIM, CLASSES = 0, MocoConfig.temperature, MocoConfig.key_momentum, 256, 1000
+SEED, TEMPERATURE, KEY_MOMENTUM, EMBEDDING_DIM = 0, MocoConfig.temperature, MocoConfig.key_momentum, 256
 RELEASED_FIT_WEIGHT = 0.01  # on the sum over the batch
-LR = 3e-4  # so small that rounding does not part two ways within a few steps
+LR = 3e-4  # so small that rounding does not drive two ways apart within a few steps
 PAPER = Config(moco=MocoConfig(embedding_dim=EMBEDDING_DIM))
 FROZEN = ModelConfig(batchnorm="frozen")  # what `auto` is with pretrained weights
 RELATIONAL = replace(PAPER, model=FROZEN, moco=replace(PAPER.moco, objective="relational", temperature=0.1))
@@ -57,28 +61,29 @@ class Built(NamedTuple):
 
 
 def ours(
-    setting: Setting, device: torch.device, *, recipe: Config = PAPER, rationale: bool = True, released: bool = False,
+    setting: Setting, device: torch.device, *, recipe: Config = PAPER, rationale: bool = True, folded: bool = True,
     **run: Any,
 ) -> Built:  # fmt: skip
     """The step that `fastcr.train` runs with a recipe at these sizes, with the settings `run` of `RunConfig`.
 
-    `rationale=False` is plain MoCo v2, `released` has the losses of the released code.
+    `rationale=False` is plain MoCo v2; `folded=False` runs frozen BatchNorm as passes of its own.
     """
     encoder: Any = {"backbone": setting.backbone, "last_stage": setting.last_stage, "weights": "none"}
-    fit_weight = RELEASED_FIT_WEIGHT if released else recipe.rationale.fit_weight
     config = replace(
         recipe,
         run=RunConfig(seed=SEED, **run),
+        data=replace(recipe.data, image_size=setting.image_size),
         model=replace(recipe.model, **encoder),
         optim=replace(recipe.optim, batch_size=setting.batch, lr=LR),
         moco=replace(recipe.moco, queue_size=setting.queue_size),
-        rationale=replace(recipe.rationale, enabled=rationale, fit_weight=fit_weight),
-        released=ReleasedConfig(enabled=released),
+        rationale=replace(recipe.rationale, enabled=rationale),
     )
-    training = build(config, device, Console(file=io.StringIO()))
-    moco, dtype = training.moco, pick_dtype(config.run.precision, device)
+    context = Context(device, pick_dtype(config.run.precision, device), console=Console(quiet=True))
+    with nullcontext() if folded else patch.object(method_build, "fold_norms", lambda *_: None):
+        training = method_build.build(config, context)
+    moco = training.moco
     step = lambda batch: training.step(batch)[0]  # noqa: E731
-    return Built(step, moco.backbone, moco.key_backbone, moco.queue, dtype, torch.channels_last)
+    return Built(step, moco.backbone, moco.key_backbone, moco.queue, context.dtype, torch.channels_last)
 
 
 def beginning(setting: Setting) -> tuple[MoCo, int]:
@@ -177,10 +182,34 @@ def released(setting: Setting, device: torch.device) -> Built:
     return Built(step, model.encoder, model.key_encoder, model.queue)
 
 
-def lightly(
-    setting: Setting, device: torch.device, *, tuned: bool = False, compile: bool = False,
-    precision: Literal["auto", "fp32"] = "auto",
-) -> Built:  # fmt: skip
+def released_plainly(setting: Setting, device: torch.device) -> Built:
+    """The same maths without what the released code wastes: one pass of the branch, no second head and queue."""
+    moco, channels = beginning(setting)
+    branch = ReleasedBranch(channels, RationaleConfig.detectors)
+    model = nn.ModuleList([moco, branch]).to(device)
+    optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], **SGD)
+    autocast = torch.autocast(device.type, enabled=False)
+
+    def step(batch: Batch) -> Tensor:
+        features, key = moco.backbone(batch.first), moco.key(batch.second, autocast)
+        pooled = mean_pool(features)
+        contrast = info_nce_reference(moco.query(pooled), key, moco.queue, temperature=TEMPERATURE).mean()
+        (gradient,) = torch.autograd.grad(contrast, pooled, retain_graph=True)
+        cam = F.relu(torch.einsum("bchw,bc->bhw", features, gradient)) / features[0, 0].numel()
+        attention = branch.attention(features)
+        fit = F.kl_div(attention.log_softmax(-1), cam.detach().softmax(-1), reduction="sum")
+        loss = contrast + RELEASED_FIT_WEIGHT * fit
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        moco.update_key_encoder(KEY_MOMENTUM)
+        moco.enqueue(key)
+        return loss.detach()
+
+    return Built(step, moco.backbone, moco.key_backbone, moco.queue)
+
+
+def lightly(setting: Setting, device: torch.device, *, tuned: bool = False, compile: bool = False) -> Built:
     """MoCo v2 from lightly's blocks, put together as in its example for one GPU (docs.lightly.ai/examples/moco.html).
 
     Head widths, learning rate, momenta and weight decay are those of the other ways. As it is: fp32, NCHW, torch's
@@ -201,7 +230,7 @@ def lightly(
     deactivate_requires_grad(key_encoder)
     criterion = NTXentLoss(temperature=TEMPERATURE, memory_bank_size=(setting.queue_size, EMBEDDING_DIM))
     criterion.memory_bank.bank.copy_(moco.queue)
-    dtype = pick_dtype(precision, device) if tuned else torch.float32
+    dtype = pick_dtype("auto", device) if tuned else torch.float32
     memory_format = torch.channels_last if tuned else torch.contiguous_format
     model = nn.ModuleList([query_encoder, key_encoder, criterion])
     model.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
@@ -226,36 +255,6 @@ def lightly(
     return Built(step, query_encoder[0], key_encoder[0], criterion.memory_bank.bank, dtype, memory_format)
 
 
-def supervised(
-    setting: Setting,
-    device: torch.device,
-    *,
-    compile: bool | Literal["auto"] = "auto",
-    precision: Literal["auto", "fp32"] = "auto",
-) -> Built:
-    """A bare supervised step on the first views, cross entropy to 1,000 classes: what one encoder alone costs."""
-    torch.manual_seed(SEED)
-    backbone, channels = build_backbone(setting.backbone, setting.last_stage)
-    model = nn.Sequential(backbone, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, CLASSES))
-    model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = torch.optim.SGD(model.parameters(), **SGD, fused=True)
-    labels = torch.arange(setting.batch, device=device) % CLASSES
-    dtype = pick_dtype(precision, device)
-    autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-    if compiled(compile, device):
-        model.compile()
-
-    def step(batch: Batch) -> Tensor:
-        optimizer.zero_grad(set_to_none=True)
-        with autocast:
-            loss = F.cross_entropy(model(batch.first), labels)
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
-    return Built(step, backbone, dtype=dtype, memory_format=torch.channels_last)
-
-
 def compiled(compile: bool | Literal["auto"], device: torch.device) -> bool:
     """Whether a way with this setting is compiled on `device`."""
     return compile is True or (compile == "auto" and device.type == "cuda")
@@ -271,13 +270,13 @@ class Way(NamedTuple):
 
     def compiled(self, device: torch.device) -> bool:
         """Whether it is compiled on `device`."""
-        default = "auto" if self.build in (ours, supervised) else False
+        default = "auto" if self.build is ours else False
         return compiled(self.options.get("compile", default), device)
 
     @property
     def needs_cuda(self) -> bool:
-        """Whether it is made of CUDA's streams or graphs."""
-        return bool({"overlap_keys", "cuda_graph"} & self.options.keys())
+        """Whether it is made of a CUDA graph."""
+        return "cuda_graph" in self.options
 
 
 EAGER: dict[str, Any] = {"compile": False, "kernels": "torch", "precision": "fp32"}
@@ -285,15 +284,14 @@ MOCO = EAGER | {"rationale": False}
 WAYS = {
     "ours-tuned": Way(ours, ours, {"recipe": TUNED}, EAGER | {"recipe": TUNED}),
     "ours-relational": Way(ours, ours, {"recipe": RELATIONAL}, EAGER | {"recipe": RELATIONAL}),
+    "ours-norms": Way(ours, ours, {"recipe": RELATIONAL, "folded": False}, EAGER | {"recipe": RELATIONAL}),
     "ours": Way(ours, ours, {}, EAGER),
     "ours-moco": Way(ours, ours, {"rationale": False}, MOCO),
-    "ours-overlap": Way(ours, ours, {"overlap_keys": True}, EAGER),
     "ours-graph": Way(ours, ours, {"cuda_graph": True}, EAGER),
     "eager": Way(ours, ours, {"compile": False, "kernels": "torch"}, EAGER),
     "torch-ops": Way(ours, ours, {"compile": True, "kernels": "torch"}, EAGER),
-    "released": Way(released, ours, {}, EAGER | {"released": True}),
+    "released": Way(released, released_plainly, {}, {}),
     "lightly": Way(lightly, ours, {}, MOCO),
     "lightly-tuned": Way(lightly, ours, {"tuned": True}, MOCO),
     "lightly-tuned-compile": Way(lightly, ours, {"tuned": True, "compile": True}, MOCO),
-    "supervised": Way(supervised, supervised, {}, {"compile": False, "precision": "fp32"}),
 }

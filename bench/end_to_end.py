@@ -17,10 +17,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,38 +30,31 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `bench`, when this file is run as a script
 
 from bench.process import ROOT, measure, python_path
-from bench.report_tables import RESULTS, table
+from bench.report import RESULTS, table
 from fastcr.config import number
 from fastcr.errors import UsageError
 from fastcr.runs.command_line import called, one_line_errors, parse
-from fastcr.runs.log import progress
+from fastcr.runs.context import progress
 from fastcr.runs.machine import pick_workers
 
+BACKBONE = "resnet18"  # with random weights
 FEW = 8  # images: what embedding them takes is start-up
 CLASS, DIM, SPREAD = 20, 512, 2.5  # of the embeddings that are scored: images a class, numbers, noise over the centres
-MOCO = (
-    "--model.batchnorm local --model.frozen_stages 0 --moco.objective infonce --moco.head mlp --moco.pooling mean "
-    "--moco.embedding_dim 128 --moco.key_momentum 0.99 --rationale.enabled False --rationale.init random "
-    "--optim.optimizer sgd --optim.lr 0.06 --views.key same --views.jitter 1 --views.grey 0.2 --views.blur 0.5"
-)
-FROZEN = "--model.batchnorm frozen"  # as with the pretrained weights that the preset is for
 FASTCR = (sys.executable, "-m", "fastcr")
 WAYS = {  # what each is, and the package it needs
     "fastcr": ("fastcr, the preset folder", "fastcr"),
-    "fastcr-moco": ("fastcr, plain MoCo v2", "fastcr"),
     "lightly": ("lightly, its MoCo v2 example", "lightly"),
     "lightly-tuned": ("the same, tuned by us", "lightly"),
     "lightlytrain": ("LightlyTrain, SimCLR", "lightly_train"),
-    "timm": ("timm, its inference", "timm"),
     "timm-tuned": ("timm, channels-last", "timm"),
     "pytorch-metric-learning": ("pytorch-metric-learning", "pytorch_metric_learning"),
     "open-metric-learning": ("Open Metric Learning", "oml"),
 }
-TRAINED = ("fastcr", "fastcr-moco", "lightly", "lightly-tuned", "lightlytrain")
+TRAINED = ("fastcr", "lightly", "lightly-tuned", "lightlytrain")
 PHASES = {
     "train": TRAINED,
-    "few": (*TRAINED, "timm", "timm-tuned"),
-    "embed": (*TRAINED, "timm", "timm-tuned"),
+    "few": (*TRAINED, "timm-tuned"),
+    "embed": (*TRAINED, "timm-tuned"),
     "retrieval": ("fastcr", "pytorch-metric-learning", "open-metric-learning"),
 }
 
@@ -80,8 +73,6 @@ class EndToEndConfig:
     """Images a step."""
     size: int = number(112, 32)
     """Side of the views, pixels."""
-    backbone: Literal["resnet18", "tf_efficientnet_lite0"] = "resnet18"
-    """The network, with random weights."""
     threads: int | None = number(None, 1)
     """Of torch, and loader processes of each way. Default: the cores there are."""
     only: tuple[str, ...] = ()
@@ -116,20 +107,20 @@ def command_of(config: EndToEndConfig, way: str, phase: str, work: Path, turn: i
     """The command line of one job; `work` holds the images, and what the ways write."""
     out, workers = work / f"{way}-{turn}", str(pick_workers(config.threads))
     images = work / ("few" if phase == "few" else "photos")
-    if way.startswith("fastcr") and phase != "retrieval":
+    if way == "fastcr" and phase != "retrieval":
         common = ["--data.workers", workers, "--run.device", "cpu", "--run.precision", "bf16"]
         if phase != "train":
             return [*FASTCR, "embed", str(out / "run"), str(images), "--out", str(out / phase), *common]
-        timm = "" if config.backbone.startswith("resnet") else "timm:"
         return [
             *FASTCR, "train", "folder", "--data.root", str(images), "--run.dir", str(out / "run"),
-            "--model.backbone", f"{timm}{config.backbone}", "--model.weights", "none",
+            "--model.backbone", BACKBONE, "--model.weights", "none",
+            "--model.batchnorm", "frozen",  # as with the pretrained weights that the preset is for
             "--data.image_size", str(config.size), "--optim.batch_size", str(config.batch),
-            "--optim.epochs", str(config.epochs), *common, *(FROZEN if way == "fastcr" else MOCO).split(),
+            "--optim.epochs", str(config.epochs), *common,
         ]  # fmt: skip
     settings = {
         "images": str(images), "out": str(out), "embeddings": str(work / "embeddings.npz"), "workers": int(workers),
-        **{name: getattr(config, name) for name in ("backbone", "batch", "epochs", "size")},
+        "backbone": BACKBONE, **{name: getattr(config, name) for name in ("batch", "epochs", "size")},
     }  # fmt: skip
     python = str(config.oml_python) if way == "open-metric-learning" and config.oml_python else sys.executable
     job = "embed" if phase == "few" else phase
@@ -180,7 +171,10 @@ def run(config: EndToEndConfig, work: Path, console: Console) -> dict[str, Any]:
 
 def settings_of(config: EndToEndConfig) -> dict[str, Any]:
     """What was done, for the file of results."""
-    return {key: value for key, value in asdict(config).items() if key not in ("out", "show", "only", "oml_python")}
+    return {
+        "backbone": BACKBONE,
+        **{name: getattr(config, name) for name in ("images", "turns", "epochs", "batch", "size")},
+    }
 
 
 def machine(threads: str) -> dict[str, Any]:

@@ -186,15 +186,15 @@ def lightlytrain_embed(settings: Settings) -> None:
 # --- timm ---
 
 
-def timm_embed(settings: Settings, *, tuned: bool = False) -> None:
-    """timm's own dataset, transform and loader around the model, as its script for inference puts them together."""
+def timm_embed(settings: Settings) -> None:
+    """timm's own dataset, transform and loader around the channels-last model, as its script for inference has them."""
     from timm.data import ImageDataset, create_loader
 
     loader = create_loader(
         ImageDataset(settings.images), (3, settings.size, settings.size), settings.batch, interpolation="bilinear",
         crop_pct=7 / 8, num_workers=settings.workers, use_prefetcher=False, device=torch.device("cpu"),
     )  # fmt: skip
-    write(settings, encoder(settings), loader, tuned=tuned)
+    write(settings, encoder(settings), loader, tuned=True)
 
 
 # --- retrieval ---
@@ -258,8 +258,7 @@ JOBS: dict[tuple[str, str], Callable[[Settings], None]] = {
     ("lightly-tuned", "embed"): lambda settings: lightly_embed(settings, tuned=True),
     ("lightlytrain", "train"): lightlytrain_train,
     ("lightlytrain", "embed"): lightlytrain_embed,
-    ("timm", "embed"): timm_embed,
-    ("timm-tuned", "embed"): lambda settings: timm_embed(settings, tuned=True),
+    ("timm-tuned", "embed"): timm_embed,
     ("fastcr", "retrieval"): lambda settings: scored(settings, fastcr_retrieval),
     ("pytorch-metric-learning", "retrieval"): lambda settings: scored(settings, pml_retrieval),
     ("open-metric-learning", "retrieval"): lambda settings: scored(settings, oml_retrieval),

@@ -39,6 +39,7 @@ from fastcr.data.synthetic import CLASSES, draw_bird
 from fastcr.errors import UsageError
 from fastcr.kernels.launch import triton
 from fastcr.kernels.settings import TABLE
+from fastcr.runs.context import Context
 from fastcr.runs.log import read_records
 from fastcr.runs.machine import process_age
 from fastcr.trace import TRACE, trace
@@ -130,7 +131,7 @@ def trace_steps(out: Path, rehearse: bool) -> None:
     (out / TRACE).unlink(missing_ok=True)  # of an earlier run
     with tempfile.TemporaryDirectory() as scratch:
         config = TraceConfig(**vars(recipe(Path(scratch) / "photos", rehearse)), steps=2 if rehearse else 5, out=out)
-        trace(config, Console(markup=False, width=132))
+        trace(config, Context.of(console=Console(markup=False, width=132)))
 
 
 def training_results(records: Sequence[dict[str, Any]], printed: str) -> dict[str, Any]:

@@ -4,8 +4,8 @@ In this order: facts of the machine, the kernels' tests compiled for its GPU, th
 a trace, a short training and a search for better launch settings. It needs torch, torchvision, Triton, pytest and
 pytest-benchmark, but neither tyro nor an installed fastcr. Each stage runs in a process of its own (the last three in
 `gpu_stages.py`), has a share of the minutes and is stopped when they are over; time that a stage does not use goes to
-the later ones. What one has compiled serves the others, but not the training, whose start-up is measured. DIR gets at
-most seven files: summary.json says how each stage ended and holds short results, log.txt what all of them printed.
+the later ones. What one stage has compiled serves the others, except the training, whose start-up is measured. DIR gets
+at most seven files: summary.json says how each stage ended and holds short results, log.txt what all of them printed.
 Exits with 1 if a stage failed, with 2 for a mistake in the arguments.
 """
 
@@ -26,11 +26,9 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from rich.console import Console
-from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 GRACE = 10.0  # seconds from SIGINT to SIGKILL: pytest writes its report in between
@@ -55,12 +53,11 @@ class Outcome(NamedTuple):
     """How a stage ended."""
 
     stage: str
-    status: str  # passed, failed, cut off, interrupted or skipped
+    status: str  # passed, failed, cut off or skipped
     seconds: float
     file: str | None
     note: str
     failures: list[str]
-    interrupted: bool = False  # nothing more is to be run
 
 
 def share(name: str, waiting: Sequence[str], left: float) -> float:
@@ -69,10 +66,8 @@ def share(name: str, waiting: Sequence[str], left: float) -> float:
     return left * SHARES[name] / total if total else left
 
 
-def run(
-    command: Sequence[str], limit: float, log: io.BufferedWriter, environment: dict[str, str]
-) -> int | Literal["cut off", "interrupted"]:
-    """Run in a process group of its own; the exit status, or why it was stopped: `limit` seconds, or this one's SIGINT.
+def run(command: Sequence[str], limit: float, log: io.BufferedWriter, environment: dict[str, str]) -> int | None:
+    """Run in a process group of its own; the exit status, or None after `limit` seconds.
 
     It gets a SIGINT, to write what it has, and its whole group SIGKILL `GRACE` seconds later.
     """
@@ -81,11 +76,11 @@ def run(
     )
     try:
         return process.wait(limit)
-    except (subprocess.TimeoutExpired, KeyboardInterrupt) as why:
+    except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):
             process.wait(GRACE)
-        return "interrupted" if isinstance(why, KeyboardInterrupt) else "cut off"
+        return None
     finally:
         with suppress(ProcessLookupError):  # a loader's or a compiler's processes too
             os.killpg(process.pid, signal.SIGKILL)
@@ -152,13 +147,13 @@ def run_stage(stage: Stage, limit: float, out: Path, facts: dict[str, Any]) -> O
     salvage(stage, facts)
     note, failures = read_junit(stage.junit)
     status = "passed"
-    if isinstance(ending, str):
-        note, status = f"{note or 'stopped'} after {seconds:.0f} s", "failed" if failures else ending
+    if ending is None:
+        note, status = f"{note or 'stopped'} after {seconds:.0f} s", "failed" if failures else "cut off"
     elif ending:
         text = (out / "log.txt").read_bytes()[before:].decode(errors="replace")
         note, status = note or last_line(text), "failed"
     file = stage.file.name if stage.file and stage.file.exists() else None
-    return Outcome(stage.name, status, round(seconds, 1), file, note, failures, ending == "interrupted")
+    return Outcome(stage.name, status, round(seconds, 1), file, note, failures)
 
 
 def run_all(
@@ -168,12 +163,8 @@ def run_all(
     outcomes, results = list[Outcome](), dict[str, Any]()
     for i, stage in enumerate(stages):
         limit = share(stage.name, [other.name for other in stages[i + 1 :]], deadline - GRACE - time.monotonic())
-        if outcomes and outcomes[-1].interrupted:
-            outcome = Outcome(stage.name, "skipped", 0.0, None, "interrupted", [], True)
-        else:
-            if limit >= LEAST:
-                console.print(f"{stage.name}: at most {limit:.0f} s", highlight=False)
-            outcome = run_stage(stage, limit, out, facts)
+        outcome = run_stage(stage, limit, out, facts)
+        console.print(described(outcome), highlight=False, soft_wrap=True)
         if stage.short and stage.file and outcome.file:
             results[stage.name], outcome = json.loads(stage.file.read_text()), outcome._replace(file="summary.json")
         outcomes.append(outcome)
@@ -183,15 +174,10 @@ def run_all(
     return outcomes
 
 
-def summary_table(outcomes: Sequence[Outcome], title: str) -> Table:
-    """How the stages ended, for people."""
-    table = Table(title=title)
-    for name in ("stage", "status", "seconds", "file", "note"):
-        table.add_column(name, justify="right" if name == "seconds" else "left", overflow="fold")
-    for each in outcomes:
-        note = "; ".join((each.note, *each.failures[:1]))
-        table.add_row(each.stage, each.status, f"{each.seconds:.0f}", each.file or "", note)
-    return table
+def described(outcome: Outcome) -> str:
+    """How a stage ended, in a line for people."""
+    said = "; ".join(filter(None, (outcome.file, outcome.note, *outcome.failures[:1])))
+    return f"{outcome.stage}: {outcome.status} after {outcome.seconds:.0f} s" + f": {said}" * bool(said)
 
 
 def make_stages(out: Path, scratch: Path, *, rehearse: bool) -> list[Stage]:
@@ -210,17 +196,15 @@ def make_stages(out: Path, scratch: Path, *, rehearse: bool) -> list[Stage]:
         command = pytest(junit, few, path, f"--benchmark-json={result}")
         return Stage(name, command, result, junit, lines, {"FASTCR_BENCH_LINES": str(lines), **shared})
 
-    # On a GPU these run the compiled kernels on CUDA tensors (tests/conftest.py). What stays on the CPU there: all of
-    # test_ops.py, which is about the references, and of the others the tests of arguments and of impl="auto".
-    kernel_tests = [f"tests/kernels/test_{name}.py" for name in ("two_views", "kernels", "relational", "ops")]
-    few = "(bias_may_be_absent and pool) or no_images_give or any_size or auto_serves"
+    # on a GPU they run the compiled kernels on CUDA tensors (tests/conftest.py), each in a process of its own core
+    parallel = ["-n", "12"] if importlib.util.find_spec("xdist") and not rehearse else []
+    kernel_tests = ["tests/kernels/test_launch.py" if rehearse else "tests/kernels", *parallel]
     interpreted = {"TRITON_INTERPRET": "1"} if rehearse else {}
-    kernel_tests += ["-n", "12"] if importlib.util.find_spec("xdist") and not rehearse else []  # each compiles kernels
     # what other stages have compiled must not shorten the start-up that the training reports
     cold = {name: str(scratch / "cold" / name) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
     return [
-        Stage("tests", pytest(out / "tests.xml", few, *kernel_tests), out / "tests.xml", out / "tests.xml"),
-        bench("ops", "ops.json", "bench/test_ops.py", few="contrast and not compiled"),
+        Stage("tests", pytest(out / "tests.xml", "", *kernel_tests), out / "tests.xml", out / "tests.xml"),
+        bench("ops", "ops.json", "bench/test_ops.py", few="(contrast or info_nce) and not compiled"),
         bench("steps", "steps.json", "bench/test_step.py", few="not compiled"),
         bench("loaders", "loader.json", "bench/test_loader.py", few="torch-host"),
         Stage("trace", [*inside, "trace"], out / "phases.json", environment=shared, short=True),
@@ -238,32 +222,29 @@ def read_arguments(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="STAGE", default=SHARES, help=f"of {', '.join(SHARES)} (all)")
     parser.add_argument("--rehearse", action="store_true", help="every stage in its small form, on the CPU")
     given = parser.parse_args(args)
-    mistake = ""
     if unknown := [name for name in given.only if name not in SHARES]:
-        mistake = f"--only: no stage {unknown[0]!r}; there are {', '.join(SHARES)}"
-    elif not 0 < given.minutes < math.inf:
-        mistake = "--minutes must be above 0"
-    else:
-        try:
-            given.out = given.out.resolve()
-            given.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            mistake = f"cannot write into --out {given.out}: {error.strerror}"
-    if mistake:
-        parser.exit(2, f"on_gpu: error: {mistake}\n")
+        mistake(f"--only: no stage {unknown[0]!r}; there are {', '.join(SHARES)}")
+    if not 0 < given.minutes < math.inf:
+        mistake("--minutes must be above 0")
+    given.out = given.out.resolve()
+    try:
+        given.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        mistake(f"cannot write into --out {given.out}: {error.strerror}")
     return given
 
 
-def interrupt(number: int, frame: FrameType | None) -> None:
-    """SIGINT and SIGTERM end the stage at hand and then the whole; set here, so that no stage inherits them ignored."""
-    raise KeyboardInterrupt
+def mistake(message: str) -> NoReturn:
+    """Say in one line why nothing can be run, and exit with status 2."""
+    print(f"on_gpu: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Command line of this file."""
     began, given = time.monotonic(), read_arguments(args)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):  # set here, so that no stage inherits them ignored
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     os.environ.pop("TRITON_INTERPRET", None)  # what runs on a GPU is compiled
     if given.rehearse:
@@ -279,22 +260,14 @@ def main(args: Sequence[str] | None = None) -> None:
             raise SystemExit(1)
         facts = json.loads((given.out / "facts.json").read_text())
         if facts["gpu"] is None and not given.rehearse:
-            error = "there is no GPU here; --rehearse runs every stage in its small form on the CPU"
-            print(f"on_gpu: error: {error}", file=sys.stderr)
-            raise SystemExit(2)
+            mistake("there is no GPU here; --rehearse runs every stage in its small form on the CPU")
         (given.out / "facts.json").unlink()  # they are in summary.json
         chosen = [stage for stage in stages if stage.name in given.only]
-        outcomes = [look._replace(file="summary.json"), *run_all(chosen, given.out, deadline, facts, console)]
+        outcomes = run_all(chosen, given.out, deadline, facts, console)
     where = f"{facts['gpu'] or 'rehearsal on the CPU'}, torch {facts['torch']}, Triton {facts['triton']}"
-    console.print(summary_table(outcomes, where))
-    console.print(f"results: {given.out}", highlight=False, soft_wrap=True)
-    if any(outcome.interrupted for outcome in outcomes):
-        raise SystemExit(130)
+    console.print(f"{where}; results: {given.out}", highlight=False, soft_wrap=True)
     raise SystemExit(any(outcome.status == "failed" for outcome in outcomes))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:  # a second one does not wait for the stage
-        raise SystemExit(130) from None
+    main()

@@ -8,7 +8,6 @@ torchvision's of the same, by processor time, so that other processes count litt
 
 from __future__ import annotations
 
-import io
 import os
 import time
 from pathlib import Path
@@ -17,9 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from rich.console import Console
 
+from bench.end_to_end import draw_photos
 from bench.torchvision_views import torchvision_view
 from fastcr.config import Config, DataConfig, OptimConfig
 from fastcr.data.cached_views import cut_views, view_table
@@ -28,6 +27,8 @@ from fastcr.data.layouts import read_splits
 from fastcr.data.loaders import make_views
 from fastcr.data.views import DEFAULT, STD, Loading, ViewParameters, draw_parameters, normalise
 from fastcr.presets import tuned
+from fastcr.runs.context import Context
+from fastcr.runs.machine import pick_workers
 
 BATCH = 64
 FEW = 16  # images whose views are timed on one core
@@ -38,14 +39,10 @@ DRAWN = 256  # different pictures; further files are links to these
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> ImageList:
     """JPEGs of the size and weight of photographs."""
-    root, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
-    for i in range(max(int(os.environ.get("FASTCR_BENCH_PHOTOS", DRAWN)), DRAWN)):
-        if i >= DRAWN:
-            os.link(root / f"{i % DRAWN}.jpg", root / f"{i}.jpg")
-            continue
-        coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
-        pixels = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC)) + rng.normal(0, 6, (375, 500, 1))
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(root / f"{i}.jpg", quality=90)
+    root = tmp_path_factory.mktemp("photos") / "all"
+    draw_photos(root, DRAWN)
+    for i in range(DRAWN, int(os.environ.get("FASTCR_BENCH_PHOTOS", DRAWN))):
+        os.link(root / f"{i % DRAWN:05d}.jpg", root / f"{i:05d}.jpg")
     return read_splits(root).train
 
 
@@ -67,7 +64,7 @@ def test_loader(
     config = Config(data=data, optim=OptimConfig(batch_size=BATCH))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     start = time.perf_counter()
-    views, _ = make_views(config, photos, device, dtype, Console(file=io.StringIO()))
+    views, _ = make_views(config, photos, Context(device, dtype, pick_workers(None), Console(quiet=True)))
     benchmark.extra_info["fill_seconds"] = time.perf_counter() - start
     batches, epoch = views.batches(0), len(photos) // BATCH
     for _ in range(epoch):

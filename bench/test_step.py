@@ -20,7 +20,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import timing
-from bench.baselines import PAPER, WAYS, Setting, Way, supervised
+from bench.baselines import PAPER, WAYS, Setting, Way
 from bench.same_maths import Trajectory, agrees, follow, make_batches
 from fastcr.data.views import Batch
 from fastcr.encoders.backbone import build_backbone, freeze_stages
@@ -92,7 +92,7 @@ def encoder_flops(way: Way, batch: int) -> int:
         features = encoder(torch.empty(1, 3, setting(batch).image_size, setting(batch).image_size))
         forward = counter.get_total_flops()
         features.sum().backward()
-    return (counter.get_total_flops() + (0 if way.build is supervised else forward)) * batch
+    return (counter.get_total_flops() + forward) * batch
 
 
 def free_memory() -> None:

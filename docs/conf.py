@@ -22,6 +22,7 @@ include_patterns = [
     "*.md",
     "docs/*.md",
     "bench/README.md",
+    "bench/results/*.md",
     "kernels/README.md",
     "tests/ptx/README.md",
     "examples/*.ipynb",
@@ -54,14 +55,11 @@ def menu() -> dict[str, dict[str, str]]:
 
 
 def add_navigation(app: Sphinx, name: str, source: list[str]) -> None:
-    """The start page's lists are the menu of the site; a table that a script wrote gets its title from there."""
+    """The start page's lists are the menu of the site."""
     if name == START:
         for caption, pages in menu().items():
             entries = "\n".join(f"{title} </{page}>" for page, title in pages.items())
             source[0] += f"\n```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{entries}\n```\n"
-    elif name.startswith("docs/") and not source[0].startswith("# "):
-        title = next((pages[name] for pages in menu().values() if name in pages), name)
-        source[0] = f"# {title}\n\n{source[0]}"
 
 
 def unlink_folders(app: Sphinx, name: str, source: list[str]) -> None:

@@ -51,7 +51,7 @@ def test_sample_runs_again(file: Path, tmp_path: Path, monkeypatch: pytest.Monke
     nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert [kinds(cell) for cell in code_cells(notebook)] == before
     shown = "".join(each["data"].get("text/plain", "") for each in outputs(notebook) if "data" in each)
-    (scores,) = re.findall(r"^│ rationale +│(.*)│$", shown, re.MULTILINE)
+    (scores,) = re.findall(r"^│ (?:rationale|attention) +│(.*)│$", shown, re.MULTILINE)
     rank1 = [float(each.strip(" *")) for each in scores.split("│")][::3]  # initial, and trained; by chance 4
     assert len(rank1) == (1 if file.stem == "frozen_search" else 2)
     assert 15 < rank1[0] <= rank1[-1]

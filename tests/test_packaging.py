@@ -85,7 +85,9 @@ def test_the_wheel_made_of_the_source_archive_holds_every_file_of_the_package_on
     kernels = [f"fastcr/{name}" for name in files if name.startswith("kernels/") and name.endswith(".py")]
     assert sorted(found) == sorted(package + kernels)
     assert "fastcr/py.typed" in found
-    assert all(f"fastcr/{room}/__init__.py" in found for room in ("data", "method", "measures", "runs"))
+    assert all(
+        f"fastcr/{room}/__init__.py" in found for room in ("runs", "data", "encoders", "method", "measures", "output")
+    )
 
 
 def test_what_the_container_and_the_workflows_name_is_there() -> None:

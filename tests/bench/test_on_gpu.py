@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from importlib.util import find_spec
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +24,8 @@ WAIT = "import time; time.sleep(60)"
 
 
 @pytest.fixture
-def run_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., dict[str, Any]]]:
+def run_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
     """Run Python snippets as stages within `seconds`; how each ended, as summary.json says it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
 
     def run(seconds: float, **snippets: str) -> dict[str, Any]:
         monkeypatch.setattr(on_gpu, "LEAST", 0.0)
@@ -42,25 +39,10 @@ def run_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
         assert written == [each._asdict() for each in returned]
         return {each["stage"]: each for each in written}
 
-    yield run
-    signal.signal(signal.SIGINT, before)
+    return run
 
 
 WRITE = "import sys, pathlib; pathlib.Path(sys.argv[1]).write_text('done'); "
-
-
-def test_what_a_stage_leaves_goes_to_those_after_it() -> None:
-    names = list(on_gpu.SHARES)
-    total, left, taken = sum(on_gpu.SHARES.values()), 480.0, {}
-    for i, name in enumerate(names):
-        taken[name] = on_gpu.share(name, names[i + 1 :], left)
-        left -= taken[name]
-    assert taken == pytest.approx({name: 480 * part / total for name, part in on_gpu.SHARES.items()})
-    # the tests ended at once: all others have more, in the same proportions
-    without = total - on_gpu.SHARES["tests"]
-    assert on_gpu.share("ops", names[2:], 480.0) == pytest.approx(480 * on_gpu.SHARES["ops"] / without)
-    assert on_gpu.share("training", ["tune"], 100.0) == 100.0
-    assert on_gpu.share("tune", [], 30.0) == 30.0
 
 
 def test_an_overrunning_stage_is_stopped_and_every_result_stays(run_all: Any, tmp_path: Path) -> None:
@@ -81,28 +63,6 @@ def test_an_overrunning_stage_is_stopped_and_every_result_stays(run_all: Any, tm
     assert (tmp_path / "ops").read_text() == "half"
     assert ended["steps"]["note"] == "broken"
     assert "fine" in (tmp_path / "log.txt").read_text()
-
-
-def test_all_stages_leave_at_most_eight_files_and_share_what_they_compile(tmp_path: Path) -> None:
-    stages = on_gpu.make_stages(tmp_path / "out", tmp_path / "scratch", rehearse=False)
-    assert [stage.name for stage in stages] == list(on_gpu.SHARES)
-    kept = {path for stage in stages for path in (stage.file, stage.junit) if path and not stage.short}
-    kept = {path for path in kept if path.parent == tmp_path / "out"}
-    assert len(kept | {tmp_path / name for name in ("summary.json", "log.txt", gpu_stages.TRACE)}) <= 8
-    caches = {stage.name: stage.environment.get("TORCHINDUCTOR_CACHE_DIR") for stage in stages}
-    assert caches["ops"] == caches["steps"] == caches["trace"] == str(tmp_path / "scratch" / "inductor")
-    assert caches["training"] not in (None, caches["trace"])
-    tests = stages[0].command
-    assert tests[tests.index("-n") + 1] == "12" if find_spec("xdist") else "-n" not in tests
-
-
-def test_a_short_result_is_in_the_summary_and_no_file_of_its_own(tmp_path: Path) -> None:
-    script = "import sys, pathlib; pathlib.Path(sys.argv[1]).write_text('{\"rate\": 3}')"
-    stage = on_gpu.Stage("trace", [sys.executable, "-c", script, str(tmp_path / "a")], tmp_path / "a", short=True)
-    (outcome,) = on_gpu.run_all([stage], tmp_path, time.monotonic() + 60, {}, Console(quiet=True))
-    assert outcome.file == "summary.json"
-    assert json.loads((tmp_path / "summary.json").read_text())["results"] == {"trace": {"rate": 3}}
-    assert not (tmp_path / "a").exists()
 
 
 def test_a_stage_that_ignores_sigint_is_killed_with_its_processes(run_all: Any, tmp_path: Path) -> None:
@@ -132,27 +92,22 @@ def test_without_time_a_stage_is_skipped_and_an_old_result_is_not_taken_for_its_
 
 def test_a_report_is_counted_and_its_failures_are_named(tmp_path: Path) -> None:
     path = tmp_path / "tests.xml"
-    path.write_text(  # the last test was interrupted
+    whole = (  # the last test was interrupted
         "<testsuites><testsuite tests='4' failures='1' errors='1' skipped='1'><testcase name='a'/><testcase name='b'>"
         "<failure message='1 is&#10;not 2'/></testcase><testcase name='c'><skipped/></testcase><testcase name='d'>"
         "<error message='gone'/></testcase><testcase name='e'/></testsuite></testsuites>"
     )
+    path.write_text(whole)
     assert on_gpu.read_junit(path) == ("1 passed, 2 failed, 1 skipped", ["b: 1 is not 2", "d: gone"])
-    whole = path.read_text()
     path.write_text(whole[:-9])
     assert on_gpu.read_junit(path) == ("", [])
-    path.write_text(whole)
-    stage = on_gpu.Stage("tests", [sys.executable, "-c", ""], junit=path)
-    assert on_gpu.run_stage(stage, 60, tmp_path, {}).note == ""  # the report of another run does not count
 
 
-@pytest.mark.parametrize("report", [None, "", '{"benchmarks": "whole"}'])
 def test_benchmarks_finished_before_a_kill_are_kept(
-    benchmark: Any, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, report: str | None
+    benchmark: Any, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result, lines = tmp_path / "ops.json", tmp_path / "ops.jsonl"
-    if report is not None:
-        result.write_text(report)
+    result.write_text("")
     benchmark.disabled = False  # as it is where the tests run in several processes
     benchmark.extra_info["work"] = "fit"
     benchmark.pedantic(lambda: None, rounds=3)
@@ -163,23 +118,9 @@ def test_benchmarks_finished_before_a_kill_are_kept(
     on_gpu.salvage(on_gpu.Stage("ops", [], result, lines=lines), {"gpu": "Some GPU"})
     kept = json.loads(result.read_text())
     assert not lines.exists()
-    if report:
-        assert kept == {"benchmarks": "whole"}
-        return
     (entry,) = kept["benchmarks"]
     assert kept["machine_info"]["fastcr"]["gpu"] == "Some GPU"
     assert (entry["name"], entry["extra_info"], entry["stats"]["rounds"]) == (request.node.name, {"work": "fit"}, 3)
-
-
-def test_the_steady_rate_leaves_the_first_record_out() -> None:
-    records = [{"step": 10 * i, "images_per_second": rate, "data_wait": 0.1 * i} for i, rate in ((1, 5), (2, 90))]
-    records += [{"step": 30, "images_per_second": 100, "data_wait": 0.3}]
-    results = gpu_stages.training_results(records, "first step done 42.5 s after the start, 40.0 s of it the step")
-    assert (results["steps"], results["seconds_to_first_step"], results["pairs_per_second"]) == (30, 42.5, 95)
-    assert results["data_wait"] == pytest.approx(0.25)
-    assert results["extrapolation"]["seconds"] == pytest.approx(42.5 + 100 * 5994 / 95)
-    for reached in (records[:1], []):
-        assert gpu_stages.training_results(reached, "")["extrapolation"]["seconds"] is None
 
 
 def test_a_batch_that_does_not_fit_is_halved_and_the_end_of_the_time_is_no_failure(
@@ -203,25 +144,6 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_end_of_the_time_is_no_failu
     assert results["problem"] is None
     assert results["settings"]["optim"]["batch_size"] == 64
     assert (results["steps"], results["pairs_per_second"]) == (20, 50)
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (["--only", "opps"], "--only: no stage 'opps'; there are tests, ops"),
-        (["--minutes", "0"], "--minutes must be above 0"),
-        (["--out", f"{__file__}/there"], "cannot write into --out"),
-    ],
-)
-def test_a_mistake_is_one_line(
-    args: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as stop:
-        on_gpu.main(["--out", str(tmp_path), *args])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert error.startswith(f"on_gpu: error: {message}")
-    assert error.count("\n") == 1
 
 
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
@@ -249,7 +171,7 @@ def test_a_rehearsal_needs_neither_tyro_nor_the_other_optional_packages(tmp_path
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["log.txt", "summary.json", "tests.xml"]
     assert [(each["stage"], each["status"]) for each in stages] == [("tests", "passed"), ("training", "passed")]
     assert "under Triton's interpreter" in log
-    assert stages[0]["note"].endswith("0 failed, 1 skipped")  # the property test
+    assert " 0 failed" in stages[0]["note"]
     training = summary["results"]["training"]
     assert training["steps"] == 4
     assert training["pairs_per_second"] > 0
