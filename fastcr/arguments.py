@@ -118,7 +118,7 @@ class VisualizeConfig:
     limit: int = number(24, 1)
     """Images shown, evenly spread over those there are."""
     columns: int = number(6, 1)
-    """Images side by side."""
+    """Images side by side on a sheet; a page has as many as there is room for."""
     detectors: bool = False
     """Also show the detectors: their share of the positions, and their own map where they answer most. Of detectors
     that answer alike, one is shown."""

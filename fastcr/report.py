@@ -14,16 +14,13 @@ from fastcr.data.synthetic import write_synthetic
 from fastcr.encoders.encoder import load
 from fastcr.errors import UsageError
 from fastcr.measures.embeddings import embed
-from fastcr.output.gallery import attended, in_rows, neighbours
+from fastcr.output.gallery import attended, neighbours
 from fastcr.output.sheets import PAGE, Section, check_out, write_sheet
 from fastcr.output.summary import Run, comparison, data_name, run_of, run_sections
 from fastcr.runs.command_line import load_config, one_line_errors
 from fastcr.runs.context import Context
 from fastcr.runs.log import read_records
 from fastcr.runs.machine import cache_folder
-
-COLUMNS = 4  # of the attention
-
 
 def images_of(folder: Path, name: str, trained: Config, config: ReportConfig, context: Context) -> list[Section]:
     """The attention over images and their nearest neighbours, embedded by the run's weights as they are now."""
@@ -48,7 +45,7 @@ def images_of(folder: Path, name: str, trained: Config, config: ReportConfig, co
     if encoder.branch and config.gallery:
         text = f"Images {shown}.{lost} Each map is warm where it is high, and is scaled to its own maximum."
         tiles = attended(found, images, encoder.image_size, config.gallery)
-        sections.append(Section("Attention", text, rows=in_rows(tiles, COLUMNS)))
+        sections.append(Section("Attention", text, rows=[tiles]))
     if config.queries:
         pooling = "mean" if encoder.branch is None else "attention"
         text = f"Queries {shown}, and the images that are most similar to each by the {pooling} embedding.{lost}"

@@ -14,9 +14,10 @@ from xml.etree import ElementTree
 
 import torch
 
-from fastcr.config import Config, DataConfig, ModelConfig, RationaleConfig, ReleasedConfig
+from fastcr.config import Config, DataConfig, ModelConfig, RationaleConfig
 from fastcr.encoders.backbone import build_backbone
-from fastcr.encoders.encoder import new_encoder
+from fastcr.encoders.encoder import Encoder, new_encoder
+from fastcr.encoders.released import ReleasedBranch
 from fastcr.runs.checkpoint import save_weights
 
 ROOT = Path(__file__).parent.parent
@@ -37,16 +38,16 @@ def write_weights(
     config = Config(
         model=ModelConfig(backbone=backbone, last_stage=last_stage),
         rationale=rationale or RationaleConfig(detectors=4),
-        released=ReleasedConfig(enabled=released),
         data=DataConfig(image_size=image_size),
     )
     encoder = new_encoder(config)
+    if released:  # with the branch of the authors' checkpoints
+        network, channels = build_backbone(backbone, last_stage)
+        branch = ReleasedBranch(channels, config.rationale.detectors)
+        encoder = Encoder(network, branch, encoder.facts | {"attention": "batch-minmax"})
     file.parent.mkdir(parents=True, exist_ok=True)
     save_weights(file, encoder.state_dict(), encoder.facts)
     return file
-
-
-SVG = "{http://www.w3.org/2000/svg}"
 
 
 def decoded(uri: str | None, kind: str) -> bytes:
@@ -56,11 +57,10 @@ def decoded(uri: str | None, kind: str) -> bytes:
     return base64.b64decode(content, validate=True)
 
 
-def curves_of(chart: ElementTree.Element) -> list[list[tuple[float, float]]]:
+def curves_of(svg: bytes) -> list[list[tuple[float, float]]]:
     """The points of each curve of a chart, in its own units."""
-    groups = [group for group in chart.iter(f"{SVG}g") if group.get("id", "").startswith("curve")]
-    paths = [group.find(f"{SVG}path") for group in groups]
-    found = [re.findall(r"[ML] (\S+) (\S+)", path.get("d", "")) for path in paths if path is not None]
+    groups = [group for group in ElementTree.fromstring(svg).iter() if group.get("id", "").startswith("curve")]
+    found = [re.findall(r"[ML] (\S+) (\S+)", group[0].get("d", "")) for group in groups]
     return [[(float(x), float(y)) for x, y in points] for points in found]
 
 

@@ -125,7 +125,7 @@ def run_sections(run: Run, heading: str = "") -> list[Section]:
     rows = [(flag, value, usual[flag]) for flag, value in own.items()]
     changed = [Table("Settings that differ from the preset", ["setting", "value", "preset"], rows)] if rows else []
     paths = "This command repeats the run. Folders and files go by their names: put your paths in."
-    about = f"Preset {run.config.preset}, trained on {data_name(run.config.data.root)}: {progress(run)}. {paths}"
+    about = f"The preset {run.config.preset} on {data_name(run.config.data.root)}: {progress(run)}. {paths}"
     tables = [each for each in run.results if isinstance(each, Table)]
     said = " ".join(each for each in run.results if isinstance(each, str))
     if not run.results:
