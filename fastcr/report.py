@@ -22,6 +22,7 @@ from fastcr.runs.context import Context
 from fastcr.runs.log import read_records
 from fastcr.runs.machine import cache_folder
 
+
 def images_of(folder: Path, name: str, trained: Config, config: ReportConfig, context: Context) -> list[Section]:
     """The attention over images and their nearest neighbours, embedded by the run's weights as they are now."""
     weights, root = folder / "weights.safetensors", config.data.root or trained.data.root

@@ -66,7 +66,7 @@ def visualize(config: VisualizeConfig, context: Context) -> None:
     sources = sources or (load_config(config.source / "config.yaml").data.root or write_synthetic(),)
     encoder = load(weights, context.device)
     if (branch := encoder.branch) is None:
-        raise UsageError(f"{weights} has no rationale branch, so there is no attention to show")
+        raise UsageError(f"{weights} has no attention branch, so there is no attention to show")
     listed, unreadable = list_images(sources), dict[str, None]()
 
     def read(count: int) -> list[Picture]:

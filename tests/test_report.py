@@ -8,7 +8,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +18,6 @@ import pytest
 import yaml
 
 from fastcr import report, train
-from fastcr.output.summary import run_of
 from fastcr.runs.command_line import called, load_config, read_command_line
 from tests.shared import PLAIN, curves_of, decoded
 
@@ -32,7 +30,6 @@ TINY = [
 CPU = ("--run.device", "cpu", "--data.workers", "0")
 BARE = ("--gallery", "0", "--queries", "0")
 RUN = "run <b>\"'&"
-CHROMIUM = shutil.which("chromium") or ""
 
 
 def trained(folder: Path, root: Path, *more: str) -> Path:
@@ -228,12 +225,6 @@ def test_broken_results_are_named(copied: Path, refused: Callable[..., str], con
     assert "is broken" in line
 
 
-def test_values_that_are_no_numbers_are_left_out_of_the_curves(finished: Path) -> None:
-    record = {"step": 1, "lr": float("nan"), "loss": 1e-300, "fit_loss": "x", "data_wait": 0, "contrast_loss": 2.5}
-    run = run_of("run", load_config(finished / "config.yaml"), [record, {"epoch": 2}], {})
-    assert run.records == [{"step": 1, "data_wait": 0, "contrast_loss": 2.5}]
-
-
 def test_without_matplotlib_the_page_says_how_to_get_charts(
     copied: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,26 +234,3 @@ def test_without_matplotlib_the_page_says_how_to_get_charts(
         assert "pip install &#34;fastcr[report]&#34;" in page
         assert "<img" not in page
         assert "rank-1" in page
-
-
-@pytest.mark.skipif(not CHROMIUM, reason="no chromium is installed")
-def test_browser_shows_it_at_a_phones_width(copied: Path, finished: Path, tmp_path: Path) -> None:
-    """Nothing on the console, every image shown, and nothing wider than the window, which a page around it measures."""
-    text = made(tmp_path, finished, copied, "--queries", "2")
-    looked = tmp_path / "looked.html"
-    script = """addEventListener("load", () => { const frame = document.querySelector("iframe").contentDocument;
-        const images = [...frame.images]; document.title = [frame.documentElement.scrollWidth, images.length,
-        images.filter((image) => image.naturalWidth > 0).length].join(" "); });"""
-    inside = html.escape(text)
-    looked.write_text(
-        f"<!DOCTYPE html><script>{script}</script><iframe width=390 height=800 srcdoc='{inside}'></iframe>"
-    )
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
-               "--enable-logging=stderr", "--v=0", "--dump-dom"]  # fmt: skip
-    done = subprocess.run([*command, looked.as_uri()], capture_output=True, text=True, timeout=120, check=True)
-    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
-    found = re.search(r"<title>(\d+) (\d+) (\d+)</title>", done.stdout)
-    assert found is not None
-    width, images, shown = map(int, found.groups())
-    assert width <= 390
-    assert images == shown == len(charts(text)) + 2 * (2 * 12 + 2 * 6)

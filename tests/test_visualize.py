@@ -191,7 +191,7 @@ def test_detectors_are_drawn_if_wanted(
         (["WEIGHTS"], "an IMAGE or a FOLDER"),
         (["WEIGHTS", "ROOT", "--limit", "0"], "--limit must be at least 1"),
         (["WEIGHTS", "ROOT", "--out", "WEIGHTS"], "must end in"),
-        (["PLAIN", "ROOT"], "has no rationale branch"),
+        (["PLAIN", "ROOT"], "has no attention branch"),
     ],
 )
 def test_mistakes_get_one_line(

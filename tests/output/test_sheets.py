@@ -19,12 +19,28 @@ from fastcr.measures.embeddings import Embeddings
 from fastcr.output.charts import LONGEST, POINTS, chart
 from fastcr.output.gallery import SIDE, attended, neighbours, spread
 from fastcr.output.sheets import (
-    FONT_SIZE, GAP, GENERATOR, LINE, PAGE, POLICY, Chart, Section, Table, Tile, check_out, fitted, html_page,
+    FONT_SIZE,
+    GAP,
+    GENERATOR,
+    LINE,
+    PAGE,
+    POLICY,
+    Chart,
+    Section,
+    Table,
+    Tile,
+    check_out,
+    fitted,
+    html_page,
     write_sheet,
 )  # fmt: skip
 from tests.shared import curves_of, decoded
 
 NAMES = ["<script>alert(1)", "\"><img src=x onerror=alert('2')>&amp;", "</title></style><script>", "{{ 7 * 7 }}"]
+TAGS = {
+    "html", "head", "meta", "title", "style", "body", "main", "section", "h1", "h2", "p", "pre", "code", "div", "table",
+    "caption", "thead", "tbody", "tr", "th", "td", "figure", "figcaption", "img",
+}  # fmt: skip
 RED, BLUE = (Image.new("RGB", (120, 120), colour) for colour in ("red", "blue"))
 
 
@@ -58,10 +74,7 @@ def test_names_are_text_on_a_page_that_fetches_nothing(name: str) -> None:
     text = html_page(name, [section])
     page = Page(text)
     assert page.words.count(name) == 2 + 3 + 5 + 1 + 2  # title twice; section; table; chart; tiles
-    assert {tag for tag, _ in page.tags} == set(
-        "html head meta title style body main h1 section h2 p pre code div table caption thead tbody tr th td figure "
-        "figcaption img".split()
-    )
+    assert {tag for tag, _ in page.tags} == TAGS
     assert not [key for _, attrs in page.tags for key in attrs if key.startswith("on") or key in ("href", "srcset")]
     policies = [attrs["content"] for _, attrs in page.tags if "http-equiv" in attrs]
     assert policies == [POLICY] == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
@@ -196,7 +209,7 @@ def test_any_name_can_stand_in_a_legend_and_settings_of_matplotlib_stay() -> Non
     names = ["<script>", "$\\frac_1", "_hidden", "a\x00\ud800", "鳥" * 300]
     before = dict(matplotlib.rcParams)
     with matplotlib.rc_context({"lines.linewidth": 40, "text.usetex": True}):
-        made = chart("loss", dict.fromkeys(names, [(0, 1), (1, 2)]), "epoch")
+        made = chart("loss", {name: [(0, 1), (1, 2)] for name in names}, "epoch")
     assert dict(matplotlib.rcParams) == before
     assert made is not None
     svg = made.svg.decode()
