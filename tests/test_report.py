@@ -19,14 +19,10 @@ import yaml
 
 from fastcr import report, train
 from fastcr.runs.command_line import called, load_config, read_command_line
-from tests.shared import PLAIN, curves_of, decoded
+from tests.shared import TINY, curves_of, decoded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-TINY = [
-    *PLAIN, "--data.image_size", "32", "--data.loader", "torch", "--data.workers", "0", "--run.device", "cpu",
-    "--run.steps", "3", "--run.log_every", "1", "--optim.epochs", "8", "--optim.batch_size", "8",
-    "--moco.queue_size", "24",
-]  # fmt: skip
+THREE_STEPS = [*TINY, "--run.steps", "3", "--optim.epochs", "8", "--moco.queue_size", "24"]
 CPU = ("--run.device", "cpu", "--data.workers", "0")
 BARE = ("--gallery", "0", "--queries", "0")
 RUN = "run <b>\"'&"
@@ -34,7 +30,7 @@ RUN = "run <b>\"'&"
 
 def trained(folder: Path, root: Path, *more: str) -> Path:
     with contextlib.redirect_stdout(io.StringIO()):
-        train.main([*TINY, "--data.root", str(root), "--run.dir", str(folder), *more])
+        train.main([*THREE_STEPS, "--data.root", str(root), "--run.dir", str(folder), *more])
     return folder
 
 

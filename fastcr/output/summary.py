@@ -130,11 +130,7 @@ def run_sections(run: Run, heading: str = "") -> list[Section]:
     said = " ".join(each for each in run.results if isinstance(each, str))
     if not run.results:
         said = f"The run is not measured yet: {called('evaluate')} {shlex.quote(run.name)}"
-    curves = [
-        (title, {title: points(run, metric, "step")})
-        for metric, title in (LOSSES | HEALTH).items()
-        if points(run, metric, "step")
-    ]
+    curves = [(title, {title: points(run, metric, "step")}) for metric, title in (LOSSES | HEALTH).items()]
     return [
         Section(f"{heading}Settings", about, command, changed),
         Section(f"{heading}Results", said, tables=tables),
@@ -192,11 +188,10 @@ def comparison(runs: Sequence[Run]) -> list[Section]:
     every = [settings(run.config) | {"preset": run.config.preset} for run in runs]
     differing = [(flag, *(each[flag] for each in every)) for flag in every[0] if len({s[flag] for s in every}) > 1]
     head = ["setting", *(run.name for run in runs)]
-    losses = [(LOSSES[key], {run.name: points(run, key, "epoch") for run in runs}) for key in LOSSES]
+    settled = Section("Settings that differ", tables=[Table("All others are the same", head, differing)])
+    losses = [(title, {run.name: points(run, key, "epoch") for run in runs}) for key, title in LOSSES.items()]
     return [
         Section("Results", said, tables=[results]) if rows else Section("Results", "No run is measured yet."),
-        Section("Settings that differ", tables=[Table("All others are the same", head, differing)])
-        if differing
-        else Section("Settings that differ", "None."),
+        settled if differing else Section("Settings that differ", "None."),
         drawn("Losses", losses, "epoch"),
     ]
