@@ -97,7 +97,7 @@ class SearchConfig:
     k: int = number(5, 1)
     """Nearest images of each."""
     out: Path = Path("search.html")
-    """A page (.html) or a sheet (.jpg) of each image beside the nearest, with the attention."""
+    """A page (.html) or a sheet (.jpg, .png) of each image beside the nearest, with the attention."""
     encoder: Path | None = None
     """Where the run folder or weights file is now that the embeddings were made with (hf:// too). Default: where it
     was then."""
@@ -113,13 +113,15 @@ class VisualizeConfig:
     images: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Image files, or whatever --data.root of the training takes (its test images). Default: the run's own."""
     out: Path | None = None
-    """Folder to write. Default: that of the weights; of an encoder from the Hub, this one."""
+    """A page (.html) or a sheet (.jpg, .png). Default: attention.png beside the weights; of an encoder from the Hub,
+    in this folder."""
     limit: int = number(24, 1)
     """Images shown, evenly spread over those there are."""
     columns: int = number(6, 1)
-    """Images side by side."""
+    """Images side by side on a sheet; a page has as many as there is room for."""
     detectors: bool = False
-    """Also write detectors.png: each detector's share of the positions, and its own map where it answers most."""
+    """Also show the detectors: their share of the positions, and their own map where they answer most. Of detectors
+    that answer alike, one is shown."""
     run: DeviceConfig = field(default_factory=DeviceConfig)
 
 
@@ -130,7 +132,7 @@ class ReportConfig:
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Run folders."""
     out: Path | None = None
-    """The page. Default: report.html in the run's folder; of several runs, in this one."""
+    """The page (.html). Default: report.html in the run's folder; of several runs, in this one."""
     gallery: int = number(12, 0)
     """Test images shown with their attention; 0: none."""
     queries: int = number(6, 0)
@@ -180,7 +182,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "evaluate": (EvaluateConfig, "Retrieval, kNN, linear probes and localisation; writes results.json."),
     "embed": (EmbedConfig, "Embeddings of every image of a folder, in files."),
     "search": (SearchConfig, "The images of an embedded folder that are most similar to others."),
-    "visualize": (VisualizeConfig, "Contact sheets of the attention and of the detectors."),
+    "visualize": (VisualizeConfig, "Images with the attention over them, and what the detectors answer to."),
     "report": (ReportConfig, "A run, or several compared, as one HTML page."),
     "export": (ExportConfig, "Write a trained encoder for other tools."),
     "trace": (TraceConfig, "Where the time of a training step goes, phase by phase and kernel by kernel."),

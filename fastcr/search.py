@@ -7,31 +7,22 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from rich.table import Table
-from torch import Tensor
 
 from fastcr.arguments import SearchConfig, read_arguments
 from fastcr.data.crop_loader import BATCH_SIZE
-from fastcr.data.crops import enough
 from fastcr.data.images import ImageList
 from fastcr.encoders.encoder import Encoder, find_weights, load
 from fastcr.encoders.hub import address_of
 from fastcr.errors import UsageError
-from fastcr.output.gallery import QUALITY, SIDE, data_uri
+from fastcr.output.gallery import SIDE, encode, list_images, read_pictures, tile
 from fastcr.output.nearest import Neighbour, Stored, read_stored
-from fastcr.output.overlays import Tile, as_evaluated, contact_sheet, overlay
-from fastcr.output.pages import check_out, render
-from fastcr.runs.checkpoint import write_whole
+from fastcr.output.sheets import Section, Tile, check_out, write_sheet
 from fastcr.runs.command_line import one_line_errors
 from fastcr.runs.context import Context
-from fastcr.visualize import list_images
 
-GENERATOR = "fastcr.search"  # in whatever file it writes, so that nothing else is overwritten
 DRAWN, DRAWN_NEAR = 100, 20  # queries, and neighbours of each, that are drawn; the table has all
-Shown = tuple[Image.Image, Tensor | None]  # a picture as the encoder sees it, and its attention [h,w]
 
 
 def encoder_of(stored: Stored, named: Path | None, device: torch.device) -> Encoder:
@@ -47,33 +38,6 @@ def encoder_of(stored: Stored, named: Path | None, device: torch.device) -> Enco
     return load(weights, device)
 
 
-def encode(pictures: Sequence[Image.Image], encoder: Encoder, dtype: torch.dtype) -> tuple[Tensor, list[Tensor | None]]:
-    """Unit embeddings `[N,C]` of crops as the encoder sees them, and the attention `[h,w]` of each, on the CPU."""
-    device = next(encoder.parameters()).device
-    pixels = torch.stack([torch.from_numpy(np.array(picture)) for picture in pictures])
-    vectors, maps = list[Tensor](), list[Tensor | None]()
-    for part in pixels.split(BATCH_SIZE):
-        mean, rationale, attention = encoder.pooled(encoder.of_crops(part.to(device), dtype)[0])
-        vectors.append((mean if rationale is None else rationale).cpu())
-        maps += [None] * len(part) if attention is None else attention.cpu().unbind()
-    return torch.cat(vectors), maps
-
-
-def read_crops(images: Sequence[tuple[ImageList, int]], size: int) -> tuple[dict[str, Image.Image], list[str]]:
-    """Images as the encoder sees them by their paths; and why the others cannot be read."""
-    found, reasons = dict[str, Image.Image](), list[str]()
-
-    def read(source: ImageList, index: int) -> None:
-        try:
-            found[source.path(index)] = as_evaluated(source.rgb(index, enough(size)), size)
-        except OSError as error:
-            reasons.append(str(error))
-
-    for source, index in images:
-        read(source, index)
-    return found, reasons
-
-
 def table_of(query: str, near: Sequence[Neighbour]) -> Table:
     """The nearest images of one."""
     table = Table(title=query, title_justify="left")
@@ -86,39 +50,20 @@ def table_of(query: str, near: Sequence[Neighbour]) -> Table:
     return table
 
 
-def drawn(
-    stored: Stored, near: Sequence[Sequence[Neighbour]], encoder: Encoder, dtype: torch.dtype
-) -> dict[str, Shown]:
-    """The pictures of neighbours by their paths below the root, but for those that are not there any more."""
-    paths = tuple(dict.fromkeys(each.path for found in near for each in found))
+def tiles_of(
+    stored: Stored, near: Sequence[Sequence[Neighbour]], encoder: Encoder, context: Context
+) -> dict[Neighbour, Tile]:
+    """Each neighbour beside its attention, but for those whose files are not there any more."""
+    every = list(dict.fromkeys(each for found in near for each in found))
+    paths = tuple(dict.fromkeys(each.path for each in every))
     listed = ImageList(Path(stored.facts["root"]), paths, None, ())
-    crops, _ = read_crops([(listed, index) for index in range(len(paths))], encoder.image_size)
-    maps = encode(list(crops.values()), encoder, dtype)[1] if crops else []
-    shown = dict(zip(crops, zip(crops.values(), maps, strict=True), strict=True))
-    return {path: shown[name] for i, path in enumerate(paths) if (name := listed.path(i)) in shown}
-
-
-def tile(caption: str, shown: Shown) -> Tile:
-    """A picture, and its attention over it."""
-    picture = shown[0].resize((SIDE, SIDE), Image.Resampling.LANCZOS)
-    return Tile(caption, [picture] if shown[1] is None else [picture, overlay(picture, shown[1])])
-
-
-def save(out: Path, rows: Sequence[tuple[str, Sequence[Tile]]], stored: Stored, encoder: Encoder) -> None:
-    """Write the sheet or the page."""
-    if out.suffix.lower() != ".html":
-        sheet = contact_sheet(rows)
-        write_whole(out, lambda file: sheet.save(file, "JPEG", quality=QUALITY, comment=GENERATOR))
-        return
-    uris = [(name, [(each.caption, list(map(data_uri, each.images))) for each in tiles]) for name, tiles in rows]
-    facts = {
-        "total": f"{len(stored.rows):,}",
-        "encoder": os.path.join(*Path(stored.facts["weights"]).parts[-2:]),
-        "embedding": "mean" if encoder.branch is None else "rationale",
-        "attention": encoder.branch is not None,
-    }
-    page = render("search.html.jinja", {}, rows=uris, **facts)
-    write_whole(out, lambda file: file.write_text(page, encoding="utf-8"))
+    pictures, _ = read_pictures([(listed, index) for index in range(len(paths))], encoder.image_size)
+    if not pictures:
+        return {}
+    maps = dict(zip(pictures, encode(list(pictures.values()), encoder, context)[1], strict=True))
+    names = {each: name for each in every if (name := os.path.join(listed.root, each.path)) in pictures}
+    captions = {each: f"{each.similarity:.3f} {each.label} {os.path.basename(each.path)}" for each in names}
+    return {each: tile(captions[each], pictures[name].crop, maps[name], SIDE) for each, name in names.items()}
 
 
 @torch.inference_mode()
@@ -126,44 +71,48 @@ def search(config: SearchConfig, context: Context) -> None:
     """Print the nearest images of each, and draw them; `UsageError` for embeddings or images that cannot be used."""
     if not config.images:
         raise UsageError("name an IMAGE to search for, or a folder of them")
-    if config.out.suffix.lower() not in (".html", ".jpg", ".jpeg"):
-        raise UsageError(f"--out {config.out} must end in .html or .jpg")
-    check_out(config.out, GENERATOR)
-    images, stored, dtype = list_images(config.images), read_stored(config.embeddings), context.dtype
+    check_out(config.out)
+    images, stored = list_images(config.images), read_stored(config.embeddings)
     encoder = encoder_of(stored, config.encoder, context.device)
-    rows, missing, asked = list[tuple[str, list[Tile]]](), set[str](), 0
+    sections, missing, asked = list[Section](), set[str](), 0
     with encoder.evaluating():
         # in parts, so that a folder's pictures are never in memory all at once
         for first in range(0, len(images), BATCH_SIZE):
-            queries, reasons = read_crops(images[first : first + BATCH_SIZE], encoder.image_size)
+            queries, reasons = read_pictures(images[first : first + BATCH_SIZE], encoder.image_size)
             for reason in reasons:
                 context.say(f"left out: {reason}")
             if not queries:
                 continue
-            vectors, maps = encode(list(queries.values()), encoder, dtype)
+            vectors, maps = encode(list(queries.values()), encoder, context)
             found = stored.nearest(vectors, config.k)
             for path, near in zip(queries, found, strict=True):
                 context.console.print(table_of(path, near), highlight=False)
             wanted = [near[:DRAWN_NEAR] for near in found[: max(DRAWN - asked, 0)]]
-            pictures = drawn(stored, wanted, encoder, dtype)
-            for (path, crop), map_, near in zip(queries.items(), maps, wanted, strict=False):
-                missing |= {each.path for each in near} - pictures.keys()
-                tiles = [
-                    tile(f"{each.similarity:.3f} {each.label} {os.path.basename(each.path)}", pictures[each.path])
-                    for each in near
-                    if each.path in pictures
-                ]
-                rows.append((path, [tile("query", (crop, map_)), *tiles]))
+            tiles = tiles_of(stored, wanted, encoder, context)
+            for (path, query), attention, near in zip(queries.items(), maps, wanted, strict=False):
+                missing |= {each.path for each in near if each not in tiles}
+                shown = [tiles[each] for each in near if each in tiles]
+                sections.append(Section(path, rows=[[tile("query", query.crop, attention, SIDE), *shown]]))
             asked += len(queries)
-    if not rows:
+    if not sections:
         raise UsageError(f"none of the {len(images)} images can be read")
-    save(config.out, rows, stored, encoder)
+    write_sheet(config.out, f"Nearest of {len(stored.rows):,} images", [Section(text=said(stored, encoder)), *sections])
     if missing:
         where = f"under {stored.facts['root']}, so they are not drawn"
         context.say(f"{len(missing):,} of the nearest images are no longer {where}")
     if asked > DRAWN:
         context.say(f"drawn are the first {DRAWN} of {asked:,} images")
     context.say(config.out)
+
+
+def said(stored: Stored, encoder: Encoder) -> str:
+    """What a page says of its pictures."""
+    name = os.path.join(*Path(stored.facts["weights"]).parts[-2:])
+    pooling = "mean" if encoder.branch is None else "attention"
+    text = f"By the {pooling} embedding of {name}. Below each image are its cosine, its label and its file."
+    if encoder.branch is None:
+        return text
+    return f"{text} The map beside it is warm where the attention is high, and is scaled to its own maximum."
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -1,119 +1,98 @@
 """`fastcr visualize RUN|WEIGHTS IMAGE|FOLDER...`: where the attention lies, what each detector answers to.
 
-Both sheets show images as evaluation sees them. The released branch scales its attention over a whole batch: there, a
-map depends on which other images are shown.
+Images are shown as evaluation sees them. The released branch scales its attention over a whole batch: there, a map
+depends on which other images are shown.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from fastcr.arguments import VisualizeConfig, read_arguments
 from fastcr.data.crop_loader import BATCH_SIZE
-from fastcr.data.crops import enough
-from fastcr.data.images import SUFFIXES, ImageList
-from fastcr.data.layouts import read_splits
 from fastcr.data.synthetic import write_synthetic
-from fastcr.data.views import normalise
 from fastcr.encoders.encoder import find_weights, folder_of, load
 from fastcr.errors import UsageError
-from fastcr.output.overlays import Named, Tile, as_evaluated, attention_sheet, contact_sheet, overlay
-from fastcr.runs.checkpoint import write_whole
+from fastcr.output.gallery import Picture, encode, in_rows, list_images, pixels_of, read_pictures, spread, tile
+from fastcr.output.sheets import PAGE, Section, check_out, write_sheet
 from fastcr.runs.command_line import load_config, one_line_errors
 from fastcr.runs.context import Context
 
 DETECTOR_IMAGES, TOP = 240, 5  # images a detector's share is of, and that stand for it
+ALIKE = 0.95  # correlation over all positions from which two detectors count as alike
 
 
-def list_images(sources: Sequence[Path]) -> list[tuple[ImageList, int]]:
-    """Images of files and of roots, of these the test split if there is one. `UsageError` where there are none."""
-    found: list[tuple[ImageList, int]] = []
-    for source in sources:
-        if source.suffix.lower() in SUFFIXES and not source.is_dir():
-            found.append((ImageList(source.parent, (source.name,), None, ()), 0))
-        else:
-            splits = read_splits(source)
-            images = splits.test or splits.train
-            found += [(images, index) for index in range(len(images))]
-    return found
+def detector_sections(pictures: Sequence[Picture], answers: Tensor, maps: Tensor) -> tuple[str, list[Section]]:
+    """What is drawn, in a line; and the detectors that win a position, by their share of all positions.
 
-
-def choose(
-    images: Sequence[tuple[ImageList, int]], limit: int, image_size: int, unreadable: dict[str, str]
-) -> list[Named]:
-    """Up to `limit` images, evenly spread over the list; those that cannot be read go to `unreadable`, and why.
-
-    Raises `UsageError` if none can be read.
+    Of detectors that answer alike only the one that wins most is drawn, with the share of all of them, on the images it
+    answers to most. `answers` and `maps` are `[N,K,H,W]`.
     """
-    chosen, count = list[Named](), min(limit, len(images))
-    for source, index in (images[i * len(images) // count] for i in range(count)):
-        name = Path(source.files[index]).name if source.labels is None else source.classes[source.labels[index]]
-        try:
-            chosen.append((name, as_evaluated(source.rgb(index, enough(image_size)), image_size)))
-        except OSError as error:
-            unreadable[source.path(index)] = str(error)
-    if not chosen:
-        raise UsageError(f"none of the {count} images can be read: {next(iter(unreadable.values()))}")
-    return chosen
-
-
-def detector_sheet(images: Sequence[Named], answers: Tensor, maps: Tensor) -> Image.Image:
-    """The detectors that win a position, by their share of all positions; each on the images it answers to most.
-
-    `answers` and `maps` are `[N,K,H,W]`.
-    """
-    shares = torch.bincount(answers.argmax(1).flatten(), minlength=answers.shape[1]).double() / answers[:, 0].numel()
-    peaks, rows = answers.amax((2, 3)), []
-    for detector in shares.argsort(descending=True, stable=True).tolist():
-        if not shares[detector]:
-            break
-        best = peaks[:, detector].argsort(descending=True, stable=True)[:TOP].tolist()
-        tiles = [Tile(images[i][0], [images[i][1], overlay(images[i][1], maps[i, detector])]) for i in best]
-        rows.append((f"detector {detector}: wins {100 * shares[detector].item():.1f} % of the positions", tiles))
-    return contact_sheet(rows)
+    count = answers.shape[1]
+    wins = torch.bincount(answers.argmax(1).flatten(), minlength=count)
+    similar = torch.corrcoef(answers.transpose(0, 1).flatten(1).double()).view(count, count)
+    groups = dict[int, list[int]]()  # by the detector that is drawn
+    for detector in wins.argsort(descending=True, stable=True).tolist():
+        if wins[detector]:
+            drawn = next((first for first in groups if similar[first, detector] > ALIKE), detector)
+            groups.setdefault(drawn, []).append(detector)
+    sections = list[Section]()
+    for detector, alike in sorted(groups.items(), key=lambda group: -int(wins[group[1]].sum())):
+        best = answers[:, detector].amax((1, 2)).argsort(descending=True, stable=True)[:TOP].tolist()
+        tiles = [tile(pictures[i].name, pictures[i].crop, maps[i, detector]) for i in best]
+        share = 100 * int(wins[alike].sum()) / answers[:, 0].numel()
+        more = f" and {len(alike) - 1} like it" if len(alike) > 1 else ""
+        verb = "win" if more else "wins"
+        sections.append(Section(f"detector {detector}{more}: {verb} {share:.1f} % of the positions", rows=[tiles]))
+    winners = sum(map(len, groups.values()))
+    said = f"{len(groups)} of {count} detectors are drawn; {winners - len(groups)} others answer like one of these"
+    return f"{said} (correlation above {ALIKE}), {count - winners} win no position.", sections
 
 
 @torch.inference_mode()
 def visualize(config: VisualizeConfig, context: Context) -> None:
-    """Write `attention.png`, and `detectors.png` if wanted; see the module's first lines.
+    """Write the sheet or the page; see the module's first lines.
 
     Raises `UsageError` for weights without a branch, or if there is no image to show.
     """
     weights, sources = find_weights(config.source), config.images
     if not sources and not config.source.is_dir():
         raise UsageError("a weights file needs an IMAGE or a FOLDER of them after it")
+    out = config.out or folder_of(config.source) / "attention.png"
+    check_out(out)
     sources = sources or (load_config(config.source / "config.yaml").data.root or write_synthetic(),)
-    encoder, folder = load(weights, context.device), config.out or folder_of(config.source)
+    encoder = load(weights, context.device)
     if (branch := encoder.branch) is None:
-        raise UsageError(f"{weights} has no rationale branch, so there is no attention to show")
-    listed, unreadable = list_images(sources), dict[str, str]()
-    folder.mkdir(parents=True, exist_ok=True)
+        raise UsageError(f"{weights} has no attention branch, so there is no attention to show")
+    listed, unreadable = list_images(sources), dict[str, None]()
 
-    def features_of(images: Sequence[Named]) -> Tensor:
-        pixels = torch.stack([torch.from_numpy(np.array(image)) for _, image in images])
-        parts = [normalise(part.to(context.device), torch.float32) for part in pixels.split(BATCH_SIZE)]
-        return torch.cat([encoder.backbone(part) for part in parts])
+    def read(count: int) -> list[Picture]:
+        pictures, reasons = read_pictures(chosen := spread(listed, count), encoder.image_size)
+        unreadable.update(dict.fromkeys(reasons))
+        if not pictures:
+            raise UsageError(f"none of the {len(chosen)} images can be read: {reasons[0]}")
+        return list(pictures.values())
 
-    def save(sheet: Image.Image, name: str) -> None:
-        write_whole(folder / name, lambda beside: sheet.save(beside, "PNG"))
-        context.say(folder / name)
-
-    images = choose(listed, config.limit, encoder.image_size, unreadable)
-    features = features_of(images)
-    attention = branch.pool(features).attention.unflatten(1, features.shape[2:])
-    save(attention_sheet(images, attention, config.columns), "attention.png")
+    pictures = read(config.limit)
+    maps = encode(pictures, encoder, context)[1]
+    tiles = [tile(each.name, each.crop, attention) for each, attention in zip(pictures, maps, strict=True)]
+    text = "Each map is warm where the attention is high, and is scaled to its own maximum."
+    columns = len(tiles) if out.suffix.lower() == PAGE else config.columns  # a page breaks its lines itself
+    sections = [Section(text=text, rows=in_rows(tiles, columns))]
     if config.detectors:
-        images = choose(listed, DETECTOR_IMAGES, encoder.image_size, unreadable)
-        answers = branch.responses(features_of(images)).cpu()
-        save(detector_sheet(images, answers, branch.alone(answers)), "detectors.png")
-    for reason in unreadable.values():
+        pictures = read(DETECTOR_IMAGES)
+        parts = pixels_of(pictures).split(BATCH_SIZE)
+        answers = torch.cat([branch.responses(encoder.of_crops(part.to(context.device))[0]).cpu() for part in parts])
+        said, detectors = detector_sections(pictures, answers, branch.alone(answers))
+        context.say(said)
+        sections += [Section("Detectors", said), *detectors]
+    write_sheet(out, f"Attention of {weights.name}", sections)
+    for reason in unreadable:
         context.say(f"left out: {reason}")
+    context.say(out)
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -50,9 +50,6 @@ def write_weights(
     return file
 
 
-SVG = "{http://www.w3.org/2000/svg}"
-
-
 def decoded(uri: str | None, kind: str) -> bytes:
     """Content of a data URI of an image."""
     start, _, content = (uri or "").partition(",")
@@ -60,11 +57,10 @@ def decoded(uri: str | None, kind: str) -> bytes:
     return base64.b64decode(content, validate=True)
 
 
-def curves_of(chart: ElementTree.Element) -> list[list[tuple[float, float]]]:
+def curves_of(svg: bytes) -> list[list[tuple[float, float]]]:
     """The points of each curve of a chart, in its own units."""
-    groups = [group for group in chart.iter(f"{SVG}g") if group.get("id", "").startswith("curve")]
-    paths = [group.find(f"{SVG}path") for group in groups]
-    found = [re.findall(r"[ML] (\S+) (\S+)", path.get("d", "")) for path in paths if path is not None]
+    groups = [group for group in ElementTree.fromstring(svg).iter() if group.get("id", "").startswith("curve")]
+    found = [re.findall(r"[ML] (\S+) (\S+)", group[0].get("d", "")) for group in groups]
     return [[(float(x), float(y)) for x, y in points] for points in found]
 
 

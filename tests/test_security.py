@@ -23,16 +23,16 @@ import torch
 import torchvision
 import yaml
 from markupsafe import escape
+from PIL import Image
 
 from fastcr import evaluate, train
 from fastcr.config import Config, DataConfig
 from fastcr.data.layouts import read_splits
 from fastcr.data.shards import list_samples
 from fastcr.errors import UsageError
-from fastcr.output.gallery import Gallery, Query, Shown
-from fastcr.output.pages import POLICY
-from fastcr.output.summary import Run
-from fastcr.report import page
+from fastcr.output.sheets import POLICY, Section, Tile, html_page
+from fastcr.output.summary import run_of
+from fastcr.report import page_of
 from fastcr.runs.checkpoint import save_weights
 from tests.shared import ROOT, TINY, Trap
 
@@ -335,12 +335,13 @@ def is_harmless(text: str) -> bool:
 
 @pytest.mark.parametrize("name", [CLASS, FILE, "</title></style><script>", "' onload='x", "]]><svg/onload=x>", "\0<b>"])
 def test_pages_show_names_as_text(name: str) -> None:
-    config, shown = Config(preset=name, data=DataConfig(root=Path(name))), Shown("data:,", name, name)
-    results = {"folder": name, "images": name, "retrieval": {name: {name: 1.0}}}
-    gallery = Gallery(name, [(shown, "data:,")], [Query(shown, [(shown, True, 0.5)], True)], name)
-    run = Run(name, config, [], results, gallery)
+    config = Config(preset=name, data=DataConfig(root=Path(name)))
+    scores = {"rank1": 1.0, "rank5": 2.0, "mAP": 1.0}
+    results = {"folder": name, "images": name, "classes": name, "retrieval": {name: scores}}
+    images = [Section(name, name, rows=[[Tile(name, [Image.new("RGB", (8, 8))])]])]
+    run = run_of(name, config, [], results, images)
     for runs in ([run], [run, run._replace(name=f"{name} (2)", config=Config())]):
-        text = page(runs)
+        text = html_page(*page_of(runs))
         assert is_harmless(text)
         assert Page(text).words.count(name.replace("\0", "\ufffd")) >= 6
         assert not is_harmless(text.replace("&lt;", "<").replace("&#39;", "'").replace("&#34;", '"') + "<script>")

@@ -1,126 +1,158 @@
-"""Images of a report and of a training: with the attention over them, and with the images most similar to them."""
+"""Images as evaluation sees them, with the attention over them, as tiles of a sheet."""
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 import os
 from collections.abc import Sequence
-from contextlib import suppress
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
+from fastcr.data.crop_loader import BATCH_SIZE
 from fastcr.data.crops import enough
-from fastcr.data.images import ImageList
-from fastcr.data.views import normalise
+from fastcr.data.images import SUFFIXES, ImageList
+from fastcr.data.layouts import read_splits
 from fastcr.encoders.encoder import Encoder
-from fastcr.errors import UsageError
 from fastcr.measures.embeddings import Embeddings
-from fastcr.output.overlays import Named, as_evaluated, attention_sheet, overlay
+from fastcr.output.overlays import as_evaluated, overlay
+from fastcr.output.sheets import Section, Tile, contact_sheet
 from fastcr.runs.context import Context
 
-FIXED = 8  # images whose attention is drawn during a training
-SIDE, QUALITY, NEIGHBOURS = 144, 82, 5  # pixels and JPEG quality of the images on the page; found of each query
+FIXED, COLUMNS = 8, 4  # images whose attention is drawn during a training, and of these in a row
+SIDE, NEIGHBOURS = 144, 5  # pixels of small tiles; images found of each query of a report
+Place = tuple[ImageList, int]  # an image of a list
+T = TypeVar("T")
 
 
-class Shown(NamedTuple):
-    """An image on the page."""
+class Picture(NamedTuple):
+    """An image that could be read."""
 
-    source: str  # data URI
-    file: str
-    label: str  # name of its class; "" without labels
-
-
-class Query(NamedTuple):
-    """An image and those most similar to it."""
-
-    shown: Shown
-    found: list[tuple[Shown, bool | None, float]]  # whether it is of the query's class (None: no labels), cosine
-    alone: bool  # in its class: no neighbour can be right
+    name: str  # of its class, or else its file
+    crop: Image.Image  # what evaluation sees of it
 
 
-class Gallery(NamedTuple):
-    """The images shown of a run; none where they cannot be had, for the reason in `note`."""
-
-    note: str
-    attended: Sequence[tuple[Shown, str]] = ()  # image, overlay as a data URI
-    queries: Sequence[Query] = ()
-    embedding: str = ""  # by which the neighbours are the most similar
-
-
-def spread(count: int, of: int) -> list[int]:
-    """Up to `count` positions among `of`, evenly spread."""
-    count = min(count, of)
-    return [(2 * number + 1) * of // (2 * count) for number in range(count)]
+def list_images(sources: Sequence[Path]) -> list[Place]:
+    """Images of files and of roots, of these the test split if there is one. `UsageError` where there are none."""
+    found = list[Place]()
+    for source in sources:
+        if source.suffix.lower() in SUFFIXES and not source.is_dir():
+            found.append((ImageList(source.parent, (source.name,), None, ()), 0))
+        else:
+            splits = read_splits(source)
+            images = splits.test or splits.train
+            found += [(images, index) for index in range(len(images))]
+    return found
 
 
-def data_uri(image: Image.Image) -> str:
-    """The image as a JPEG that needs no file."""
-    image.save(held := io.BytesIO(), "JPEG", quality=QUALITY)
-    return f"data:image/jpeg;base64,{base64.b64encode(held.getvalue()).decode()}"
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """Up to `count` of the items, evenly spread."""
+    count = min(count, len(items))
+    return [items[(2 * number + 1) * len(items) // (2 * count)] for number in range(count)]
 
 
-class Thumbnails:
-    """The centre crops that were embedded, all of one size."""
-
-    def __init__(self, images: ImageList, image_size: int) -> None:
-        self.images, self.image_size = images, image_size
-
-    def image(self, index: int) -> Image.Image:
-        """Image `index`, which could be read before. `UsageError` if it no longer can."""
+def read_pictures(places: Sequence[Place], image_size: int) -> tuple[dict[str, Picture], list[str]]:
+    """Images as evaluation sees them, by their paths; and why the others cannot be read."""
+    found, reasons = dict[str, Picture](), list[str]()
+    for images, index in places:
+        name = images.classes[images.labels[index]] if images.labels else os.path.basename(images.files[index])
         try:
-            crop = as_evaluated(self.images.rgb(index, enough(self.image_size)), self.image_size)
-            return crop.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+            crop = as_evaluated(images.rgb(index, enough(image_size)), image_size)
         except OSError as error:
-            raise UsageError(str(error)) from None
-
-    def shown(self, index: int) -> Shown:
-        """Image `index` on the page."""
-        label = self.images.classes[self.images.labels[index]] if self.images.labels else ""
-        return Shown(data_uri(self.image(index)), os.path.basename(self.images.files[index]), label)
+            reasons.append(str(error))
+        else:
+            found[images.path(index)] = Picture(name, crop)
+    return found, reasons
 
 
-def attended(found: Embeddings, thumbnails: Thumbnails, count: int) -> list[tuple[Shown, str]]:
-    """Images evenly spread over the list, each with its overlay; none without a branch."""
+def pixels_of(pictures: Sequence[Picture]) -> Tensor:
+    """The crops, uint8 `[N,S,S,3]`."""
+    return torch.stack([torch.from_numpy(np.array(picture.crop)) for picture in pictures])
+
+
+def encode(
+    pictures: Sequence[Picture], encoder: Encoder, context: Context
+) -> tuple[Tensor, Sequence[Tensor] | Sequence[None]]:
+    """Unit embeddings `[N,C]` and the attention `[h,w]` of each, on the CPU; None without a branch.
+
+    The embeddings are pooled with the attention, or are the mean ones without a branch.
+    """
+    vectors, maps = list[Tensor](), list[Tensor]()
+    for part in pixels_of(pictures).split(BATCH_SIZE):
+        mean, attended, attention = encoder.pooled(encoder.of_crops(part.to(context.device), context.dtype)[0])
+        vectors.append((mean if attended is None else attended).cpu())
+        maps += [] if attention is None else attention.cpu().unbind()
+    return torch.cat(vectors), maps or [None] * len(pictures)
+
+
+def tile(
+    caption: str,
+    crop: Image.Image,
+    attention: Tensor | None,
+    side: int | None = None,
+    mark: str = "",
+) -> Tile:
+    """An image, and beside it the attention over it if there is one; resized to `side` pixels if that is given."""
+    if side:
+        crop = crop.resize((side, side), Image.Resampling.LANCZOS)
+    return Tile(caption, [crop] if attention is None else [crop, overlay(crop, attention)], mark)
+
+
+def in_rows(tiles: Sequence[Tile], columns: int) -> list[Sequence[Tile]]:
+    """The tiles, `columns` of them in a row."""
+    return [tiles[first : first + columns] for first in range(0, len(tiles), columns)]
+
+
+def attended(found: Embeddings, images: ImageList, size: int, count: int) -> list[Tile]:
+    """Images evenly spread over those embedded, each beside its attention; none without a branch."""
     if found.attention is None:
         return []
+    rows = {images.path(int(found.kept[row])): row for row in spread(range(len(found.kept)), count)}
     maps = found.attention.unflatten(1, (math.isqrt(found.attention.shape[1]), -1))
-    rows = [(row, int(found.kept[row])) for row in spread(count, len(maps))]
-    return [(thumbnails.shown(i), data_uri(overlay(thumbnails.image(i), maps[row]))) for row, i in rows]
+    pictures, _ = read_pictures([(images, int(found.kept[row])) for row in rows.values()], size)
+    return [tile(picture.name, picture.crop, maps[rows[path]], SIDE) for path, picture in pictures.items()]
 
 
-def neighbours(found: Embeddings, thumbnails: Thumbnails, count: int) -> list[Query]:
-    """Queries evenly spread over the list, each with the images most similar to it."""
+def neighbours(found: Embeddings, images: ImageList, size: int, count: int) -> list[list[Tile]]:
+    """Queries evenly spread over the images embedded, each before those most similar to it, with their cosines.
+
+    Where there are labels, these are marked as right, of the query's class, or wrong.
+    """
     vectors = found.mean if found.rationale is None else found.rationale
-    kept, labels, queries = found.kept.tolist(), thumbnails.images.labels, []
-    classes = [labels[index] for index in kept] if labels else []
-    for row in spread(count, len(vectors)):
-        similarity = vectors @ vectors[row]
-        similarity[row] = -torch.inf
-        near = []
-        for other in similarity.topk(min(NEIGHBOURS, len(vectors) - 1)).indices.tolist():
-            right = classes[other] == classes[row] if classes else None
-            near.append((thumbnails.shown(kept[other]), right, similarity[other].item()))
-        queries.append(Query(thumbnails.shown(kept[row]), near, bool(classes) and classes.count(classes[row]) == 1))
-    return queries
+    kept, labels, rows = found.kept.tolist(), images.labels, list[list[Tile]]()
+    for query in spread(range(len(kept)), count):
+        similarity = vectors @ vectors[query]
+        similarity[query] = -torch.inf
+        near = similarity.topk(min(NEIGHBOURS, len(kept) - 1)).indices.tolist()
+        pictures, _ = read_pictures([(images, kept[row]) for row in (query, *near)], size)
+        row = list[Tile]()
+        for other in (query, *near):
+            if (picture := pictures.get(images.path(kept[other]))) is None:
+                continue  # its file is gone since it was embedded
+            caption, mark = f"{similarity[other].item():.3f} {picture.name}", ""
+            if other == query:
+                caption = f"query: {picture.name}"
+            elif labels:
+                right = labels[kept[other]] == labels[kept[query]]
+                caption, mark = f"{'✓' if right else '✗'} {caption}", "right" if right else "wrong"
+            row.append(tile(caption, picture.crop, None, SIDE, mark))
+        rows.append(row)
+    return rows
 
 
 @torch.inference_mode()
 def fixed_attention(encoder: Encoder, images: ImageList, context: Context) -> Image.Image | None:
     """The attention over `FIXED` images, the same ones of a list each time; None without a branch or an image."""
-    shown, size = list[Named](), encoder.image_size
-    for index in spread(FIXED, len(images)):
-        name = images.classes[images.labels[index]] if images.labels else os.path.basename(images.files[index])
-        with suppress(OSError):  # the evaluation names what cannot be read
-            shown.append((name, as_evaluated(images.rgb(index, enough(size)), size)))
-    if encoder.branch is None or not shown:
+    # the evaluation names what cannot be read
+    pictures, _ = read_pictures([(images, index) for index in spread(range(len(images)), FIXED)], encoder.image_size)
+    if encoder.branch is None or not pictures:
         return None
-    pixels = torch.stack([torch.from_numpy(np.array(image)) for _, image in shown]).to(context.device)
     with torch.compiler.set_stance("force_eager"), encoder.evaluating():
-        attention = encoder.both(normalise(pixels, torch.float32), context.dtype).attention
-    assert attention is not None
-    return attention_sheet(shown, attention, FIXED // 2)
+        _, maps = encode(list(pictures.values()), encoder, context)
+    shown = zip(pictures.values(), maps, strict=True)
+    tiles = [tile(picture.name, picture.crop, attention) for picture, attention in shown]
+    return contact_sheet([Section(rows=in_rows(tiles, COLUMNS))])

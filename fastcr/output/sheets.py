@@ -1,0 +1,149 @@
+"""Sheets: pictures, tables and charts under headings, written as an HTML page or as one picture.
+
+A page needs no other file: its pictures are in it, nothing is fetched, no script runs, and all text is escaped. A
+picture holds the headings and the tiles only.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+from fastcr.errors import UsageError
+from fastcr.runs.checkpoint import write_whole
+
+GENERATOR = "fastcr, which may replace this file"  # in all that is written, so that no other file is ever replaced
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # no script is run, nothing is fetched
+# what no page may hold: control characters, and halves of characters from file names that are not UTF-8
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+PAGE, PICTURES = ".html", (".jpg", ".jpeg", ".png")
+LEAST_SIDE, GAP, LINE, FONT_SIZE = 112, 8, 20, 14  # of a picture, pixels
+QUALITY = 82  # of JPEGs
+
+
+class Tile(NamedTuple):
+    """Square pictures side by side, all of one size, with a caption below."""
+
+    caption: str
+    images: Sequence[Image.Image]
+    mark: str = ""  # "right" or "wrong": the colour of its frame on a page
+
+
+class Table(NamedTuple):
+    """A table of text; the first cell of a row is its heading."""
+
+    caption: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+class Chart(NamedTuple):
+    """A drawing of curves."""
+
+    title: str
+    svg: bytes
+
+
+class Section(NamedTuple):
+    """A part of a sheet, in the order in which it is shown."""
+
+    heading: str = ""
+    text: str = ""
+    code: str = ""  # a command to copy
+    tables: Sequence[Table] = ()
+    charts: Sequence[Chart] = ()
+    rows: Sequence[Sequence[Tile]] = ()
+
+
+def check_out(out: Path, endings: Sequence[str] = (PAGE, *PICTURES)) -> None:
+    """`UsageError` where no sheet with one of these endings can be written, or where another file would be lost."""
+    if out.suffix.lower() not in endings:
+        raise UsageError(f"--out {out} must end in {' or '.join(endings)}")
+    if not out.parent.is_dir():
+        raise UsageError(f"no folder {out.parent} to write {out.name} into")
+    if out.exists() or out.is_symlink():
+        if not out.is_file():
+            raise UsageError(f"{out} is no file")
+        with out.open("rb") as file:
+            if GENERATOR.encode() not in file.read(1000):
+                raise UsageError(f"{out} was not written by this command, so it is left as it is: name another --out")
+
+
+def write_sheet(out: Path, title: str, sections: Sequence[Section]) -> None:
+    """Write a page or a picture, as the ending of `out` says, whole or not at all."""
+    if out.suffix.lower() == PAGE:
+        page = html_page(title, sections)
+        write_whole(out, lambda file: file.write_text(page, encoding="utf-8"))
+        return
+    sheet, note = contact_sheet(sections), PngInfo()
+    if out.suffix.lower() == ".png":
+        note.add_text("Software", GENERATOR)
+        write_whole(out, lambda file: sheet.save(file, "PNG", pnginfo=note))
+    else:
+        write_whole(out, lambda file: sheet.save(file, "JPEG", quality=QUALITY, comment=GENERATOR))
+
+
+def html_page(title: str, sections: Sequence[Section]) -> str:
+    """The whole page."""
+    environment = Environment(
+        loader=PackageLoader("fastcr", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["uri"] = data_uri
+    template = environment.get_template("sheet.html.jinja")
+    page = template.render(title=title, sections=sections, generator=GENERATOR, policy=POLICY)
+    return UNPRINTABLE.sub("\ufffd", page)
+
+
+def data_uri(content: Image.Image | bytes) -> str:
+    """A picture, as a JPEG, or the bytes of an SVG as an address that needs no file."""
+    if isinstance(content, bytes):
+        return f"data:image/svg+xml;base64,{base64.b64encode(content).decode()}"
+    content.save(held := io.BytesIO(), "JPEG", quality=QUALITY)
+    return f"data:image/jpeg;base64,{base64.b64encode(held.getvalue()).decode()}"
+
+
+def contact_sheet(sections: Sequence[Section]) -> Image.Image:
+    """Headings and tiles on white; text is cut to the width of what it belongs to."""
+    rows = [tiles for section in sections for tiles in section.rows]
+    side = max(rows[0][0].images[0].width, LEAST_SIDE)
+    tile_width, row_height = side * max(len(tile.images) for tiles in rows for tile in tiles), side + LINE + GAP
+    width = GAP + max(map(len, rows)) * (tile_width + GAP)
+    height = GAP + len(rows) * row_height + LINE * sum(bool(section.heading) for section in sections)
+    sheet = Image.new("RGB", (width, height), "white")
+    draw, font, top = ImageDraw.Draw(sheet), ImageFont.load_default(FONT_SIZE), GAP
+    for section in sections:
+        if section.heading:
+            draw.text((GAP, top), fitted(section.heading, font, width - 2 * GAP), "black", font)
+            top += LINE
+        for tiles in section.rows:
+            for column, tile in enumerate(tiles):
+                left = GAP + column * (tile_width + GAP)
+                for i, image in enumerate(tile.images):
+                    sheet.paste(image.resize((side, side), Image.Resampling.BICUBIC), (left + i * side, top))
+                draw.text((left, top + side + 2), fitted(tile.caption, font, tile_width), "black", font)
+            top += row_height
+    return sheet
+
+
+def fitted(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """`text` on one line of at most `width` pixels; what cannot be printed is escaped, what is too long is cut."""
+    text = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+    if font.getlength(text) <= width:
+        return text
+    text = text[:width]  # a letter is a pixel wide at least
+    while text and font.getlength(f"{text}…") > width:
+        text = text[:-1]
+    return f"{text}…"

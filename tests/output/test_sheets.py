@@ -1,0 +1,218 @@
+"""Sheets: what is chosen, drawn and written; that no name breaks a page, and that no other file is replaced."""
+
+import io
+import math
+import os
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageChops, ImageFont
+
+from fastcr.data.images import ImageList
+from fastcr.data.layouts import read_splits
+from fastcr.errors import UsageError
+from fastcr.measures.embeddings import Embeddings
+from fastcr.output.charts import LONGEST, POINTS, chart
+from fastcr.output.gallery import SIDE, attended, neighbours, spread
+from fastcr.output.sheets import (
+    FONT_SIZE,
+    GAP,
+    GENERATOR,
+    LINE,
+    PAGE,
+    POLICY,
+    Chart,
+    Section,
+    Table,
+    Tile,
+    check_out,
+    fitted,
+    html_page,
+    write_sheet,
+)  # fmt: skip
+from tests.shared import curves_of, decoded
+
+NAMES = ["<script>alert(1)", "\"><img src=x onerror=alert('2')>&amp;", "</title></style><script>", "{{ 7 * 7 }}"]
+TAGS = {
+    "html", "head", "meta", "title", "style", "body", "main", "section", "h1", "h2", "p", "pre", "code", "div", "table",
+    "caption", "thead", "tbody", "tr", "th", "td", "figure", "figcaption", "img",
+}  # fmt: skip
+RED, BLUE = (Image.new("RGB", (120, 120), colour) for colour in ("red", "blue"))
+
+
+class Page(HTMLParser):
+    """A page read strictly, every tag closed in its order: its tags, and the words in it."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open, self.words = list[str](), list[str]()
+        self.tags = list[tuple[str, dict[str, str | None]]]()
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_are_text_on_a_page_that_fetches_nothing(name: str) -> None:
+    tiles = [Tile(name, [RED, BLUE]), Tile(name, [RED], "right")]
+    section = Section(name, name, name, [Table(name, [name, name], [(name, name)])], [Chart(name, b"<svg/>")], [tiles])
+    text = html_page(name, [section])
+    page = Page(text)
+    assert page.words.count(name) == 2 + 3 + 5 + 1 + 2  # title twice; section; table; chart; tiles
+    assert {tag for tag, _ in page.tags} == TAGS
+    assert not [key for _, attrs in page.tags for key in attrs if key.startswith("on") or key in ("href", "srcset")]
+    policies = [attrs["content"] for _, attrs in page.tags if "http-equiv" in attrs]
+    assert policies == [POLICY] == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
+    assert "http" not in re.sub('http-equiv|data:image/[^"]*', "", text)
+    images = [attrs for tag, attrs in page.tags if tag == "img"]
+    assert all(attrs["alt"] for attrs in images)
+    assert decoded(images[0]["src"], "svg+xml") == b"<svg/>"
+    colours = [Image.open(io.BytesIO(decoded(each["src"], "jpeg"))).getpixel((60, 60)) for each in images[1:]]
+    assert np.allclose(colours, [(255, 0, 0), (0, 0, 255), (255, 0, 0)], atol=2)
+
+
+@pytest.mark.parametrize("text", ["a\x00b\x1b[1m", "caf\udce9", "\ufffe"])
+def test_what_no_page_may_hold_is_replaced(text: str, tmp_path: Path) -> None:
+    write_sheet(tmp_path / "page.html", text, [Section(rows=[[Tile(text, [RED])]])])
+    written = (tmp_path / "page.html").read_text()
+    assert written.count(re.sub("[\x00-\x1f\ud800-\udfff\ufffe]", "\ufffd", text)) == 4
+    assert re.search("[\x00-\x09\x0b-\x1f\ud800-\udfff\ufffe]", written) is None
+
+
+@pytest.mark.parametrize("name", ["sheet.png", "sheet.jpg"])
+def test_a_picture_has_a_heading_over_rows_of_tiles(name: str, tmp_path: Path) -> None:
+    section = Section("heading", rows=[[Tile("two", [RED, BLUE]), Tile("b", [BLUE])], [Tile("c", [BLUE])]])
+    write_sheet(tmp_path / name, "title", [Section(rows=[[Tile("a", [RED])]]), section])
+    sheet, row = Image.open(tmp_path / name).convert("RGB"), 120 + LINE + GAP
+    assert sheet.size == (GAP + 2 * (240 + GAP), GAP + 3 * row + LINE)
+    places = {(0, 0): "red", (0, 1): "red", (120, 1): "blue", (240 + GAP, 1): "blue", (0, 2): "blue"}
+    for (left, number), colour in places.items():
+        found = sheet.getpixel((GAP + left + 60, GAP + number * row + LINE * (number > 0) + 60))
+        assert np.allclose(found, {"red": (255, 0, 0), "blue": (0, 0, 255)}[colour], atol=2)
+    assert np.asarray(sheet)[GAP + row : GAP + row + LINE].min() < 100  # the heading
+
+
+@pytest.mark.parametrize("ending", [".html", ".png", ".jpg", ".JPEG"])
+def test_only_files_of_fastcr_are_replaced(ending: str, tmp_path: Path) -> None:
+    own, other = tmp_path / f"own{ending}", tmp_path / f"other{ending}"
+    check_out(own)
+    write_sheet(own, "title", [Section(rows=[[Tile("a", [RED])]])])
+    assert GENERATOR.encode() in own.read_bytes()[:1000]
+    check_out(own)
+    for content in (b"<!DOCTYPE html>\n<p>fastcr", b"", (b"x" * 1000) + GENERATOR.encode()):
+        other.write_bytes(content)
+        with pytest.raises(UsageError, match="left as it is: name another --out"):
+            check_out(other)
+    (tmp_path / f"link{ending}").symlink_to("nowhere")
+    for out, message in (
+        (tmp_path / f"link{ending}", "is no file"),
+        (tmp_path / "nowhere" / f"a{ending}", "no folder"),
+        (tmp_path / "a.gif", "must end in .html or .jpg"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            check_out(out)
+    if ending != PAGE:
+        with pytest.raises(UsageError, match=r"must end in .html$"):
+            check_out(own, [PAGE])
+
+
+def test_captions_are_cut_to_their_width() -> None:
+    font = ImageFont.load_default(FONT_SIZE)
+    assert fitted("Geococcyx", font, 224) == "Geococcyx"
+    assert fitted("a\nb\x1b" + os.fsdecode(b"\xff"), font, 224) == r"a\nb\x1b\udcff"
+    for text in ("W" * 100_000, "." * 100_000):
+        cut = fitted(text, font, 224)
+        assert cut[-1] == "…"
+        assert 200 < font.getlength(cut) <= 224
+
+
+@pytest.fixture
+def images(birds: Path) -> ImageList:
+    test = read_splits(birds).test
+    assert test is not None
+    return test
+
+
+def embedded(vectors: torch.Tensor, kept: list[int], attention: torch.Tensor | None = None) -> Embeddings:
+    none = torch.zeros(len(kept), 2, dtype=torch.int64)
+    return Embeddings(vectors, None if attention is None else vectors, attention, none, torch.tensor(kept), [])
+
+
+def test_neighbours_are_the_most_similar_and_marked_by_their_class(images: ImageList) -> None:
+    # angles of the images kept; images 0 and 1 are of one class, 2 and 3 of the next, 31 is alone here
+    kept, angles = [0, 1, 2, 3, 31], torch.tensor([0.0, 0.3, 0.1, 0.9, 0.85])
+    vectors = torch.stack([angles.cos(), angles.sin()], 1)
+    rows = neighbours(embedded(vectors, kept), images, 32, 5)
+    assert images.labels is not None
+    names = [images.classes[images.labels[index]] for index in kept]
+    for position, (query, *near) in enumerate(rows):
+        others = sorted(set(range(5)) - {position}, key=lambda at: abs(angles[at] - angles[position]).item())
+        assert query.caption == f"query: {names[position]}"
+        for tile, at in zip(near, others, strict=True):
+            right = names[at] == names[position]
+            cosine = math.cos(angles[at] - angles[position])
+            assert tile.caption == f"{'✓' if right else '✗'} {cosine:.3f} {names[at]}"
+            assert tile.mark == ("right" if right else "wrong")
+
+
+def test_overlay_is_warm_where_the_image_is_attended(images: ImageList) -> None:
+    attention = torch.zeros(3, 16)
+    attention[:, 0] = 1  # the upper left of 4 x 4
+    (tile,) = attended(embedded(torch.eye(3), [4, 9, 20], attention), images, 32, 1)
+    assert images.labels is not None
+    assert tile.caption == images.classes[images.labels[9]]
+    moved = np.asarray(ImageChops.difference(*tile.images).convert("L"))
+    assert moved[: SIDE // 4, : SIDE // 4].mean() > 5 * moved[SIDE // 2 :, SIDE // 2 :].mean()
+
+
+def test_images_are_spread_evenly() -> None:
+    assert spread(range(9), 3) == [1, 4, 7]
+    assert spread("ab", 5) == ["a", "b"]
+    assert spread(range(9), 0) == []
+
+
+def test_curves_are_drawn_as_they_are_and_long_ones_thinned() -> None:
+    values = [3.0, 1.0, 2.0, 2.0]
+    made = chart("loss", {"": list(enumerate(values))}, "step")
+    assert made is not None
+    ((first, *rest),) = curves_of(made.svg)
+    assert [round((first[1] - y) / (first[1] - rest[0][1]), 3) for _, y in rest] == [1, 0.5, 0.5]  # y goes down
+    assert chart("loss", {"": list(enumerate(values))}, "step") == made
+    assert chart("none", {"": []}, "step") is None
+    alone = chart("one", {"": [(1, 5)]}, "step")
+    assert alone is not None
+    assert len(curves_of(alone.svg)) == 1
+    # zigzag: no point lies between its neighbours, so that matplotlib draws each
+    long = chart("long", {"": [(x, x // 9 % 2) for x in range(9 * POINTS)]}, "step")
+    assert long is not None
+    assert abs(len(curves_of(long.svg)[0]) - POINTS) <= 1
+
+
+def test_any_name_can_stand_in_a_legend_and_settings_of_matplotlib_stay() -> None:
+    import matplotlib
+
+    names = ["<script>", "$\\frac_1", "_hidden", "a\x00\ud800", "鳥" * 300]
+    before = dict(matplotlib.rcParams)
+    with matplotlib.rc_context({"lines.linewidth": 40, "text.usetex": True}):
+        made = chart("loss", {name: [(0, 1), (1, 2)] for name in names}, "epoch")
+    assert dict(matplotlib.rcParams) == before
+    assert made is not None
+    svg = made.svg.decode()
+    assert len(curves_of(made.svg)) == 5
+    for shown in ("&lt;script&gt;", "$\\frac_1", "_hidden", "a\ufffd\ufffd", "鳥" * LONGEST):
+        assert f">{shown}<" in svg
