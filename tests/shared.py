@@ -14,10 +14,12 @@ from xml.etree import ElementTree
 
 import torch
 
-from fastcr.config import Config, DataConfig, ModelConfig, RationaleConfig, ReleasedConfig
+from fastcr.config import Config, DataConfig, ModelConfig, RationaleConfig
 from fastcr.encoders.backbone import build_backbone
-from fastcr.encoders.encoder import new_encoder
+from fastcr.encoders.encoder import Encoder, new_encoder
+from fastcr.encoders.released import ReleasedBranch
 from fastcr.runs.checkpoint import save_weights
+from tests.forked import Forked
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,10 +39,13 @@ def write_weights(
     config = Config(
         model=ModelConfig(backbone=backbone, last_stage=last_stage),
         rationale=rationale or RationaleConfig(detectors=4),
-        released=ReleasedConfig(enabled=released),
         data=DataConfig(image_size=image_size),
     )
     encoder = new_encoder(config)
+    if released:  # with the branch of the authors' checkpoints
+        network, channels = build_backbone(backbone, last_stage)
+        branch = ReleasedBranch(channels, config.rationale.detectors)
+        encoder = Encoder(network, branch, encoder.facts | {"attention": "batch-minmax"})
     file.parent.mkdir(parents=True, exist_ok=True)
     save_weights(file, encoder.state_dict(), encoder.facts)
     return file
@@ -81,19 +86,20 @@ TINY = [
 SHORT = ["--optim.epochs", "4", "--moco.queue_size", "20", "--moco.embedding_dim", "16", "--rationale.detectors", "4"]
 
 
-def start(*command: object, session: bool = False, **environment: str) -> subprocess.Popen[str]:
-    """`python COMMAND...` in a process of its own, with one thread: sums in another order would be other sums."""
-    return subprocess.Popen(
-        [sys.executable, *map(str, command)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=session,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},
-    )
+def start(*command: object, session: bool = False, **environment: str) -> Any:
+    """`python COMMAND...` in a process of its own, with one thread: sums in another order would be other sums.
+
+    A `subprocess.Popen`; of `-m fastcr.X` on a machine without a GPU a `Forked`, which need not import torch again.
+    """
+    words = [*map(str, command)]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    if words[0] == "-m" and words[1].startswith("fastcr.") and not torch.cuda.is_available():
+        return Forked(words[1:], variables, session)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, *words], **pipes, text=True, start_new_session=session, env=variables)
 
 
-def wait_for(holds: Callable[[], object], *processes: subprocess.Popen[str], seconds: float = 120) -> None:
+def wait_for(holds: Callable[[], object], *processes: Any, seconds: float = 120) -> None:
     """Return when `holds` does; an error, with what they have said, if one of the processes ends before."""
     deadline = time.monotonic() + seconds
     while not holds() and time.monotonic() < deadline and all(process.poll() is None for process in processes):

@@ -168,17 +168,12 @@ def save_resume(path: Path, content: dict[str, Any], keep: int = 1) -> None:
     """Write what a run needs to resume bit for bit; the last `keep - 1` earlier saves are kept as well."""
     for saves in reversed(range(1, keep)):
         newer, older = earlier(path, saves - 1), earlier(path, saves)
-        if newer == path and path.exists():  # a link, so that there is a whole `path` all the time
-            temporary = path.with_name(f".{older.name}.tmp")
-            temporary.unlink(missing_ok=True)
+        if newer.exists():
+            older.unlink(missing_ok=True)
             try:
-                temporary.hardlink_to(path)
-                temporary.replace(older)
-                temporary.unlink(missing_ok=True)  # still there if both were names of one file already
+                older.hardlink_to(newer)  # so that there is a whole `path` all the time
             except OSError:  # a file system without links
-                path.replace(older)
-        elif newer.exists():
-            newer.replace(older)
+                newer.replace(older)
     write_whole(path, lambda file: torch.save(content, file))
 
 
