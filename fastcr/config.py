@@ -151,8 +151,8 @@ class MocoConfig:
     """Query encoder, key encoder and queue of keys, and what the query is trained to be."""
 
     objective: Literal["infonce", "relational", "byol"] = "infonce"
-    """infonce (MoCo v2): tell the own key from the queue's. relational: be as similar to the queue's keys as the own key
-    is. byol: predict the own key, without a queue."""
+    """infonce (MoCo v2): tell the own key from the queue's. relational: be as similar to the queue's keys as the own
+    key is. byol: predict the own key, without a queue."""
     queue_size: int = number(4096, 0)
     """Keys kept to compare with; at most as many as there are images. 0, of infonce and byol only: no queue, and
     infonce tells the own key from the batch's others."""

@@ -30,7 +30,7 @@ class Forked:
     def __init__(self, command: list[str], environment: dict[str, str], session: bool = False) -> None:
         (out, out_end), (err, err_end) = os.pipe(), os.pipe()
         self.returncode: int | None = None
-        self.command, self.stdout, self.stderr = command, open(out), open(err)
+        self.command, self.stdout, self.stderr = command, os.fdopen(out), os.fdopen(err)
         self.connection = socket.socket(socket.AF_UNIX)
         self.connection.connect(server())
         order = {"command": command, "environment": environment, "folder": os.getcwd(), "session": session}

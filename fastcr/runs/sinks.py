@@ -62,7 +62,7 @@ class Sinks:
         """Write what is left; `ended` says whether the run came to its end."""
         self._write(lambda writer: writer.close())
         if self.wandb:
-            self._attempt("wandb", lambda: self.wandb.finish(exit_code=0 if ended else 1))
+            self._attempt("wandb", lambda: self._close_wandb(ended))
 
     def _write(self, act: Callable[[Any], object]) -> None:
         if self.writer and not self._attempt("TensorBoard", lambda: act(self.writer)):
@@ -81,19 +81,29 @@ class Sinks:
         import wandb
 
         id_file = folder / WANDB_ID
-        self.wandb = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "fastcr"),
-            name=folder.absolute().name,
-            id=id_file.read_text() if id_file.exists() else None,
-            resume="allow",
-            dir=str(folder),
-            config=settings(config),
-            allow_val_change=True,
-            sync_tensorboard=True,
-            settings=wandb.Settings(silent=True, console="off", init_timeout=SECONDS, finish_timeout=SECONDS),
-        )
+        try:
+            self.wandb = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "fastcr"),
+                name=folder.absolute().name,
+                id=id_file.read_text() if id_file.exists() else None,
+                resume="allow",
+                dir=str(folder),
+                config=settings(config),
+                allow_val_change=True,
+                sync_tensorboard=True,
+                settings=wandb.Settings(silent=True, console="off", init_timeout=SECONDS, finish_timeout=SECONDS),
+            )
+        except Exception:
+            wandb.tensorboard.unpatch()
+            raise
         write_whole(id_file, lambda file: file.write_text(self.wandb.id))
         self.context.say(f"wandb: {folder / 'wandb'} (offline)" if self.wandb.offline else f"wandb: {self.wandb.url}")
+
+    def _close_wandb(self, ended: bool) -> None:
+        import wandb
+
+        self.wandb.finish(exit_code=0 if ended else 1)
+        wandb.tensorboard.unpatch()  # another run of this process may go without it
 
 
 def settings(config: Config) -> dict[str, Any]:
