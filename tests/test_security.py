@@ -62,8 +62,8 @@ def test_pickled_objects_in_the_cache_are_refused(flat: Path, tmp_path: Path, re
 
 # no network, no other programs, nothing written elsewhere: a whole run, watched from inside
 
-# Appends a line to a log for whatever leaves the process: sockets that are not local, programs. Forked workers write into
-# the same log.
+# Appends a line to a log for whatever leaves the process: sockets that are not local, programs. Forked workers write
+# into the same log.
 GUARD = """
 import os, sys
 log = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
