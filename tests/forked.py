@@ -1,7 +1,7 @@
 """Python processes that begin with torch and fastcr imported: forks of one server, for an import takes seconds.
 
 `Forked` has of `subprocess.Popen` what tests use. What is started has its own stdout, stderr, environment, working
-folder and exit status, as a fresh `python -m MODULE ...` has.
+folder and exit status, as a fresh `python -m ...` has.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Forked:
             texts[number] = stream.read()
             stream.close()
 
-        readers = [threading.Thread(target=read, args=each) for each in enumerate((self.stdout, self.stderr))]
+        readers = [threading.Thread(target=read, args=each, daemon=True) for each in enumerate((self.stdout, self.stderr))]
         for reader in readers:
             reader.start()
         self.wait(timeout)
@@ -155,14 +155,17 @@ def watch_over(connection: socket.socket) -> dict[str, Any]:
 
 
 def carry_out(order: dict[str, Any]) -> None:
-    """Be `python -m MODULE ARGUMENTS...` with that environment in that folder."""
+    """Be `python -m MODULE ARGUMENTS...` or `python -c CODE ARGUMENTS...` with that environment in that folder."""
     os.environ.clear()
     os.environ.update(order["environment"])
     os.chdir(order["folder"])
-    module, *arguments = order["command"]
-    sys.argv, sys.path[0] = [module, *arguments], order["folder"]
-    sys.modules.pop(module, None)  # it becomes `__main__`
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    kind, what, *arguments = order["command"]
+    sys.argv, sys.path[0] = [kind, *arguments], order["folder"]
+    if kind == "-c":
+        exec(what, {"__name__": "__main__"})
+    else:
+        sys.modules.pop(what, None)  # it becomes `__main__`
+        runpy.run_module(what, run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

@@ -86,15 +86,18 @@ TINY = [
 SHORT = ["--optim.epochs", "4", "--moco.queue_size", "20", "--moco.embedding_dim", "16", "--rationale.detectors", "4"]
 
 
-def start(*command: object, session: bool = False, **environment: str) -> Any:
+def start(*command: object, session: bool = False, fresh: bool | None = None, **environment: str) -> Any:
     """`python COMMAND...` in a process of its own, with one thread: sums in another order would be other sums.
 
-    A `subprocess.Popen`; of `-m fastcr.X` on a machine without a GPU a `Forked`, which need not import torch again.
+    A `subprocess.Popen`, or a `Forked`, which need not import torch again: by default for `-m fastcr.X`, or where
+    `fresh` is False; never on a machine with a GPU.
     """
     words = [*map(str, command)]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
-    if words[0] == "-m" and words[1].startswith("fastcr.") and not torch.cuda.is_available():
-        return Forked(words[1:], variables, session)
+    if fresh is None:
+        fresh = words[0] != "-m" or not words[1].startswith("fastcr.")
+    if not fresh and not torch.cuda.is_available():
+        return Forked(words, variables, session)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen([sys.executable, *words], **pipes, text=True, start_new_session=session, env=variables)
 

@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,78 +33,73 @@ def check_tracker(name: str) -> None:
 
 
 class Sinks:
-    """The TensorBoard events of a run; wandb, where it is asked for, copies them as they are written.
+    """The TensorBoard events of a run, and its run at Weights & Biases where that is asked for.
 
     A failure of either ends that sink with one line of warning, never the training.
     """
 
     def __init__(self, folder: Path, config: Config, context: Context, start: int) -> None:
-        """Events after step `start`, of the run before it was resumed, are taken back."""
-        self.context = context
-        self.writer: Any = None
-        self.wandb: Any = None
-        if config.run.track == "wandb":  # first, so that it notices TensorBoard's writer
-            self._attempt("wandb", lambda: self._open_wandb(folder, config))
+        """Take back the events after step `start`, which are of the run before it was resumed."""
+        self.context, self.open = context, dict[str, Any]()
         with suppress(ImportError, UnicodeError), warnings.catch_warnings():  # it takes no folder of any bytes
             warnings.simplefilter("ignore")  # TensorBoard's own, about its dependencies
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+            self.open["TensorBoard"] = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+        if config.run.track == "wandb":
+            self._attempt("wandb", lambda: self._open_wandb(folder, config))
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Log numbers by name."""
-        self._write(lambda writer: [writer.add_scalar(name, value, step) for name, value in values.items()])
+        self._each(
+            lambda writer: [writer.add_scalar(name, value, step) for name, value in values.items()],
+            lambda run: run.log(values, step=step),
+        )
 
     def image(self, name: str, picture: Image.Image, step: int) -> None:
         """Log a picture."""
-        self._write(lambda writer: writer.add_image(name, np.array(picture), step, dataformats="HWC"))
+
+        def to_wandb(run: Any) -> None:
+            import wandb
+
+            run.log({name: wandb.Image(picture)}, step=step)
+
+        self._each(lambda writer: writer.add_image(name, np.array(picture), step, dataformats="HWC"), to_wandb)
 
     def close(self, ended: bool) -> None:
         """Write what is left; `ended` says whether the run came to its end."""
-        self._write(lambda writer: writer.close())
-        if self.wandb:
-            self._attempt("wandb", lambda: self._close_wandb(ended))
+        self._each(lambda writer: writer.close(), lambda run: run.finish(exit_code=0 if ended else 1))
 
-    def _write(self, act: Callable[[Any], object]) -> None:
-        if self.writer and not self._attempt("TensorBoard", lambda: act(self.writer)):
-            self.writer = None
+    def _each(self, tensorboard: Callable[[Any], object], wandb: Callable[[Any], object]) -> None:
+        for name, act in {"TensorBoard": tensorboard, "wandb": wandb}.items():
+            if name in self.open:
+                self._attempt(name, partial(act, self.open[name]))
 
-    def _attempt(self, name: str, act: Callable[[], object]) -> bool:
+    def _attempt(self, name: str, act: Callable[[], object]) -> None:
         try:
             act()
         except Exception as error:  # whatever the library raises
+            self.open.pop(name, None)
             self.context.say(f"warning: {name} failed, so nothing more is logged there: {one_line(error)}")
-            return False
-        return True
 
     def _open_wandb(self, folder: Path, config: Config) -> None:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
         id_file = folder / WANDB_ID
-        try:
-            self.wandb = wandb.init(
-                project=os.environ.get("WANDB_PROJECT", "fastcr"),
-                name=folder.absolute().name,
-                id=id_file.read_text() if id_file.exists() else None,
-                resume="allow",
-                dir=str(folder),
-                config=settings(config),
-                allow_val_change=True,
-                sync_tensorboard=True,
-                settings=wandb.Settings(silent=True, console="off", init_timeout=SECONDS, finish_timeout=SECONDS),
-            )
-        except Exception:
-            wandb.tensorboard.unpatch()
-            raise
-        write_whole(id_file, lambda file: file.write_text(self.wandb.id))
-        self.context.say(f"wandb: {folder / 'wandb'} (offline)" if self.wandb.offline else f"wandb: {self.wandb.url}")
-
-    def _close_wandb(self, ended: bool) -> None:
-        import wandb
-
-        self.wandb.finish(exit_code=0 if ended else 1)
-        wandb.tensorboard.unpatch()  # another run of this process may go without it
+        run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "fastcr"),
+            name=folder.absolute().name,
+            id=id_file.read_text() if id_file.exists() else None,
+            resume="allow",  # it leaves out steps that it has had before
+            dir=str(folder),
+            config=settings(config),
+            allow_val_change=True,
+            settings=wandb.Settings(silent=True, console="off", init_timeout=SECONDS, finish_timeout=SECONDS),
+        )
+        write_whole(id_file, lambda file: file.write_text(run.id))
+        self.open["wandb"] = run
+        self.context.say(f"wandb: {folder / 'wandb'} (offline)" if run.offline else f"wandb: {run.url}")
 
 
 def settings(config: Config) -> dict[str, Any]:

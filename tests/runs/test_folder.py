@@ -5,8 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,7 +20,7 @@ from fastcr.runs.checkpoint import load_weights, save_weights
 from fastcr.runs.command_line import load_config, one_line_errors, read_command_line, save_config
 from fastcr.runs.folder import claim_folder, only_writer
 from fastcr.runs.machine import batches_of, cache_folder, leave_signals, workers_that_fit
-from tests.shared import write_weights
+from tests.shared import start, write_weights
 
 
 def test_runs_of_one_second_get_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,24 +33,25 @@ def test_runs_of_one_second_get_folders_of_their_own(tmp_path: Path, monkeypatch
     assert not list(tmp_path.rglob(".lock"))
 
 
-HOLD = "import sys, pathlib; from fastcr.runs.folder import only_writer\n"
-HOLD += "with only_writer(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+HOLD = """
+import pathlib, signal, sys
+from fastcr.runs.folder import only_writer
+with only_writer(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    signal.pause()
+"""
 
 
-@pytest.mark.parametrize("how", ["let go", "killed"])
-def test_one_process_at_a_time_writes_into_a_run(tmp_path: Path, how: str) -> None:
-    command = [sys.executable, "-c", HOLD, str(tmp_path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdin is not None
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "held\n"
-        config = Config(run=RunConfig(dir=tmp_path))
-        for resume in (tmp_path, None):
-            with ExitStack() as folders, pytest.raises(UsageError, match="another process is writing into"):
-                claim_folder(config, resume, folders)
-        assert not (tmp_path / "config.yaml").exists()
-        holder.kill() if how == "killed" else holder.stdin.close()
-        holder.wait(30)
+def test_one_process_at_a_time_writes_into_a_run(tmp_path: Path) -> None:
+    holder = start("-c", HOLD, tmp_path, fresh=False)
+    assert holder.stdout.readline() == "held\n"
+    config = Config(run=RunConfig(dir=tmp_path))
+    for resume in (tmp_path, None):
+        with ExitStack() as folders, pytest.raises(UsageError, match="another process is writing into"):
+            claim_folder(config, resume, folders)
+    assert not (tmp_path / "config.yaml").exists()
+    holder.kill()
+    holder.communicate(timeout=30)
     with only_writer(tmp_path):
         pass
 
@@ -170,18 +169,20 @@ def test_an_error_of_a_loader_process_is_its_own_line_and_ends_the_others() -> N
 
 
 LEFT = """
+import time
 from torch.utils.data import DataLoader
 from fastcr.runs.machine import batches_of, leave_signals
-batches = batches_of(DataLoader(range(1000), num_workers=12, worker_init_fn=leave_signals))
+batches = batches_of(DataLoader(range(1000), num_workers=4, worker_init_fn=leave_signals))
 next(batches)
+print(time.monotonic())
 raise ValueError("of the main process, while the loader is in use")
 """
 
 
-def test_a_process_with_a_loader_in_use_ends_in_seconds() -> None:
-    # waiting 5 s for each of its processes would be a minute
-    done = subprocess.run([sys.executable, "-c", LEFT], capture_output=True, text=True, timeout=60, check=False)
-    assert done.stderr.endswith("ValueError: of the main process, while the loader is in use\n")
+def test_a_process_with_a_loader_in_use_ends_at_once() -> None:
+    said, errors = start("-c", LEFT, fresh=False).communicate(timeout=100)
+    assert time.monotonic() - float(said) < 15  # waiting 5 s for each of its processes would be 20
+    assert errors.endswith("ValueError: of the main process, while the loader is in use\n")
 
 
 def test_a_loader_process_that_dies_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
