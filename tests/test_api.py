@@ -1,38 +1,23 @@
-"""What `import fastcr` and the command `fastcr` offer, and what they do without; runs of older versions."""
+"""What `import fastcr` and the command `fastcr` offer, and what they do without."""
 
 import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 import fastcr
 from fastcr import __main__ as program
+from fastcr.arguments import completion
 from fastcr.config import Config, DataConfig, MocoConfig, ModelConfig, OptimConfig, RunConfig
-from fastcr.runs.command_line import load_config, read_command_line
 from fastcr.train import train
 from tests.shared import records, start
 
 HEAVY = ("torch", "torchvision", "numpy", "PIL", "rich", "tyro", "yaml", "triton", "safetensors")
 FOLDER = Path(fastcr.__file__).parent
-# what the version before wrote of its preset `synthetic`, trained for 20 steps
-OLD_CONFIG = """\
-preset: synthetic
-run: {dir: runs/old, seed: 0, steps: 20, device: cpu, kernels: auto, compile: auto, cuda_graph: false,
-  overlap_keys: false, precision: auto, log_every: 10, eval_every: 0, save_minutes: 5.0, keep: 2}
-data: {root: null, loader: torch, cache: auto, cache_side: null, cache_dir: null, image_size: 64, workers: 0,
-  on_corrupt: skip, roi_decode: true, hw_decoder_load: 0.65}
-model: {backbone: resnet18, last_stage: layer3, weights: none, allow_missing_weights: false, batchnorm: local}
-optim: {epochs: 8, batch_size: 64, accumulate: 1, lr: 0.03, backbone_lr: null, backbone_warmup: 0.0, momentum: 0.9,
-  weight_decay: 0.0001}
-moco: {queue_size: 256, temperature: 0.2, key_momentum: 0.99, embedding_dim: 128}
-rationale: {enabled: true, fit_weight: 1.0, detectors: 32, batchnorm: false, target: max-softmax, cam_of: logit,
-  cam_sign: loss, cam_weights: common, temperature: 0.4, stop_gradient: true, lr: null, pooled_contrast: 0.0}
-released: {enabled: false, detach_target: false, fit_axis: rows, stem_maxpool: true}
-"""
 
 
 def modules_after(code: str) -> set[str]:
@@ -141,58 +126,25 @@ def test_each_command_has_help_and_says_how_it_was_called(
         assert f"usage: {called.format(command)} " in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_script_for_bash_completes_commands_and_flags(tmp_path: Path) -> None:
-    (tmp_path / "completion").write_text(program.completion())
-    for words, at, found in (("fastcr ev", 1, "evaluate"), ("fastcr train --optim.l", 2, "--optim.lr")):
-        ask = f"source completion; COMP_WORDS=({words}); COMP_CWORD={at}; _fastcr; echo ${{COMPREPLY[@]}}"
-        answer = subprocess.run(["bash", "-c", ask], cwd=tmp_path, capture_output=True, text=True, check=True)
-        assert found in answer.stdout.split()
-
-
-# --- runs of older versions ---
-
-
-def test_a_config_of_the_version_before_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "config.yaml"
-    file.write_text(OLD_CONFIG)
-    config = load_config(file)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"fastcr: {file}: settings of an older version are left out: ")
-    for gone in ("rationale.batchnorm", "rationale.pooled_contrast", "data.roi_decode", "data.hw_decoder_load"):
-        assert gone in line
-    assert config == Config(
-        run=RunConfig(dir=Path("runs/old"), steps=20, device="cpu"),
-        data=DataConfig(loader="torch", image_size=64, workers=0),
-        model=ModelConfig("resnet18", "layer3", "none", batchnorm="local"),
-        optim=OptimConfig(epochs=8, batch_size=64),
-        moco=MocoConfig(queue_size=256, key_momentum=0.99, embedding_dim=128),
-    )
-    assert (config.rationale.cam_of, config.rationale.cam_keeps) == ("similarity", "mismatch")
+@cache
+def bash_completion() -> str:
+    return completion("bash")
 
 
 @pytest.mark.parametrize(
-    ("old", "new"), [("cam_sign: score", "match"), ("cam_sign: loss", "mismatch"), ("cam_keeps: match", "match")]
+    ("words", "found"),
+    [
+        ("ev", "evaluate"),
+        ("train cub200-p", "cub200-paper"),
+        ("train cub200 --optim.backbone_l", "--optim.backbone_lr"),
+        ("train --resu", "--resume"),
+        ("train --data.loader fu", "fused"),
+        ("embed run images --format p", "parquet"),
+    ],
 )
-def test_renamed_settings_are_translated(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], old: str, new: str
-) -> None:
-    (tmp_path / "config.yaml").write_text(f"rationale:\n  {old}\n  cam_of: loss\n")
-    config = load_config(tmp_path / "config.yaml")
-    assert (config.rationale.cam_keeps, config.rationale.cam_of) == (new, "loss")
-    assert capsys.readouterr().err == ""
-
-
-@pytest.mark.parametrize("joined", [True, False])
-def test_old_names_on_the_command_line(joined: bool) -> None:
-    pairs = {"--rationale.cam_sign": "score", "--rationale.cam_of": "logit"}
-    args = (
-        [f"{flag}={value}" for flag, value in pairs.items()] if joined else [x for pair in pairs.items() for x in pair]
-    )
-    config, _ = read_command_line(["synthetic", *args, "--run.steps", "3"])
-    assert (config.rationale.cam_keeps, config.rationale.cam_of, config.run.steps) == ("match", "similarity", 3)
-
-
-def test_gone_names_on_the_command_line_are_a_mistake(refused: Callable[..., str]) -> None:
-    from fastcr import train as door
-
-    assert "--rationale.pooled_contrast" in refused(door.main, "--rationale.pooled_contrast", "1")
+def test_bash_completes_commands_presets_flags_and_values(words: str, found: str, tmp_path: Path) -> None:
+    (tmp_path / "completion").write_text(bash_completion())
+    ask = f"source completion; COMP_WORDS=(fastcr {words}); COMP_CWORD={len(words.split())}; _tyro_fastcr; "
+    ask += "printf '%s\\n' \"${COMPREPLY[@]}\""
+    answer = subprocess.run(["bash", "-c", ask], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert found in answer.stdout.splitlines()
