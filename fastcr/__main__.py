@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import gc
-import io
-import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -30,33 +27,9 @@ HELP = "\n".join(
         *(f"  {command:<10} {what}" for command, what in COMMANDS.items()),
         "",
         "fastcr COMMAND --help lists a command's arguments. fastcr --version prints the version,",
-        "fastcr --completion bash a script that completes commands and flags.",
+        "fastcr --completion bash|zsh a script that completes commands, presets, flags and their values.",
     ]
 )
-COMPLETION = """_fastcr() {
-    local words
-    case "$COMP_CWORD ${COMP_WORDS[1]}" in
-        "1 "*) words="%s" ;;
-%s
-    esac
-    COMPREPLY=($(compgen -W "$words" -- "${COMP_WORDS[COMP_CWORD]}"))
-}
-complete -o default -F _fastcr fastcr"""
-
-
-def completion() -> str:
-    """A script for bash that completes the commands, and the flags that each command's help lists."""
-    from fastcr.arguments import check_arguments
-
-    cases = []
-    for command in COMMANDS:
-        with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.suppress(SystemExit):
-            check_arguments(command, ["--help"])
-        flags = sorted(set(re.findall(r"--[a-z][a-z_.]*[a-z]", shown.getvalue())))
-        if command == "train":
-            flags += ["--resume", *import_module("fastcr.presets").PRESETS]
-        cases.append(f'        *" {command}") words="{" ".join(flags)}" ;;')
-    return COMPLETION % (" ".join(COMMANDS), "\n".join(cases))
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -68,8 +41,10 @@ def main(args: Sequence[str] | None = None) -> None:
         import fastcr
 
         print(fastcr.__version__)
-    elif command == "--completion":
-        print(completion())
+    elif command == "--completion" and rest in (["bash"], ["zsh"]):
+        from fastcr.arguments import completion
+
+        print(completion(*rest))
     elif command in COMMANDS:
         from fastcr.arguments import check_arguments
         from fastcr.runs.command_line import one_line_errors

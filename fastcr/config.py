@@ -50,8 +50,8 @@ class RunConfig:
     """Minutes between two saves of resume.pt; 0: after every step."""
     keep: int = number(2, 1)
     """How many saves are kept: resume.pt, the one before as resume.1.pt, and so on."""
-    track: Literal["none", "wandb", "mlflow"] = "none"
-    """Log to Weights & Biases or MLflow too (extras wandb, mlflow); their own environment variables say where."""
+    track: Literal["none", "wandb"] = "none"
+    """wandb: also log to Weights & Biases (extra wandb), whose own environment variables say where."""
 
 
 @dataclass(frozen=True)

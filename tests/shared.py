@@ -19,6 +19,7 @@ from fastcr.encoders.backbone import build_backbone
 from fastcr.encoders.encoder import Encoder, new_encoder
 from fastcr.encoders.released import ReleasedBranch
 from fastcr.runs.checkpoint import save_weights
+from tests.forked import Forked
 
 ROOT = Path(__file__).parent.parent
 
@@ -81,19 +82,23 @@ TINY = [
 SHORT = ["--optim.epochs", "4", "--moco.queue_size", "20", "--moco.embedding_dim", "16", "--rationale.detectors", "4"]
 
 
-def start(*command: object, session: bool = False, **environment: str) -> subprocess.Popen[str]:
-    """`python COMMAND...` in a process of its own, with one thread: sums in another order would be other sums."""
-    return subprocess.Popen(
-        [sys.executable, *map(str, command)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=session,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},
-    )
+def start(*command: object, session: bool = False, fresh: bool | None = None, **environment: str) -> Any:
+    """`python COMMAND...` in a process of its own, with one thread: sums in another order would be other sums.
+
+    A `subprocess.Popen`, or a `Forked`, which need not import torch again: by default for `-m fastcr.X`, or where
+    `fresh` is False; never on a machine with a GPU.
+    """
+    words = [*map(str, command)]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    if fresh is None:
+        fresh = words[0] != "-m" or not words[1].startswith("fastcr.")
+    if not fresh and not torch.cuda.is_available():
+        return Forked(words, variables, session)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, *words], **pipes, text=True, start_new_session=session, env=variables)
 
 
-def wait_for(holds: Callable[[], object], *processes: subprocess.Popen[str], seconds: float = 120) -> None:
+def wait_for(holds: Callable[[], object], *processes: Any, seconds: float = 120) -> None:
     """Return when `holds` does; an error, with what they have said, if one of the processes ends before."""
     deadline = time.monotonic() + seconds
     while not holds() and time.monotonic() < deadline and all(process.poll() is None for process in processes):

@@ -14,12 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 from PIL import Image
 
 from fastcr import evaluate, train
-from fastcr import folders as check
 from fastcr.method import build as training
 from tests.shared import TINY, Trap
 
@@ -201,11 +199,7 @@ def code_did_not_run(scene: Scene) -> None:
 
 
 def foreign(file: Path) -> Path:
-    state = {"encoder.weight": torch.ones(2)}
-    if file.suffix == ".safetensors":
-        safetensors.torch.save_file(state, file)
-    else:
-        torch.save(state, file)
+    torch.save({"encoder.weight": torch.ones(2)}, file)
     return file
 
 
@@ -302,11 +296,6 @@ def triton_by_name(scene: Scene) -> Args:
     return scene.training("--run.kernels", "triton")
 
 
-def triton_not_asked_for(scene: Scene) -> Args:
-    scene.patch.setattr("fastcr.kernels.launch.triton", None)
-    return scene.training()
-
-
 def triton_without_gpu(scene: Scene) -> Args:
     scene.patch.setattr("fastcr.kernels.launch.INTERPRET", False)
     return scene.training("--run.kernels", "triton")
@@ -316,44 +305,21 @@ NAMED = tuple(f"unreadable image '{{images}}/{name}': its neighbour is used inst
 COUNTED = f"{len(BROKEN)} unreadable training images were skipped"
 ROWS = {
     "missing folder": Row(lambda s: s.training("--data.root", s.tmp / "none"), ("no folder {tmp}/none",)),
-    "missing folder, evaluate": Row(
-        lambda s: s.measuring("--data.root", s.tmp / "none"), ("no folder {tmp}/none",), main=evaluate.main
-    ),
-    "missing folder, check": Row(lambda s: [s.tmp / "none"], ("no folder {tmp}/none",), main=check.main),
     "empty folder": Row(lambda s: s.training("--data.root", emptied(s)), ("no images under {images}", ".jpg")),
-    "empty folder, evaluate": Row(
-        lambda s: s.measuring("--data.root", emptied(s)), ("no images under {images}",), main=evaluate.main
-    ),
     "class folders that differ": works(
         lambda s: s.training("--data.root", odd_classes(s), "--optim.batch_size", 2, "--moco.queue_size", 2),
         says=("no class of two images: retrieval is not measured",),
     ),
-    "class folders that differ, evaluate": Row(
-        lambda s: s.measuring("--data.root", odd_classes(s)),
-        ("has no class of two images, so nothing can be measured",),
-        main=evaluate.main,
-    ),
     "unreadable images, cache": works(spoiled, *NAMED, says=(COUNTED,)),
-    "unreadable images, no cache": works(lambda s: spoiled(s, "--data.cache", "off"), *NAMED, says=(COUNTED,)),
     "unreadable images, dali": works(lambda s: spoiled(s, "--data.loader", "dali"), *NAMED, says=(COUNTED,)),
     "unreadable images, evaluate": works(
         spoiled_test_images, says=("unreadable image", "left out", "29 images"), main=evaluate.main
     ),
-    "unreadable images, check": Row(
-        lambda s: [spoil(s.images)], status=1, main=check.main,
-        says=(*(f"broken: '{{images}}/{name}'" for name in BROKEN.values()), "3600000000 pixels) exceeds limit",
-              "5 of 16 images are broken"),
-    ),
     "unreadable images, fail": Row(
         lambda s: spoiled(s, "--data.on_corrupt", "fail"), ("unreadable image '{images}/000.jpg'", "--data.on_corrupt")
     ),
-    "unreadable images, fail, no cache": Row(
-        lambda s: spoiled(s, "--data.on_corrupt", "fail", "--data.cache", "off"),
-        ("unreadable image '{images}/00", "--data.on_corrupt"), begun=True,
-    ),
     "none but unreadable images": Row(all_spoiled, ("none of the 16 images under {images} can be read",)),
     "images of every mode": works(of_every_mode),
-    "images of every mode, dali": works(lambda s: of_every_mode(s, "--data.loader", "dali")),
     "image of 108 megapixels": works(of_100_megapixels),
     "fewer images than a batch": Row(
         lambda s: s.training("--optim.batch_size", 17), ("{images} has 16 training images", "--optim.batch_size")
@@ -362,23 +328,11 @@ ROWS = {
     "foreign weights": Row(
         lambda s: s.training("--model.weights", foreign(s.tmp / "w.pt")), ("{tmp}/w.pt", "encoder.weight")
     ),
-    "foreign weights, evaluate": Row(
-        lambda s: [foreign(s.tmp / "w.safetensors"), *s.measuring()[1:]], ("{tmp}/w.safetensors", "encoder.weight"),
-        main=evaluate.main,
-    ),
     "foreign checkpoint, resume": Row(foreign_resume, ("{finished}/resume.pt does not fit", "moco.")),
-    "foreign file, resume": Row(
-        lambda s: [foreign(s.copied() / "resume.pt"), *s.resumed()][1:],
-        ("{finished}/resume.pt was not written by fastcr.train",),
-    ),
     "wrong checkpoint, resume": Row(other_shape, ("{finished}/resume.pt does not fit", "branch.weight")),
     "code in weights": Row(
         lambda s: s.training("--model.weights", trapped(s.tmp / "w.pt", s)), ("{tmp}/w.pt is refused", "pickled code"),
         after=code_did_not_run,
-    ),
-    "code in weights, evaluate": Row(
-        lambda s: [trapped(s.tmp / "w.pt", s), *s.measuring()[1:]], ("{tmp}/w.pt is refused", "pickled code"),
-        main=evaluate.main, after=code_did_not_run,
     ),
     "code in a checkpoint, resume": Row(
         trapped_resume, ("{finished}/resume.pt is refused", "pickled code"), after=code_did_not_run
@@ -402,16 +356,11 @@ ROWS = {
     "cuda without a device": Row(
         lambda s: s.training("--run.device", "cuda"), ("--run.device cuda: this machine has 0 CUDA devices",)
     ),
-    "cuda without a device, evaluate": Row(
-        lambda s: s.measuring("--run.device", "cuda"), ("--run.device cuda: this machine has 0 CUDA devices",),
-        main=evaluate.main,
-    ),
     "DALI asked for and absent": Row(
         dali_by_name, ('--data.loader dali needs NVIDIA DALI: pip install "fastcr[dali]"',)
     ),
     "DALI absent": works(dali_not_asked_for, says=("loader: fused; cache: host; device: cpu",)),
     "Triton asked for and absent": Row(triton_by_name, ("--run.kernels triton", "Triton is not installed")),
-    "Triton absent": works(triton_not_asked_for),
     "Triton asked for without a GPU": Row(triton_without_gpu, ("--run.kernels triton", "the tensors are on cpu")),
 }  # fmt: skip
 NEEDS = {"dali": with_dali, "cuda without": without_cuda, "DALI absent": without_cuda, "without a GPU": without_cuda}

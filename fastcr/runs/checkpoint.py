@@ -59,25 +59,49 @@ def save_weights(path: Path, state: dict[str, Tensor], facts: dict[str, Any]) ->
 
 
 def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `save_weights` wrote; no facts for a file of another kind. `UsageError` if it is missing or broken."""
-    state, facts = read_state_dict(path), {}
-    if path.suffix == ".safetensors":
-        with _opened(path) as file:
-            facts = _facts(path, file.metadata())
-    return state, {key: value for key, value in facts.items() if key != "crc32"}
+    """Tensors of a .safetensors, .pt or .pth file, or of a folder's, as fp32 where they are floating-point; and facts.
+
+    The facts are what `save_weights` was given beside them; a file of another kind has none. A checkpoint that keeps
+    its tensors under `state_dict` or `model`, or with the prefixes `module.` or `_orig_mod.`, is unwrapped; names of
+    other dicts, such as `student` and `teacher`, become prefixes. Never runs code from the file.
+    Raises `UsageError` if it is missing, broken, or holds no tensors.
+    """
+    path = _file_of(path)
+    if not path.is_file():
+        raise UsageError(f"no weights file {path}")
+    content, facts = _read_safetensors(path) if path.suffix == ".safetensors" else (load_torch(path), {})
+    for key in ("state_dict", "model", "model_state_dict"):
+        averaged = isinstance(content, dict) and any(AVERAGED.search(str(name)) for name in content)
+        if isinstance(content, dict) and isinstance(content.get(key), dict) and not averaged:
+            content = content[key]
+    tensors = dict(tensors_in(content))
+    if not tensors and content != {}:
+        keys = ", ".join(map(str, list(content)[:5])) if isinstance(content, dict) else type(content).__name__
+        raise UsageError(f"{path} holds no dict of tensors (found: {keys})")
+    state = {WRAPPERS.sub("", key): each.float() if each.is_floating_point() else each for key, each in tensors.items()}
+    return state, facts
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The tensors that `load_weights` reads, alone."""
+    return load_weights(path)[0]
 
 
 def facts_of(path: Path) -> dict[str, Any]:
     """What `save_weights` wrote into a file beside the weights; nothing for a file of another kind, or for none."""
-    path = next((file for name in IN_FOLDERS if (file := path / name).is_file()), path)
-    with suppress(OSError, SafetensorError, UsageError), _opened(path) as file:
+    with suppress(OSError, SafetensorError, UsageError), _opened(_file_of(path)) as file:
         return _facts(path, file.metadata())
     return {}
 
 
+def _file_of(path: Path) -> Path:
+    """The weights file in a folder; any other path as it is."""
+    return next((file for name in IN_FOLDERS if (file := path / name).is_file()), path)
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """A safetensors file, opened by its number: safetensors takes no names of any bytes."""
+    """A safetensors file, opened by its number: safetensors takes no names that are not UTF-8."""
     with open(path, "rb") as file, safe_open(f"/proc/self/fd/{file.fileno()}", "pt") as opened:
         yield opened
 
@@ -92,49 +116,28 @@ def _facts(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
     return facts
 
 
+def _read_safetensors(path: Path) -> tuple[Any, dict[str, Any]]:
+    """Tensors and facts of a safetensors file, compared with their checksum where it has one."""
+    try:
+        with _opened(path) as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
+            facts = _facts(path, file.metadata())
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"{path} is not a whole safetensors file: {error}") from None
+    written = facts.pop("crc32", None)
+    if written not in (None, checksum(tensors, facts)):
+        raise UsageError(f"{path} is broken: it is not what was written (its checksum does not match)")
+    return tensors, facts
+
+
 def checksum(tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> str:
-    """CRC-32 of tensors on the CPU, their names, kinds and shapes, and of the facts but for their own `crc32`."""
-    crc = zlib.crc32(json.dumps({key: value for key, value in facts.items() if key != "crc32"}).encode())
+    """CRC-32 of tensors on the CPU, their names, dtypes and shapes, and of the facts."""
+    crc = zlib.crc32(json.dumps(facts).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         crc = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), crc)
         crc = zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy().data, crc)
     return f"{crc:08x}"
-
-
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Tensors of a .safetensors, .pt or .pth file, or of a folder's, as fp32 where they are floating-point.
-
-    A checkpoint that keeps them under `state_dict` or `model`, or with the prefixes `module.` or `_orig_mod.`, is
-    unwrapped; names of other dicts, such as `student` and `teacher`, become prefixes. Never runs code from the file.
-    Raises `UsageError` if it is missing, broken, or holds no tensors.
-    """
-    path = next((file for name in IN_FOLDERS if (file := path / name).is_file()), path)
-    if not path.is_file():
-        raise UsageError(f"no weights file {path}")
-    if path.suffix == ".safetensors":
-        content: Any
-        try:
-            with _opened(path) as file:
-                content = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
-                facts = _facts(path, file.metadata())
-        except (SafetensorError, OSError) as error:
-            raise UsageError(f"{path} is not a whole safetensors file: {error}") from None
-        if "crc32" in facts and facts["crc32"] != checksum(content, facts):
-            raise UsageError(f"{path} is broken: it is not what was written (its checksum does not match)")
-    else:
-        content = load_torch(path)
-    for key in ("state_dict", "model", "model_state_dict"):
-        averaged = isinstance(content, dict) and any(AVERAGED.search(str(name)) for name in content)
-        if isinstance(content, dict) and isinstance(content.get(key), dict) and not averaged:
-            content = content[key]
-    tensors = dict(tensors_in(content))
-    if not tensors and content != {}:
-        keys = ", ".join(map(str, list(content)[:5])) if isinstance(content, dict) else type(content).__name__
-        raise UsageError(f"{path} holds no dict of tensors (found: {keys})")
-    return {
-        WRAPPERS.sub("", key): value.float() if value.is_floating_point() else value for key, value in tensors.items()
-    }
 
 
 def tensors_in(content: Any, prefix: str = "", depth: int = 8) -> Iterator[tuple[str, Tensor]]:
@@ -168,17 +171,12 @@ def save_resume(path: Path, content: dict[str, Any], keep: int = 1) -> None:
     """Write what a run needs to resume bit for bit; the last `keep - 1` earlier saves are kept as well."""
     for saves in reversed(range(1, keep)):
         newer, older = earlier(path, saves - 1), earlier(path, saves)
-        if newer == path and path.exists():  # a link, so that there is a whole `path` all the time
-            temporary = path.with_name(f".{older.name}.tmp")
-            temporary.unlink(missing_ok=True)
+        if newer.exists():
+            older.unlink(missing_ok=True)
             try:
-                temporary.hardlink_to(path)
-                temporary.replace(older)
-                temporary.unlink(missing_ok=True)  # still there if both were names of one file already
+                older.hardlink_to(newer)  # so that there is a whole `path` all the time
             except OSError:  # a file system without links
-                path.replace(older)
-        elif newer.exists():
-            newer.replace(older)
+                newer.replace(older)
     write_whole(path, lambda file: torch.save(content, file))
 
 

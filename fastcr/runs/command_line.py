@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import gc
@@ -175,38 +176,32 @@ def _with_own_weights(config: Config, default: Config) -> Config:
 
 def _without_resume(args: list[str]) -> tuple[list[str], Path | None]:
     """The arguments without `--resume`, and the folder of the run to resume, if there is one."""
-    args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--resume=") else [arg])]
-    if "--resume" not in args:
-        return args, None
-    at = args.index("--resume")
-    if at + 1 == len(args) or args[at + 1].startswith("--"):
-        raise UsageError("--resume needs a run folder, or auto and --run.dir")
-    named = args[at + 1]
-    if named.endswith("/resume.pt") and not Path(named).is_dir():  # the file in the folder that is meant
-        named = str(Path(named).parent)
-    del args[at : at + 2]
-    if named != "auto":
-        if not Path(named).is_dir():
-            raise UsageError(f"no run folder {named}")
-        return args, Path(named)
-    folders = [value for flag, value in _pairs(args) if flag.replace("-", "_") == "__run.dir"]
-    if not folders or folders[-1] is None:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--resume")
+    parser.add_argument("--run.dir", dest="folder")
+    try:
+        named, others = parser.parse_known_args(args)
+    except argparse.ArgumentError as error:
+        raise UsageError(f"{error.argument_name} needs a run folder") from None
+    if named.folder is not None:
+        others += ["--run.dir", named.folder]
+    if named.resume is None:
+        return others, None
+    if named.resume != "auto":
+        resume = Path(named.resume)
+        if resume.name == "resume.pt" and not resume.is_dir():  # the file in the folder that is meant
+            resume = resume.parent
+        if not resume.is_dir():
+            raise UsageError(f"no run folder {resume}")
+        return others, resume
+    if named.folder is None:
         raise UsageError("--resume auto needs --run.dir, the folder to look for the run in")
-    resume = Path(folders[-1])
     from fastcr.runs.checkpoint import has_resume  # imports torch, which help and mistakes do without
 
+    resume = Path(named.folder)
     if not has_resume(resume / "resume.pt"):
-        return args, None
-    return args[bool(args and not args[0].startswith("-")) :], resume  # config.yaml has what came of the preset
-
-
-def _pairs(args: Sequence[str]) -> Iterator[tuple[str, str | None]]:
-    """Each flag among `args` with its value."""
-    for i, arg in enumerate(args):
-        if arg.startswith("--"):
-            flag, equals, value = arg.partition("=")
-            after = args[i + 1] if i + 1 < len(args) and not args[i + 1].startswith("--") else None
-            yield flag, value if equals else after
+        return others, None
+    return others[bool(others and not others[0].startswith("-")) :], resume  # config.yaml has what came of the preset
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -232,6 +227,9 @@ def load_config(path: Path) -> Config:
         raise UsageError(f"{path.parent} is not a run folder: it has no {path.name}") from None
     except (yaml.YAMLError, AttributeError, TypeError, OSError, ValueError, RecursionError):
         raise UsageError(f"{path} is broken: it does not hold sections of settings") from None
+    known = {f"{name}.{key}" for name, keys in vars(Config()).items() if name != "preset" for key in vars(keys)}
+    if unknown := settings.keys() - known:
+        raise UsageError(f"{path} was made by another version of fastcr: unknown settings {', '.join(sorted(unknown))}")
     flags = [f"--{name}={value}" for name, value in settings.items()]
     try:
         # through the command line's own checks: a file edited by hand gets the same messages

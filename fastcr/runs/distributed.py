@@ -34,7 +34,6 @@ class Processes:
     ranks: int = 1
     local_rank: int = 0  # among those of this machine
     local_ranks: int = 1
-    store: dist.Store | None = None
 
     @property
     def first(self) -> bool:
@@ -95,7 +94,7 @@ class Processes:
         return tensor.tolist()
 
     def total(self, tensor: Tensor) -> Tensor:
-        """The sum of a tensor over the processes, where it lies."""
+        """The sum of a tensor over the processes, on the tensor's device."""
         if self.ranks > 1:
             tensor = tensor.clone()
             dist.all_reduce(tensor)
@@ -110,12 +109,12 @@ class Processes:
 
     @contextlib.contextmanager
     def local_first(self) -> Iterator[None]:
-        """Let the first process of each machine go ahead: what it leaves in a cache, the others find there."""
+        """Let the first process of each machine go first; the others then find what it leaves in a cache."""
         if self.ranks > 1 and self.local_rank:
             dist.barrier()
         try:
             yield
-        finally:  # a mistake is the others' too
+        finally:  # after an error too: the others will find it themselves
             if self.ranks > 1 and not self.local_rank:
                 dist.barrier()
 
@@ -134,27 +133,24 @@ JOIN = timedelta(minutes=10)  # for processes to find each other
 
 
 @contextlib.contextmanager
-def processes_of_torchrun(command: str, timeout: timedelta | None = None) -> Iterator[Processes]:
-    """The processes torchrun started, connected for as long as this lasts; `ALONE` without torchrun.
+def processes_of_torchrun(command: str) -> Iterator[Processes]:
+    """The processes that torchrun started, connected for as long as this lasts; `ALONE` without torchrun.
 
-    Mistakes that all of them find are printed by one, as `<command>: error: ...`, with exit status 2; where one is lost
-    the others say so and end with status 1. `timeout`: how long they wait for a live one (torch's default, 30
-    minutes). The end of one is noticed by the others at their next exchange on the CPU, of which each step has one.
+    An error that all of them find is printed by one of them, as `<command>: error: ...`, with exit status 2. If a
+    process ends early, the others notice it at their next exchange on the CPU (every step has one), say so once, and
+    end with status 1.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "MASTER_ADDR" not in os.environ:
         yield ALONE
         return
     store, rank, ranks = next(dist.rendezvous("env://"))
     store = _fresh(store, rank, ranks)
-    processes = Processes(
-        rank, ranks, int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", ranks)), store
-    )
+    local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(
-        backend, store=dist.PrefixStore("group", store), rank=rank, world_size=ranks, timeout=timeout
-    )
+    dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=ranks)
     try:
-        yield processes
+        yield Processes(rank, ranks, local_rank, local_ranks)
     except (UsageError, OSError) as error:
         if not _said(store, str(error)):
             raise
@@ -174,10 +170,10 @@ def processes_of_torchrun(command: str, timeout: timedelta | None = None) -> Ite
 
 
 def _fresh(store: dist.Store, rank: int, ranks: int) -> dist.Store:
-    """A part of `store` that these processes have to themselves.
+    """A part of `store` that only these processes use.
 
-    torchrun's outlives a restart, with the addresses of the processes before. So each process asks under a name of its
-    own, and the first one tells those that are there what to call this start.
+    torchrun keeps one store through its restarts, with the addresses of the processes that were there before. So each
+    process asks under a name of its own, and the first process answers those that are there with a name for this start.
     """
     mine = f"{os.getpid()}-{time.time_ns()}"
     store.set(f"fastcr/asks/{rank}", mine)
@@ -189,7 +185,7 @@ def _fresh(store: dist.Store, rank: int, ranks: int) -> dist.Store:
     missing = set(range(1, ranks))
     while missing:
         for other in sorted(missing):
-            if store.check([f"fastcr/asks/{other}"]):  # the latest who asked; one from before is answered in vain
+            if store.check([f"fastcr/asks/{other}"]):  # perhaps still one from before the restart, which does no harm
                 asked = store.get(f"fastcr/asks/{other}").decode()
                 store.set(f"fastcr/answer/{asked}", name)
         missing = {other for other in missing if not store.check([f"{name}/here/{other}"])}
@@ -200,8 +196,8 @@ def _fresh(store: dist.Store, rank: int, ranks: int) -> dist.Store:
 
 
 def _said(store: dist.Store, message: str) -> bool:
-    """Whether another process has said it before."""
+    """Whether another process has said this before."""
     try:
         return store.add(f"said/{message}", 1) > 1
-    except (RuntimeError, dist.DistError):  # the store went with the process that is lost
+    except (RuntimeError, dist.DistError):  # the store was in the process that ended
         return False

@@ -1,15 +1,15 @@
-"""What a run shows and logs: progress bar, metrics.jsonl, TensorBoard, trackers, speed."""
+"""What a run shows and logs: progress bar, metrics.jsonl, TensorBoard, speed."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO, TypeVar
+from typing import Any, TextIO
 
 from PIL import Image
 from rich.console import Group
@@ -25,50 +25,47 @@ from rich.progress import (
 from rich.text import Text
 
 from fastcr.config import Config
-from fastcr.errors import one_line
 from fastcr.runs.checkpoint import write_whole
 from fastcr.runs.context import Context
-from fastcr.runs.sinks import SINKS, Sink
+from fastcr.runs.sinks import Sinks
 
-T = TypeVar("T")
-SHOWN = {  # metric: its name on the bar's second line, and format
+SHOWN = {  # metric: its name and format; entropy and detectors are shown while the attention is being fitted
     "images_per_second": ("images/s", "{:.0f}"),
     "data_wait": ("waiting for data", "{:.0%}"),
-    "contrast_loss": ("contrast", "{:.3f}"),
+    "loss": ("loss", "{:.3f}"),
     "fit_loss": ("fit", "{:.4f}"),
-    "rank1": ("rank-1", "{:.1f} %"),
-    "knn": ("kNN", "{:.1f} %"),
     "attention_entropy": ("entropy", "{:.2f}"),
     "effective_detectors": ("detectors", "{:.1f}"),
-    "effective_rank": ("rank", "{:.0f}"),
+    "effective_rank": ("dimensions in use", "{:.0f}"),
     "kept_neighbours": ("neighbours kept", "{:.0%}"),
+    "rank1": ("rank-1", "{:.1f} %"),
+    "knn": ("kNN", "{:.1f} %"),
 }
+OF_THE_FIT = ("attention_entropy", "effective_detectors")
+OF_THE_MOMENT = ("images_per_second", "data_wait")  # worth a look while a run goes on, not a line of its log
 
 
 class RunLog:
     """Shows a run's progress and logs its records; used as a context manager. Only the first process writes.
 
-    `metrics.jsonl` holds one JSON object a logged step; the same numbers go to TensorBoard and to the tracker, if there
-    is one. A resumed run first drops the records after step `start`, which it will write again.
+    `metrics.jsonl` holds one JSON object a logged step; the same numbers go to TensorBoard, and to Weights & Biases
+    with `--run.track wandb`. A resumed run first drops the records after step `start`, which it will write again.
     """
 
     def __init__(
         self, folder: Path, config: Config, context: Context, *, start: int, last: int, steps_per_epoch: int
     ) -> None:
         self.context, self.steps_per_epoch, self.epochs = context, steps_per_epoch, config.optim.epochs
-        self.meter = Meter()
+        self.meter, self.time_left = Meter(), TimeLeft(last)
         self.shown: dict[str, Any] = {}  # the latest of each metric: some come once an epoch
-        self.sinks: list[Sink] = []
+        self.sinks: Sinks | None = None
         self.file: TextIO | None = None
         if context.processes.first:
             path = folder / "metrics.jsonl"
             keep_records(path, "step", start)
             self.file = path.open("a")
-            with suppress(ImportError, UnicodeError):  # TensorBoard takes no folder of any bytes
-                self.sinks.append(SINKS["tensorboard"](folder, config, start))
-            if config.run.track != "none":
-                self._works(config.run.track, lambda: self._open(SINKS[config.run.track](folder, config, start)))
-        self.progress = Progress(
+            self.sinks = Sinks(folder, config, context, start)
+        self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
@@ -79,11 +76,9 @@ class RunLog:
             console=context.console,
             expand=True,
         )
-        self.task = self.progress.add_task("", total=last, completed=start)
+        self.task = self.bar.add_task("", total=last, completed=start)
         self.status = Text("", no_wrap=True, overflow="ellipsis")
-        self.live = Live(
-            Group(self.progress, self.status), console=context.console, transient=True, refresh_per_second=4
-        )
+        self.live = Live(Group(self.bar, self.status), console=context.console, transient=True, refresh_per_second=4)
 
     def __enter__(self) -> RunLog:
         """Start the bar, where there is a terminal to show it on."""
@@ -98,24 +93,8 @@ class RunLog:
         self.live.stop()
         if self.file:
             self.file.close()
-        self._each(lambda sink: sink.close(error is None))
-
-    def _works(self, name: str, act: Callable[[], object]) -> bool:
-        """Do something with a sink; one line where that fails, in whatever way: it must not end a training."""
-        try:
-            act()
-        except Exception as error:
-            self.context.say(f"warning: {name} failed, so nothing more is logged there: {one_line(error)}")
-            return False
-        return True
-
-    def _open(self, sink: Sink) -> None:
-        self.sinks.append(sink)
-        self.context.say(f"{sink.name}: {sink.where}")
-
-    def _each(self, act: Callable[[Sink], object]) -> None:
-        """Do something with each sink that still works."""
-        self.sinks = [sink for sink in self.sinks if self._works(sink.name, partial(act, sink))]
+        if self.sinks:
+            self.sinks.close(error is None)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -130,24 +109,26 @@ class RunLog:
     def advance(self, step: int, images: int) -> None:
         """Move the bar to `step` completed steps, the last of so many images."""
         self.meter.images += images
+        self.time_left.advance(step)
         epoch = min((step - 1) // self.steps_per_epoch + 1, self.epochs)
-        self.progress.update(self.task, completed=step, description=f"epoch {epoch}/{self.epochs}")
+        self.bar.update(self.task, completed=step, description=f"epoch {epoch}/{self.epochs}")
 
     def record(self, record: dict[str, Any]) -> None:
         """Append one step's metrics, and show them."""
         if self.file:
             self.file.write(json.dumps(record) + "\n")
             self.file.flush()
-        numbers = {name: value for name, value in record.items() if name not in ("step", "epoch")}
-        self._each(lambda sink: sink.scalars(numbers, record["step"]))
+        if self.sinks:
+            numbers = {name: value for name, value in record.items() if name not in ("step", "epoch")}
+            self.sinks.scalars(numbers, record["step"])
         self._show(record)
 
     def evaluated(self, step: int, scores: dict[str, float], attention: Image.Image | None) -> None:
         """Log an evaluation's scores, by names such as `knn/rationale/top1`, and the attention drawn over images."""
-        if scores:
-            self._each(lambda sink: sink.scalars(scores, step))
-        if attention:
-            self._each(lambda sink: sink.image("attention", attention, step))
+        if self.sinks:
+            self.sinks.scalars(scores, step)
+        if self.sinks and attention:
+            self.sinks.image("attention", attention, step)
         for pooling in ("mean", "rationale"):  # the latter is shown where there is one
             names = {"rank1": f"retrieval/{pooling}/rank1", "knn": f"knn/{pooling}/top1"}
             self._show({shown: scores[name] for shown, name in names.items() if name in scores})
@@ -158,12 +139,37 @@ class RunLog:
 
     def epoch_done(self, record: dict[str, Any], epoch: int) -> None:
         """Leave a line behind for a finished epoch."""
-        self.context.say(f"epoch {epoch}/{self.epochs}  {describe(record)}")
+        lasting = {name: value for name, value in record.items() if name not in OF_THE_MOMENT}
+        self.context.say(f"epoch {epoch}/{self.epochs}  {describe(lasting)}{self.time_left}")
 
 
 def describe(record: dict[str, Any]) -> str:
     """One line of the metrics worth watching."""
-    return "  ".join(f"{label} {form.format(record[key])}" for key, (label, form) in SHOWN.items() if key in record)
+    hidden = () if "fit_loss" in record else OF_THE_FIT
+    shown = {name: each for name, each in SHOWN.items() if name in record and name not in hidden}
+    return "  ".join(f"{label} {form.format(record[name])}" for name, (label, form) in shown.items())
+
+
+class TimeLeft:
+    """How long the rest of a run takes at the mean pace of its steps until now, evaluations included."""
+
+    def __init__(self, last: int) -> None:
+        self.last = last
+        self.first: tuple[int, float] | None = None  # step and time: the first step, which compiles, does not count
+        self.step = 0
+
+    def advance(self, step: int) -> None:
+        """Take note of a finished step."""
+        self.step = step
+        if self.first is None:
+            self.first = step, time.monotonic()
+
+    def __str__(self) -> str:
+        """`  time left 0:12:30`; nothing at the end, or after one step only."""
+        if self.first is None or not self.first[0] < self.step < self.last:
+            return ""
+        pace = (time.monotonic() - self.first[1]) / (self.step - self.first[0])
+        return f"  time left {timedelta(seconds=round(pace * (self.last - self.step)))}"
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -71,9 +71,9 @@ def pick_workers(workers: int | None, local_ranks: int = 1) -> int:
 
 
 def leave_signals(worker: int) -> None:
-    """For a loader process: what is sent to all of a job (Ctrl-C, a scheduler's SIGTERM) is the main process's to heed.
+    """In a loader process: leave signals that go to a whole job (Ctrl-C, a scheduler's SIGTERM) to the main process.
 
-    It still needs batches until it has saved; the loader's processes end when it says so, by a SIGTERM of its own.
+    The main process still needs batches until it has saved. Then it ends its loader processes with its own SIGTERM.
     """
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -88,10 +88,10 @@ def _end_at_the_parents_word() -> None:
 
 
 def batches_of(loader: DataLoader[Any]) -> Iterator[Any]:
-    """What a loader gives. Its processes end with it, whatever ends it, and an error of theirs is their own line."""
+    """The batches of a loader. Its processes end with this generator; a `UsageError` in one of them is raised here."""
     iterator, failed = iter(loader), ""
     end = partial(_end, getattr(iterator, "_workers", []))
-    atexit.register(end)  # where an error keeps this from ending, torch would wait 5 s for each
+    atexit.register(end)  # if an error keeps this generator alive, torch would wait 5 s for each process
     try:
         yield from iterator
     except UsageError as error:
@@ -99,31 +99,33 @@ def batches_of(loader: DataLoader[Any]) -> Iterator[Any]:
     finally:
         atexit.unregister(end)
         end()
-    if failed:  # apart from torch's error, which holds on to the iterator
+    if failed:  # raised here, outside the handler: torch's error keeps a reference to the iterator
         raise UsageError(failed.rstrip().rpartition(f"{UsageError.__name__}: ")[2])
 
 
 def _end(workers: list[Any]) -> None:
     for worker in workers:
         worker.terminate()
-    # before torch has them end by themselves: one that a pool's thread has forked fails then, and torch says so
+    # before torch ends them: it prints an error for a process that was forked by another thread
     for worker in workers:
         worker.join(5)
 
 
 def workers_that_fit(workers: int, batch: int) -> int:
-    """So many loader processes, or as many as /dev/shm has room for: each keeps three batches of `batch` bytes there.
+    """`workers`, or as many as /dev/shm has room for: each keeps three batches of `batch` bytes there.
 
-    A container has 64 MB of it by default, and a loader process that finds it full never says so to the others.
+    A container has 64 MB of it by default, and a loader process that finds it full hangs without a word.
     """
+    shm = "/dev/shm"  # noqa: S108 (nothing is written there by this name)
     try:
-        room = os.statvfs("/dev/shm")
+        room = os.statvfs(shm)
     except OSError:
         return workers
-    fit = min(workers, room.f_bavail * room.f_frsize // (3 * batch))
+    free = room.f_bavail * room.f_frsize
+    fit = min(workers, free // (3 * batch))
     if fit < workers:
-        free = f"/dev/shm has {room.f_bavail * room.f_frsize / 1e6:.0f} MB free"
-        print(f"fastcr: {free}: {fit} loader processes, not {workers} (docker run --shm-size)", file=sys.stderr)
+        room_left = f"{shm} has {free / 1e6:.0f} MB free"
+        print(f"fastcr: {room_left}: {fit} loader processes, not {workers} (docker run --shm-size)", file=sys.stderr)
     return fit
 
 

@@ -1,4 +1,4 @@
-"""What a run watches: losses that are not finite, collapse of embeddings or attention, signals."""
+"""What a run watches: losses that are not finite, signals, and a console whose reader may go away."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class LossWatch:
         self.folder, self.files_of, self.processes = folder, files_of, processes
 
     def add(self, loss: Tensor, gradient_norm: Tensor | None) -> None:
-        """Take note of the next step's loss, a scalar, and of its gradient's norm (None: need not be a number)."""
+        """Take note of the next step's loss, a scalar, and of its gradient's norm (None where it is not checked)."""
         self.losses.append(loss)
         self.gradient_norms.append(torch.zeros_like(loss) if gradient_norm is None else gradient_norm)
 
@@ -75,9 +75,10 @@ class LossWatch:
 
 
 class StopSignal:
-    """Turns signals into a wish the loop looks at between steps; used as a context manager.
+    """Notes a signal in `received`, so that the loop ends after its step; used as a context manager.
 
-    SIGTERM, SIGUSR1 (sent ahead of time), SIGINT, SIGHUP (the terminal is closed), and SIGPIPE: nobody reads stdout.
+    SIGTERM, SIGUSR1 (a scheduler's early warning), SIGINT, SIGHUP (the terminal was closed), and SIGPIPE (nobody reads
+    stdout any more).
     """
 
     def __init__(self) -> None:
@@ -92,7 +93,7 @@ class StopSignal:
             self.received = signal.SIGTERM if number == signal.SIGUSR1 else number
 
     def __enter__(self) -> StopSignal:
-        """Listen, where signals can be (the main thread); a SIGHUP that nohup has others ignore stays ignored."""
+        """Listen, if this is the main thread: others get no signals. SIGHUP stays ignored where nohup ignores it."""
         self.before = {}
         if threading.current_thread() is threading.main_thread():
             numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGPIPE]
@@ -134,7 +135,7 @@ class RunConsole(Console):
 
 
 def to_nobody(gone: Callable[[int], bool]) -> None:
-    """Have stdout and stderr lead nowhere, if their file mode is of the kind that is `gone`: a terminal, or a pipe."""
+    """Send stdout and stderr to /dev/null where `gone` says yes to their file mode: a terminal's, or a pipe's."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for number in (1, 2):
         with suppress(OSError):

@@ -9,16 +9,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
-from fastcr.encoders.encoder import load
 from fastcr.errors import UsageError
 from fastcr.runs import checkpoint
 from fastcr.runs.checkpoint import (
@@ -41,14 +38,6 @@ def names(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())
 
 
-def test_write_whole_makes_and_replaces(tmp_path: Path) -> None:
-    file = tmp_path / "file"
-    for content in ("old", "new"):
-        write_whole(file, partial(Path.write_text, data=content))
-        assert file.read_text() == content
-        assert names(tmp_path) == ["file"]
-
-
 @pytest.mark.parametrize(
     "error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed"), SafetensorError("io")]
 )
@@ -62,32 +51,6 @@ def test_failed_write_keeps_the_old_file_and_says_so(error: Exception, tmp_path:
 
     with pytest.raises(UsageError, match=f"cannot save {file}: .*what was there before is untouched"):
         write_whole(file, half)
-    assert file.read_text() == "old"
-    assert names(tmp_path) == ["file"]
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, TypeError])
-def test_write_stopped_by_anything_else_leaves_nothing_behind(error: type[BaseException], tmp_path: Path) -> None:
-    def half(beside: Path) -> None:
-        beside.write_text("ne")
-        raise error
-
-    with pytest.raises(error):
-        write_whole(tmp_path / "file", half)
-    assert names(tmp_path) == []
-
-
-@pytest.mark.parametrize("broken", ["os.fsync", "os.replace"])
-def test_disk_that_fails_after_the_write(broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "file"
-    file.write_text("old")
-
-    def full(*args: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(broken, full)
-    with pytest.raises(UsageError, match="No space left on device"):
-        write_whole(file, lambda beside: beside.write_text("new"))
     assert file.read_text() == "old"
     assert names(tmp_path) == ["file"]
 
@@ -110,11 +73,6 @@ def test_file_is_on_the_disk_before_it_takes_the_old_ones_place(
     monkeypatch.setattr(os, "replace", noted_replace)
     write_whole(tmp_path / "file", lambda beside: beside.write_text("new"))
     assert calls[:2] == ["fsync", "replace"]
-
-
-def test_missing_folder_is_a_users_mistake(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="cannot save"):
-        save_weights(tmp_path / "none" / "weights.safetensors", {"a": torch.ones(1)}, FACTS)
 
 
 def test_weights_come_back_with_their_facts(tmp_path: Path) -> None:
@@ -144,21 +102,14 @@ def test_weights_come_back_with_their_facts(tmp_path: Path) -> None:
         assert opened.get_tensor("bf16").dtype == torch.bfloat16  # stored as it was
 
 
-@pytest.mark.parametrize("suffix", ["pt", "pth"])
 @pytest.mark.parametrize(
     "wrap", [lambda state: state, lambda state: {"state_dict": state, "epoch": 3}, lambda state: {"model": state}]
 )
-def test_state_dict_is_found_and_unwrapped(wrap: Callable[[Any], Any], suffix: str, tmp_path: Path) -> None:
-    torch.save(wrap({"module.a": torch.ones(2).half(), "b": torch.tensor(1)}), tmp_path / f"w.{suffix}")
-    state = read_state_dict(tmp_path / f"w.{suffix}")
+def test_state_dict_is_found_and_unwrapped(wrap: Callable[[Any], Any], tmp_path: Path) -> None:
+    torch.save(wrap({"module.a": torch.ones(2).half(), "b": torch.tensor(1)}), tmp_path / "w.pt")
+    state = read_state_dict(tmp_path / "w.pt")
     assert state.keys() == {"a", "b"}
     assert (state["a"].dtype, state["b"].dtype) == (torch.float32, torch.int64)
-
-
-def test_foreign_weights_are_refused_with_their_keys(tmp_path: Path) -> None:
-    safetensors.torch.save_file({"other.weight": torch.ones(1)}, tmp_path / "w.safetensors")
-    with pytest.raises(UsageError, match=r"no fastcr metadata.*other\.weight"):
-        load(tmp_path / "w.safetensors")
 
 
 def test_resume_state_comes_back_and_so_do_the_random_numbers(tmp_path: Path) -> None:
@@ -174,22 +125,18 @@ def test_resume_state_comes_back_and_so_do_the_random_numbers(tmp_path: Path) ->
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_the_last_saves_are_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize("links", [True, False])
+def test_the_last_saves_are_kept(links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*args: object) -> None:
+        raise PermissionError
+
+    if not links:
+        monkeypatch.setattr(Path, "hardlink_to", refused)
     for step in range(1, 6):
         save_resume(tmp_path / "resume.pt", {"step": step, "model": {}}, keep=3)
     names = ["resume.1.pt", "resume.2.pt", "resume.pt"]
     assert sorted(file.name for file in tmp_path.iterdir()) == names
     assert [torch.load(tmp_path / name, weights_only=True)["step"] for name in names] == [4, 3, 5]
-
-
-def test_the_last_saves_are_kept_without_links_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(*args: object) -> None:
-        raise PermissionError
-
-    monkeypatch.setattr(Path, "hardlink_to", refused)
-    for step in (1, 2):
-        save_resume(tmp_path / "resume.pt", {"step": step, "model": {}}, keep=2)
-    assert [torch.load(tmp_path / n, weights_only=True)["step"] for n in ("resume.pt", "resume.1.pt")] == [2, 1]
 
 
 @pytest.mark.parametrize("at", [0.2, 0.5, 0.8])
@@ -228,7 +175,7 @@ def test_damaged_weights_are_noticed(tmp_path: Path) -> None:
 
 def test_saving_goes_on_beside_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is saved is the state at the call, and the caller does not wait for the disk."""
-    saver, weights, may_write = Saver(tmp_path, {}, 1), {"a": torch.zeros(3)}, threading.Event()
+    saver, weights, may_write = Saver(tmp_path, {}, 1, 5.0), {"a": torch.zeros(3)}, threading.Event()
     original = checkpoint.save_resume
 
     def slow(*args: Any) -> None:
@@ -248,7 +195,7 @@ def test_saving_goes_on_beside_the_training(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_save_that_failed_is_told_of_soon(tmp_path: Path) -> None:
-    saver = Saver(tmp_path / "gone", {}, 1)
+    saver = Saver(tmp_path / "gone", {}, 1, 5.0)
     saver.save({"a": torch.zeros(3)}, {"step": 1, "model": {}})
     with pytest.raises(UsageError, match="cannot save"):
         saver.wait()
@@ -281,7 +228,7 @@ for first in map(int, sys.stdin):
 
 
 @pytest.mark.parametrize(
-    "kills", [12, pytest.param(60, marks=pytest.mark.slow, id="sample"), pytest.param(400, marks=pytest.mark.slow)]
+    "kills", [6, pytest.param(60, marks=pytest.mark.slow, id="sample"), pytest.param(400, marks=pytest.mark.slow)]
 )
 def test_kill_while_saving_always_leaves_whole_files(kills: int, tmp_path: Path) -> None:
     delay = random.Random(0)

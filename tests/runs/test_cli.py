@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import io
 import re
+import runpy
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -15,13 +16,12 @@ import torch
 
 from fastcr import evaluate, train
 from fastcr.config import Config
-from fastcr.errors import UsageError
 from fastcr.presets import PRESETS
 from fastcr.runs import machine
 from fastcr.runs.checkpoint import save_weights
 from fastcr.runs.command_line import load_config, read_command_line, save_config, spare_imports
 from fastcr.runs.validate import validate
-from tests.shared import TINY, start
+from tests.shared import TINY
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ONE_STEP = [*TINY, "--run.steps", "1"]
@@ -46,21 +46,18 @@ def copied(finished: Path, tmp_path: Path) -> Path:
     ("args", "culprits"),
     [
         ("--optim.lrr 1", ("--optim.lrr", "did you mean --optim.lr?")),
-        ("--optm.batch_size 1", ("--optm.batch_size", "did you mean --optim.batch_size?")),
         ("--optim.lr abc", ("--optim.lr", "'abc'")),
         ("--optim.lr", ("--optim.lr",)),
-        ("--optim.batch_size 2.5", ("--optim.batch_size", "'2.5'")),
         ("--data.loader fast", ("--data.loader", "'fast'", "'dali'", "'torch'")),
         ("--rationale.enabled maybe", ("--rationale.enabled", "'maybe'", "'True'")),
         ("--model.backbone resnet19", ("--model.backbone", "'resnet19'", "'resnet18'")),
         ("synthetic stray", ("stray",)),
         ("cub20", ("'cub20'", "did you mean cub200?")),
         ("qqq", ("'qqq'", *PRESETS)),
-        ("--resume", ("--resume needs a run folder",)),
         ("--resume --run.steps 3", ("--resume needs a run folder",)),
+        ("--resume auto", ("--resume auto needs --run.dir",)),
         ("--run.device cuda:99", ("--run.device cuda:99", "CUDA devices")),
         ("--run.device gpu", ("--run.device", "'gpu'")),
-        ("--run.device mps", ("--run.device", "'mps'")),
     ],
 )
 def test_mistaken_arguments_of_train(args: str, culprits: tuple[str, ...], refused: Callable[..., str]) -> None:
@@ -68,7 +65,7 @@ def test_mistaken_arguments_of_train(args: str, culprits: tuple[str, ...], refus
     assert all(culprit in line for culprit in culprits), line
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "UTF-8", "latin-1"])
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
 def test_a_mistake_is_one_line_whatever_stdout_is(
     encoding: str, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
 ) -> None:
@@ -78,30 +75,16 @@ def test_a_mistake_is_one_line_whatever_stdout_is(
     assert line == "fastcr.train: error: Unrecognized options: --optim.lrr, 1 (did you mean --optim.lr?)"
 
 
-# Every message of `validate`, from the side of the flag. Numbers that torch would refuse with a traceback belong here.
+# A value of each kind that is beyond its limits
 @pytest.mark.parametrize(
     ("flag", "values"),
     [
         ("--data.image_size", "31 -1"),
-        ("--data.workers", "-1"),
-        ("--optim.epochs", "-1"),
-        ("--optim.batch_size", "1"),
         ("--optim.lr", "0 -0.1 nan inf"),
-        ("--optim.backbone_lr", "-0.1 nan inf"),
-        ("--optim.momentum", "-1 nan"),
-        ("--optim.weight_decay", "-1 nan"),
         ("--run.seed", f"-1 {2**70}"),
         ("--run.steps", "0"),
-        ("--run.log_every", "0"),
-        ("--run.eval_every", "-1"),
-        ("--run.save_minutes", "-1 nan"),
-        ("--moco.queue_size", "-1"),
-        ("--moco.temperature", "0 nan"),
         ("--moco.key_momentum", "-0.1 1.1 nan"),
-        ("--moco.embedding_dim", "0"),
         ("--rationale.detectors", "0 129"),
-        ("--rationale.temperature", "0 nan"),
-        ("--rationale.fit_weight", "-1 nan inf"),
         ("--rationale.lr", "0 -1 nan inf"),
     ],
 )
@@ -112,45 +95,9 @@ def test_values_out_of_range(flag: str, values: str, flat: Path, tmp_path: Path,
         assert not (tmp_path / "run").exists()
 
 
-def test_released_branch_without_a_branch(refused: Callable[..., str]) -> None:
-    line = refused(train.main, "cub200-released", "--rationale.enabled", "False")
-    assert "--released.enabled needs --rationale.enabled True" in line
-
-
-def unlabelled_file(root: Path) -> None:
-    (root / "notes.txt").write_text("no picture")
-
-
-def only_test(root: Path) -> None:
-    (root / "test" / "crow").mkdir(parents=True)
-    (root / "test" / "crow" / "0.jpg").write_bytes(b"")
-
-
-@pytest.mark.parametrize(
-    ("make", "culprits"),
-    [
-        (unlabelled_file, ("no images", ".jpg")),
-        (only_test, ("none named train",)),
-    ],
-    ids=["no pictures", "only test"],
-)
-@pytest.mark.parametrize("main", [train.main, evaluate.main])
-def test_unusable_folders_of_images(
-    main: Main,
-    make: Callable[[Path], None],
-    culprits: tuple[str, ...],
-    tmp_path: Path,
-    finished: Path,
-    refused: Callable[..., str],
-) -> None:
-    root = tmp_path / "root"
-    root.mkdir()
-    make(root)
-    args = (*ONE_STEP, "--run.dir", tmp_path / "run") if main is train.main else (finished,)
-    line = refused(main, *args, "--data.root", root)
-    assert str(root) in line
-    assert all(culprit in line for culprit in culprits)
-    assert not (tmp_path / "run").exists()
+def test_settings_that_exclude_each_other(refused: Callable[..., str]) -> None:
+    line = refused(train.main, "--moco.pooling", "rationale", "--rationale.enabled", "False")
+    assert "--moco.pooling rationale needs the rationale branch" in line
 
 
 def test_existing_run_is_not_overwritten(flat: Path, finished: Path, refused: Callable[..., str]) -> None:
@@ -178,12 +125,10 @@ def test_resume_of_what_is_no_run(flat: Path, tmp_path: Path, finished: Path, re
     [
         (lambda file: file.unlink(), "no resume.pt"),
         (lambda file: file.write_bytes(b""), "resume.pt"),
-        (lambda file: file.write_bytes(b"not a checkpoint"), "resume.pt"),
         (lambda file: file.write_bytes(file.read_bytes()[:5000]), "resume.pt"),
-        (lambda file: torch.save([1], file), "resume.pt was not written by fastcr.train"),
         (lambda file: torch.save({"step": 1, "model": 5, "optimizer": 1, "random": 1}, file), "resume.pt"),
     ],
-    ids=["missing", "empty", "text", "truncated", "foreign", "wrong types"],
+    ids=["missing", "empty", "truncated", "wrong types"],
 )
 def test_broken_resume(
     damage: Callable[[Path], object], culprit: str, copied: Path, refused: Callable[..., str]
@@ -195,26 +140,31 @@ def test_broken_resume(
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[1]", "run: 5", "run: [", "nope: 1", "run:\n  nope: 1", "optim:\n  lr: abc", "data:\n  loader: fast"]
+    ("text", "words"),
+    [
+        ("", "is broken"),
+        ("run: 5", "is broken"),
+        ("run: [", "is broken"),
+        ("run:\n  nope: 1\n  gone: 2", "was made by another version of fastcr: unknown settings run.gone, run.nope"),
+        ("optim:\n  lr: abc", "'abc'"),
+    ],
 )
-def test_broken_config(text: str, copied: Path, refused: Callable[..., str]) -> None:
+def test_broken_config(text: str, words: str, copied: Path, refused: Callable[..., str]) -> None:
     (copied / "config.yaml").write_text(text)
     line = refused(train.main, "--resume", copied)
     assert f"{copied}/config.yaml" in line
-    if "nope" in text:
-        assert "nope" in line
+    assert words in line
 
 
 @pytest.mark.parametrize(
     ("make", "culprits"),
     [
         (lambda file: None, ("no weights file",)),
-        (lambda file: file.write_bytes(b"text"), ("checkpoint",)),
         (lambda file: torch.save([1, 2], file), ("no dict of tensors",)),
         (lambda file: torch.save({"conv1.weight": torch.ones(2)}, file), ("conv1.weight is [2]",)),
         (lambda file: torch.save({"conv1.weight": torch.ones(64, 3, 7, 7)}, file), ("lacks", "allow_missing_weights")),
     ],
-    ids=["missing", "text", "list", "shape", "incomplete"],
+    ids=["missing", "list", "shape", "incomplete"],
 )
 def test_unusable_initial_weights(
     make: Callable[[Path], object], culprits: tuple[str, ...], flat: Path, tmp_path: Path, refused: Callable[..., str]
@@ -227,29 +177,10 @@ def test_unusable_initial_weights(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.fixture
-def without_dali(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    monkeypatch.delitem(sys.modules, "fastcr.data.dali_views", raising=False)
-    monkeypatch.delattr("nvidia.dali", raising=False)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_auto_loader_on_the_cpu_needs_no_dali(
-    without_dali: None, flat: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    train.main([*ONE_STEP, "--data.root", str(flat), "--run.dir", str(tmp_path / "run"), "--data.loader", "auto"])
-    captured = capfd.readouterr()
-    assert "loader: fused; cache: host; device: cpu, fp32; 64 training images" in captured.out
-    assert "DALI" not in captured.out
-    assert captured.err == ""
-
-
-@pytest.mark.parametrize("name", ["a[b]c", "x[/y]z"])
 def test_names_with_brackets_are_printed_as_they_are(
-    name: str, flat: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    flat: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    folder = tmp_path / name  # square brackets are markup to rich; the slash makes it a closing tag
+    folder = tmp_path / "x[/y]z"  # square brackets are markup to rich; the slash makes it a closing tag
     train.main([*ONE_STEP, "--data.root", str(flat), "--run.dir", str(folder)])
     assert f"run folder: {folder}" in capfd.readouterr().out.splitlines()
 
@@ -293,17 +224,14 @@ def metadata(text: str) -> Callable[[Path], None]:
     ("make", "culprit"),
     [
         (lambda file: file.write_bytes(b""), "whole safetensors file"),
-        (lambda file: file.write_bytes(b"\xff" * 50), "whole safetensors file"),
         (lambda file: safetensors.torch.save_file({"a": torch.ones(2)}, file), "no fastcr metadata"),
         (metadata("{"), ""),
-        (metadata("[1]"), ""),
         (metadata('{"backbone": "resnet18"}'), "does not hold what its metadata says"),
         (odd_facts(), "does not hold what its metadata says"),
-        (odd_facts(backbone="vit"), "vit"),
         (odd_facts(last_stage="layer9"), "layer9"),
         (odd_facts(detectors="many"), ""),
     ],
-    ids=["empty", "bytes", "bare", "no json", "list", "few facts", "shapes", "backbone", "stage", "detectors"],
+    ids=["empty", "bare", "no json", "few facts", "shapes", "stage", "detectors"],
 )
 def test_unusable_weights_files(
     make: Callable[[Path], object], culprit: str, birds: Path, tmp_path: Path, refused: Callable[..., str]
@@ -346,19 +274,11 @@ def test_presets_are_valid_documented_and_survive_yaml(name: str, tmp_path: Path
         assert load_config(tmp_path / f"{i}.yaml") == written
 
 
-def test_unknown_setting_in_yaml_is_refused_by_name(tmp_path: Path) -> None:
-    save_config(Config(), tmp_path / "config.yaml")
-    text = (tmp_path / "config.yaml").read_text()
-    (tmp_path / "config.yaml").write_text(text.replace("  seed: 0", "  sead: 0"))
-    with pytest.raises(UsageError, match="sead"):
-        load_config(tmp_path / "config.yaml")
-
-
 def test_flags_override_the_preset_and_the_resumed_run(finished: Path) -> None:
-    config, resumed = read_command_line(["cub200-released", "--optim.lr", "0.5"])
+    config, resumed = read_command_line(["cub200-paper", "--optim.lr", "0.5"])
     assert resumed is None
     assert config == dataclasses.replace(
-        PRESETS["cub200-released"](), optim=dataclasses.replace(PRESETS["cub200-released"]().optim, lr=0.5)
+        PRESETS["cub200-paper"](), optim=dataclasses.replace(PRESETS["cub200-paper"]().optim, lr=0.5)
     )
     config, resumed = read_command_line(["--run.steps", "7", "--resume", str(finished)])
     assert (resumed, config.run.steps, config.data.image_size) == (finished, 7, 32)
@@ -371,8 +291,6 @@ def test_flags_override_the_preset_and_the_resumed_run(finished: Path) -> None:
         ("auto", "cpu", False, torch.float32),
         ("auto", "cuda", False, torch.bfloat16),
         ("fp32", "cpu", True, torch.float32),
-        ("bf16", "cpu", False, torch.bfloat16),
-        ("fp16", "cuda", True, torch.float16),
     ],
 )
 def test_precision_is_what_the_processor_can_do(
@@ -384,11 +302,8 @@ def test_precision_is_what_the_processor_can_do(
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").is_file(), reason="there is no /proc")
 def test_hardware_that_multiplies_bf16_is_what_the_kernel_lists() -> None:
-    asked = start("-c", "from fastcr.runs.machine import multiplies_bf16; print(multiplies_bf16())")
-    flags = Path("/proc/cpuinfo").read_text()
-    assert (asked.communicate(timeout=60)[0].strip() == "True") == bool(
-        re.search(r"avx512_bf16|amx_tile|\bbf16\b", flags)
-    )
+    itself = runpy.run_path(machine.__file__)["multiplies_bf16"]  # not what tests put in its place
+    assert itself() == bool(re.search(r"avx512_bf16|amx_tile|\bbf16\b", Path("/proc/cpuinfo").read_text()))
 
 
 @pytest.mark.parametrize("program", ["/venv/bin/fastcr", "/site/fastcr/train.py", "/venv/bin/pytest"])
