@@ -59,12 +59,12 @@ def see(encoder: Encoder, images: ImageList, objects: Objects, workers: int, con
         found.append(encoder.backbone(crops).flatten(2).cpu())
         sizes.append(sizes_here)
         kept += indices
-    in_crop = Objects(objects.boxes[kept], None, objects.in_pixels)
+    in_crop = Objects(objects.boxes[kept], objects.in_pixels)
     in_crop = objects_in_crop(in_crop, torch.cat(sizes), encoder.image_size)
     known = ~in_crop.boxes.isnan().any(1)
     features, boxes = torch.cat(found)[known], in_crop.boxes[known]
     labels = torch.tensor(images.labels)[kept][known]
-    return Seen(features, covered(boxes, round(features.shape[2] ** 0.5)).float(), Objects(boxes, None, False), labels)
+    return Seen(features, covered(boxes, round(features.shape[2] ** 0.5)).float(), Objects(boxes, False), labels)
 
 
 def maps(train: Seen, test: Seen) -> Iterator[tuple[str, str, Tensor]]:

@@ -120,7 +120,7 @@ def gradcam_inside(
         found.append(slopes(moco, crops, seen, build_objective(config.moco), cam_of, common))
         sizes.append(sizes_here)
         kept += indices
-    boxes = Objects(objects.boxes[kept], None, objects.in_pixels)
+    boxes = Objects(objects.boxes[kept], objects.in_pixels)
     boxes = objects_in_crop(boxes, torch.cat(sizes), config.data.image_size)
     scores = {}
     for name, maps in gradcam_maps(config, torch.cat(found).cpu()).items():

@@ -20,6 +20,7 @@ from fastcr.data.images import ImageList
 from fastcr.encoders.encoder import Encoder, find_weights, load
 from fastcr.encoders.hub import address_of
 from fastcr.errors import UsageError
+from fastcr.measures.poolings import SHOWN, pooled
 from fastcr.output.gallery import QUALITY, SIDE, data_uri
 from fastcr.output.nearest import Neighbour, Stored, read_stored
 from fastcr.output.overlays import Tile, as_evaluated, contact_sheet, overlay
@@ -47,14 +48,17 @@ def encoder_of(stored: Stored, named: Path | None, device: torch.device) -> Enco
     return load(weights, device)
 
 
-def encode(pictures: Sequence[Image.Image], encoder: Encoder, dtype: torch.dtype) -> tuple[Tensor, list[Tensor | None]]:
-    """Unit embeddings `[N,C]` of crops as the encoder sees them, and the attention `[h,w]` of each, on the CPU."""
+def encode(
+    pictures: Sequence[Image.Image], encoder: Encoder, stored: Stored, dtype: torch.dtype
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Unit embeddings `[N,C]` of crops, pooled as the stored ones, and the attention `[h,w]` of each, on the CPU."""
     device = next(encoder.parameters()).device
     pixels = torch.stack([torch.from_numpy(np.array(picture)) for picture in pictures])
     vectors, maps = list[Tensor](), list[Tensor | None]()
     for part in pixels.split(BATCH_SIZE):
-        mean, rationale, attention = encoder.pooled(encoder.of_crops(part.to(device), dtype)[0])
-        vectors.append((mean if rationale is None else rationale).cpu())
+        features, _ = encoder.of_crops(part.to(device), dtype)
+        vectors.append(pooled(features, encoder, stored.pooling, stored.mean).cpu())
+        attention = encoder.pooled(features).attention
         maps += [None] * len(part) if attention is None else attention.cpu().unbind()
     return torch.cat(vectors), maps
 
@@ -93,7 +97,7 @@ def drawn(
     paths = tuple(dict.fromkeys(each.path for found in near for each in found))
     listed = ImageList(Path(stored.facts["root"]), paths, None, ())
     crops, _ = read_crops([(listed, index) for index in range(len(paths))], encoder.image_size)
-    maps = encode(list(crops.values()), encoder, dtype)[1] if crops else []
+    maps = encode(list(crops.values()), encoder, stored, dtype)[1] if crops else []
     shown = dict(zip(crops, zip(crops.values(), maps, strict=True), strict=True))
     return {path: shown[name] for i, path in enumerate(paths) if (name := listed.path(i)) in shown}
 
@@ -114,7 +118,7 @@ def save(out: Path, rows: Sequence[tuple[str, Sequence[Tile]]], stored: Stored, 
     facts = {
         "total": f"{len(stored.rows):,}",
         "encoder": os.path.join(*Path(stored.facts["weights"]).parts[-2:]),
-        "embedding": "mean" if encoder.branch is None else "rationale",
+        "embedding": SHOWN.get(stored.pooling, stored.pooling) + ", mean subtracted" * (stored.mean is not None),
         "attention": encoder.branch is not None,
     }
     page = render("search.html.jinja", {}, rows=uris, **facts)
@@ -140,7 +144,7 @@ def search(config: SearchConfig, context: Context) -> None:
                 context.say(f"left out: {reason}")
             if not queries:
                 continue
-            vectors, maps = encode(list(queries.values()), encoder, dtype)
+            vectors, maps = encode(list(queries.values()), encoder, stored, dtype)
             found = stored.nearest(vectors, config.k)
             for path, near in zip(queries, found, strict=True):
                 context.console.print(table_of(path, near), highlight=False)
