@@ -159,7 +159,7 @@ class ExportConfig:
     """safetensors (torchvision's or timm's names), torch (torch.export), onnx, or hub (for the Hugging Face Hub)."""
     out: Path | None = None
     """File, or folder of hub, to write. Default: beside the weights (from the Hub: here), named after them."""
-    pooling: Pooling | None = None
+    pooling: Literal["mean", "attention", "gem", "feature-strength", "gaussian"] | None = None
     """torch and onnx: how the graph pools its embedding. Default: the attention, else the mean."""
     push: str | None = None
     """hub: also upload the folder to this repository, USER/NAME, with your own token."""

@@ -115,10 +115,9 @@ def write_hub(encoder: Encoder, out: Path, run: Path | None, repo: str | None) -
         folder = Path(scratch) / out.name
         folder.mkdir()
         save_weights(folder / "model.safetensors", encoder.state_dict(), encoder.facts)
+        # the Hub counts a download by this file
         about = {"library_name": "fastcr", "fastcr_version": __version__, "facts": encoder.facts}
-        (folder / "config.json").write_text(
-            json.dumps(about, indent=2) + "\n", encoding="utf-8"
-        )  # counted as a download
+        (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(card, encoding="utf-8")
         os.rename(folder, out)
 
@@ -140,8 +139,17 @@ def model_card(encoder: Encoder, name: str, run: Path | None, repo: str | None) 
     if run and (run / "config.yaml").is_file():
         settings = yaml.safe_dump(training_settings(load_config(run / "config.yaml")), sort_keys=False)
     template = str(Path(__file__).with_name("model_card.md.jinja"))
-    shown = {"facts": encoder.facts, "settings": settings, "results": results, "repo": repo, "version": __version__}
-    return f"{ModelCard.from_template(front, template_path=template, **shown)}\n"
+    card = ModelCard.from_template(
+        front,
+        template_path=template,
+        name=repo or name,
+        facts=encoder.facts,
+        settings=settings,
+        results=results,
+        repo=repo,
+        version=__version__,
+    )
+    return f"{card}\n"
 
 
 def training_settings(config: Config) -> dict[str, Any]:
@@ -167,6 +175,7 @@ def read_results(run: Path | None) -> tuple[str, list[EvalResult]]:
         scores = [
             EvalResult("image-retrieval", data, data, key, each[key], metric_name=f"{key}, {SHOWN.get(name, name)}")
             for name, each in results["retrieval"].items()
+            if name in ("mean", "rationale")
             for key in ("rank1", "mAP")
         ]
         verdict = best_line(results) or ""

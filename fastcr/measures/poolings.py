@@ -21,7 +21,7 @@ SHOWN = {"rationale": "attention", "norm": "feature-strength"}  # what people re
 def weighted(features: Tensor, weights: Tensor) -> Tensor:
     """Mean of the positions of features `[B,C,h,w]`, weighted with `[B,h,w]` or `[h,w]` (they need not sum to 1)."""
     weights = weights / weights.sum((-2, -1), keepdim=True).clamp(min=1e-30)
-    return torch.einsum("bchw,bhw->bc", features.float(), weights.expand(len(features), -1, -1))
+    return torch.einsum("bchw,bhw->bc", features.float(), weights.expand_as(features[:, 0]))
 
 
 def gem(features: Tensor) -> Tensor:

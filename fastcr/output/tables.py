@@ -23,7 +23,7 @@ def results_tables(results: dict[str, Any], *, every: bool = False) -> Iterator[
     if line := best_line(results):
         yield line
     if every:
-        yield poolings_table(results)
+        yield from poolings_tables(results)
     others = others_table(results)
     if others.row_count:
         yield others
@@ -39,23 +39,20 @@ def _sides(results: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """Title and scores of the encoder before and after training; a single one is not told apart."""
     if "frozen_init" not in results:
         return [("", results)]
-    before = ("before training", results["frozen_init"])
+    before = ("before", results["frozen_init"])
     untrained = results["retrieval"] == results["frozen_init"]["retrieval"]  # after no epoch both are one
-    return [before] if untrained else [before, ("after training", results)]
+    return [before] if untrained else [before, ("after", results)]
 
 
 def _cells(found: dict[str, Any], *keys: str) -> list[str]:
     return [f"{found[key]:.2f}" if key in found else "" for key in keys]
 
 
-def _of_images(results: dict[str, Any]) -> str:
-    return f"{results['images']} images of {results['classes']} classes: retrieval, percent"
-
-
 def retrieval_table(results: dict[str, Any]) -> Table:
     """Rank-1 and mAP by the mean, the attention and the best pooling, before and after training."""
+    sides, title = _sides(results), f"{results['images']} images of {results['classes']} classes: retrieval, percent"
     caption = "best: the pooling with the highest mAP on these images\nfastcr evaluate RUN --all shows every measure"
-    table, sides = Table(title=_of_images(results), caption=caption), _sides(results)
+    table = Table(title=title, caption="before and after training; " * (len(sides) > 1) + caption)
     table.add_column("pooling", no_wrap=True)
     for title, _ in sides:
         for measure in ("rank-1", "mAP"):
@@ -92,23 +89,24 @@ def _judged(differs: bool) -> str:
     return "more than chance" if differs else "no difference that can be told apart from chance"
 
 
-def poolings_table(results: dict[str, Any]) -> Table:
-    """A pooling a row, plain and with the mean subtracted; rank-1, rank-5 and mAP; a star marks the best mAP."""
-    table, sides = Table(title=f"every pooling: {_of_images(results)}"), _sides(results)
-    table.add_column("pooling", no_wrap=True)
-    for title, _ in sides:
-        for measure in ("rank-1", "rank-5", "mAP"):
-            table.add_column(f"{title}\n{measure}".strip(), justify="right")
-    for section in ("retrieval", "retrieval_centred"):
-        for name in results.get(section, {}):
+def poolings_tables(results: dict[str, Any]) -> Iterator[Table]:
+    """Every pooling, as it is and with the mean subtracted: rank-1, rank-5 and mAP; a star marks the best mAP."""
+    for section, title in (("retrieval", "every pooling"), ("retrieval_centred", "every pooling, mean subtracted")):
+        if section not in results:
+            continue
+        table, sides = Table(title=f"{title}: retrieval, percent"), _sides(results)
+        table.add_column("pooling", no_wrap=True)
+        for side, _ in sides:
+            for measure in ("rank-1", "rank-5", "mAP"):
+                table.add_column(f"{side}\n{measure}".strip(), justify="right")
+        for name in results[section]:
             row, cells = {"pooling": name, "centred": section == "retrieval_centred"}, []
             for _, part in sides:
                 *ranks, precision = _cells(part.get(section, {}).get(name, {}), "rank1", "rank5", "mAP")
                 best = row.items() <= best_pooling(part).items()
                 cells += [*ranks, "* " * best + precision]
-            table.add_row(name_of(row), *cells)
-        table.add_section()
-    return table
+            table.add_row(SHOWN.get(name, name), *cells)
+        yield table
 
 
 def others_table(results: dict[str, Any]) -> Table:
