@@ -14,9 +14,10 @@ from xml.etree import ElementTree
 
 import torch
 
-from fastcr.config import Config, DataConfig, ModelConfig, RationaleConfig, ReleasedConfig
+from fastcr.config import Config, DataConfig, ModelConfig, RationaleConfig
 from fastcr.encoders.backbone import build_backbone
-from fastcr.encoders.encoder import new_encoder
+from fastcr.encoders.encoder import Encoder, new_encoder
+from fastcr.encoders.released import ReleasedBranch
 from fastcr.runs.checkpoint import save_weights
 
 ROOT = Path(__file__).parent.parent
@@ -37,10 +38,13 @@ def write_weights(
     config = Config(
         model=ModelConfig(backbone=backbone, last_stage=last_stage),
         rationale=rationale or RationaleConfig(detectors=4),
-        released=ReleasedConfig(enabled=released),
         data=DataConfig(image_size=image_size),
     )
     encoder = new_encoder(config)
+    if released:  # with the branch of the authors' checkpoints
+        network, channels = build_backbone(backbone, last_stage)
+        branch = ReleasedBranch(channels, config.rationale.detectors)
+        encoder = Encoder(network, branch, encoder.facts | {"attention": "batch-minmax"})
     file.parent.mkdir(parents=True, exist_ok=True)
     save_weights(file, encoder.state_dict(), encoder.facts)
     return file
