@@ -82,7 +82,7 @@ class Evaluation:
         poolings = without_training(ddt_axis(encoder, train, self.context, self.load)) if baselines else {}
         found = self._embed(encoder, self.images, title, poolings)
         known = self._embed(encoder, train, f"{title}, training images") if classified else None
-        return self.context.processes.once(lambda: self._scores(encoder, found, known))
+        return self.context.processes.once(lambda: self.scores_of(encoder, found, known))
 
     def _in_common(self) -> torch.Tensor:
         """Which images are of a class with training images, bool `[N]`: only these can be classified."""
@@ -99,7 +99,8 @@ class Evaluation:
         vectors = {name: each.to(self.context.device) for name, each in named.items() if each is not None}
         return Split(vectors, torch.tensor(images.labels)[found.kept])
 
-    def _scores(self, encoder: Encoder, found: Embeddings, known: Embeddings | None) -> Measured:
+    def scores_of(self, encoder: Encoder, found: Embeddings, known: Embeddings | None) -> Measured:
+        """Every score of the images `found`; kNN and probes learn from those `known`."""
         test, queries = self._split(found, self.images), dict[tuple[str, bool], Queries]()
         for name, vectors in test.vectors.items():
             for centred in (False, True) if found.others else (False,):
