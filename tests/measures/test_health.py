@@ -13,13 +13,12 @@ import torch.nn.functional as F
 from PIL import Image
 from rich.console import Console
 
-from fastcr import train
 from fastcr.data.images import ImageList
 from fastcr.encoders.encoder import load
 from fastcr.errors import UsageError
 from fastcr.measures.health import EncoderHealth, HealthWarnings, effective_rank, kept_neighbours, nearest
 from fastcr.runs.context import Context
-from tests.shared import SHORT, TINY, records, write_weights
+from tests.shared import write_weights
 
 
 @pytest.fixture(scope="module")
@@ -87,16 +86,3 @@ def test_half_of_the_dimensions_lost_is_said_once() -> None:
         warnings.look({"embedding_spread": 0.8, "effective_rank": 49.0}, 49)
     (line,) = said.getvalue().splitlines()
     assert "dimensions" in line
-
-
-def test_runs_from_pretrained_weights_log_it_each_epoch(images: ImageList, tmp_path: Path) -> None:
-    weights = write_weights(tmp_path / "weights.safetensors")
-    for start, logged in ((str(weights), True), ("none", False)):
-        folder = tmp_path / f"run-{logged}"
-        flags = ["--data.root", str(images.root), "--model.weights", start, "--run.dir", str(folder)]
-        train.main(["folder", *TINY, *SHORT, *flags])
-        found = [record for record in records(folder) if "kept_neighbours" in record]
-        assert len(found) == (4 if logged else 0)
-        for record in found:
-            assert 0 < record["kept_neighbours"] <= 1
-            assert record["effective_rank"] > 1

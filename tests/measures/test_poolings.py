@@ -111,15 +111,6 @@ def test_gem_is_the_cube_root_of_the_mean_cube(features: Tensor) -> None:
     assert gem(-positive).max() < 1e-5
 
 
-def test_scda_pools_the_positions_that_stand_out() -> None:
-    features = torch.full((2, 3, 6, 6), 0.1)
-    features[0, :, 1:3, 1:4] = torch.rand(3, 2, 3) + 1  # the object
-    features[0, :, 5, 5] = 5.0  # and something smaller elsewhere
-    part = features[0, :, 1:3, 1:4].flatten(1)
-    torch.testing.assert_close(scda(features)[0], torch.cat([part.mean(1), part.amax(1)]))
-    torch.testing.assert_close(scda(features)[1], torch.full((6,), 0.1))  # the same everywhere: kept whole
-
-
 def test_scda_is_that_of_a_loop_with_scipys_regions() -> None:
     ndimage = pytest.importorskip("scipy.ndimage")
     features, compared = torch.rand(60, 3, 7, 6, generator=torch.Generator().manual_seed(1)), 0
