@@ -89,7 +89,7 @@ def gradcam_inside(folder: Path, images: ImageList, objects: Objects, context: C
             found.append(slopes(training, config, crops).cpu())
             sizes.append(sizes_here)
             kept += [batch[i] for i in readable]
-    boxes = Objects(objects.boxes[kept], None, objects.in_pixels)
+    boxes = Objects(objects.boxes[kept], objects.in_pixels)
     boxes = objects_in_crop(boxes, torch.cat(sizes), config.data.image_size)
     scores = Scores()
     for name, maps in gradcam_maps(config, torch.cat(found)).items():

@@ -25,13 +25,17 @@ from fastcr.config import (
 from fastcr.presets import PRESETS, preset
 from fastcr.runs.command_line import called, parse, read_command_line
 
+# the poolings that need neither labels nor other images; feature-strength weights positions with their features' norm
+Pooling = Literal["mean", "attention", "gem", "feature-strength", "gaussian", "scda"]
+
 
 @dataclass(frozen=True)
 class EvaluateData(ImagesConfig):
     """The images to measure on."""
 
     boxes: Path | None = None
-    """CSV of the objects' boxes (path, left, top, right, bottom; fractions or pixels). Default: CUB's archive's own."""
+    """Also measure how much of the attention lies in the objects' boxes: a CSV (path, left, top, right, bottom;
+    fractions or pixels), or the folder of CUB's archive. With --all, CUB's archive's own by default."""
 
     image_size: int | None = number(None, 32)
     """Side of the square images, pixels, of an encoder by name; 224 if not given. Others have their own."""
@@ -57,6 +61,9 @@ class EvaluateConfig:
     source: tyro.conf.Positional[Path]
     """A run folder, one of fastcr's weights files, hf://OWNER/NAME[@REVISION] on the Hugging Face Hub, or an encoder's
     name: resnet50 and its like, or timm:NAME."""
+    all: tyro.conf.UseCounterAction[int] = 0
+    """Measure and show everything: every pooling, kNN, linear probes, and where the attention lies. Without it, only
+    retrieval, by the mean, the attention and the best pooling."""
     out: Path | None = None
     """The results, JSON. Default: results.json beside the weights; of an encoder by name or from the Hub,
     <name>-results.json."""
@@ -79,12 +86,15 @@ class EmbedConfig:
     """Folder to write. Default: <name of the images' folder>-embeddings."""
     format: Literal["safetensors", "npy", "parquet", "faiss"] = "safetensors"
     """embeddings.safetensors, a .npy file an array (for numpy.load with mmap_mode), embeddings.parquet, or an index of
-    FAISS (flat, inner product). The last two hold one embedding of each image: the attention's, else the mean."""
+    FAISS (flat, inner product). The last two hold one embedding of each image."""
     attention: bool = False
     """Also write the attention maps, fp16."""
-    patches: bool = False
-    """Also write the embedding of every position of the feature map, fp32: as an array [N,positions,C], or as
-    patches.parquet, a row each."""
+    pooling: Pooling | None = None
+    """How the positions of the feature map become one embedding; scda has twice as many dimensions. Default: both the
+    attention's and the mean, of which fastcr search takes the attention's; the mean of an encoder without a branch."""
+    centre: tyro.conf.UseCounterAction[int] = 0
+    """Subtract the mean of the folder's embeddings from each, and scale it to unit length again; fastcr search does the
+    same to its queries."""
     data: WorkersConfig = field(default_factory=WorkersConfig)
     run: EncoderConfig = field(default_factory=EncoderConfig)
 
@@ -154,6 +164,8 @@ class ExportConfig:
     """safetensors (torchvision's or timm's names), torch (torch.export), onnx, or hub (for the Hugging Face Hub)."""
     out: Path | None = None
     """File, or folder of hub, to write. Default: beside the weights (from the Hub: here), named after them."""
+    pooling: Literal["mean", "attention", "gem", "feature-strength", "gaussian"] | None = None
+    """torch and onnx: how the graph pools its embedding. Default: the attention, else the mean."""
     push: str | None = None
     """hub: also upload the folder to this repository, USER/NAME, with your own token."""
 
@@ -182,7 +194,7 @@ class FoldersConfig:
 
 # of every command but train: its settings, and what its help says of it
 COMMANDS: dict[str, tuple[type, str]] = {
-    "evaluate": (EvaluateConfig, "Retrieval, kNN, linear probes and localisation; writes results.json."),
+    "evaluate": (EvaluateConfig, "Retrieval before and after training; --all: every measure. Writes results.json."),
     "embed": (EmbedConfig, "Embeddings of every image of a folder, in files."),
     "search": (SearchConfig, "The images of an embedded folder that are most similar to others."),
     "visualize": (VisualizeConfig, "Images with the attention over them, and what the detectors answer to."),

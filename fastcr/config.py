@@ -265,7 +265,5 @@ class LinearConfig:
     """False: none."""
     epochs: int = number(100, 1)
     """Passes over the training images; the rate falls to a tenth after 60 % and 80 % of them."""
-    augment: bool = False
-    """Train on random crops and flips: the encoder runs in every epoch."""
     few: tuple[int, ...] = number((1, 10, 20, 50), 1, 100)
-    """Percentages of each class's labels to train further probes with (never augmented)."""
+    """Percentages of each class's labels to train further probes with."""

@@ -13,9 +13,9 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.progress import Progress
 from torch import Tensor
 
@@ -26,6 +26,7 @@ from fastcr.data.images import ImageList
 from fastcr.data.layouts import read_splits
 from fastcr.encoders.encoder import Encoder, find_weights, load
 from fastcr.errors import UsageError
+from fastcr.measures.poolings import key_of, pooled
 from fastcr.output.embedding_files import UNREADABLE, Partial, check_unused
 from fastcr.output.embedding_formats import extra_of
 from fastcr.runs.command_line import one_line_errors
@@ -59,11 +60,12 @@ def list_images(root: Path) -> tuple[list[ImageList], list[tuple[str, str, str]]
 
 
 def encode(
-    batches: Iterable[Crops], encoder: Encoder, dtype: torch.dtype, *, attention: bool, patches: bool
+    batches: Iterable[Crops], encoder: Encoder, dtype: torch.dtype, *, pooling: str | None, attention: bool
 ) -> Iterator[Encoded]:
     """The arrays of each batch on the CPU, by the names of their files; on CUDA they are there after the event.
 
-    "peak" `[B,2]` is the centre of the position that is attended most, fractions of the square; NaN without a branch.
+    Without a `pooling` these are the mean and, of an encoder with a branch, the attention's embedding. "peak" `[B,2]`
+    is the centre of the position that is attended most, fractions of the square; NaN without a branch.
     """
     device = next(encoder.parameters()).device
     for pixels, sizes, readable in batches:
@@ -71,13 +73,15 @@ def encode(
         if readable:
             features, _ = encoder.of_crops(pixels.to(device, non_blocking=True), dtype)
             mean, rationale, maps = encoder.pooled(features)
+            named = {"mean": mean, "rationale": rationale}
+            if pooling:
+                named = {pooling: pooled(features, encoder, pooling)}
             centres = centres_of(*features.shape[2:]).float().to(device)
-            peak = torch.full_like(mean[:, :2], torch.nan) if maps is None else centres[maps.flatten(1).argmax(1)]
-            named = {"mean": mean, "rationale": rationale, "peak": peak}
+            named["peak"] = (
+                torch.full_like(mean[:, :2], torch.nan) if maps is None else centres[maps.flatten(1).argmax(1)]
+            )
             if attention and maps is not None:
                 named["attention"] = maps.half()
-            if patches:
-                named["patches"] = F.normalize(features.float(), dim=1).flatten(2).transpose(1, 2)
             arrays = {name: array.to("cpu", non_blocking=True) for name, array in named.items() if array is not None}
         fetched = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
         yield arrays, sizes, readable, fetched
@@ -91,23 +95,24 @@ def embed_folder(config: EmbedConfig, context: Context) -> None:
     `config.out`, or one begun with other weights or images.
     """
     weights = find_weights(config.source)
-    if config.format == "faiss" and (config.attention or config.patches):
-        raise UsageError("--format faiss holds one vector an image: --attention and --patches need another --format")
+    if config.format == "faiss" and config.attention:
+        raise UsageError("--format faiss holds one vector an image: --attention needs another --format")
     extra_of(config.format)
     out = config.out or Path(f"{config.folder.resolve().name}-embeddings")
     check_unused(out)
     encoder = load(weights, context.device)
     if config.attention and encoder.branch is None:
-        raise UsageError(f"{weights} has no rationale branch, so there is no --attention to write")
+        raise UsageError(f"{weights} has no branch for the attention, so there is no --attention to write")
+    pooling = key_of(config.pooling, encoder)
     parts, rows, digest = list_images(config.folder)
     base = config.folder if config.folder.is_dir() else config.folder.parent
-    wanted = {"attention": config.attention, "patches": config.patches}
-    if config.format == "parquet" and encoder.branch is not None:
-        wanted["attention"] |= config.patches  # a column of theirs
+    wanted: dict[str, Any] = {"attention": config.attention, "pooling": None}
+    if config.pooling or config.centre:
+        wanted["pooling"] = pooling
     key = {
         "weights": hashlib.sha256(weights.read_bytes()).hexdigest(),
         "images": digest,
-        "settings": f"{wanted}, {context.dtype}, {BATCH_SIZE} images a batch",
+        "settings": f"{wanted}, centre {bool(config.centre)}, {context.dtype}, {BATCH_SIZE} images a batch",
     }
     # the batches of the evaluation, none of two splits: the released branch's attention depends on the whole batch
     ends, size = [0, *accumulate(map(len, parts))], encoder.image_size
@@ -130,8 +135,9 @@ def embed_folder(config: EmbedConfig, context: Context) -> None:
         "weights_sha256": key["weights"],
         "root": os.path.abspath(base),  # of the images' paths
         "settings": key["settings"],
+        "pooling": pooling,
     }
-    job.finish(out, config.format, facts, rows)
+    job.finish(out, config.format, facts, rows, centre=bool(config.centre))
     speed = (job.rows - first) / (time.monotonic() - began)
     left_out = f", {len(rows) - job.rows:,} unreadable left out" if job.rows < len(rows) else ""
     context.say(f"{job.rows:,} images embedded{left_out} ({speed:,.0f} images/s)")

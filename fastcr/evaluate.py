@@ -1,6 +1,7 @@
-"""`fastcr evaluate RUN|WEIGHTS|NAME`: measure both embeddings, and those of the frozen initialisation.
+"""`fastcr evaluate RUN|WEIGHTS|NAME [--all]`: what an encoder is worth, before and after training.
 
-NAME is a torchvision ResNet or `timm:NAME`: a frozen encoder, measured with every pooling that needs no training.
+NAME is a torchvision ResNet or `timm:NAME`: an encoder without a run, measured with every pooling that needs no
+training.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from fastcr.encoders.encoder import Encoder, describe, find_weights
 from fastcr.encoders.hub import address_of
 from fastcr.encoders.weights import load_initial_weights
 from fastcr.errors import UsageError
-from fastcr.measures.evaluation import Classifiers, Evaluation, not_measured, test_images
+from fastcr.measures.evaluation import INITIAL, Classifiers, Evaluation, not_measured, test_images
 from fastcr.measures.localisation import read_objects
 from fastcr.measures.results import best_pooling
 from fastcr.output.evaluations import show, write_results
@@ -33,12 +34,11 @@ from fastcr.runs.distributed import processes_of_torchrun
 PATIENCE = timedelta(days=1)  # of the other processes, while the first one trains its probes
 
 
-def read_settings(args: Sequence[str] | None) -> tuple[EvaluateConfig, Path | None, Path | None, Path | None, Path]:
-    """Settings, the weights file if there is one, the initial weights if there are, images' root, results' file."""
+def read_settings(args: Sequence[str] | None) -> tuple[EvaluateConfig, Path | None, Path | None, Path]:
+    """Settings, the weights file (None: an encoder by name), the images' root, and where the results go."""
     config: EvaluateConfig = read_arguments("evaluate", args)
     source, root, name = config.source, config.data.root, str(config.source)
     weights: Path | None = None
-    frozen: Path | None = None
     if not source.exists() and (name in RESNETS or name.startswith(TIMM)):
         out = Path(f"{name.replace(':', '-').replace('/', '-')}-results.json")
         if root is None:
@@ -51,19 +51,16 @@ def read_settings(args: Sequence[str] | None) -> tuple[EvaluateConfig, Path | No
             raise UsageError(f"--model and --data.image_size are for encoders by name; {source} has its own")
         address = address_of(source)
         out = Path(f"{Path(address).name}-results.json") if address else weights.with_name("results.json")
-        if source.is_dir():
-            init = source / "init.safetensors"
-            frozen = init if init.is_file() else None
-        elif root is None:
+        if not source.is_dir() and root is None:
             raise UsageError("a weights file needs --data.root, the folder of images to measure on")
     out = config.out or out
     if out.is_dir() or not out.parent.is_dir():  # said before everything is measured
         raise UsageError(f"--out {out} names no file in a folder that is there")
-    return config, weights, frozen, root, out
+    return config, weights, root, out
 
 
 def named_encoder(config: EvaluateConfig) -> Encoder:
-    """The frozen encoder that `config` names, with its weights, on the CPU. `UsageError` if it cannot be had."""
+    """The encoder that `config` names, with its weights, on the CPU. `UsageError` if it cannot be had."""
     name, model, size = str(config.source), config.model, config.data.image_size or DataConfig.image_size
     if wrong := backbone_mistake(name, model.last_stage):
         raise UsageError(wrong.removeprefix("--model.backbone: "))
@@ -79,15 +76,14 @@ def named_encoder(config: EvaluateConfig) -> Encoder:
     return encoder.to(memory_format=torch.channels_last)
 
 
-def measure(
-    config: EvaluateConfig, evaluation: Evaluation, weights: Path | None, frozen: Path | None
-) -> dict[str, Any]:
-    """Content of the results' file: of weights, beside the `frozen` ones, or of an encoder by name."""
+def measure(config: EvaluateConfig, evaluation: Evaluation, weights: Path | None) -> dict[str, Any]:
+    """Content of the results' file: of weights, beside those the run began with, or of an encoder by name."""
     if weights is not None:
-        initial = evaluation.measure_file(frozen, "frozen init") if frozen else None
-        return evaluation.results(weights, initial)
+        initial = weights.with_name(INITIAL)
+        of_run = config.source.is_dir() and initial.is_file()
+        return evaluation.results(weights, evaluation.measure_file(initial, "before training") if of_run else None)
     encoder = evaluation.context.processes.once(partial(named_encoder, config))
-    found = evaluation.described(evaluation.measure(encoder.to(evaluation.context.device), "frozen"))
+    found = evaluation.described(evaluation.measure(encoder.to(evaluation.context.device), str(config.source)))
     named = {"name": str(config.source), "weights": config.model.weights, "image_size": encoder.image_size}
     return {"encoder": named, **found, "best": {"baseline": best_pooling(found)}}
 
@@ -95,16 +91,17 @@ def measure(
 def main(args: Sequence[str] | None = None) -> None:
     """Command line of `fastcr evaluate`."""
     with one_line_errors("evaluate"), processes_of_torchrun(called("evaluate"), PATIENCE) as processes:
-        config, weights, frozen, root, out = processes.once(partial(read_settings, args))
+        config, weights, root, out = processes.once(partial(read_settings, args))
         splits = read_splits(root or write_synthetic())
         images = test_images(splits)
         if images is None:
             raise UsageError(f"{root} has {not_measured(splits)}, so nothing can be measured")
-        objects = read_objects(config.data.boxes, images)
         context = Context.of(config.run.device, config.run.precision, config.data.workers, processes=processes)
-        evaluation = Evaluation(splits, images, context, Classifiers(config.knn, config.linear), objects)
-        results = measure(config, evaluation, weights, frozen)
-        show(results, context)
+        classifiers = Classifiers(config.knn, config.linear) if config.all else None
+        objects = read_objects(config.data.boxes, images) if config.all or config.data.boxes else None
+        evaluation = Evaluation(splits, images, context, classifiers, objects)
+        results = measure(config, evaluation, weights)
+        show(results, context, every=bool(config.all))
         if processes.first:
             write_results(out, results)
         context.say(f"results: {out}")

@@ -16,6 +16,7 @@ from fastcr.data.images import ImageList
 from fastcr.encoders.encoder import Encoder, find_weights, load
 from fastcr.encoders.hub import address_of
 from fastcr.errors import UsageError
+from fastcr.measures.poolings import SHOWN
 from fastcr.output.gallery import SIDE, encode, list_images, read_pictures, tile
 from fastcr.output.nearest import Neighbour, Stored, read_stored
 from fastcr.output.sheets import Section, Tile, check_out, write_sheet
@@ -83,7 +84,7 @@ def search(config: SearchConfig, context: Context) -> None:
                 context.say(f"left out: {reason}")
             if not queries:
                 continue
-            vectors, maps = encode(list(queries.values()), encoder, context)
+            vectors, maps = encode(list(queries.values()), encoder, context, stored.pooling, stored.mean)
             found = stored.nearest(vectors, config.k)
             for path, near in zip(queries, found, strict=True):
                 context.console.print(table_of(path, near), highlight=False)
@@ -108,8 +109,8 @@ def search(config: SearchConfig, context: Context) -> None:
 def said(stored: Stored, encoder: Encoder) -> str:
     """What a page says of its pictures."""
     name = os.path.join(*Path(stored.facts["weights"]).parts[-2:])
-    pooling = "mean" if encoder.branch is None else "attention"
-    text = f"By the {pooling} embedding of {name}. Below each image are its cosine, its label and its file."
+    pooling = SHOWN.get(stored.pooling, stored.pooling) + ", mean subtracted" * (stored.mean is not None)
+    text = f"By the embeddings of {name} (pooling: {pooling}). Below each image are its cosine, its label and its file."
     if encoder.branch is None:
         return text
     return f"{text} The map beside it is warm where the attention is high, and is scaled to its own maximum."

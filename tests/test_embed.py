@@ -7,7 +7,6 @@ import io
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -26,14 +25,17 @@ from fastcr import embed as command
 from fastcr.config import RationaleConfig
 from fastcr.data.images import ImageList
 from fastcr.data.layouts import read_splits
-from fastcr.measures import embedding_files
 from fastcr.measures.embeddings import Embeddings, embed
+from fastcr.measures.poolings import OF_FEATURES
+from fastcr.output import embedding_files
 from fastcr.output.embedding_files import Partial
 from fastcr.output.embedding_formats import PACKAGES
 from fastcr.runs.checkpoint import write_whole
+from fastcr.runs.context import Context
 from tests.shared import write_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+CONTEXT = Context(console=Console(file=io.StringIO()))
 CPU = ("--run.device", "cpu", "--data.workers", "0")
 
 
@@ -73,8 +75,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def computed(weights: Path, images: ImageList) -> Embeddings:
-    console = Console(file=io.StringIO())
-    return embed(fastcr.load(weights), images, device=torch.device("cpu"), workers=0, console=console, title="")
+    poolings = {name: pool for name, pool in OF_FEATURES.items() if name != "mean"}
+    return embed(fastcr.load(weights), images, CONTEXT, title="", poolings=poolings)
 
 
 class Killed(BaseException):
@@ -151,7 +153,7 @@ def test_without_a_branch_there_is_the_mean_alone(
     assert load_file(tmp_path / "out" / "embeddings.safetensors").keys() == {"mean"}
     assert {row["split"] for row in table(tmp_path / "out")} == {""}
     message = fails(capsys, plain, birds, "--out", tmp_path / "more", "--attention", "True")
-    assert "no rationale branch" in message
+    assert "no branch for the attention" in message
     assert not (tmp_path / "more").exists()
 
 
@@ -167,11 +169,10 @@ def test_killed_command_goes_on_and_gives_the_same_bytes(
 ) -> None:
     if format in PACKAGES:
         pytest.importorskip(PACKAGES[format])
-    more = [] if format == "faiss" else ["--attention", "True", "--patches", "True"]
-    how = [*more, "--format", format]
+    how = ["--format", format, *(["--centre"] if format == "faiss" else ["--attention", "True"])]
     with pytest.raises(Killed):
         run(weights, birds, "--out", tmp_path / "out", *how)
-    begun = tmp_path / "out" / "partial" / "mean.npy"
+    begun = tmp_path / "out" / "partial" / "rationale.npy"
     assert np.load(begun)[40:48].any(axis=1).all()  # the sixth batch too
     assert begun.stat().st_blocks * 512 >= begun.stat().st_size  # of what is still to come, too
     assert not (tmp_path / "out" / "images.csv").exists()
@@ -191,30 +192,6 @@ def test_killed_command_goes_on_and_gives_the_same_bytes(
     run(weights, birds, "--out", tmp_path / "out", *how)
     assert "resuming after 96 of 96 images" in capsys.readouterr().out
     run(weights, birds, "--out", tmp_path / "whole", *how)
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-
-
-def test_kill_by_the_system_costs_nothing_either(weights: Path, birds: Path, tmp_path: Path) -> None:
-    code = f"""
-import os, signal
-from fastcr import embed
-from fastcr.measures import embedding_files
-embed.BATCH_SIZE, embedding_files.COMMIT_SECONDS = 8, 0
-add = embedding_files.Partial.add
-def until(partial, *args):
-    add(partial, *args)
-    if partial.images == 24:
-        os.kill(os.getpid(), signal.SIGKILL)
-embedding_files.Partial.add = until
-embed.main({[str(weights), str(birds), "--out", str(tmp_path / "out"), *CPU, "--run.precision", "fp32"]!r})
-"""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (-signal.SIGKILL, "")  # no warning of a library either
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "BATCH_SIZE", 8)
-        run(weights, birds, "--out", tmp_path / "out")
-        run(weights, birds, "--out", tmp_path / "whole")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
@@ -274,38 +251,18 @@ def test_broken_partial_folder_is_refused(
 ) -> None:
     with pytest.raises(Killed):
         run(weights, birds, "--out", tmp_path / "out")
-    os.truncate(tmp_path / "out" / "partial" / "rationale.npy", 1000)
+    array = tmp_path / "out" / "partial" / "rationale.npy"
+    whole = array.read_bytes()
+    os.truncate(array, 1000)
     message = fails(capsys, weights, birds, "--out", tmp_path / "out")
     assert f"{tmp_path}/out/partial/rationale.npy is broken: remove that folder" in message
+    array.write_bytes(whole)
     state = tmp_path / "out" / "partial" / "state.json"
     before, count = state.read_text(), '"images": 40'
     assert count in before
-    for content in ("[]", before.replace(count, '"images": 41'), before.replace(count, '"images": "40"')):
+    for content in ("[]", before.replace(count, '"images": 41'), before.replace(count, '"images": 64')):
         state.write_text(content)
         assert "state.json is broken" in fails(capsys, weights, birds, "--out", tmp_path / "out")
-
-
-@pytest.mark.usefixtures("batches_of_8")
-def test_a_changed_count_of_images_is_noticed_or_harmless(
-    weights: Path,
-    birds: Path,
-    tmp_path: Path,
-    killed_after_5_batches: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    with pytest.raises(Killed):
-        run(weights, birds, "--out", tmp_path / "out")
-    killed_after_5_batches.undo()
-    state = tmp_path / "out" / "partial" / "state.json"
-    before = state.read_text()
-    count = '"images": 40'
-    assert count in before
-    state.write_text(before.replace(count, '"images": 64'))
-    assert "state.json is broken" in fails(capsys, weights, birds, "--out", tmp_path / "out")
-    state.write_text(before.replace(count, '"images": 24'))
-    run(weights, birds, "--out", tmp_path / "out")
-    run(weights, birds, "--out", tmp_path / "whole")
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_another_process_at_it_is_noticed(
@@ -380,66 +337,17 @@ def test_table_survives_any_name(weights: Path, flat: Path, tmp_path: Path) -> N
     assert all((tmp_path / "root" / row["path"]).is_file() for row in rows)
 
 
-def test_encoder_json_says_which_encoder_it_was(weights: Path, birds: Path, tmp_path: Path) -> None:
-    run(weights, birds, "--out", tmp_path / "out", "--format", "npy")
-    facts = json.loads((tmp_path / "out" / "encoder.json").read_text())
-    assert (facts["weights"], facts["root"]) == (str(weights), str(birds))
-    assert facts["weights_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
-    assert (facts["backbone"], facts["image_size"]) == ("resnet18", 32)
-
-
-def test_parquet_holds_a_row_an_image_and_a_row_a_patch(weights: Path, birds: Path, tmp_path: Path) -> None:
-    parquet = pytest.importorskip("pyarrow.parquet")
-    run(weights, birds, "--out", tmp_path / "plain", "--attention", "True", "--patches", "True")
-    run(weights, birds, "--out", tmp_path / "out", "--format", "parquet", "--patches", "True")
-    assert contents(tmp_path / "out").keys() == {"embeddings.parquet", "patches.parquet", "encoder.json", "images.csv"}
-    expected, rows = load_file(tmp_path / "plain" / "embeddings.safetensors"), table(tmp_path / "out")
-    assert rows == table(tmp_path / "plain")
-    found = parquet.read_table(tmp_path / "out" / "embeddings.parquet")
-    assert json.loads(found.schema.metadata[b"fastcr"]) == json.loads((tmp_path / "out" / "encoder.json").read_text())
-    images = found.to_pylist()
-    assert np.array_equal(np.float32([each["embedding"] for each in images]), expected["rationale"].numpy())
-    assert [each["label"] for each in images] == [row["label"] for row in rows]
-    for each, row in zip(images, rows, strict=True):
-        assert [each["path"], str(each["width"])] == [row["path"], row["width"]]
-        assert np.float32([row["peak_x"], row["peak_y"]]).tolist() == [each["peak_x"], each["peak_y"]]
-
-    features = fastcr.load(weights).features
-    patches = parquet.read_table(tmp_path / "out" / "patches.parquet").to_pylist()
-    assert len(patches) == 4 * 96
-    vectors = torch.tensor([each["embedding"] for each in patches]).view(96, 4, 256)
-    assert torch.equal(vectors, expected["patches"])
-    picture = fastcr.load(weights).transform(Image.open(birds / rows[7]["path"]))
-    with torch.inference_mode():
-        alone = torch.nn.functional.normalize(features(picture[None]), dim=1).flatten(2)[0].T
-    torch.testing.assert_close(vectors[7], alone, atol=1e-5, rtol=0)
-    for i, row in enumerate(rows):
-        own = patches[4 * i : 4 * i + 4]
-        assert {each["path"] for each in own} == {row["path"]}
-        assert all(a["x"] < b["x"] and a["y"] == b["y"] for a, b in (own[:2], own[2:]))
-        assert own[0]["y"] < own[2]["y"]
-        assert [each["attention"] for each in own] == expected["attention"][i].flatten().tolist()
-        most = max(own, key=lambda each: each["attention"])
-        near = [each for each in own if each["attention"] == most["attention"]]  # fp16 may make two alike
-        peak = float(row["peak_x"]), float(row["peak_y"])
-        assert min(abs(each["x"] - peak[0]) + abs(each["y"] - peak[1]) for each in near) < 2e-4
-
-
 def test_parquet_without_labels_branch_or_utf8(flat: Path, tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     plain = write_weights(tmp_path / "plain.safetensors", RationaleConfig(enabled=False))
     (tmp_path / "root").mkdir()
     for name, file in zip([b"a.jpg", b"\xff.jpg"], flat.iterdir(), strict=False):
         shutil.copyfile(file, tmp_path / "root" / os.fsdecode(name))
-    run(plain, tmp_path / "root", "--out", tmp_path / "out", "--format", "parquet", "--patches", "True")
+    run(plain, tmp_path / "root", "--out", tmp_path / "out", "--format", "parquet")
     found = parquet.read_table(tmp_path / "out" / "embeddings.parquet").to_pylist()
     assert [each["path"] for each in found] == ["a.jpg", "\\xff.jpg"]
     assert {(each["label"], each["peak_x"], each["peak_y"]) for each in found} == {(None, None, None)}
     assert [row["peak_x"] for row in table(tmp_path / "out")] == ["", ""]
-    patches = parquet.read_table(tmp_path / "out" / "patches.parquet").to_pylist()
-    assert {each["attention"] for each in patches} == {None}
-    mean = np.mean([each["embedding"] for each in patches[:4]], axis=0)
-    assert np.dot(mean, found[0]["embedding"]) > 0.9 * np.linalg.norm(mean)
 
 
 def test_faiss_finds_what_a_product_finds(weights: Path, birds: Path, tmp_path: Path) -> None:
@@ -452,6 +360,55 @@ def test_faiss_finds_what_a_product_finds(weights: Path, birds: Path, tmp_path: 
     expected = load_file(tmp_path / "plain" / "embeddings.safetensors")["rationale"].numpy()
     assert isinstance(index, faiss.IndexFlatIP)
     assert np.array_equal(index.reconstruct_n(0, 96), expected)
+
+
+def test_parquet_holds_the_table_the_embeddings_and_the_maps(weights: Path, birds: Path, tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    run(weights, birds, "--out", tmp_path / "plain", "--attention", "True")
+    run(weights, birds, "--out", tmp_path / "out", "--format", "parquet", "--attention", "True")
+    expected, rows = load_file(tmp_path / "plain" / "embeddings.safetensors"), table(tmp_path / "out")
+    assert rows == table(tmp_path / "plain")
+    found = parquet.read_table(tmp_path / "out" / "embeddings.parquet")
+    assert json.loads(found.schema.metadata[b"fastcr"]) == json.loads((tmp_path / "out" / "encoder.json").read_text())
+    images = found.to_pylist()
+    assert np.array_equal(np.float32([each["embedding"] for each in images]), expected["rationale"].numpy())
+    maps = torch.tensor([each["attention"] for each in images])
+    assert torch.equal(maps, expected["attention"].flatten(1).float())
+    for each, row in zip(images, rows, strict=True):
+        assert [each[name] for name in ("path", "split", "label")] == [row[name] for name in ("path", "split", "label")]
+        assert [str(each["width"]), str(each["height"])] == [row["width"], row["height"]]
+        assert np.float32([row["peak_x"], row["peak_y"]]).tolist() == [each["peak_x"], each["peak_y"]]
+
+
+@pytest.mark.parametrize(("asked", "name"), [("gem", "gem"), ("feature-strength", "norm"), ("attention", "rationale")])
+def test_the_pooling_that_is_asked_for_is_written_alone(
+    asked: str, name: str, weights: Path, birds: Path, tmp_path: Path
+) -> None:
+    run(weights, birds / "test", "--out", tmp_path / "out", "--pooling", asked)
+    found, facts = (tmp_path / "out" / each for each in ("embeddings.safetensors", "encoder.json"))
+    assert load_file(found).keys() == {name}
+    expected = computed(weights, read_splits(birds / "test").train)
+    by_name = {"rationale": expected.rationale, **expected.others}
+    torch.testing.assert_close(load_file(found)[name], by_name[name], atol=1e-6, rtol=0)
+    assert json.loads(facts.read_text())["pooling"] == name
+
+
+@pytest.mark.parametrize("format", ["safetensors", "npy"])
+def test_the_mean_of_the_folder_is_subtracted_and_kept(format: str, weights: Path, birds: Path, tmp_path: Path) -> None:
+    run(weights, birds, "--out", tmp_path / "plain", "--format", "npy", "--pooling", "scda")
+    run(weights, birds, "--out", tmp_path / "out", "--format", format, "--pooling", "scda", "--centre")
+    plain = np.load(tmp_path / "plain" / "scda.npy").astype(np.float64)
+    mean = plain.mean(0)
+    expected = (plain - mean) / np.linalg.norm(plain - mean, axis=1, keepdims=True)
+    saved = tmp_path / "out" / ("embeddings.safetensors" if format == "safetensors" else "scda.npy")
+    found = load_file(saved)["scda"].numpy() if format == "safetensors" else np.load(saved)
+    assert found.dtype == np.float32
+    assert np.allclose(found, expected, atol=1e-5)
+    facts = json.loads((tmp_path / "out" / "encoder.json").read_text())
+    assert np.allclose(facts["subtracted"], mean, atol=1e-6)
+    assert facts["weights_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert (facts["weights"], facts["root"]) == (str(weights), str(birds))
+    assert "subtracted" not in json.loads((tmp_path / "plain" / "encoder.json").read_text())
 
 
 @pytest.mark.parametrize("format", PACKAGES)
@@ -469,82 +426,17 @@ def test_a_missing_extra_is_named_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
-def test_text_files_that_list_images_are_roots_too(weights: Path, flat: Path, tmp_path: Path) -> None:
-    files = sorted(file.name for file in flat.iterdir())[:5]
-    (tmp_path / "list.txt").write_text("".join(f"{flat / file}\tlabel {file}\n" for file in files))
-    run(weights, tmp_path / "list.txt", "--out", tmp_path / "out")
-    found = [(row["path"], row["split"], row["label"]) for row in table(tmp_path / "out")]
-    assert found == [(str(flat / file), "", f"label {file}") for file in files]
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["nowhere", "ROOT"], "no run folder or weights file nowhere"),
-        (["ROOT", "ROOT"], "is not a run folder"),
         (["WEIGHTS", "nowhere"], "no folder nowhere"),
-        (["WEIGHTS"], "missing"),
-        (["WEIGHTS", "ROOT", "--format", "csv"], "format"),
-        (["WEIGHTS", "ROOT", "--format", "faiss", "--attention", "True"], "need another --format"),
-        (["WEIGHTS", "ROOT", "--format", "faiss", "--patches", "True"], "need another --format"),
-        (["WEIGHTS", "ROOT", "--data.workers", "-1"], "--data.workers must be at least 0"),
-        (["WEIGHTS", "ROOT", "--run.device", "tpu"], "--run.device must be"),
-        (["WEIGHTS", "ROOT", "--out", "WEIGHTS"], "weights.safetensors"),
+        (["WEIGHTS", "ROOT", "--format", "faiss", "--attention", "True"], "needs another --format"),
+        (["WEIGHTS", "ROOT", "--pooling", "ddt"], "--pooling"),
     ],
 )
 def test_mistakes_get_one_line(
-    arguments: list[str],
-    message: str,
-    weights: Path,
-    birds: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    arguments: list[str], message: str, weights: Path, birds: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     stands_for = {"ROOT": str(birds), "WEIGHTS": str(weights)}
-    with pytest.raises(SystemExit) as stop:
-        command.main([stands_for.get(each, each) for each in arguments])
-    assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert message.lower() in line.lower()
-
-
-def test_encoder_may_run_in_bf16(weights: Path) -> None:
-    encoder = fastcr.load(weights)
-    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        exact, rounded = encoder.both(images), encoder.both(images, torch.bfloat16)
-    for a, b in zip(exact, rounded, strict=True):
-        assert a is not None
-        assert b is not None
-        assert b.dtype == torch.float32
-        assert not torch.equal(a, b)
-        torch.testing.assert_close(a, b, atol=0.03, rtol=0)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_cuda_gives_nearly_the_same(weights: Path, birds: Path, tmp_path: Path) -> None:
-    run(weights, birds, "--out", tmp_path / "cpu")
-    command.main([str(weights), str(birds), "--out", str(tmp_path / "cuda"), "--run.device", "cuda"])
-    cpu, cuda = (load_file(tmp_path / name / "embeddings.safetensors") for name in ("cpu", "cuda"))
-    for name in ("mean", "rationale"):
-        assert (cpu[name] * cuda[name]).sum(1).min() > 0.99
-
-
-def test_command_works_as_a_module(weights: Path, flat: Path, tmp_path: Path) -> None:
-    line = [
-        sys.executable,
-        "-m",
-        "fastcr.embed",
-        str(weights),
-        str(flat),
-        "--out",
-        str(tmp_path / "out"),
-        *CPU,
-        "--run.precision",
-        "fp32",
-    ]
-    done = subprocess.run(line, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == f"embeddings: {tmp_path}/out"
-    assert done.stderr == ""
+    assert message in fails(capsys, *(stands_for.get(each, each) for each in arguments))

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from fastcr import UsageError, load
-from fastcr.method import hub
+from fastcr.encoders import hub
 from tests.shared import start, write_weights
 
 pytest.importorskip("huggingface_hub")
@@ -237,7 +237,7 @@ said(lambda: pushed("me/birds", Path({str(tmp_path / "c")!r})))
         "hf://me/empty@v9 cannot be fetched: there is no such revision",
         f"{tmp_path}/a {written} other/birds: your token does not allow it; later: hf upload other/birds {tmp_path}/a",
         f"{tmp_path}/b {written} me/birds: the Hub does not take your token; later: hf upload me/birds {tmp_path}/b",
-        "hf://me/birds cannot be fetched: no connection to the Hub, and not in the cache",
+        "hf://me/birds cannot be fetched: no connection to the Hub",
         f"{tmp_path}/c {written} me/birds: no connection to the Hub; later: hf upload me/birds {tmp_path}/c",
     ]
 

@@ -43,14 +43,10 @@ def reason(error: Exception) -> str:
     """Why a request to the Hub failed, on one line."""
     from huggingface_hub import errors
 
+    if isinstance(error, errors.LocalEntryNotFoundError) or type(error).__name__ in ("ConnectError", "ConnectTimeout"):
+        return "no connection to the Hub"
+    if isinstance(error, errors.RepositoryNotFoundError) and not isinstance(error, errors.GatedRepoError):
+        return "no such repository, or it is private: hf auth login"
     status = getattr(getattr(error, "response", None), "status_code", None)
-    refused = "your token does not allow it" if status == 403 else "the Hub does not take your token"
-    reasons = [
-        (isinstance(error, errors.RevisionNotFoundError), "there is no such revision"),
-        (isinstance(error, errors.GatedRepoError), "ask for access on its page first"),
-        (isinstance(error, errors.RepositoryNotFoundError), "no such repository, or it is private: hf auth login"),
-        (isinstance(error, errors.LocalEntryNotFoundError), "no connection to the Hub, and not in the cache"),
-        (status in (401, 403), refused),
-        (type(error).__name__ in ("ConnectError", "ConnectTimeout"), "no connection to the Hub"),
-    ]
-    return next((text for holds, text in reasons if holds), one_line(error))
+    refused = {401: "the Hub does not take your token", 403: "your token does not allow it"}
+    return refused.get(status) or one_line(error)  # type: ignore[arg-type]

@@ -12,30 +12,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
 
 from fastcr.config import KnnConfig, LinearConfig
 from fastcr.data.crop_loader import KeptCrops
 from fastcr.data.images import ImageList, Splits
 from fastcr.encoders.encoder import Encoder, load
 from fastcr.errors import UsageError
+from fastcr.measures.comparison import compare
 from fastcr.measures.embeddings import NO_POOLINGS, Embeddings, embed
-from fastcr.measures.linear_probe import fit_augmented
 from fastcr.measures.localisation import Objects
 from fastcr.measures.poolings import Pooling, without_training
-from fastcr.measures.results import (
-    Scores,
-    Split,
-    best_pooling,
-    few_label_probe_scores,
-    knn_scores,
-    linear_probe_scores,
-    linear_scores,
-    localisation_scores,
-    retrieval_scores,
-    split_of,
-)
-from fastcr.method.ddt import Axis, ddt_axis
+from fastcr.measures.results import Scores, Split, best_pooling, classifier_scores, less_mean, localisation_scores
+from fastcr.measures.retrieval import Queries, retrieve_each
+from fastcr.method.ddt import ddt_axis
 from fastcr.runs.context import Context
 from fastcr.runs.log import read_records
 
@@ -57,6 +46,7 @@ class Measured(NamedTuple):
     scores: Scores
     skipped: int  # images that are alone in their class: in the gallery, but no queries
     unreadable: list[str]
+    queries: dict[tuple[str, bool], Queries]  # by pooling and whether the mean is subtracted
 
 
 def test_images(splits: Splits) -> ImageList | None:
@@ -81,86 +71,74 @@ class Evaluation:
     splits: Splits
     images: ImageList  # that the scores are of
     context: Context
-    classifiers: Classifiers | None = None  # None: retrieval only
+    classifiers: Classifiers | None = None  # None: no kNN and no linear probes
     objects: Objects | None = None  # in `images`
-    load: KeptCrops = field(default_factory=KeptCrops, compare=False)  # frozen and trained encoder see the same
+    load: KeptCrops = field(default_factory=KeptCrops, compare=False)  # every encoder is shown the same crops
 
     def measure(self, encoder: Encoder, title: str, *, baselines: bool = True) -> Measured:
         """Every score of an encoder; with `baselines`, retrieval by each pooling that needs no training too."""
         train = self.splits.train
         classified = self.classifiers is not None and self.splits.test is not None and bool(self._in_common().any())
-        poolings = without_training(self._axis(encoder)) if baselines else {}
+        poolings = without_training(ddt_axis(encoder, train, self.context, self.load)) if baselines else {}
         found = self._embed(encoder, self.images, title, poolings)
         known = self._embed(encoder, train, f"{title}, training images") if classified else None
-        return self.context.processes.once(lambda: self._scores(encoder, found, known))
+        return self.context.processes.once(lambda: self.scores_of(encoder, found, known))
 
-    def _in_common(self) -> Tensor:
+    def _in_common(self) -> torch.Tensor:
         """Which images are of a class with training images, bool `[N]`: only these can be classified."""
         return torch.isin(torch.tensor(self.images.labels), torch.tensor(self.splits.train.labels or ()))
-
-    def _axis(self, encoder: Encoder) -> Axis:
-        return ddt_axis(encoder, self.splits.train, self.context, self.load)
 
     def _embed(
         self, encoder: Encoder, images: ImageList, title: str, poolings: Mapping[str, Pooling] = NO_POOLINGS
     ) -> Embeddings:
         return embed(encoder, images, self.context, title=title, poolings=poolings, load=self.load)
 
-    def _scores(self, encoder: Encoder, found: Embeddings, found_train: Embeddings | None) -> Measured:
-        classes, train = len(self.images.classes), self.splits.train
-        test = split_of(found, self.images, self.context.device)
-        every = {**test.vectors, **{name: each.to(self.context.device) for name, each in found.others.items()}}
-        retrieved, skipped = retrieval_scores(every, test.labels)
-        if skipped == len(test.labels):
+    def _split(self, found: Embeddings, images: ImageList) -> Split:
+        """The embeddings of images that could be read, with their labels, by every pooling there is."""
+        named = {"mean": found.mean, "rationale": found.rationale, **found.others}
+        vectors = {name: each.to(self.context.device) for name, each in named.items() if each is not None}
+        return Split(vectors, torch.tensor(images.labels)[found.kept])
+
+    def scores_of(self, encoder: Encoder, found: Embeddings, known: Embeddings | None) -> Measured:
+        """Every score of the images `found`; kNN and probes learn from those `known`."""
+        test, queries = self._split(found, self.images), dict[tuple[str, bool], Queries]()
+        for name, vectors in test.vectors.items():
+            for centred in (False, True) if found.others else (False,):
+                ranked = retrieve_each(less_mean(vectors) if centred else vectors, test.labels)
+                queries[name, centred] = ranked._replace(images=found.kept[ranked.images])
+        if not len(queries["mean", False].images):
             raise UsageError(f"no two readable images of a class in {self.images.root}: there is nothing to measure")
-        scores: Scores = {"retrieval": retrieved}
-        if found.others:
-            scores["retrieval_centred"] = retrieval_scores(every, test.labels, centred=True)[0]
-        if self.classifiers and found_train:
-            knn, linear = self.classifiers
-            known, kept = split_of(found_train, train, self.context.device), self._in_common()[found.kept]
-            test = Split({name: each[kept.to(each.device)] for name, each in test.vectors.items()}, test.labels[kept])
-            scores["knn"] = knn_scores(known, test, classes, k=knn.k, temperature=knn.temperature)
-            if linear.enabled and linear.augment:
-                scores["linear"] = linear_scores(test, self._augmented(encoder, linear.epochs))
-            elif linear.enabled:
-                scores["linear"] = linear_probe_scores(known, test, classes, linear.epochs)
-            if linear.enabled and linear.few:
-                scores["few_label"] = few_label_probe_scores(known, test, classes, linear.few, linear.epochs)
+        scores: Scores = {}
+        for (name, centred), ranked in queries.items():
+            each = ranked.scores(len(test.labels))
+            section = scores.setdefault("retrieval_centred" if centred else "retrieval", {})
+            section[name] = {"rank1": each.rank1, "rank5": each.rank5, "mAP": each.mAP}
+        if self.classifiers and known:
+            train, kept = self._split(known, self.splits.train), self._in_common()[found.kept]
+            asked = Split({name: test.vectors[name][kept.to(self.context.device)] for name in train.vectors},
+                          test.labels[kept])  # fmt: skip
+            scores |= classifier_scores(train, asked, len(self.images.classes), *self.classifiers)
         if self.objects is not None and encoder.branch is not None:
             scores["localisation"] = localisation_scores(found, self.objects, encoder.image_size)
-        return Measured(scores, skipped, found.unreadable)
-
-    def _augmented(self, encoder: Encoder, epochs: int) -> dict[str, nn.Linear]:
-        def encode(images: Tensor) -> dict[str, Tensor]:
-            mean, rationale, _ = encoder.both(images, self.context.dtype)
-            return {"mean": mean} | ({} if rationale is None else {"rationale": rationale})
-
-        with encoder.evaluating():
-            return fit_augmented(
-                encode,
-                self.splits.train,
-                len(self.images.classes),
-                self.context,
-                image_size=encoder.image_size,
-                epochs=epochs,
-            )
+        alone = len(test.labels) - len(queries["mean", False].images)
+        return Measured(scores, alone, found.unreadable, queries)
 
     def measure_file(self, path: Path, title: str) -> Measured:
         """Every score of a weights file, which only the first process needs to have."""
         return self.measure(self.context.processes.once(lambda: load(path)).to(self.context.device), title)
 
     def results(self, weights: Path, initial: Measured | None) -> dict[str, Any]:
-        """Content of `results.json`: scores of `weights`, those of the initial weights beside them, the best epoch."""
+        """Content of `results.json`: scores of `weights` beside those of the initial weights, and the best epoch."""
         unchanged = partial(filecmp.cmp, weights, weights.with_name(INITIAL), shallow=False)
         same = initial and self.context.processes.once(unchanged)
-        measured = initial if initial and same else self.measure_file(weights, "trained")
+        measured = initial if initial and same else self.measure_file(weights, "after training")
         results = self.described(measured)
-        best = {"trained": best_pooling(measured.scores)}
+        results["best"] = {"trained": best_pooling(measured.scores)}
         if initial is not None:
             results["frozen_init"] = initial.scores
-            best["baseline"] = best_pooling(initial.scores, trained=("rationale",))
-        results["best"] = best
+            results["best"]["baseline"] = best_pooling(initial.scores)
+            if initial is not measured:
+                results["comparison"] = compare_best(initial, measured)
         if epoch := self.best(read_records(weights.parent / HISTORY)):
             kept = {"weights": BEST} if (weights.parent / BEST).is_file() else {}
             results["best_epoch"] = epoch | kept
@@ -168,21 +146,22 @@ class Evaluation:
 
     def described(self, measured: Measured) -> dict[str, Any]:
         """The scores, and the images that they are of; those left out are named for people too."""
-        scores, skipped, unreadable = measured
-        for path in unreadable:
+        for path in measured.unreadable:
             self.context.say(f"unreadable image {path!r}: left out")
-        if skipped:
-            self.context.say(f"{skipped} images are alone in their class: retrieved from, but not used as queries")
+        if measured.skipped:
+            self.context.say(
+                f"{measured.skipped} images are alone in their class: retrieved from, but not used as queries"
+            )
         if self.classifiers and self.splits.test and (alone := int((~self._in_common()).sum())):
             left_out = f"{alone} of {len(self.images)} test images are of classes without training images"
             self.context.say(f"{left_out}: kNN and linear probes leave them out")
         return {
             "folder": str(self.images.root),
-            "images": len(self.images) - len(unreadable),
-            "unreadable": len(unreadable),
-            "skipped": skipped,
+            "images": len(self.images) - len(measured.unreadable),
+            "unreadable": len(measured.unreadable),
+            "skipped": measured.skipped,
             "classes": len(set(self.images.labels or ())),
-            **scores,
+            **measured.scores,
         }
 
     def best(self, history: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -194,3 +173,18 @@ class Evaluation:
                     found = entry["retrieval"]
                     ranked[number] = float(found.get("rationale", found["mean"])["rank1"])
         return history[max(ranked, key=ranked.__getitem__)] if ranked else None
+
+
+def compare_best(before: Measured, after: Measured) -> dict[str, Any] | None:
+    """The pooling that is best by mAP before training and the one after it, compared over the same queries.
+
+    None if an image became unreadable in between, so that the queries differ.
+    """
+    chosen = [best_pooling(each.scores) for each in (before, after)]
+    first, second = (
+        measured.queries[best["pooling"], best["centred"]]
+        for measured, best in zip((before, after), chosen, strict=True)
+    )
+    if not torch.equal(first.images, second.images):
+        return None
+    return {"before": chosen[0], "after": chosen[1], **compare(first, second)}

@@ -5,18 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from fastcr.encoders.backbone import mean_pool
+from fastcr.encoders.encoder import Encoder
+from fastcr.errors import UsageError
 from fastcr.method.ddt import Axis
 
 Pooling = Callable[[Tensor], Tensor]  # features [B,C,h,w] to [B,C'], not normalised, fp32
 SIGMA = 1.5 / 7  # of the centred Gaussian, in sides of the map
+SHOWN = {"rationale": "attention", "norm": "feature-strength"}  # what people read and type, where files say otherwise
 
 
 def weighted(features: Tensor, weights: Tensor) -> Tensor:
     """Mean of the positions of features `[B,C,h,w]`, weighted with `[B,h,w]` or `[h,w]` (they need not sum to 1)."""
     weights = weights / weights.sum((-2, -1), keepdim=True).clamp(min=1e-30)
-    return torch.einsum("bchw,bhw->bc", features.float(), weights.expand(len(features), -1, -1))
+    return torch.einsum("bchw,bhw->bc", features.float(), weights.expand_as(features[:, 0]))
 
 
 def gem(features: Tensor) -> Tensor:
@@ -25,7 +30,7 @@ def gem(features: Tensor) -> Tensor:
 
 
 def norm(features: Tensor) -> Tensor:
-    """Positions weighted with the norm of their features."""
+    """Feature-strength weighting: positions weighted with the norm of their features."""
     return weighted(features, features.float().norm(dim=1))
 
 
@@ -67,10 +72,37 @@ def largest_region(mask: Tensor) -> Tensor:
     return mask & (flat == largest).view_as(mask)
 
 
+# by the names of results.json, those that need to know nothing but the features
+OF_FEATURES: dict[str, Pooling] = {"mean": mean_pool, "gem": gem, "norm": norm, "gaussian": gaussian, "scda": scda}
+
+
 def without_training(axis: Axis) -> dict[str, Pooling]:
     """Every such pooling by its name, the mean excepted; `axis` is DDT's, of images like those that are pooled."""
 
     def ddt(features: Tensor) -> Tensor:
         return weighted(features, axis.attention(features))
 
-    return {"gem": gem, "norm": norm, "gaussian": gaussian, "scda": scda, "ddt": ddt}
+    return {**{name: pool for name, pool in OF_FEATURES.items() if name != "mean"}, "ddt": ddt}
+
+
+def key_of(asked: str | None, encoder: Encoder) -> str:
+    """The name in `results.json` of the pooling that `--pooling` asks for; by default the attention, else the mean.
+
+    `UsageError` for the attention of an encoder that has none.
+    """
+    default = "mean" if encoder.branch is None else "attention"
+    key = {shown: name for name, shown in SHOWN.items()}.get(asked or default, asked or default)
+    if key == "rationale" and encoder.branch is None:
+        raise UsageError("--pooling attention: this encoder has no branch for the attention")
+    return key
+
+
+def pooled(features: Tensor, encoder: Encoder, pooling: str, mean: Tensor | None = None) -> Tensor:
+    """Features `[B,C,h,w]` of `encoder` to unit embeddings `[B,C']`, fp32; less `mean` `[C']`, if it is given.
+
+    `pooling` is a name that `key_of` gives.
+    """
+    found = encoder.pooled(features).rationale if pooling == "rationale" else OF_FEATURES[pooling](features)
+    assert found is not None  # `key_of` has seen to it
+    unit = F.normalize(found.float(), dim=1)
+    return unit if mean is None else F.normalize(unit - mean.to(unit.device), dim=1)

@@ -22,6 +22,20 @@ class Retrieval(NamedTuple):
     skipped: int
 
 
+class Queries(NamedTuple):
+    """What each query found, on the CPU, in the order of the images."""
+
+    images: Tensor  # [Q] which images are queries
+    rank: Tensor  # [Q] of the most similar image of the query's class; 1 is a hit
+    precision: Tensor  # [Q] average precision, 0 to 1, fp64
+
+    def scores(self, count: int) -> Retrieval:
+        """Their means, for `count` images in all."""
+        found = [(self.rank <= 1).double(), (self.rank <= 5).double(), self.precision]
+        means = [100 * each.mean().item() if len(each) else 0.0 for each in found]
+        return Retrieval(*means, len(self.images), count - len(self.images))
+
+
 def retrieval(embeddings: Tensor, labels: Tensor) -> Retrieval:
     """Retrieve each image from all others.
 
@@ -34,6 +48,11 @@ def retrieval(embeddings: Tensor, labels: Tensor) -> Retrieval:
     other image are no queries (they stay in the gallery) and are counted in `skipped`. Memory: about `CHUNK_BYTES`
     x 3 beside the embeddings.
     """
+    return retrieve_each(embeddings, labels).scores(len(embeddings))
+
+
+def retrieve_each(embeddings: Tensor, labels: Tensor) -> Queries:
+    """As `retrieval`, with the result of every query."""
     count = len(embeddings)
     labels = labels.to(embeddings.device)
     # queries in the order of their classes: those of a class lie together, and so do their relevant images in `order`
@@ -41,8 +60,8 @@ def retrieval(embeddings: Tensor, labels: Tensor) -> Retrieval:
     sizes = torch.unique_consecutive(labels[order], return_counts=True)[1].tolist()
     slices = [(end - size, end) for size, end in zip(sizes, itertools.accumulate(sizes), strict=True) if size > 1]
 
-    rank1 = rank5 = precision = 0.0
-    queries = 0
+    rank = torch.zeros(count, dtype=torch.int64)
+    precision = torch.zeros(count, dtype=torch.float64)
     chunk = max(CHUNK_BYTES // (4 * max(count, 1)), 1)
     for first in range(0, count, chunk):
         images = order[first : first + chunk]
@@ -52,13 +71,11 @@ def retrieval(embeddings: Tensor, labels: Tensor) -> Retrieval:
         for start, end in slices:
             low, high = max(start - first, 0), min(end - first, len(similarity))
             if low < high:
-                rank, ap = _ranks(similarity[low:high, order[start:end]], ranking[low:high])
-                rank1 += (rank <= 1).sum().item()
-                rank5 += (rank <= 5).sum().item()
-                precision += ap.sum().item()
-                queries += high - low
-    scale = 100 / max(queries, 1)
-    return Retrieval(rank1 * scale, rank5 * scale, precision * scale, queries, count - queries)
+                ranks, precisions = _ranks(similarity[low:high, order[start:end]], ranking[low:high])
+                queries = images[low:high].cpu()
+                rank[queries], precision[queries] = ranks.cpu(), precisions.cpu()
+    asked = rank.nonzero()[:, 0]
+    return Queries(asked, rank[asked], precision[asked])
 
 
 def _ranks(relevant: Tensor, ranking: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,22 +1,19 @@
 """The files of embeddings: memory-mapped arrays that fill up in a folder `partial`, then the final files, each whole.
 
 A killed job resumes after the images that `state.json` counts. Row i of every array is row i of `images.csv`;
-`encoder.json` says which encoder they are of.
+`encoder.json` says which encoder they are of, and how its features were pooled.
 """
 
 from __future__ import annotations
 
-import csv
 import fcntl
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,21 +23,20 @@ from torch import Tensor
 from fastcr.data.crops import in_image
 from fastcr.errors import UsageError
 from fastcr.output.embedding_formats import (
-    COLUMNS,
-    FILES,
+    ENCODER,
+    FINAL,
+    TABLE,
     Array,
     Format,
     Row,
-    save_faiss,
-    save_parquet,
-    save_patches,
-    save_tensors,
+    allocate,
+    save_embeddings,
+    save_less_mean,
+    save_table,
 )
 from fastcr.runs.checkpoint import write_whole
 
 COMMIT_SECONDS = 5.0  # work that a kill may cost
-TABLE, ENCODER = "images.csv", "encoder.json"
-FINAL = (TABLE, *FILES, ENCODER)
 HELD = ("sizes", "peak")  # arrays that end in the table
 UNREADABLE = -1  # height and width of an image that cannot be read; 0 before it is tried
 ANEW = "remove that folder to begin anew, or name another --out"
@@ -77,7 +73,7 @@ class Partial:
         }
         self.images = self._resumed(starts)
         if self.images:
-            self._map("r")  # first, for "r+" would lengthen files that are too short
+            self._check_files()  # before they are opened for writing, which would lengthen files that are too short
         else:
             try:
                 for file, like in self._like.items():
@@ -85,7 +81,7 @@ class Partial:
             except OSError as error:
                 self.remove()  # what is allocated already would fill the disk for nothing
                 raise UsageError(f"cannot write {file}: {error.strerror}") from None
-        self._map("r+")
+        self._map()
         heights = self.arrays["sizes"][: self.images, 0]
         if not heights.all():
             raise UsageError(f"{folder / 'state.json'} is broken, it counts images that are not there: {ANEW}")
@@ -107,8 +103,17 @@ class Partial:
             raise UsageError(f"{self.folder} was begun with other {' and other '.join(other)}: {ANEW}")
         return images
 
-    def _map(self, mode: Literal["r", "r+"]) -> None:
-        self.arrays = {file.stem: _open(file, mode, like) for file, like in self._like.items()}
+    def _check_files(self) -> None:
+        try:
+            for file, like in self._like.items():
+                array = open_memmap(file, "r")
+                if (array.dtype, array.shape) != (like.dtype, like.shape):
+                    raise ValueError
+        except (OSError, ValueError, OverflowError):
+            raise UsageError(f"{file} is broken: {ANEW}") from None
+
+    def _map(self) -> None:
+        self.arrays: dict[str, Array] = {file.stem: open_memmap(file, "r+") for file in self._like}
         self._committed = time.monotonic()
 
     def add(self, arrays: dict[str, Tensor], sizes: Tensor) -> None:
@@ -124,10 +129,10 @@ class Partial:
     def commit(self) -> None:
         """Bring the arrays to the disk, then count their images in `state.json`."""
         for array in self.arrays.values():
-            array.flush()
+            array.flush()  # type: ignore[attr-defined]
         text = json.dumps({"key": self.key, "images": self.images})
         write_whole(self.folder / "state.json", lambda file: file.write_text(text))
-        self._map("r+")  # anew, so that what is written no longer counts as memory of this process
+        self._map()  # anew, so that what is written no longer counts as memory of this process
 
     def remove(self) -> None:
         """Remove the folder."""
@@ -135,34 +140,29 @@ class Partial:
         shutil.rmtree(self.folder)
 
     def finish(
-        self, folder: Path, format: Format, facts: dict[str, Any], images: Sequence[tuple[str, str, str]]
+        self,
+        folder: Path,
+        format: Format,
+        facts: dict[str, Any],
+        images: Sequence[tuple[str, str, str]],
+        *,
+        centre: bool = False,
     ) -> None:
         """Write the final files, each whole or not at all, the table last; remove the others.
 
         None is held in memory, but for an index of FAISS. `images` are path, split and label of each image, `facts`
-        those of the encoder.
+        those of the encoder; its "pooling" names the array of the embeddings. With `centre` these are less their mean,
+        which becomes the fact "subtracted".
         """
         arrays = {name: array[: self.rows] for name, array in self.arrays.items() if name not in HELD}
+        if centre:
+            name = facts["pooling"]
+            arrays[name], mean = save_less_mean(self.folder / "centred.npy", arrays[name])
+            facts = facts | {"subtracted": mean.tolist()}
         rows = self._table(images, facts["image_size"])
-        if format == "npy":
-            for name, array in arrays.items():
-                write_whole(folder / f"{name}.npy", partial(allocate, like=array, copy=True))
-        elif format == "safetensors":
-            save = partial(save_tensors, arrays=arrays, facts=facts, scratch=self.folder)
-            write_whole(folder / "embeddings.safetensors", save)
-        elif format == "faiss":
-            write_whole(folder / "embeddings.faiss", partial(save_faiss, vectors=embedding_of(arrays)))
-        else:
-            if "patches" in arrays:
-                sizes = torch.tensor([(row.height, row.width) for row in rows])
-                save = partial(save_patches, arrays=arrays, rows=rows, sizes=sizes, facts=facts)
-                write_whole(folder / "patches.parquet", save)
-            save = partial(
-                save_parquet, vectors=embedding_of(arrays), maps=arrays.get("attention"), rows=rows, facts=facts
-            )
-            write_whole(folder / "embeddings.parquet", save)
+        save_embeddings(folder, format, arrays, rows, facts, scratch=self.folder)
         write_whole(folder / ENCODER, lambda file: file.write_text(json.dumps(facts, indent=2) + "\n"))
-        write_whole(folder / TABLE, partial(_save_table, rows=rows))
+        write_whole(folder / TABLE, lambda file: save_table(file, rows))
         self.remove()
 
     def _table(self, images: Sequence[tuple[str, str, str]], image_size: int) -> list[Row]:
@@ -172,48 +172,11 @@ class Partial:
         peaks = torch.from_numpy(np.array(self.arrays["peak"][: self.rows])).double()
         found = in_image(peaks[:, None], sizes[readable], image_size)[:, 0].tolist()
         read = [image for image, there in zip(images, readable.tolist(), strict=True) if there]
-        rounded = [[None if math.isnan(each) else round(each, 4) for each in peak] for peak in found]
-        return [
-            Row(path, split, label, width, height, x, y)
-            for (path, split, label), (height, width), (x, y) in zip(
-                read, sizes[readable].tolist(), rounded, strict=True
-            )
-        ]
-
-
-def embedding_of(arrays: dict[str, Array]) -> Array:
-    """The encoder's own embedding `[N,C]`: pooled with the attention; without a branch, the mean."""
-    return arrays.get("rationale", arrays["mean"])
-
-
-def _save_table(file: Path, rows: Sequence[Row]) -> None:
-    with file.open("w", encoding="utf-8", errors="surrogateescape", newline="") as text:
-        table = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
-        table.writerow(("row", *COLUMNS))
-        table.writerows((number, *row) for number, row in enumerate(rows))
-
-
-def allocate(file: Path, like: Array, *, copy: bool = False) -> None:
-    """Write a .npy file of the dtype and shape of `like`, of zeros or a `copy` of it, without holding it in memory.
-
-    Its space on the disk is taken first, for a process that writes into a mapped file without space is ended (SIGBUS).
-    `OSError` if there is too little.
-    """
-    array = open_memmap(file, "w+", like.dtype, like.shape)
-    with file.open("rb+") as opened:
-        os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
-    if copy:
-        array[:] = like
-
-
-def _open(file: Path, mode: Literal["r", "r+"], like: Array) -> np.memmap[Any, Any]:
-    try:
-        array: np.memmap[Any, Any] = open_memmap(file, mode)
-        if (array.dtype, array.shape) != (like.dtype, like.shape):
-            raise ValueError
-    except (OSError, ValueError, OverflowError):
-        raise UsageError(f"{file} is broken: {ANEW}") from None
-    return array
+        rows = []
+        for image, (height, width), peak in zip(read, sizes[readable].tolist(), found, strict=True):
+            x, y = (None if math.isnan(each) else round(each, 4) for each in peak)
+            rows.append(Row(*image, width, height, x, y))
+        return rows
 
 
 def check_unused(folder: Path) -> None:

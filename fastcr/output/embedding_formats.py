@@ -1,35 +1,40 @@
-"""Formats of finished embeddings: safetensors, Parquet and FAISS written, and all of them read again."""
+"""Formats of finished embeddings, each written a part at a time: safetensors, npy, Parquet and FAISS; and the table."""
 
 from __future__ import annotations
 
+import csv
 import importlib
 import json
-import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import safetensors.torch
 import torch
-from torch import Tensor
+from numpy.lib.format import open_memmap
 
-from fastcr.data.crops import centres_of, in_image
 from fastcr.errors import UsageError
+from fastcr.runs.checkpoint import write_whole
 
 Format = Literal["safetensors", "npy", "parquet", "faiss"]
 Array = np.ndarray[Any, Any]
 PACKAGES = {"parquet": "pyarrow", "faiss": "faiss"}  # of the formats that need one
-ARRAYS = ("mean", "rationale", "attention", "patches")
-FILES = (
-    "embeddings.safetensors",
-    *(f"{name}.npy" for name in ARRAYS),
-    "embeddings.parquet",
-    "patches.parquet",
-    "embeddings.faiss",
-)
+POOLINGS = (
+    "mean",
+    "rationale",
+    "gem",
+    "norm",
+    "gaussian",
+    "scda",
+)  # arrays of embeddings, by the names of results.json
+TABLE, ENCODER = "images.csv", "encoder.json"
+FINAL = (
+    TABLE, "embeddings.safetensors", *(f"{name}.npy" for name in (*POOLINGS, "attention")), "embeddings.parquet",
+    "embeddings.faiss", ENCODER,
+)  # fmt: skip
 PART = 512  # rows that are written at once
 
 
@@ -45,9 +50,6 @@ class Row(NamedTuple):
     peak_y: float | None
 
 
-COLUMNS = Row._fields
-
-
 def extra_of(format: str) -> None:
     """`UsageError` where the package that a format needs is not installed."""
     try:
@@ -57,8 +59,56 @@ def extra_of(format: str) -> None:
         raise UsageError(f'the format {format} needs {PACKAGES[format]}: pip install "fastcr[{format}]"') from None
 
 
-def save_tensors(file: Path, *, arrays: dict[str, Array], facts: dict[str, Any], scratch: Path) -> None:
-    """Write arrays as safetensors, `facts` in the metadata; what a kill leaves lies in the folder `scratch`."""
+def save_embeddings(
+    folder: Path, format: Format, arrays: dict[str, Array], rows: Sequence[Row], facts: dict[str, Any], scratch: Path
+) -> None:
+    """Write all `arrays`, or of Parquet and FAISS the one that `facts["pooling"]` names and the attention's maps.
+
+    What a kill leaves half-written lies in the folder `scratch`, or beside the file as `write_whole` does it.
+    """
+    vectors, maps = arrays[facts["pooling"]], arrays.get("attention")
+    if format == "npy":
+        for name, array in arrays.items():
+            write_whole(folder / f"{name}.npy", _copied(array))
+        return
+    writers: dict[str, Callable[[Path], object]] = {
+        "safetensors": lambda file: _save_tensors(file, arrays, facts, scratch),
+        "parquet": lambda file: _save_parquet(file, vectors, maps, rows, facts),
+        "faiss": lambda file: _save_faiss(file, vectors),
+    }
+    write_whole(folder / f"embeddings.{format}", writers[format])
+
+
+def allocate(file: Path, like: Array) -> Array:
+    """A new .npy file of zeros with the dtype and shape of `like`, mapped into memory.
+
+    Its space on the disk is taken first, for a process that writes into a mapped file without space is ended (SIGBUS).
+    `OSError` if there is too little.
+    """
+    array = open_memmap(file, "w+", like.dtype, like.shape)
+    with file.open("rb+") as opened:
+        os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+    return array
+
+
+def _copied(array: Array) -> Callable[[Path], None]:
+    def write(file: Path) -> None:
+        allocate(file, array)[:] = array
+
+    return write
+
+
+def save_less_mean(file: Path, vectors: Array) -> tuple[Array, Array]:
+    """Unit vectors `[N,C]` less their mean, of unit length again, in a new .npy file; and the mean `[C]`, fp32."""
+    mean = vectors.mean(axis=0, dtype=np.float64).astype(np.float32)
+    made = allocate(file, vectors)
+    for first in range(0, len(vectors), PART):
+        moved = vectors[first : first + PART] - mean
+        made[first : first + PART] = moved / np.linalg.norm(moved, axis=1, keepdims=True).clip(1e-12)
+    return made, mean
+
+
+def _save_tensors(file: Path, arrays: dict[str, Array], facts: dict[str, Any], scratch: Path) -> None:
     made = scratch / "embeddings.safetensors"  # save_file, if it is killed, leaves a scratch file beside it
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     safetensors.torch.save_file(tensors, made, {"fastcr": json.dumps(facts)})
@@ -66,8 +116,7 @@ def save_tensors(file: Path, *, arrays: dict[str, Array], facts: dict[str, Any],
     os.replace(made, file)
 
 
-def save_faiss(file: Path, *, vectors: Array) -> None:
-    """Write unit vectors `[N,C]` as FAISS's flat index of inner products."""
+def _save_faiss(file: Path, vectors: Array) -> None:
     import faiss
 
     index = faiss.IndexFlatIP(vectors.shape[1])
@@ -77,85 +126,37 @@ def save_faiss(file: Path, *, vectors: Array) -> None:
         faiss.write_index(index, faiss.PyCallbackIOWriter(opened.write))
 
 
-def save_parquet(file: Path, *, vectors: Array, maps: Array | None, rows: Sequence[Row], facts: dict[str, Any]) -> None:
-    """Write a row an image: the table's columns, its embedding and, where there are `maps` `[N,h,w]`, its attention."""
-    import pyarrow as pa
-
-    fields = {"path": pa.string(), "split": pa.string(), "label": pa.string(), "width": pa.int32(),
-              "height": pa.int32(), "peak_x": pa.float32(), "peak_y": pa.float32(),
-              "embedding": pa.list_(pa.float32(), vectors.shape[1])}  # fmt: skip
-    if maps is not None:
-        maps = maps.reshape(len(maps), -1)
-        fields["attention"] = pa.list_(pa.float32(), maps.shape[1])
-
-    def parts() -> Iterator[dict[str, Any]]:
-        for first in range(0, len(rows), PART):
-            part = slice(first, first + PART)
-            columns: dict[str, Any] = dict(zip(COLUMNS, zip(*rows[part], strict=True), strict=True))
-            columns["path"] = _texts(columns["path"])
-            for name in ("split", "label"):
-                columns[name] = [text or None for text in _texts(columns[name])]
-            columns["embedding"] = _lists(vectors[part])
-            yield columns | ({} if maps is None else {"attention": _lists(maps[part])})
-
-    _write(file, fields, parts(), facts)
-
-
-def save_patches(
-    file: Path, *, arrays: dict[str, Array], rows: Sequence[Row], sizes: Tensor, facts: dict[str, Any]
-) -> None:
-    """Write a row a position: its image's path, its centre in fractions of the image, its embedding and attention."""
-    import pyarrow as pa
-
-    patches, maps = arrays["patches"], arrays.get("attention")
-    count, side = patches.shape[1], math.isqrt(patches.shape[1])
-    where = in_image(centres_of(side, side)[None], sizes, facts["image_size"]).float().numpy()
-    fields = {"path": pa.string(), "x": pa.float32(), "y": pa.float32(),
-              "embedding": pa.list_(pa.float32(), patches.shape[2]), "attention": pa.float32()}  # fmt: skip
-
-    def parts() -> Iterator[dict[str, Any]]:
-        step = max(PART // count, 1)
-        for first in range(0, len(rows), step):
-            part = slice(first, first + step)
-            own = None if maps is None else maps[part].reshape(-1).astype(np.float32)
-            yield {
-                "path": [path for path in _texts([row.path for row in rows[part]]) for _ in range(count)],
-                "x": where[part, :, 0].reshape(-1),
-                "y": where[part, :, 1].reshape(-1),
-                "embedding": _lists(patches[part].reshape(-1, patches.shape[2])),
-                "attention": [None] * (len(rows[part]) * count) if own is None else own,
-            }
-
-    _write(file, fields, parts(), facts)
-
-
-def _write(file: Path, fields: dict[str, Any], parts: Iterator[dict[str, Any]], facts: dict[str, Any]) -> None:
+def _save_parquet(file: Path, vectors: Array, maps: Array | None, rows: Sequence[Row], facts: dict[str, Any]) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
-    schema = pa.schema(fields.items(), metadata={"fastcr": json.dumps(facts)})
-    # numbers that are all different would be tried in vain for a dictionary
-    texts = [name for name, kind in fields.items() if kind == pa.string()]
+    lists = {"embedding": vectors} | ({} if maps is None else {"attention": maps.reshape(len(maps), -1)})
+    texts = ["path", "split", "label"]
+    fields = [(name, pa.string()) for name in texts] + [("width", pa.int32()), ("height", pa.int32())]
+    fields += [("peak_x", pa.float32()), ("peak_y", pa.float32())]
+    fields += [(name, pa.list_(pa.float32(), array.shape[1])) for name, array in lists.items()]
+    schema = pa.schema(fields, metadata={"fastcr": json.dumps(facts)})
     with (
         file.open("wb") as opened,
+        # numbers that are all different would be tried in vain for a dictionary
         parquet.ParquetWriter(opened, schema, compression="none", use_dictionary=texts) as writer,
     ):
-        for part in parts:
-            columns = [
-                part[name] if isinstance(part[name], pa.Array) else pa.array(part[name], kind)
-                for name, kind in fields.items()
-            ]
-            writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+        for first in range(0, len(rows), PART):
+            part = slice(first, first + PART)
+            columns: dict[str, Any] = dict(zip(Row._fields, zip(*rows[part], strict=True), strict=True))
+            for name in texts:  # bytes of a name that are no UTF-8 as `\x..`; no label: null
+                plain = [text.encode(errors="surrogateescape").decode(errors="backslashreplace")
+                         for text in columns[name]]  # fmt: skip
+                columns[name] = [text or None for text in plain]
+            for name, array in lists.items():
+                flat = pa.array(np.ascontiguousarray(array[part], dtype=np.float32).reshape(-1))
+                columns[name] = pa.FixedSizeListArray.from_arrays(flat, array.shape[1])
+            writer.write_table(pa.table(columns, schema=schema))
 
 
-def _texts(names: Sequence[str]) -> list[str]:
-    """Names as Parquet takes them: bytes that are no UTF-8 as `\\x..`."""
-    return [name.encode(errors="surrogateescape").decode(errors="backslashreplace") for name in names]
-
-
-def _lists(array: Array) -> Any:
-    """An array `[N,C]` as N lists of fp32."""
-    import pyarrow as pa
-
-    flat = pa.array(np.ascontiguousarray(array, dtype=np.float32).reshape(-1))
-    return pa.FixedSizeListArray.from_arrays(flat, array.shape[1])
+def save_table(file: Path, rows: Sequence[Row]) -> None:
+    """Write the table as CSV; every text is quoted."""
+    with file.open("w", encoding="utf-8", errors="surrogateescape", newline="") as text:
+        table = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
+        table.writerow(("row", *Row._fields))
+        table.writerows((number, *row) for number, row in enumerate(rows))

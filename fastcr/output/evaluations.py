@@ -24,6 +24,7 @@ from fastcr.measures.evaluation import (
     not_measured,
     test_images,
 )
+from fastcr.measures.poolings import SHOWN
 from fastcr.output.gallery import fixed_attention
 from fastcr.output.tables import results_tables
 from fastcr.runs.checkpoint import save_weights, write_whole
@@ -47,12 +48,12 @@ class TrainingEvaluation:
         self.evaluation = Evaluation(splits, images, context, classifiers) if images else None
         self.drawn = partial(fixed_attention, images=splits.test or splits.train, context=context)
         self.lacking = not_measured(splits)
-        self.frozen: Measured | None = None
+        self.initial: Measured | None = None
 
-    def _frozen(self, evaluation: Evaluation) -> Measured:
-        if self.frozen is None:
-            self.frozen = evaluation.measure_file(self.folder / INITIAL, "frozen init")
-        return self.frozen
+    def _before(self, evaluation: Evaluation) -> Measured:
+        if self.initial is None:
+            self.initial = evaluation.measure_file(self.folder / INITIAL, "before training")
+        return self.initial
 
     def _logged(self, encoder: Encoder, scores: Mapping[str, Any]) -> Logged:
         if not self.context.processes.first:
@@ -66,10 +67,10 @@ class TrainingEvaluation:
         return Logged(found, self.drawn(encoder))
 
     def during(self, encoder: Encoder, epoch: int) -> Logged:
-        """Print rank-1 and kNN of the encoder as it is beside the frozen initialisation, with a warning if below."""
+        """Print rank-1 and kNN of the encoder as it is now and before training, and warn where they have fallen."""
         if self.evaluation is None:
             return self._logged(encoder, {})
-        frozen = self._frozen(self.evaluation).scores
+        initial = self._before(self.evaluation).scores
         with torch.compiler.set_stance("force_eager"):  # not worth compiling for eval mode and another batch size
             scores = self.evaluation.measure(encoder, f"epoch {epoch}", baselines=False).scores
         if not self.context.processes.first:
@@ -82,9 +83,9 @@ class TrainingEvaluation:
             save_weights(self.folder / BEST, encoder.state_dict(), encoder.facts)
         for section, measure, shown in (("retrieval", "rank1", "rank-1"), ("knn", "top1", "kNN")):
             for name, values in scores.get(section, {}).items():
-                now, before = values[measure], frozen[section][name][measure]
-                below = "  warning: below the frozen init" if now < before else ""
-                self.context.say(f"  {shown} {name} {now:.2f} (frozen init {before:.2f}){below}")
+                now, before = values[measure], initial[section][name][measure]
+                below = "  warning: lower than before training" if now < before else ""
+                self.context.say(f"  {shown} {SHOWN.get(name, name)} {now:.2f} (before training {before:.2f}){below}")
         return self._logged(encoder, scores)
 
     def at_the_end(self, encoder: Encoder) -> Logged:
@@ -92,16 +93,16 @@ class TrainingEvaluation:
         if self.evaluation is None:
             self.context.say(f"{self.lacking}: retrieval is not measured")
             return self._logged(encoder, {})
-        results = self.evaluation.results(self.folder / "weights.safetensors", self._frozen(self.evaluation))
+        results = self.evaluation.results(self.folder / "weights.safetensors", self._before(self.evaluation))
         show(results, self.context)
         if self.context.processes.first:
             write_results(self.folder / "results.json", results)
         return self._logged(encoder, results)
 
 
-def show(results: dict[str, Any], context: Context) -> None:
-    """Print the results for people."""
-    for each in results_tables(results):
+def show(results: dict[str, Any], context: Context, *, every: bool = False) -> None:
+    """Print the results for people; with `every`, each pooling."""
+    for each in results_tables(results, every=every):
         context.console.print(each, highlight=False, soft_wrap=isinstance(each, str))
 
 

@@ -19,6 +19,7 @@ from fastcr.data.images import SUFFIXES, ImageList
 from fastcr.data.layouts import read_splits
 from fastcr.encoders.encoder import Encoder
 from fastcr.measures.embeddings import Embeddings
+from fastcr.measures.poolings import pooled
 from fastcr.output.overlays import as_evaluated, overlay
 from fastcr.output.sheets import Section, Tile, contact_sheet
 from fastcr.runs.context import Context
@@ -75,17 +76,18 @@ def pixels_of(pictures: Sequence[Picture]) -> Tensor:
 
 
 def encode(
-    pictures: Sequence[Picture], encoder: Encoder, context: Context
+    pictures: Sequence[Picture], encoder: Encoder, context: Context, pooling: str = "mean", mean: Tensor | None = None
 ) -> tuple[Tensor, Sequence[Tensor] | Sequence[None]]:
     """Unit embeddings `[N,C]` and the attention `[h,w]` of each, on the CPU; None without a branch.
 
-    The embeddings are pooled with the attention, or are the mean ones without a branch.
+    `pooling` and `mean` are those of `fastcr.measures.poolings.pooled`.
     """
     vectors, maps = list[Tensor](), list[Tensor]()
     for part in pixels_of(pictures).split(BATCH_SIZE):
-        mean, attended, attention = encoder.pooled(encoder.of_crops(part.to(context.device), context.dtype)[0])
-        vectors.append((mean if attended is None else attended).cpu())
-        maps += [] if attention is None else attention.cpu().unbind()
+        features, _ = encoder.of_crops(part.to(context.device), context.dtype)
+        vectors.append(pooled(features, encoder, pooling, mean).cpu())
+        if (attention := encoder.pooled(features).attention) is not None:
+            maps += attention.cpu().unbind()
     return torch.cat(vectors), maps or [None] * len(pictures)
 
 

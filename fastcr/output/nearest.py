@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from fastcr.errors import UsageError, one_line
-from fastcr.output.embedding_files import ENCODER, TABLE
-from fastcr.output.embedding_formats import extra_of
+from fastcr.output.embedding_formats import ENCODER, POOLINGS, TABLE, extra_of
 from fastcr.runs.checkpoint import load_weights
 
 FACTS = ("weights", "weights_sha256", "root")
@@ -33,7 +32,17 @@ class Stored(NamedTuple):
 
     vectors: Any  # [N,C] fp32, unit length; or FAISS's index of them
     rows: list[tuple[str, str]]  # path and label of each image
-    facts: dict[str, Any]  # of the encoder
+    facts: dict[str, Any]  # of the encoder, and how its features were pooled
+
+    @property
+    def pooling(self) -> str:
+        """How the embeddings were pooled, by its name in `results.json`."""
+        return str(self.facts["pooling"])
+
+    @property
+    def mean(self) -> Tensor | None:
+        """The mean `[C]` that was subtracted from them, if one was."""
+        return torch.tensor(self.facts["subtracted"]) if "subtracted" in self.facts else None
 
     def nearest(self, queries: Tensor, k: int) -> list[list[Neighbour]]:
         """The `k` images most similar to each of the queries `[Q,C]`, unit length, the most similar first."""
@@ -54,7 +63,7 @@ class Stored(NamedTuple):
 def read_stored(source: Path) -> Stored:
     """The embeddings in the folder `source`, or in that of the file. `UsageError` where there are none, or broken."""
     folder = source if source.is_dir() else source.parent
-    names = ("embeddings.faiss", "embeddings.parquet", "embeddings.safetensors", "rationale.npy", "mean.npy")
+    names = ("embeddings.faiss", "embeddings.parquet", "embeddings.safetensors", *(f"{each}.npy" for each in POOLINGS))
     files = [folder / name for name in names if (folder / name).is_file()]
     if not source.exists() or not files:
         raise UsageError(f"no embeddings at {source}: name a folder that fastcr embed wrote")
@@ -67,26 +76,33 @@ def read_stored(source: Path) -> Stored:
         facts = json.loads(reading.read_text())
         if not all(isinstance(facts[name], str) for name in FACTS):
             raise ValueError(f"it lacks {' or '.join(FACTS)}")
+        facts.setdefault("pooling", "rationale" if facts.get("detectors") else "mean")  # older files do not say it
+        if facts["pooling"] not in POOLINGS:
+            raise ValueError("there is no such pooling")
+        stored = Stored(None, [], facts)
+        dimensions = None if stored.mean is None else len(stored.mean)
         reading = folder / TABLE
         with reading.open(newline="", encoding="utf-8", errors="surrogateescape") as text:
             rows = [(row["path"], row["label"]) for row in csv.DictReader(text)]
-        reading = files[0]
-        vectors = _vectors(reading)
-        count = len(vectors) if isinstance(vectors, Tensor) else vectors.ntotal
+        reading = folder / f"{stored.pooling}.npy" if files[0].suffix == ".npy" else files[0]
+        vectors = _vectors(reading, stored.pooling)
+        count, channels = vectors.shape if isinstance(vectors, Tensor) else (vectors.ntotal, vectors.d)
         if count != len(rows) or not rows:
             raise ValueError(f"{count} embeddings of {len(rows)} images")
-    except (ValueError, TypeError, LookupError, RuntimeError, RecursionError, csv.Error) as error:
+        if dimensions not in (None, channels):
+            raise ValueError(f"{channels} dimensions, of the mean {dimensions}")
+    except (OSError, ValueError, TypeError, LookupError, RuntimeError, RecursionError, csv.Error) as error:
         raise UsageError(f"{reading} is broken ({one_line(error)}): make it anew with fastcr embed") from None
-    return Stored(vectors, rows, facts)
+    return stored._replace(vectors=vectors, rows=rows)
 
 
-def _vectors(file: Path) -> Any:
+def _vectors(file: Path, pooling: str) -> Any:
     extra_of(file.suffix.removeprefix("."))
     if file.suffix == ".npy":
         return _checked(np.load(file))
     if file.suffix == ".safetensors":
         tensors, _ = load_weights(file)
-        return _checked(tensors["rationale" if "rationale" in tensors else "mean"].numpy())
+        return _checked(tensors[pooling].numpy())
     if file.suffix == ".faiss":
         import faiss
 

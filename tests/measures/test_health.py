@@ -13,13 +13,12 @@ import torch.nn.functional as F
 from PIL import Image
 from rich.console import Console
 
-from fastcr import train
 from fastcr.data.images import ImageList
 from fastcr.encoders.encoder import load
 from fastcr.errors import UsageError
-from fastcr.measures.health import EncoderHealth, effective_rank, kept_neighbours, nearest
-from fastcr.runs.watch import HealthWatch
-from tests.shared import SHORT, TINY, records, write_weights
+from fastcr.measures.health import EncoderHealth, HealthWarnings, effective_rank, kept_neighbours, nearest
+from fastcr.runs.context import Context
+from tests.shared import write_weights
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +55,8 @@ def test_kept_neighbours_are_those_of_a_loop() -> None:
 
 
 def test_an_untouched_encoder_keeps_everything_and_another_does_not(images: ImageList, tmp_path: Path) -> None:
-    device = torch.device("cpu")
     start, other = (write_weights(tmp_path / f"{seed}.safetensors", seed=seed) for seed in (0, 1))
-    health = EncoderHealth(images, start, device)
+    health = EncoderHealth(images, start, Context())
     assert sum(map(len, health.crops)) == 23  # one cannot be read
     same = health.measure(load(start))
     assert same == {"effective_rank": pytest.approx(health.first_rank), "kept_neighbours": 1}
@@ -75,32 +73,16 @@ def test_images_that_cannot_be_read_are_an_error_and_a_single_one_has_nothing_to
     weights = write_weights(tmp_path / "weights.safetensors")
     broken, alone = (ImageList(images.root, (file,), None, ()) for file in ("10.png", "11.png"))
     with pytest.raises(UsageError, match="none of the 1 images"):
-        EncoderHealth(broken, weights, torch.device("cpu"))
-    assert EncoderHealth(alone, weights, torch.device("cpu")).measure(load(weights))["kept_neighbours"] == 1
+        EncoderHealth(broken, weights, Context())
+    assert EncoderHealth(alone, weights, Context()).measure(load(weights))["kept_neighbours"] == 1
 
 
-def test_half_lost_is_said_once_in_a_line() -> None:
+def test_half_of_the_dimensions_lost_is_said_once() -> None:
     said = io.StringIO()
-    watch = HealthWatch(Console(file=said, width=200))
-    healthy = {"embedding_spread": 0.8, "effective_rank": 60.0, "kept_neighbours": 0.6}
-    watch.look(healthy, 49, first_rank=100)
+    warnings = HealthWarnings(Context(console=Console(file=said, width=200)), first_rank=100)
+    warnings.look({"embedding_spread": 0.8, "effective_rank": 60.0}, 49)
     assert said.getvalue() == ""
     for _ in range(2):
-        watch.look(healthy | {"effective_rank": 49.0, "kept_neighbours": 0.49}, 49, first_rank=100)
-    lines = said.getvalue().splitlines()
-    assert len(lines) == 2
-    assert "dimensions" in lines[0]
-    assert "neighbours" in lines[1]
-
-
-def test_runs_from_pretrained_weights_log_it_each_epoch(images: ImageList, tmp_path: Path) -> None:
-    weights = write_weights(tmp_path / "weights.safetensors")
-    for start, logged in ((str(weights), True), ("none", False)):
-        folder = tmp_path / f"run-{logged}"
-        flags = ["--data.root", str(images.root), "--model.weights", start, "--run.dir", str(folder)]
-        train.main(["folder", *TINY, *SHORT, *flags])
-        found = [record for record in records(folder) if "kept_neighbours" in record]
-        assert len(found) == (4 if logged else 0)
-        for record in found:
-            assert 0 < record["kept_neighbours"] <= 1
-            assert record["effective_rank"] > 1
+        warnings.look({"embedding_spread": 0.8, "effective_rank": 49.0}, 49)
+    (line,) = said.getvalue().splitlines()
+    assert "dimensions" in line

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
@@ -20,6 +20,7 @@ from torchvision.transforms.v2 import functional as TF
 from fastcr.data.crops import centres_of, in_crop, in_image
 from fastcr.data.images import ImageList
 from fastcr.errors import UsageError
+from fastcr.measures import linear_probe
 from fastcr.measures.knn import knn, top1
 from fastcr.measures.linear_probe import accuracy, few_label_scores, few_labels, fit_linear
 from fastcr.measures.localisation import (
@@ -96,12 +97,25 @@ def test_few_labels_are_a_share_of_every_class(labels: list[int], share: float) 
 
 def test_more_labels_help() -> None:
     (train, labels), (queries, truth) = clusters(2000, spread=1.5), clusters(1000, spread=1.5, seed=1)
-    scores = dict(few_label_scores(train, labels, queries, truth, 5, [0.01, 0.5]))
-    assert scores[0.5] > scores[0.01] + 5
+    few, many = few_label_scores(train, labels, queries, truth, 5, [0.01, 0.5])
+    assert many > few + 5
+
+
+def test_shares_of_the_same_images_share_a_classifier(monkeypatch: pytest.MonkeyPatch) -> None:
+    (train, labels), fitted = clusters(50), []
+
+    def fit(*args: Any, **kwargs: Any) -> torch.nn.Linear:
+        fitted.append(len(args[0]))
+        return fit_linear(*args, **kwargs)
+
+    monkeypatch.setattr(linear_probe, "fit_linear", fit)
+    few, same, all_ = few_label_scores(train, labels, train, labels, 5, [0.01, 0.05, 1.0], epochs=20)
+    assert fitted == [5, 50]
+    assert few == same < all_
 
 
 def boxes_in_crop(boxes: Tensor, sizes: Tensor, size: int) -> Tensor:
-    return objects_in_crop(Objects(boxes, None, False), sizes, size).boxes
+    return objects_in_crop(Objects(boxes, False), sizes, size).boxes
 
 
 def picture_list(*files: str) -> ImageList:
@@ -114,7 +128,6 @@ def test_boxes_are_found_by_their_paths(tmp_path: Path) -> None:
     found = read_objects(file, picture_list("a/1.jpg", "b/2.jpg", "b/3.jpg"))
     assert found is not None
     boxes = found.boxes
-    assert found.parts is None
     assert not found.in_pixels
     torch.testing.assert_close(boxes[:2], torch.tensor([[0.1, 0.2, 0.3, 0.4], [0, 0, 1, 1]], dtype=torch.float64))
     assert boxes[2].isnan().all()
@@ -123,17 +136,13 @@ def test_boxes_are_found_by_their_paths(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("path,left\na,1\n", "must have the columns"),
         ("", "must have the columns"),
         ("path,left,top,right,bottom\na/1.jpg,x,0,1,1\n", "holds no boxes"),
-        ("path,left,top,right,bottom\na/1.jpg,0.1\n", "holds no boxes"),
         ("path,left,top,right,bottom\nother.jpg,0,0,1,1\n", "a box for none of the images, e.g. not for 'a/1.jpg'"),
-        (b"\xff\xfe\x00", "must have the columns path, left, top, right, bottom; found"),
         (
             "path,left,top,right,bottom\na/1.jpg,0.5,0,0.4,1\n",
             "in 1 boxes left is not below right, .*, e.g. 0.5 0 0.4 1",
         ),
-        ("path,left,top,right,bottom\na/1.jpg,0,9,20,9\n", "top not below bottom"),
         ("path,left,top,right,bottom\na/1.jpg,0,0,1,1\na/2.jpg,0,0,40,40\n", "1 of 2 boxes reach beyond 1"),
         (
             "path,left,top,right,bottom\na/1.jpg,0,0,1,1\na/1.jpg,0,0,.5,1\n",
@@ -200,7 +209,7 @@ def test_localisation_by_hand() -> None:
     attention[0, 5] = 1  # row 1, column 1
     attention[1, 0], attention[1, 15] = 0.6, 0.4
     boxes = torch.tensor([[0.25, 0.25, 0.5, 0.5], [0.5, 0.5, 1, 1], [math.nan] * 4])
-    scores = localisation(attention, Objects(boxes.double(), None, False))
+    scores = localisation(attention, Objects(boxes.double(), False))
     assert scores["attention"].inside == pytest.approx(100 * (1 + 0.4) / 2)
     assert scores["attention"].pointing == 50
     assert scores["attention"].image_count == 2
@@ -210,8 +219,7 @@ def test_localisation_by_hand() -> None:
     assert scores["average"].pointing == 50
     assert scores["uniform"].pointing == pytest.approx(100 * (1 / 16 + 4 / 16) / 2)
     assert scores["gaussian"].pointing == 100  # the corners of both boxes are the centre
-    assert scores["attention"].parts is None
-    twice = localisation(2 * attention, Objects(boxes.double(), None, False))
+    twice = localisation(2 * attention, Objects(boxes.double(), False))
     assert twice["attention"] == scores["attention"]
 
 
@@ -227,40 +235,25 @@ def test_gaussians_have_the_entropy_asked_for(side: int) -> None:
     assert (grid.flatten(1).amax(1) == grid[:, side // 2, side // 2]).all()
 
 
-def test_a_picture_evaluated_as_a_whole_matches_its_crop(tmp_path: Path) -> None:
-    """The sizes torchvision and `boxes_in_crop` compute are the same for real pictures."""
-    for width, height in ((500, 375), (333, 500), (128, 171)):
-        image = TF.resize(TF.pil_to_tensor(Image.new("RGB", (width, height))), [256], antialias=True)
-        box = boxes_in_crop(torch.tensor([[0.0, 0, 1, 1]]).double(), torch.tensor([[height, width]]), 224)
-        assert torch.equal(box, torch.tensor([[0.0, 0, 1, 1]]).double())
-        corner = boxes_in_crop(torch.tensor([[0.5, 0.5, 1, 1]]).double(), torch.tensor([[height, width]]), 224)[0]
-        middle = (image.shape[2] / 2 - round((image.shape[2] - 224) / 2)) / 224
-        assert corner[0] == pytest.approx(middle)
-
-
 def cub_tables(root: Path) -> Path:
-    """An archive's tables for two pictures of 200 x 100 and 100 x 200 pixels, the second without its last part."""
-    (root / "parts").mkdir(parents=True)
+    """An archive's tables for pictures of 200 x 100 and 100 x 200 pixels, and one more."""
+    root.mkdir(parents=True, exist_ok=True)
     (root / "images.txt").write_text("1 a/1.jpg\n2 b/2.jpg\n7 b/3.jpg\n")
     (root / "bounding_boxes.txt").write_text("1 50.0 25.0 100.0 50.0\n2 0.0 0.0 100.0 200.0\n")
-    parts = ["1 1 100.0 50.0 1", "1 2 60.0 30.0 1", "2 1 50.0 100.0 1", "2 2 0.0 0.0 0"]
-    (root / "parts" / "part_locs.txt").write_text("\n".join(parts) + "\n")
     return root
 
 
 def test_the_archives_own_tables_are_read_without_being_asked_for(tmp_path: Path) -> None:
-    images = ImageList(cub_tables(tmp_path / "CUB") / "images", ("a/1.jpg", "b/2.jpg"), None, ())
+    images = ImageList(cub_tables(tmp_path / "CUB") / "images", ("a/1.jpg", "b/2.jpg", "b/3.jpg"), None, ())
     for source in (None, tmp_path / "CUB", tmp_path / "CUB" / "bounding_boxes.txt"):
         objects = read_objects(source, images)
         assert objects is not None
-        assert objects.parts is not None
         assert objects.in_pixels
-        assert objects.boxes.tolist() == [[50, 25, 150, 75], [0, 0, 100, 200]]
-        assert objects.parts[0].tolist() == [[100, 50], [60, 30]]
-        assert objects.parts[1, 1].isnan().all()
-        crop = objects_in_crop(objects, torch.tensor([[100, 200], [200, 100]]), 112)  # 256 x 128, then 112 x 112
+        assert objects.boxes[:2].tolist() == [[50, 25, 150, 75], [0, 0, 100, 200]]
+        assert objects.boxes[2].isnan().all()
+        sizes = torch.tensor([[100, 200], [200, 100], [50, 50]])
+        crop = objects_in_crop(objects, sizes, 112)  # the first becomes 256 x 128, then 112 x 112
         torch.testing.assert_close(crop.boxes[0], torch.tensor([0, (32 - 8) / 112, 1, (96 - 8) / 112]).double())
-        torch.testing.assert_close(crop.parts[0, 0], torch.tensor([0.5, 0.5]).double())  # type: ignore[index]
     assert read_objects(None, picture_list("a/1.jpg")) is None
 
 
@@ -285,28 +278,15 @@ def test_boxes_are_read_as_spreadsheets_write_them(tmp_path: Path, text: str, in
 
 
 def test_boxes_in_pixels_of_other_sizes_are_refused() -> None:
-    objects = Objects(torch.tensor([[10.0, 10, 400, 300]]).double(), None, True)
+    objects = Objects(torch.tensor([[10.0, 10, 400, 300]]).double(), True)
     objects_in_crop(objects, torch.tensor([[310, 400]]), 112)
     with pytest.raises(UsageError, match=r"reach to 3.1 times the size of their images"):
         objects_in_crop(objects, torch.tensor([[128, 128]]), 112)
 
 
-@pytest.mark.parametrize("broken", ["images.txt", "bounding_boxes.txt", "parts/part_locs.txt"])
+@pytest.mark.parametrize("broken", ["images.txt", "bounding_boxes.txt"])
 def test_broken_tables_of_the_archive_take_one_line(tmp_path: Path, broken: str) -> None:
     images = ImageList(cub_tables(tmp_path) / "images", ("a/1.jpg",), None, ())
     (tmp_path / broken).write_text("1 what\n")
-    with pytest.raises(UsageError, match=r"tables of boxes and parts|a box for none"):
+    with pytest.raises(UsageError, match=r"holds no boxes|a box for none"):
         read_objects(tmp_path, images)
-
-
-def test_places_near_a_part_count() -> None:
-    attention = torch.zeros(3, 16)
-    attention[0, 5] = attention[1, 0] = attention[2, 15] = 1  # centres (.375, .375), (.125, .125), (.875, .875)
-    parts = torch.full((3, 2, 2), math.nan).double()
-    parts[0, 1] = torch.tensor([0.5, 0.5])
-    parts[1, 0] = torch.tensor([0.5, 0.5])
-    boxes = torch.tensor([[0.0, 0, 1, 1]]).double().expand(3, 4)
-    scores = localisation(attention, Objects(boxes, parts, False))
-    assert scores["attention"].parts == 50  # the third has no part that is seen
-    assert scores["gaussian"].parts == 100
-    assert scores["uniform"].parts == pytest.approx(100 * 4 / 16)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import io
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,16 +20,27 @@ from fastcr.data.layouts import read_splits
 from fastcr.data.views import normalise
 from fastcr.encoders.backbone import build_backbone
 from fastcr.encoders.encoder import Encoder, load
+from fastcr.errors import UsageError
 from fastcr.measures import embeddings as embedding
-from fastcr.measures.embeddings import ddt_axis, embed
-from fastcr.measures.poolings import SIGMA, gaussian, gem, largest_region, norm, scda, weighted, without_training
-from fastcr.measures.results import best_line, best_pooling, retrieval_scores
-from fastcr.measures.retrieval import retrieval
+from fastcr.measures.embeddings import embed
+from fastcr.measures.poolings import (
+    SIGMA,
+    gaussian,
+    gem,
+    key_of,
+    norm,
+    pooled,
+    scda,
+    weighted,
+    without_training,
+)
+from fastcr.method import ddt
 from fastcr.method.ddt import Moments
+from fastcr.runs.context import Context
 from fastcr.runs.distributed import Processes
 from tests.shared import write_weights
 
-HOW: dict[str, Any] = {"device": torch.device("cpu"), "workers": 0, "console": Console(file=io.StringIO())}
+CONTEXT = Context(console=Console(file=io.StringIO()))
 
 
 @dataclass(frozen=True)
@@ -101,26 +111,6 @@ def test_gem_is_the_cube_root_of_the_mean_cube(features: Tensor) -> None:
     assert gem(-positive).max() < 1e-5
 
 
-def test_largest_region_is_scipys() -> None:
-    ndimage = pytest.importorskip("scipy.ndimage")
-    masks = torch.rand(200, 7, 6, generator=torch.Generator().manual_seed(0)) < 0.4
-    for mask, found in zip(masks.numpy(), largest_region(masks).numpy(), strict=True):
-        labels, count = ndimage.label(mask, structure=np.ones((3, 3)))
-        regions = [labels == number for number in range(1, count + 1)]
-        largest = max((int(region.sum()) for region in regions), default=0)
-        assert found.sum() == largest
-        assert any(np.array_equal(found, region) for region in regions if region.sum() == largest) or not largest
-
-
-def test_scda_pools_the_positions_that_stand_out() -> None:
-    features = torch.full((2, 3, 6, 6), 0.1)
-    features[0, :, 1:3, 1:4] = torch.rand(3, 2, 3) + 1  # the object
-    features[0, :, 5, 5] = 5.0  # and something smaller elsewhere
-    part = features[0, :, 1:3, 1:4].flatten(1)
-    torch.testing.assert_close(scda(features)[0], torch.cat([part.mean(1), part.amax(1)]))
-    torch.testing.assert_close(scda(features)[1], torch.full((6,), 0.1))  # the same everywhere: kept whole
-
-
 def test_scda_is_that_of_a_loop_with_scipys_regions() -> None:
     ndimage = pytest.importorskip("scipy.ndimage")
     features, compared = torch.rand(60, 3, 7, 6, generator=torch.Generator().manual_seed(1)), 0
@@ -168,15 +158,16 @@ def test_one_pass_gives_every_pooling(
     moments = Moments(features.shape[1])
     moments.add(features)
     monkeypatch.setattr(embedding, "BATCH_SIZE", size)
-    axis = ddt_axis(encoder, images, **HOW)
+    monkeypatch.setattr(ddt, "BATCH_SIZE", size)
+    axis = ddt.ddt_axis(encoder, images, CONTEXT)
     torch.testing.assert_close(axis, moments.axis(), atol=1e-4, rtol=0)
     poolings = without_training(axis)
-    found = embed(encoder, images, title="", poolings=poolings, **HOW)
-    assert found.others.keys() == poolings.keys()
+    found = embed(encoder, images, CONTEXT, title="", poolings=poolings)
+    assert found.others.keys() == poolings.keys() == {"gem", "norm", "gaussian", "scda", "ddt"}
     for name, pool in poolings.items():
         assert found.others[name].dtype == torch.float32
         torch.testing.assert_close(found.others[name], F.normalize(pool(features), dim=1), atol=1e-4, rtol=0)
-    plain = embed(encoder, images, title="", **HOW)
+    plain = embed(encoder, images, CONTEXT, title="")
     assert not plain.others
     assert torch.equal(plain.mean, found.mean)
 
@@ -185,74 +176,48 @@ def test_a_class_token_is_measured_beside_the_poolings(images: ImageList) -> Non
     pytest.importorskip("timm")
     torch.manual_seed(0)
     encoder = Encoder(build_backbone("timm:test_vit")[0], None, {"image_size": 32})
-    found = embed(encoder, images, title="", poolings={"gem": gem}, **HOW)
+    found = embed(encoder, images, CONTEXT, title="", poolings={"gem": gem})
     assert [*found.others] == ["gem", "cls"]
     crops = torch.stack([centre_crop(images.rgb(i), 32) for i in range(len(images))])
     with torch.no_grad(), encoder.evaluating():
         token = encoder.with_class_token(normalise(crops, torch.float32))[1]
     assert token is not None
     torch.testing.assert_close(found.others["cls"], F.normalize(token, dim=1), atol=1e-4, rtol=0)
-    assert not embed(encoder, images, title="", **HOW).others
+    assert not embed(encoder, images, CONTEXT, title="").others
 
 
 def test_axis_of_a_large_set_is_of_images_taken_evenly(
     encoder: Encoder, images: ImageList, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedding, "AXIS_IMAGES", 16)
+    monkeypatch.setattr(ddt, "AXIS_IMAGES", 16)
     features = features_of(encoder, images)[::4]
     moments = Moments(features.shape[1])
     moments.add(features)
-    torch.testing.assert_close(ddt_axis(encoder, images, **HOW), moments.axis(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(ddt.ddt_axis(encoder, images, CONTEXT), moments.axis(), atol=1e-4, rtol=0)
 
 
 def test_processes_add_up_to_the_axis_of_one(
     encoder: Encoder, images: ImageList, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedding, "BATCH_SIZE", 12)  # 64 images: three batches each
+    monkeypatch.setattr(ddt, "BATCH_SIZE", 12)  # 64 images: three batches each
     shares, alone = [Share(rank, 2) for rank in (0, 1)], Share()
     for share in (*shares, alone):
-        ddt_axis(encoder, images, processes=share, **HOW)
+        ddt.ddt_axis(encoder, images, replace(CONTEXT, processes=share))
     for first, second, whole in zip(*(share.added for share in (*shares, alone)), strict=True):
         assert first.any()
         assert second.any()
         torch.testing.assert_close(first + second, whole)
 
 
-def test_centred_scores_are_those_of_vectors_less_their_mean() -> None:
-    torch.manual_seed(0)
-    labels = torch.arange(30) % 6
-    vectors = F.normalize(torch.randn(6, 8)[labels] + torch.randn(30, 8) + 3, dim=1)
-    mean = sum(vectors.double()) / 30
-    moved = torch.stack([(row - mean) / (row - mean).square().sum().sqrt() for row in vectors.double()]).float()
-    plain, _ = retrieval_scores({"mean": vectors}, labels)
-    centred, _ = retrieval_scores({"mean": vectors}, labels, centred=True)
-    expected = retrieval(moved, labels)
-    assert centred["mean"]["mAP"] == pytest.approx(expected.mAP, abs=1e-3)
-    assert centred["mean"]["rank1"] == pytest.approx(expected.rank1, abs=1e-3)
-    assert abs(plain["mean"]["mAP"] - expected.mAP) > 0.1
-
-
-def test_best_pooling_is_by_rank_1_and_leaves_out_what_is_trained() -> None:
-    def scores(rank1: float, mean_precision: float) -> dict[str, float]:
-        return {"rank1": rank1, "rank5": 99.0, "mAP": mean_precision}
-
-    found: dict[str, dict[str, Any]] = {
-        "retrieval": {"mean": scores(40, 30), "rationale": scores(60, 20), "ddt": scores(50, 10)},
-        "retrieval_centred": {"mean": scores(50, 12), "rationale": scores(1, 1), "ddt": scores(49, 40)},
-    }
-    assert best_pooling(found) == {"pooling": "rationale", "centred": False, "rank1": 60, "mAP": 20}
-    expected = {"pooling": "mean", "centred": True, "rank1": 50, "mAP": 12}  # of equal ones that of the higher mAP
-    assert best_pooling(found, trained=("rationale",)) == expected
-
-
-@pytest.mark.parametrize(
-    ("rank1", "said"), [(52.5, "gains 2.50 points"), (50.0, "gains 0.00 points"), (49.0, "loses 1.00 points")]
-)
-def test_the_last_line_says_what_training_is_worth(rank1: float, said: str) -> None:
-    baseline = {"pooling": "ddt", "centred": True, "rank1": 50.0, "mAP": 30.0}
-    trained = {"pooling": "rationale", "centred": False, "rank1": rank1, "mAP": 31.0}
-    line = best_line({"best": {"trained": trained, "baseline": baseline}})
-    assert line is not None
-    assert line.endswith(f"without training: ddt centred 50.00 / 30.00; training {said}")
-    assert f"trained: rationale {rank1:.2f} / 31.00" in line
-    assert best_line({"best": {"trained": trained}}) is None
+def test_the_pooling_that_is_asked_for_is_used(encoder: Encoder, features: Tensor) -> None:
+    plain = Encoder(encoder.backbone, None, {"image_size": 32})
+    assert (key_of(None, encoder), key_of(None, plain)) == ("rationale", "mean")
+    assert (key_of("feature-strength", plain), key_of("attention", encoder)) == ("norm", "rationale")
+    with pytest.raises(UsageError, match="--pooling attention: this encoder has no branch"):
+        key_of("attention", plain)
+    features = torch.randn(5, 256, 4, 4)
+    torch.testing.assert_close(pooled(features, encoder, "rationale"), encoder.pooled(features).rationale)
+    torch.testing.assert_close(pooled(features, encoder, "norm"), F.normalize(norm(features), dim=1))
+    mean = torch.randn(256)
+    expected = F.normalize(F.normalize(features.mean((2, 3)), dim=1) - mean, dim=1)
+    torch.testing.assert_close(pooled(features, encoder, "mean", mean), expected)

@@ -18,7 +18,7 @@ import importlib.util, resource, torch
 if importlib.util.find_spec('pyarrow'):
     import pyarrow.parquet  # its libraries are no rows
 from pathlib import Path
-from fastcr.measures import embedding_files
+from fastcr.output import embedding_files
 embedding_files.COMMIT_SECONDS, folder, count = 0.1, Path({str(tmp_path)!r}), 12_000
 rows, sizes = torch.rand(1000, 2048), torch.full((1000, 2), 5)
 row = {{"mean": rows[:1], "peak": rows[:1, :2]}}
@@ -27,7 +27,8 @@ taken = int(Path("/proc/self/status").read_text().split("VmData:")[1].split()[0]
 resource.setrlimit(resource.RLIMIT_DATA, (taken + 2**25, taken + 2**25))
 for _ in range(count // 1000):
     job.add({{"mean": rows, "peak": rows[:, :2]}}, sizes)
-job.finish(folder, {format!r}, {{"image_size": 4}}, [("a.jpg", "", "")] * count)
+facts = {{"image_size": 4, "pooling": "mean"}}
+job.finish(folder, {format!r}, facts, [("a.jpg", "", "")] * count, centre=True)
 try:
     torch.rand(count, 2048)
 except RuntimeError:
