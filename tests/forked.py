@@ -70,7 +70,8 @@ class Forked:
             texts[number] = stream.read()
             stream.close()
 
-        readers = [threading.Thread(target=read, args=each, daemon=True) for each in enumerate((self.stdout, self.stderr))]
+        streams = enumerate((self.stdout, self.stderr))
+        readers = [threading.Thread(target=read, args=each, daemon=True) for each in streams]
         for reader in readers:
             reader.start()
         self.wait(timeout)

@@ -1,14 +1,11 @@
-"""What `test_kernels.py` executes: every op, forward and backward, at sizes of every row of the launch settings.
+"""What `python -m tests.ptx` executes: every op, forward and backward, at sizes of every row of the launch settings.
 
-`python -m tests.ptx.cases 90 NAME ...` executes the cases of these names (none: all) as compiled for capability 9.0,
-and prints a line of JSON for each. Triton must not be the interpreter: `TRITON_INTERPRET=0` where it would be.
+This is the one file here that knows the project: `CASES` has a case by each name, and `check` runs one of them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from unittest import mock
@@ -120,41 +117,8 @@ CASES: dict[str, Case] = {
 }
 
 
-def run(name: str, target: int) -> dict[str, Any]:
-    """Execute one case: its error if it has one, the rows it used, and what each launch did."""
-    from tests.ptx.run import executed
-
-    error = ""
-    with executed(target) as launches, recorded() as used:
-        try:
-            CASES[name].check()
-        except AssertionError as wrong:
-            error = f"wrong result: {wrong}"
-    return {
-        "case": name,
-        "error": error,
-        "rows": sorted(used),
-        "launches": [
-            {
-                "kernel": each.kernel,
-                "findings": dict(each.findings),
-                "blocks": each.blocks,
-                "instructions": each.executed.total(),
-                "barriers": each.executed["bar.sync"],
-                "products": sum(count for name, count in each.executed.items() if "mma" in name and ".m" in name),
-                "seconds": round(each.seconds, 1),
-            }
-            for each in launches
-        ],
-    }
-
-
-def main(args: list[str]) -> None:
-    if launch.INTERPRET:
-        sys.exit("tests.ptx.cases: error: TRITON_INTERPRET=1 takes the place of Triton's compiler: unset it")
-    for name in args[1:] or CASES:
-        print(json.dumps(run(name, int(args[0]))), flush=True)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+def check(name: str) -> None:
+    """Run a case where `executed` is in force. `AssertionError`: values are wrong, or other rows are used."""
+    with mock.patch.object(launch, "INTERPRET", True), recorded() as used:  # the ops then take CPU tensors
+        CASES[name].check()
+    assert used == CASES[name].rows, f"it used the launch settings {sorted(used)}, not {sorted(CASES[name].rows)}"

@@ -47,7 +47,8 @@ def count_ones(a: Values) -> Values:
 
 
 INTEGERS = {
-    "add": np.add, "sub": np.subtract, "mul.lo": np.multiply, "mad.lo": lambda a, b, c: a * b + c, "neg": np.negative, "abs": np.abs,
+    "add": np.add, "sub": np.subtract, "mul.lo": np.multiply, "mad.lo": lambda a, b, c: a * b + c,
+    "neg": np.negative, "abs": np.abs,
     "div": lambda a, b: (a - remainder(a, b)) // np.where(b == 0, 1, b), "rem": remainder, "min": np.minimum,
     "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert,
     "popc": count_ones,
