@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hypothesis import strategies as st
 
@@ -11,9 +11,10 @@ ODD_NUMBERS = ["nan", "inf", "-inf", "-1", "0", "1e400", "9" * 30, "9" * 5000, "
                str(2**63), str(10**9), str(-(2**63) - 1), "١٢"]  # fmt: skip
 ODD_WORDS = ["", " ", "None", "null", "True", "[]", "{}", "--", "-", "~", "a\tb", "ä鸟\u202e", "%s {0}", "'\"", "\\",
              "../..", "/dev/null", "x" * 5000, "a\nb", "[bold]x[/]", "\x1b[31m", "\u2028", "\udc80", "\r"]  # fmt: skip
-ODD_VALUES = [None, True, -1, 0, 2.5, 1e308, float("nan"), float("inf"), 10**30, 2**63, -(2**40), 10**9, "", "5", "ä",
-              "\udc80", "\ud800", "a\nb", "/etc/passwd", "../x", "a\0b", "x" * 3000, [], {}, [[]], [1, 2],
-              {"rank1": 3}, {"mean": {"rank1": None}}, {"a": []}, "DEEP"]  # fmt: skip
+ODD_VALUES: list[Any] = [
+    None, True, -1, 0, 2.5, 1e308, float("nan"), float("inf"), 10**30, 2**63, -(2**40), "", "5", "ä", "\udc80",
+    "\ud800", "a\nb", "/etc/passwd", "../x", "a\0b", "x" * 3000, [], {}, [[]], [1, 2], {"mean": {"rank1": None}},
+]  # fmt: skip
 ODD_BYTES = [b"\xff" * 4, b"\x7f" + b"\xff" * 3, b"\0\0\0\x80", b"\xff" * 8, b"\n"]
 SHARE = st.floats(0, 1)
 Damage = Callable[[bytes], bytes]
@@ -81,7 +82,7 @@ ATOMS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(
 VALUES = st.one_of(
     st.sampled_from(ODD_VALUES), st.recursive(ATOMS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner))
 )
-SAFETENSORS = st.one_of(ARCHIVED, ARCHIVED, BYTES.map(Header))
+SAFETENSORS = st.one_of(ARCHIVED, ARCHIVED, BYTES.map(Header))  # type: ignore[arg-type]
 
 
 def text(words: Sequence[str]) -> st.SearchStrategy[Damage]:
