@@ -70,7 +70,9 @@ class Forked:
             texts[number] = stream.read()
             stream.close()
 
-        readers = [threading.Thread(target=read, args=each, daemon=True) for each in enumerate((self.stdout, self.stderr))]
+        readers = [
+            threading.Thread(target=read, args=each, daemon=True) for each in enumerate((self.stdout, self.stderr))
+        ]
         for reader in readers:
             reader.start()
         self.wait(timeout)
