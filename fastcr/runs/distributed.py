@@ -133,12 +133,12 @@ JOIN = timedelta(minutes=10)  # for processes to find each other
 
 
 @contextlib.contextmanager
-def processes_of_torchrun(command: str) -> Iterator[Processes]:
+def processes_of_torchrun(command: str, timeout: timedelta | None = None) -> Iterator[Processes]:
     """The processes that torchrun started, connected for as long as this lasts; `ALONE` without torchrun.
 
     An error that all of them find is printed by one of them, as `<command>: error: ...`, with exit status 2. If a
     process ends early, the others notice it at their next exchange on the CPU (every step has one), say so once, and
-    end with status 1.
+    end with status 1. `timeout` is how long an exchange waits for the others (torch's default: 30 minutes).
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "MASTER_ADDR" not in os.environ:
         yield ALONE
@@ -148,7 +148,9 @@ def processes_of_torchrun(command: str) -> Iterator[Processes]:
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=ranks)
+    dist.init_process_group(
+        backend, store=dist.PrefixStore("group", store), rank=rank, world_size=ranks, timeout=timeout
+    )
     try:
         yield Processes(rank, ranks, local_rank, local_ranks)
     except (UsageError, OSError) as error:

@@ -42,6 +42,7 @@ SHOWN = {  # metric: its name and format; entropy and detectors are shown while 
     "knn": ("kNN", "{:.1f} %"),
 }
 OF_THE_FIT = ("attention_entropy", "effective_detectors")
+PACE = 600  # seconds of a run, evaluations included, by whose pace the rest is estimated
 OF_THE_MOMENT = ("images_per_second", "data_wait")  # worth a look while a run goes on, not a line of its log
 
 
@@ -56,7 +57,7 @@ class RunLog:
         self, folder: Path, config: Config, context: Context, *, start: int, last: int, steps_per_epoch: int
     ) -> None:
         self.context, self.steps_per_epoch, self.epochs = context, steps_per_epoch, config.optim.epochs
-        self.meter, self.time_left = Meter(), TimeLeft(last)
+        self.meter = Meter()
         self.shown: dict[str, Any] = {}  # the latest of each metric: some come once an epoch
         self.sinks: Sinks | None = None
         self.file: TextIO | None = None
@@ -75,6 +76,7 @@ class RunLog:
             TimeRemainingColumn(),
             console=context.console,
             expand=True,
+            speed_estimate_period=PACE,
         )
         self.task = self.bar.add_task("", total=last, completed=start)
         self.status = Text("", no_wrap=True, overflow="ellipsis")
@@ -109,7 +111,6 @@ class RunLog:
     def advance(self, step: int, images: int) -> None:
         """Move the bar to `step` completed steps, the last of so many images."""
         self.meter.images += images
-        self.time_left.advance(step)
         epoch = min((step - 1) // self.steps_per_epoch + 1, self.epochs)
         self.bar.update(self.task, completed=step, description=f"epoch {epoch}/{self.epochs}")
 
@@ -140,7 +141,9 @@ class RunLog:
     def epoch_done(self, record: dict[str, Any], epoch: int) -> None:
         """Leave a line behind for a finished epoch."""
         lasting = {name: value for name, value in record.items() if name not in OF_THE_MOMENT}
-        self.context.say(f"epoch {epoch}/{self.epochs}  {describe(lasting)}{self.time_left}")
+        seconds = self.bar.tasks[self.task].time_remaining  # of the whole run; 0 at its end
+        left = f"  time left {timedelta(seconds=round(seconds))}" if seconds else ""
+        self.context.say(f"epoch {epoch}/{self.epochs}  {describe(lasting)}{left}")
 
 
 def describe(record: dict[str, Any]) -> str:
@@ -148,28 +151,6 @@ def describe(record: dict[str, Any]) -> str:
     hidden = () if "fit_loss" in record else OF_THE_FIT
     shown = {name: each for name, each in SHOWN.items() if name in record and name not in hidden}
     return "  ".join(f"{label} {form.format(record[name])}" for name, (label, form) in shown.items())
-
-
-class TimeLeft:
-    """How long the rest of a run takes at the mean pace of its steps until now, evaluations included."""
-
-    def __init__(self, last: int) -> None:
-        self.last = last
-        self.first: tuple[int, float] | None = None  # step and time: the first step, which compiles, does not count
-        self.step = 0
-
-    def advance(self, step: int) -> None:
-        """Take note of a finished step."""
-        self.step = step
-        if self.first is None:
-            self.first = step, time.monotonic()
-
-    def __str__(self) -> str:
-        """`  time left 0:12:30`; nothing at the end, or after one step only."""
-        if self.first is None or not self.first[0] < self.step < self.last:
-            return ""
-        pace = (time.monotonic() - self.first[1]) / (self.step - self.first[0])
-        return f"  time left {timedelta(seconds=round(pace * (self.last - self.step)))}"
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
