@@ -152,6 +152,8 @@ def test_without_a_branch_there_is_the_mean_alone(
     run(plain, birds / "test", "--out", tmp_path / "out")
     assert load_file(tmp_path / "out" / "embeddings.safetensors").keys() == {"mean"}
     assert {row["split"] for row in table(tmp_path / "out")} == {""}
+    message = fails(capsys, plain, birds, "--out", tmp_path / "out", "--format", "npy")
+    assert "images.csv is there already: remove it, or name another --out" in message
     message = fails(capsys, plain, birds, "--out", tmp_path / "more", "--attention", "True")
     assert "no branch for the attention" in message
     assert not (tmp_path / "more").exists()
@@ -278,21 +280,6 @@ def test_another_process_at_it_is_noticed(
         other.stdin.close()
     run(weights, birds, "--out", tmp_path)
     assert len(table(tmp_path)) == 96
-
-
-def test_finished_files_are_not_overwritten(
-    weights: Path, birds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run(weights, birds / "test", "--out", tmp_path)
-    before = contents(tmp_path)
-    for more in (["--format", "npy"], ["--format", "parquet"], []):
-        if "parquet" in more:
-            pytest.importorskip("pyarrow")
-        message = fails(capsys, weights, birds / "test", "--out", tmp_path, *more)
-        assert "images.csv is there already: remove it, or name another --out" in message
-        assert contents(tmp_path) == before
-    (tmp_path / "images.csv").unlink()
-    assert "embeddings.safetensors is there already" in fails(capsys, weights, birds / "test", "--out", tmp_path)
 
 
 @pytest.mark.usefixtures("batches_of_8")
