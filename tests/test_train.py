@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from safetensors import safe_open
 
-from fastcr import embed, evaluate, train
+from fastcr import evaluate, train
 from fastcr.data.layouts import read_splits
 from fastcr.data.views import step_indices
 from fastcr.encoders.backbone import build_backbone
@@ -716,6 +716,6 @@ def test_a_run_of_settings_that_there_are_no_more_is_refused_in_one_line(
     folder = Path(shutil.copytree(evaluated.folder, tmp_path / "run"))
     with (folder / "config.yaml").open("a") as file:
         file.write("released:\n  enabled: false\n")
-    for main, *args in ((train.main, "--resume", folder), (evaluate.main, folder), (embed.main, folder)):
+    for main, *args in ((train.main, "--resume", folder), (evaluate.main, folder)):
         assert "released.enabled" in refused(main, *args)
     assert load(folder).image_size == 32

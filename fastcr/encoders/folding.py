@@ -48,6 +48,9 @@ class FoldedNorm(nn.BatchNorm2d):
     It keeps its parameters and statistics under their names, and the statistics stay as they are in training mode too.
     """
 
+    act: nn.Module  # of timm's, as is drop
+    drop: nn.Module
+
     def __init__(self, norm: nn.BatchNorm2d) -> None:
         nn.Module.__init__(self)
         vars(self).update(vars(norm))
@@ -111,7 +114,7 @@ def find_pairs(backbone: nn.Module, image_size: int) -> list[tuple[nn.Conv2d, nn
     for each in norms:
         each.register_forward_pre_hook(seen.taken_by)
     with torch.no_grad(), seen:
-        features = tried(convolutions[0].weight.new_zeros(1, 3, image_size, image_size))
+        features = tried(next(tried.parameters()).new_zeros(1, 3, image_size, image_size))
     seen.count(features)
     return [(own[convolution], own[norm]) for convolution, norm in seen.pairs()]
 

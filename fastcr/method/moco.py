@@ -54,8 +54,8 @@ class MoCo(nn.Module):
         self.key_head = copy.deepcopy(self.head).requires_grad_(False)
         pairs = zip(self.key_backbone.parameters(), self.backbone.parameters(), strict=True)
         self.trained = [(key, query) for key, query in pairs if query.requires_grad]  # of the backbones
-        queue = torch.randn(config.queue_size, self.head[-1].out_features)
-        self.register_buffer("queue", F.normalize(queue, dim=1))
+        dim = list(self.head.parameters())[-1].shape[0]
+        self.register_buffer("queue", F.normalize(torch.randn(config.queue_size, dim), dim=1))
         self.register_buffer("queue_images", torch.full((len(self.queue),), -1))
         self.register_buffer("queue_position", torch.zeros((), dtype=torch.int64))
 
