@@ -93,8 +93,14 @@ def write_graph(encoder: Encoder, out: Path, format: str, pooling: str | None) -
             torch.export.save(graph, buffer, extra_files={"fastcr.json": facts})
             content = buffer.getvalue()
         else:
-            names = {"input_names": ["images"], "output_names": ["embedding", "attention"]}
-            program = torch.onnx.export(graph, dynamo=True, opset_version=OPSET, verbose=False, **names)
+            program = torch.onnx.export(
+                graph,
+                dynamo=True,
+                opset_version=OPSET,
+                verbose=False,
+                input_names=["images"],
+                output_names=["embedding", "attention"],
+            )
             assert program is not None
             program.model.metadata_props["fastcr"] = facts
             content = program.model_proto.SerializeToString()
@@ -182,7 +188,7 @@ def read_results(run: Path | None) -> tuple[str, list[EvalResult]]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{file} is broken: it does not hold results ({error!r})") from None
     rows = [[str(column.header) for column in table.columns], ["---", *["--:"] * (len(table.columns) - 1)]]
-    rows += zip(*(column.cells for column in table.columns), strict=True)
+    rows += [[str(cell) for cell in row] for row in zip(*(column.cells for column in table.columns), strict=True)]
     lines = [" ".join(f"| {' | '.join(row)} |".split()) for row in rows]
     return "\n".join([f"{data}, {table.title}:", "", *lines, "", verdict]), scores
 

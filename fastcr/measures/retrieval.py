@@ -32,8 +32,8 @@ class Queries(NamedTuple):
     def scores(self, count: int) -> Retrieval:
         """Their means, for `count` images in all."""
         found = [(self.rank <= 1).double(), (self.rank <= 5).double(), self.precision]
-        means = [100 * each.mean().item() if len(each) else 0.0 for each in found]
-        return Retrieval(*means, len(self.images), count - len(self.images))
+        rank1, rank5, precision = (100 * each.mean().item() if len(each) else 0.0 for each in found)
+        return Retrieval(rank1, rank5, precision, len(self.images), count - len(self.images))
 
 
 def retrieval(embeddings: Tensor, labels: Tensor) -> Retrieval:
