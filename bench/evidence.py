@@ -161,7 +161,7 @@ def make(job: Job) -> Run:
     train = ["-m", "fastcr.train", *(["--resume", str(job.folder)] if resumed else training(job))]
     if carry_out(train, log):
         return entry | {"status": "training failed", "error": last_line(log)}
-    if carry_out(["-m", "fastcr.evaluate", *measuring(job), "--linear.enabled", "False"], log):
+    if carry_out(["-m", "fastcr.evaluate", *measuring(job), "--all", "--linear.enabled", "False"], log):
         return entry | {"status": "measuring failed", "error": last_line(log)}
     # GradCAM needs a head and a queue that have been trained, and boxes to lie in
     gradcam = [str(ROOT / "bench" / "gradcam_inside.py"), *measuring(job)]
