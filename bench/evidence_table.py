@@ -75,7 +75,7 @@ TABLES = (  # title, columns, legend
         "Retrieval by other poolings",
         OTHERS,
         "Mean subtracted: the mean over the test images is subtracted from each embedding. The best pooling is that of "
-        "the highest rank-1 among all that `fastcr evaluate` measures; the best without training is that of the "
+        "the highest mAP among all that `fastcr evaluate` measures; the best without training is that of the "
         "initial weights, the trained branch's own poolings excepted.",
     ),
     (
