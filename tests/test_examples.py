@@ -31,7 +31,8 @@ def losses(example: str, steps: int, batch_size: int) -> list[tuple[float, float
     return [(float(contrast), float(fit)) for contrast, fit in found]
 
 
-def test_the_fit_loss_of_the_plain_loop_falls() -> None:
+@pytest.mark.slow
+def test_the_fit_loss_of_the_plain_loop_falls_sample() -> None:
     printed = losses("plain_torch.py", 25, 16)
     assert len(printed) == 25
     assert all(math.isfinite(value) for pair in printed for value in pair)

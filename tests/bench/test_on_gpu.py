@@ -155,7 +155,8 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "facts.json").read_text())["gpu"] is None
 
 
-def test_a_rehearsal_needs_neither_tyro_nor_the_other_optional_packages(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_sample_rehearsal_needs_neither_tyro_nor_the_other_optional_packages(tmp_path: Path) -> None:
     absent = tmp_path / "absent"
     for path in ("tyro.py", "hypothesis.py", "tensorboard/__init__.py", "nvidia/dali/__init__.py"):
         (absent / path).parent.mkdir(parents=True, exist_ok=True)

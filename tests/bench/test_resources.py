@@ -34,10 +34,11 @@ def python(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *args], cwd=ROOT, env=variables, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "sizes"),
     [
-        pytest.param(target, sizes, marks=[] if target in (80, 90) and sizes == "common" else [pytest.mark.slow])
+        pytest.param(target, sizes, id=f"{target} {sizes}{' sample' * (target in (80, 90) and sizes == 'common')}")
         for target in SHARED_KB
         for sizes in ("common", "every")
     ],
@@ -65,6 +66,7 @@ def test_kernels_fit_the_target(target: int, sizes: str) -> None:
     assert all(0 < row["occupancy"] <= 1 for row in rows)
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_table() -> None:
     done = python("bench/resources.py", "--target", "80")
     assert done.returncode == 0, done.stderr[-2000:]

@@ -34,7 +34,7 @@ def row_of(kernel: str) -> str:
     return next(row for row in TABLE[kernel] if row.startswith("32 bits"))
 
 
-@pytest.mark.parametrize("kernel", SMALL)
+@pytest.mark.parametrize("kernel", ["rationale_fit", "info_nce"])
 def test_the_fastest_right_candidate_wins(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     row, ticks = row_of(kernel), []
     today = TABLE[kernel][row]
