@@ -98,11 +98,10 @@ class Processes:
         return tensor
 
     @torch.no_grad()
-    def share_statistics(self, *modules: nn.Module | None) -> None:
+    def share_statistics(self, module: nn.Module) -> None:
         """Give all processes the mean of their buffers, BatchNorm's statistics: they measure and save one encoder."""
-        for module in filter(None, modules if self.ranks > 1 else ()):
-            for buffer in filter(torch.is_floating_point, module.buffers()):
-                buffer.copy_(self.total(buffer) / self.ranks)
+        for buffer in filter(torch.is_floating_point, module.buffers()):
+            buffer.copy_(self.total(buffer) / self.ranks)
 
     @contextlib.contextmanager
     def local_first(self) -> Iterator[None]:

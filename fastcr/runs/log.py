@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TextIO
 
 from PIL import Image
@@ -70,15 +69,13 @@ class RunLog:
             self.live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         """Stop the bar and close the files, whatever happened."""
         self.live.stop()
         if self.file:
             self.file.close()
         if self.sinks:
-            self.sinks.close(error is None)
+            self.sinks.close(kind is None)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

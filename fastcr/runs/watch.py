@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 
 import torch
 from rich.console import Console
@@ -95,17 +95,15 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         """Listen, if this is the main thread: others get no signals. SIGHUP stays ignored where nohup ignores it."""
-        self.before = {}
-        if threading.current_thread() is threading.main_thread():
-            numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGPIPE]
-            if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-                numbers.append(signal.SIGHUP)
-            self.before = {number: signal.signal(number, self._note) for number in numbers}
+        numbers = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGPIPE, signal.SIGHUP}
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+            numbers.remove(signal.SIGHUP)
+        if threading.current_thread() is not threading.main_thread():
+            numbers.clear()
+        self.before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Put back the handlers that were there."""
         for number, handler in self.before.items():
             signal.signal(number, handler)

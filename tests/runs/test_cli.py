@@ -243,4 +243,4 @@ def test_precision_is_what_the_processor_can_do(
 @pytest.mark.skipif(not Path("/proc/cpuinfo").is_file(), reason="there is no /proc")
 def test_hardware_that_multiplies_bf16_is_what_the_kernel_lists() -> None:
     itself = runpy.run_path(machine.__file__)["multiplies_bf16"]  # not what tests put in its place
-    assert itself() == bool(re.search(r"avx512_bf16|amx_tile|\bbf16\b", Path("/proc/cpuinfo").read_text()))
+    assert itself() == bool(re.search(r"avx512_bf16|amx_tile", Path("/proc/cpuinfo").read_text()))
