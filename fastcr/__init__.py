@@ -8,17 +8,19 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastcr.config import Config
-    from fastcr.encoders.encoder import Encoded, Encoder, load
-    from fastcr.encoders.rationale import RationaleHead
-    from fastcr.errors import UsageError
-    from fastcr.kernels.info_nce import info_nce
-    from fastcr.kernels.rationale_fit import rationale_fit
-    from fastcr.kernels.rationale_pool import rationale_pool
-    from fastcr.kernels.two_views import two_views
-    from fastcr.measures.knn import knn
-    from fastcr.measures.retrieval import retrieval
-    from fastcr.presets import preset
+    from fastcr.config import Config as Config
+    from fastcr.encoders.encoder import Encoded as Encoded
+    from fastcr.encoders.encoder import Encoder as Encoder
+    from fastcr.encoders.encoder import load as load
+    from fastcr.encoders.rationale import RationaleHead as RationaleHead
+    from fastcr.errors import UsageError as UsageError
+    from fastcr.kernels.info_nce import info_nce as info_nce
+    from fastcr.kernels.rationale_fit import rationale_fit as rationale_fit
+    from fastcr.kernels.rationale_pool import rationale_pool as rationale_pool
+    from fastcr.kernels.two_views import two_views as two_views
+    from fastcr.measures.knn import knn as knn
+    from fastcr.measures.retrieval import retrieval as retrieval
+    from fastcr.presets import preset as preset
 
 try:
     __version__ = version("fastcr")
@@ -40,21 +42,7 @@ _HOMES = {
     "retrieval": "measures.retrieval",
     "two_views": "kernels.two_views",
 }
-__all__ = [
-    "Config",
-    "Encoded",
-    "Encoder",
-    "RationaleHead",
-    "UsageError",
-    "info_nce",
-    "knn",
-    "load",
-    "preset",
-    "rationale_fit",
-    "rationale_pool",
-    "retrieval",
-    "two_views",
-]
+__all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> Any:

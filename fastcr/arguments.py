@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ast
-import contextlib
-import io
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,8 +19,7 @@ from fastcr.config import (
     number,
     tyro,
 )
-from fastcr.presets import PRESETS, preset
-from fastcr.runs.command_line import called, parse, read_command_line
+from fastcr.runs.command_line import called, parse, read_command_line, split_preset
 
 # the poolings that need neither labels nor other images; feature-strength weights positions with their features' norm
 Pooling = Literal["mean", "attention", "gem", "feature-strength", "gaussian", "scda"]
@@ -56,7 +52,7 @@ class NamedModel:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Settings of an evaluation."""
+    """Retrieval before and after training; --all: every measure. Writes results.json."""
 
     source: tyro.conf.Positional[Path]
     """A run folder, one of fastcr's weights files, hf://OWNER/NAME[@REVISION] on the Hugging Face Hub, or an encoder's
@@ -76,7 +72,7 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class EmbedConfig:
-    """What to embed, and into which files."""
+    """Embeddings of every image of a folder, in files."""
 
     source: tyro.conf.Positional[Path]
     """A run folder, one of fastcr's weights files, or hf://OWNER/NAME[@REVISION] on the Hugging Face Hub."""
@@ -101,7 +97,7 @@ class EmbedConfig:
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """What to search for, and where."""
+    """The images of an embedded folder that are most similar to others."""
 
     embeddings: tyro.conf.Positional[Path]
     """A folder that fastcr embed wrote, or one of its files."""
@@ -119,7 +115,7 @@ class SearchConfig:
 
 @dataclass(frozen=True)
 class VisualizeConfig:
-    """What to show, and how."""
+    """Images with the attention over them, and what the detectors answer to."""
 
     source: tyro.conf.Positional[Path]
     """A run folder, one of fastcr's weights files, or hf://OWNER/NAME[@REVISION] on the Hugging Face Hub."""
@@ -140,7 +136,7 @@ class VisualizeConfig:
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Settings of a report."""
+    """A run, or several compared, as one HTML page."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Run folders."""
@@ -156,7 +152,7 @@ class ReportConfig:
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Settings of an export."""
+    """Write a trained encoder for other tools."""
 
     source: tyro.conf.Positional[Path]
     """A run folder, one of fastcr's weights files, hf://OWNER/NAME[@REVISION], or an authors' released checkpoint."""
@@ -172,7 +168,7 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class TraceConfig(Config):
-    """Settings of a trace, and of the training run it records."""
+    """Where the time of a training step goes, phase by phase and kernel by kernel."""
 
     steps: int = number(5, 1)
     """Steps to record, after the first ones."""
@@ -184,7 +180,7 @@ class TraceConfig(Config):
 
 @dataclass(frozen=True)
 class FoldersConfig:
-    """Settings of a check."""
+    """What a folder of images holds, and which of them are broken."""
 
     root: tyro.conf.Positional[Path]
     """What --data.root of the training takes; docs/data.md lists the layouts."""
@@ -192,28 +188,26 @@ class FoldersConfig:
     """List every class with its number of images."""
 
 
-# of every command but train: its settings, and what its help says of it
-COMMANDS: dict[str, tuple[type, str]] = {
-    "evaluate": (EvaluateConfig, "Retrieval before and after training; --all: every measure. Writes results.json."),
-    "embed": (EmbedConfig, "Embeddings of every image of a folder, in files."),
-    "search": (SearchConfig, "The images of an embedded folder that are most similar to others."),
-    "visualize": (VisualizeConfig, "Images with the attention over them, and what the detectors answer to."),
-    "report": (ReportConfig, "A run, or several compared, as one HTML page."),
-    "export": (ExportConfig, "Write a trained encoder for other tools."),
-    "trace": (TraceConfig, "Where the time of a training step goes, phase by phase and kernel by kernel."),
-    "folders": (FoldersConfig, "What a folder of images holds, and which of them are broken."),
+# of every command but train; what its help says is the text under the class
+COMMANDS: dict[str, type] = {
+    "evaluate": EvaluateConfig,
+    "embed": EmbedConfig,
+    "search": SearchConfig,
+    "visualize": VisualizeConfig,
+    "report": ReportConfig,
+    "export": ExportConfig,
+    "trace": TraceConfig,
+    "folders": FoldersConfig,
 }
 
 
 def read_arguments(command: str, args: Sequence[str] | None) -> Any:
     """The settings of any command but train, an instance of its class above; `UsageError` for a mistake."""
-    cls, description = COMMANDS[command]
-    prog = called(command)
+    cls, prog = COMMANDS[command], called(command)
     if command != "trace":
-        return parse(cls, args, prog=prog, description=description)
-    args = list(sys.argv[1:] if args is None else args)
-    default = TraceConfig(**vars(preset(args.pop(0) if args and not args[0].startswith("-") else "synthetic")))
-    return parse(cls, args, default=default, prog=f"{prog} [PRESET]", description=description)
+        return parse(cls, args, prog=prog, description=cls.__doc__)
+    args, settings = split_preset(sys.argv[1:] if args is None else args)
+    return parse(cls, args, default=TraceConfig(**vars(settings)), prog=f"{prog} [PRESET]", description=cls.__doc__)
 
 
 def check_arguments(command: str, args: Sequence[str]) -> None:
@@ -225,24 +219,3 @@ def check_arguments(command: str, args: Sequence[str]) -> None:
         read_arguments(command, args)
     elif not any(arg.startswith("--resume") for arg in args):
         read_command_line(args)
-
-
-def completion(shell: str) -> str:
-    """tyro's script for bash or zsh; it completes commands, presets, flags and their literal values."""
-    training = make_dataclass("Train", [("resume", Path | None, field(default=None))], bases=(Config,), frozen=True)
-    commands = {"train": training} | {command: cls for command, (cls, _) in COMMANDS.items()}
-    with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
-        tyro.extras.subcommand_cli_from_dict(
-            commands,
-            prog="fastcr",
-            args=["--tyro-print-completion", shell],
-            use_underscores=True,
-            config=(tyro.conf.FlagConversionOff,),
-        )
-    script, start = printed.getvalue(), "COMPLETION_SPEC = "
-    line = next(line for line in script.splitlines() if line.startswith(start))
-    spec = ast.literal_eval(line.removeprefix(start))
-    for command in ("train", "trace"):  # tyro completes no positional arguments; words without a value are like flags
-        (named,) = (option for option in spec["subcommands"][command]["options"] if option["flags"] == ["--preset"])
-        named |= {"flags": list(PRESETS), "type": "flag"}
-    return script.replace(line, start + repr(spec).replace("\\n", " "))  # each line would be a suggestion of its own

@@ -84,19 +84,9 @@ class Forked:
         if self.poll() is None:
             os.kill(self.pid, number)
 
-    def terminate(self) -> None:
-        """Send SIGTERM."""
-        self.send_signal(signal.SIGTERM)
-
     def kill(self) -> None:
         """Send SIGKILL."""
         self.send_signal(signal.SIGKILL)
-
-    def __enter__(self) -> Forked:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.wait()
 
 
 @cache

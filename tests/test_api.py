@@ -2,16 +2,13 @@
 
 import dataclasses
 import json
-import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 
 import pytest
 
 import fastcr
 from fastcr import __main__ as program
-from fastcr.arguments import completion
 from fastcr.config import Config, DataConfig, MocoConfig, ModelConfig, OptimConfig, RunConfig
 from fastcr.train import train
 from tests.shared import records, start
@@ -83,6 +80,8 @@ def test_help_lists_every_command_with_a_line(capsys: pytest.CaptureFixture[str]
         program.main(args)
         shown.append(capsys.readouterr().out)
     assert shown == [shown[0]] * 3
+    program.main(["--version"])
+    assert capsys.readouterr().out == f"{fastcr.__version__}\n"
     listed = [line.split(maxsplit=1) for line in shown[0].splitlines() if line.startswith("  ")]
     assert {command for command, _ in listed} == doors
     assert all(len(line) > 10 for _, line in listed)
@@ -107,11 +106,6 @@ def test_an_unknown_command_is_a_mistake_of_one_line(command: str, hint: str) ->
     assert errors == f"fastcr: error: no command {command!r} ({hint})\n"
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    program.main(["--version"])
-    assert capsys.readouterr().out == f"{fastcr.__version__}\n"
-
-
 @pytest.mark.parametrize("command", program.COMMANDS)
 def test_each_command_has_help_and_says_how_it_was_called(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -124,27 +118,3 @@ def test_each_command_has_help_and_says_how_it_was_called(
             program.main([command, "--help"])
         assert stop.value.code == 0
         assert f"usage: {called.format(command)} " in " ".join(capsys.readouterr().out.split())
-
-
-@cache
-def bash_completion() -> str:
-    return completion("bash")
-
-
-@pytest.mark.parametrize(
-    ("words", "found"),
-    [
-        ("ev", "evaluate"),
-        ("train cub200-p", "cub200-paper"),
-        ("train cub200 --optim.backbone_l", "--optim.backbone_lr"),
-        ("train --resu", "--resume"),
-        ("train --data.loader fu", "fused"),
-        ("embed run images --format p", "parquet"),
-    ],
-)
-def test_bash_completes_commands_presets_flags_and_values(words: str, found: str, tmp_path: Path) -> None:
-    (tmp_path / "completion").write_text(bash_completion())
-    ask = f"source completion; COMP_WORDS=(fastcr {words}); COMP_CWORD={len(words.split())}; _tyro_fastcr; "
-    ask += "printf '%s\\n' \"${COMPREPLY[@]}\""
-    answer = subprocess.run(["bash", "-c", ask], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert found in answer.stdout.splitlines()

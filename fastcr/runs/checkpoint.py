@@ -71,26 +71,20 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UsageError(f"no weights file {path}")
     content, facts = _read_safetensors(path) if path.suffix == ".safetensors" else (load_torch(path), {})
     for key in ("state_dict", "model", "model_state_dict"):
-        averaged = isinstance(content, dict) and any(AVERAGED.search(str(name)) for name in content)
-        if isinstance(content, dict) and isinstance(content.get(key), dict) and not averaged:
-            content = content[key]
+        inner = content.get(key) if isinstance(content, dict) else None
+        if isinstance(inner, dict) and not any(AVERAGED.search(str(name)) for name in content):
+            content = inner
     tensors = dict(tensors_in(content))
     if not tensors and content != {}:
-        keys = ", ".join(map(str, list(content)[:5])) if isinstance(content, dict) else type(content).__name__
-        raise UsageError(f"{path} holds no dict of tensors (found: {keys})")
+        raise UsageError(f"{path} holds no dict of tensors")
     state = {WRAPPERS.sub("", key): each.float() if each.is_floating_point() else each for key, each in tensors.items()}
     return state, facts
-
-
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors that `load_weights` reads, alone."""
-    return load_weights(path)[0]
 
 
 def facts_of(path: Path) -> dict[str, Any]:
     """What `save_weights` wrote into a file beside the weights; nothing for a file of another kind, or for none."""
     with suppress(OSError, SafetensorError, UsageError), _opened(_file_of(path)) as file:
-        return _facts(path, file.metadata())
+        return _facts(path, file)
     return {}
 
 
@@ -106,26 +100,24 @@ def _opened(path: Path) -> Iterator[Any]:
         yield opened
 
 
-def _facts(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
-    """The facts in a file's metadata; none for a file of another kind."""
-    facts: Any = None
+def _facts(path: Path, file: Any) -> dict[str, Any]:
+    """The facts in the metadata of a safetensors file; none for a file of another kind."""
     with suppress(ValueError, RecursionError):
-        facts = json.loads((metadata or {}).get("fastcr", "{}"))
-    if not isinstance(facts, dict):
-        raise UsageError(f"{path} is broken: what it says of the encoder cannot be read")
-    return facts
+        facts = json.loads((file.metadata() or {}).get("fastcr", "{}"))
+        if isinstance(facts, dict):
+            return facts
+    raise UsageError(f"{path} is broken: what it says of the encoder cannot be read")
 
 
-def _read_safetensors(path: Path) -> tuple[Any, dict[str, Any]]:
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and facts of a safetensors file, compared with their checksum where it has one."""
     try:
         with _opened(path) as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
-            facts = _facts(path, file.metadata())
+            facts = _facts(path, file)
     except (SafetensorError, OSError) as error:
         raise UsageError(f"{path} is not a whole safetensors file: {error}") from None
-    written = facts.pop("crc32", None)
-    if written not in (None, checksum(tensors, facts)):
+    if facts.pop("crc32", None) not in (None, checksum(tensors, facts)):
         raise UsageError(f"{path} is broken: it is not what was written (its checksum does not match)")
     return tensors, facts
 
@@ -155,9 +147,8 @@ def load_torch(path: Path) -> Any:
         with torch.serialization.safe_globals([Namespace]):  # the settings that others save beside their weights
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise UsageError(
-            f"{path} is refused: it holds pickled code or is no checkpoint (only tensors are read)"
-        ) from None
+        reason = "it holds pickled code or is no checkpoint (only tensors are read)"
+        raise UsageError(f"{path} is refused: {reason}") from None
     except Exception as error:  # broken bytes lead the unpickler anywhere
         raise UsageError(f"{path} is broken, or is no checkpoint ({type(error).__name__})") from None
 
@@ -165,6 +156,13 @@ def load_torch(path: Path) -> Any:
 def earlier(path: Path, saves: int) -> Path:
     """Where what `path` held so many saves ago is kept: `resume.1.pt` of `resume.pt`; 0 is `path` itself."""
     return path.with_name(f"{path.stem}.{saves}{path.suffix}") if saves else path
+
+
+def saves_of(path: Path) -> list[Path]:
+    """The files, whole or not, that `save_resume` left of `path`, the newest first."""
+    numbers = [file.suffixes[0][1:] for file in path.parent.glob(f"{path.stem}.*{path.suffix}")]
+    files = [earlier(path, number) for number in (0, *sorted(int(each) for each in numbers if each.isdecimal()))]
+    return [file for file in files if file.is_file()]
 
 
 def save_resume(path: Path, content: dict[str, Any], keep: int = 1) -> None:
@@ -180,14 +178,9 @@ def save_resume(path: Path, content: dict[str, Any], keep: int = 1) -> None:
     write_whole(path, lambda file: torch.save(content, file))
 
 
-def has_resume(path: Path) -> bool:
-    """Whether a run has saved anything to resume from, whole or not."""
-    return path.exists() or any(path.parent.glob(f"{path.stem}.*{path.suffix}"))
-
-
 def check_unused(folder: Path) -> None:
     """`UsageError` if the folder already holds a run; asked before anything is loaded or decoded."""
-    if has_resume(folder / "resume.pt"):
+    if saves_of(folder / "resume.pt"):
         raise UsageError(f"{folder} already holds a run: resume it with --resume {folder}, or choose another --run.dir")
 
 
@@ -196,8 +189,7 @@ def load_resume(path: Path) -> tuple[dict[str, Any], Path]:
 
     `UsageError` if there is none: what is wrong with the newest.
     """
-    numbered = [file for file in path.parent.glob(f"{path.stem}.*{path.suffix}") if file.suffixes[0][1:].isdigit()]
-    found = [path] * path.is_file() + sorted(numbered, key=lambda file: int(file.suffixes[0][1:]))
+    found = saves_of(path)
     if not found:
         raise UsageError(f"{path.parent} has no {path.name}: the run stopped before its first save")
     for file in found:
@@ -216,8 +208,7 @@ def _read_resume(path: Path) -> dict[str, Any]:
     if broken:
         raise UsageError(f"{path} is broken: it is not what was written (the checksum of {broken} does not match)")
     if not isinstance(content, dict) or "step" not in content or "model" not in content:
-        keys = f" (its keys begin {', '.join(map(str, list(content)[:3]))})" if isinstance(content, dict) else ""
-        raise UsageError(f"{path} was not written by fastcr.train{keys}")
+        raise UsageError(f"{path} was not written by fastcr.train")
     return content
 
 
@@ -237,8 +228,8 @@ class Saver:
         """Saves are due `minutes` after the last one; `keep` of them stay."""
         self.folder, self.facts, self.keep, self.minutes = folder, facts, keep, minutes
         self.saved_at = time.monotonic()
-        self.thread, self.pending = ThreadPoolExecutor(1), Future[None]()
-        self.pending.set_result(None)
+        self.thread = ThreadPoolExecutor(1)
+        self.pending: Future[Any] = self.thread.submit(int)
 
     def save(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Begin to write both files as things are now; an earlier save is waited for."""

@@ -38,13 +38,6 @@ def called(command: str) -> str:
     return f"python -m fastcr{' ' if program.parts[-2:] == ('fastcr', '__main__.py') else '.'}{command}"
 
 
-def print_any_name() -> None:
-    """Let stdout and stderr take names of files that are no UTF-8, as they are."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
-            stream.reconfigure(errors="surrogateescape")
-
-
 def parse(
     cls: type[C], args: Sequence[str] | None, *, default: C | None = None, prog: str, description: str | None
 ) -> C:
@@ -65,19 +58,7 @@ def parse(
         if not stop.code:
             raise
         raise UsageError(_first_paragraph(caught.getvalue())) from None
-    return validate(at_home(settings))
-
-
-def at_home(settings: C) -> C:
-    """The settings with the user's home for the `~` of paths: shells leave that of `--flag=~/folder` as it is."""
-    changed: dict[str, Any] = {}
-    for each in dataclasses.fields(settings):  # type: ignore[arg-type]
-        value = getattr(settings, each.name)
-        if dataclasses.is_dataclass(value):
-            changed[each.name] = at_home(value)
-        elif isinstance(value, str | Path) and str(value).startswith("~/"):
-            changed[each.name] = type(value)(os.path.expanduser(value))
-    return dataclasses.replace(settings, **changed)  # type: ignore[type-var]
+    return validate(settings)
 
 
 def _first_paragraph(box: str) -> str:
@@ -85,26 +66,21 @@ def _first_paragraph(box: str) -> str:
     lines = [line.strip("│╭╮╰╯ ") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()]
     if len(lines) > 1 and set(lines[1]) == {"-"}:  # where the terminal is not UTF-8 the title is a line of its own
         del lines[1]
-    del lines[:1]
-    rules = [i for i, line in enumerate(lines) if line.startswith(("──", "---"))] or [len(lines)]
-    message = " ".join(lines[: rules[0]]).strip().rstrip(".")
-    after = " ".join(lines[rules[0] :])
-    if "erhaps you meant" in after and (guess := re.search(r"--[\w.]+", after)):
-        message += f" (did you mean {guess.group()}?)"
+    paragraphs = re.split(r"\s[─-]{8,}", " ".join(lines[1:]))
+    message = paragraphs[0].strip().rstrip(".")
+    if guess := re.search(r"erhaps you meant.*?(--[\w.]+)", " ".join(paragraphs[1:])):
+        message += f" (did you mean {guess.group(1)}?)"
     return message or box.strip()
-
-
-def spare_imports() -> None:
-    """Take all there is out of the search for garbage, in a command's own process: the last one took a second."""
-    if "fastcr" in Path(sys.argv[0]).parts[-2:]:
-        gc.freeze()
 
 
 @contextlib.contextmanager
 def one_line_errors(command: str) -> Iterator[None]:
     """Turn `UsageError` into `fastcr.<command>: error: <message>` on stderr and exit status 2."""
-    print_any_name()
-    spare_imports()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="surrogateescape")  # names of files need not be UTF-8
+    if "fastcr" in Path(sys.argv[0]).parts[-2:]:  # in a process of its own
+        gc.freeze()  # the last search for garbage took a second
     try:
         yield
     except BrokenPipeError:  # nobody reads what is printed
@@ -125,16 +101,22 @@ def one_line_errors(command: str) -> Iterator[None]:
         raise SystemExit(130) from None
 
 
+def split_preset(args: Sequence[str]) -> tuple[list[str], Config]:
+    """The arguments after the preset that the first one may name, and its settings (default: `synthetic`)."""
+    named = args[:1] if args and not args[0].startswith("-") else []
+    return list(args[len(named) :]), preset(*named or ["synthetic"])
+
+
 def read_command_line(args: Sequence[str]) -> tuple[Config, Path | None]:
     """`[PRESET | --resume RUN] [--section.field value ...]` to settings and the run to resume.
 
     `PRESET --run.dir RUN --resume auto` resumes RUN if it has saved anything, and begins it if not.
     """
-    args, resume = _without_resume(list(args))
+    args, resume = _without_resume(args)
     if resume:
         default = load_config(resume / "config.yaml")
     else:
-        default = preset(args.pop(0) if args and not args[0].startswith("-") else "synthetic")
+        args, default = split_preset(args)
     presets = "\n".join(f"  {name}: {(make.__doc__ or '').splitlines()[0]}" for name, make in PRESETS.items())
     config = parse(
         Config,
@@ -144,37 +126,33 @@ def read_command_line(args: Sequence[str]) -> tuple[Config, Path | None]:
         description=f"Train an image encoder and its attention on unlabelled images.\n\nPresets:\n{presets}",
     )
     if not resume:
-        config = _with_own_weights(config, default)
-    if resume and (config.run.seed, config.optim.batch_size) != (default.run.seed, default.optim.batch_size):
+        return _with_own_weights(config, default), None
+    if (config.run.seed, config.optim.batch_size) != (default.run.seed, default.optim.batch_size):
         raise UsageError("--run.seed and --optim.batch_size of a run cannot change: they order its images")
-    if resume and (config.optim.backbone_lr == 0) != (default.optim.backbone_lr == 0):
+    if (config.optim.backbone_lr == 0) != (default.optim.backbone_lr == 0):
         raise UsageError("--optim.backbone_lr 0 of a run cannot change: one backbone serves as query and key encoder")
     return config, resume
 
 
 def _with_own_weights(config: Config, default: Config) -> Config:
-    """The settings, another backbone than the preset's with its own weights, not with the file of the preset's.
+    """The settings with a backbone and weights that belong together, where only one differs from the preset's.
 
-    Weights that fastcr wrote say themselves of which encoder they are.
+    Weights that fastcr wrote say of which encoder they are; another backbone has its ImageNet weights.
     """
     model, preset_s = config.model, default.model
-    facts = {}
-    if model.weights != preset_s.weights and Path(model.weights).exists():
+    if model.backbone != preset_s.backbone:
+        if model.weights == preset_s.weights and model.weights != "none":
+            model = dataclasses.replace(model, weights="imagenet")
+    elif model.weights != preset_s.weights and Path(model.weights).exists():
         from fastcr.runs.checkpoint import facts_of  # imports torch, which help and mistakes do without
 
         facts = facts_of(Path(model.weights))
-    if model.backbone == preset_s.backbone and isinstance(facts.get("backbone"), str):
-        model = dataclasses.replace(
-            model, backbone=facts["backbone"], last_stage=facts.get("last_stage", model.last_stage)
-        )
-        return validate(dataclasses.replace(config, model=model))
-    other = model.backbone != preset_s.backbone and model.weights == preset_s.weights
-    if other and model.weights not in ("imagenet", "none"):
-        return dataclasses.replace(config, model=dataclasses.replace(model, weights="imagenet"))
-    return config
+        named = {key: facts[key] for key in ("backbone", "last_stage") if isinstance(facts.get(key), str)}
+        model = dataclasses.replace(model, **named)
+    return dataclasses.replace(config, model=model)
 
 
-def _without_resume(args: list[str]) -> tuple[list[str], Path | None]:
+def _without_resume(args: Sequence[str]) -> tuple[list[str], Path | None]:
     """The arguments without `--resume`, and the folder of the run to resume, if there is one."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--resume")
@@ -185,33 +163,28 @@ def _without_resume(args: list[str]) -> tuple[list[str], Path | None]:
         raise UsageError(f"{error.argument_name} needs a run folder") from None
     if named.folder is not None:
         others += ["--run.dir", named.folder]
-    if named.resume is None:
-        return others, None
-    if named.resume != "auto":
-        resume = Path(named.resume)
-        if resume.name == "resume.pt" and not resume.is_dir():  # the file in the folder that is meant
-            resume = resume.parent
-        if not resume.is_dir():
-            raise UsageError(f"no run folder {resume}")
-        return others, resume
-    if named.folder is None:
-        raise UsageError("--resume auto needs --run.dir, the folder to look for the run in")
-    from fastcr.runs.checkpoint import has_resume  # imports torch, which help and mistakes do without
+    if named.resume == "auto":
+        if named.folder is None:
+            raise UsageError("--resume auto needs --run.dir, the folder to look for the run in")
+        from fastcr.runs.checkpoint import saves_of  # imports torch, which help and mistakes do without
 
-    resume = Path(named.folder)
-    if not has_resume(resume / "resume.pt"):
-        return others, None
-    return others[bool(others and not others[0].startswith("-")) :], resume  # config.yaml has what came of the preset
+        if not saves_of(Path(named.folder) / "resume.pt"):
+            return others, None
+        if others and not others[0].startswith("-"):
+            del others[0]  # the preset: config.yaml has what came of it
+        return others, Path(named.folder)
+    if named.resume is not None and not Path(named.resume).is_dir():
+        raise UsageError(f"no run folder {named.resume}")
+    return others, Path(named.resume) if named.resume else None
 
 
 def save_config(config: Config, path: Path) -> None:
     """Write `config` as YAML, its paths so that they hold from any working folder."""
-    text = yaml.safe_dump(dataclasses.asdict(config, dict_factory=_plain), sort_keys=False)
-    path.write_text(text)
 
+    def plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {key: os.path.abspath(value) if isinstance(value, Path) else value for key, value in items}
 
-def _plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    return {key: os.path.abspath(value) if isinstance(value, Path) else value for key, value in items}
+    path.write_text(yaml.safe_dump(dataclasses.asdict(config, dict_factory=plain), sort_keys=False))
 
 
 def load_config(path: Path) -> Config:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastcr.errors import UsageError
+from fastcr.errors import UsageError, one_line
 
 T = TypeVar("T")
 
@@ -79,19 +80,15 @@ class Processes:
 
     def most(self, *numbers: int) -> list[int]:
         """The largest of each number over the processes."""
-        return self._reduced(numbers, torch.int64, dist.ReduceOp.MAX)
+        largest = torch.tensor(numbers, dtype=torch.int64)
+        if self.ranks > 1:
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return largest.tolist()
 
     def mean(self, values: dict[str, float]) -> dict[str, float]:
         """The mean of each figure over the processes."""
-        totals = self._reduced(list(values.values()), torch.float64, dist.ReduceOp.SUM)
-        return {name: total / self.ranks for name, total in zip(values, totals, strict=True)}
-
-    def _reduced(self, numbers: Sequence[float], dtype: torch.dtype, how: Any) -> list[Any]:
-        if self.ranks == 1:
-            return list(numbers)
-        tensor = torch.tensor(numbers, dtype=dtype)
-        dist.all_reduce(tensor, how)
-        return tensor.tolist()
+        means = self.total(torch.tensor(list(values.values()), dtype=torch.float64)) / self.ranks
+        return dict(zip(values, means.tolist(), strict=True))
 
     def total(self, tensor: Tensor) -> Tensor:
         """The sum of a tensor over the processes, on the tensor's device."""
@@ -101,11 +98,10 @@ class Processes:
         return tensor
 
     @torch.no_grad()
-    def share_statistics(self, *modules: nn.Module | None) -> None:
+    def share_statistics(self, module: nn.Module) -> None:
         """Give all processes the mean of their buffers, BatchNorm's statistics: they measure and save one encoder."""
-        for module in filter(None, modules if self.ranks > 1 else ()):
-            for buffer in filter(torch.is_floating_point, module.buffers()):
-                buffer.copy_(self.total(buffer) / self.ranks)
+        for buffer in filter(torch.is_floating_point, module.buffers()):
+            buffer.copy_(self.total(buffer) / self.ranks)
 
     @contextlib.contextmanager
     def local_first(self) -> Iterator[None]:
@@ -148,9 +144,8 @@ def processes_of_torchrun(command: str, timeout: timedelta | None = None) -> Ite
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(
-        backend, store=dist.PrefixStore("group", store), rank=rank, world_size=ranks, timeout=timeout
-    )
+    group = dist.PrefixStore("group", store)
+    dist.init_process_group(backend, store=group, rank=rank, world_size=ranks, timeout=timeout)
     try:
         yield Processes(rank, ranks, local_rank, local_ranks)
     except (UsageError, OSError) as error:
@@ -158,11 +153,11 @@ def processes_of_torchrun(command: str, timeout: timedelta | None = None) -> Ite
             raise
         raise SystemExit(2) from None
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error, 300)
         if not isinstance(error, dist.DistError) and "gloo" not in reason:  # gloo has no class of its own
             raise
-        lost = "onnection closed" in reason or "onnection reset" in reason or "onnection refused" in reason
-        what = "another process of this job ended" if lost else f"the processes lost each other ({reason[:300]})"
+        lost = re.search("onnection (closed|reset|refused)", reason)
+        what = "another process of this job ended" if lost else f"the processes lost each other ({reason})"
         if not _said(store, "lost"):
             program = command.removeprefix("python -m ")  # as other mistakes are signed
             print(f"{program}: error: {what}, so all of them end", file=sys.stderr)

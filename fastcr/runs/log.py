@@ -8,20 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TextIO
 
 from PIL import Image
 from rich.console import Group
 from rich.live import Live
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from fastcr.config import Config
@@ -29,7 +21,7 @@ from fastcr.runs.checkpoint import write_whole
 from fastcr.runs.context import Context
 from fastcr.runs.sinks import Sinks
 
-SHOWN = {  # metric: its name and format; entropy and detectors are shown while the attention is being fitted
+SHOWN = {  # metric: its name and format
     "images_per_second": ("images/s", "{:.0f}"),
     "data_wait": ("waiting for data", "{:.0%}"),
     "loss": ("loss", "{:.3f}"),
@@ -41,7 +33,6 @@ SHOWN = {  # metric: its name and format; entropy and detectors are shown while 
     "rank1": ("rank-1", "{:.1f} %"),
     "knn": ("kNN", "{:.1f} %"),
 }
-OF_THE_FIT = ("attention_entropy", "effective_detectors")
 PACE = 600  # seconds of a run, evaluations included, by whose pace the rest is estimated
 OF_THE_MOMENT = ("images_per_second", "data_wait")  # worth a look while a run goes on, not a line of its log
 
@@ -66,18 +57,8 @@ class RunLog:
             keep_records(path, "step", start)
             self.file = path.open("a")
             self.sinks = Sinks(folder, config, context, start)
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("steps"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=context.console,
-            expand=True,
-            speed_estimate_period=PACE,
-        )
+        columns = (MofNCompleteColumn(), TextColumn("steps"), TimeElapsedColumn(), *Progress.get_default_columns())
+        self.bar = Progress(*columns, console=context.console, speed_estimate_period=PACE)
         self.task = self.bar.add_task("", total=last, completed=start)
         self.status = Text("", no_wrap=True, overflow="ellipsis")
         self.live = Live(Group(self.bar, self.status), console=context.console, transient=True, refresh_per_second=4)
@@ -88,15 +69,13 @@ class RunLog:
             self.live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         """Stop the bar and close the files, whatever happened."""
         self.live.stop()
         if self.file:
             self.file.close()
         if self.sinks:
-            self.sinks.close(error is None)
+            self.sinks.close(kind is None)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -148,8 +127,7 @@ class RunLog:
 
 def describe(record: dict[str, Any]) -> str:
     """One line of the metrics worth watching."""
-    hidden = () if "fit_loss" in record else OF_THE_FIT
-    shown = {name: each for name, each in SHOWN.items() if name in record and name not in hidden}
+    shown = {name: each for name, each in SHOWN.items() if name in record}
     return "  ".join(f"{label} {form.format(record[name])}" for name, (label, form) in shown.items())
 
 

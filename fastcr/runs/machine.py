@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import platform
 import signal
 import sys
 import tempfile
@@ -31,30 +30,23 @@ def pick_device(name: str, local_rank: int = 0, local_ranks: int = 1) -> torch.d
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if local_ranks > 1 and name == "cuda":
-        if local_ranks > torch.cuda.device_count():
-            raise UsageError(f"{local_ranks} processes on a machine with {torch.cuda.device_count()} CUDA devices")
-        name = f"cuda:{local_rank}"
-    elif local_ranks > 1 and name.startswith("cuda:"):
-        raise UsageError(f"--run.device {name}: {local_ranks} processes need a device each; take cuda")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"--run.device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type == "cuda":
-        device = torch.device("cuda", device.index or 0)
-        if device.index >= torch.cuda.device_count():
-            raise UsageError(f"--run.device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
-        torch.cuda.set_device(device)  # where kernels are launched
-    elif device.type != "cpu":
+    kind, numbered, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (numbered and not number.isdecimal()):
         raise UsageError(f"--run.device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if kind == "cpu":
+        return torch.device("cpu")
+    if numbered and local_ranks > 1:
+        raise UsageError(f"--run.device {name}: {local_ranks} processes need a device each; take cuda")
+    device, there = torch.device("cuda", int(number or local_rank)), torch.cuda.device_count()
+    if max(device.index, local_ranks - 1) >= there:
+        each = f", and each of {local_ranks} processes needs one" if local_ranks > 1 else ""
+        raise UsageError(f"--run.device {name}: this machine has {there} CUDA devices{each}")
+    torch.cuda.set_device(device)  # where kernels are launched
     return device
 
 
 def multiplies_bf16() -> bool:
-    """Whether the CPU multiplies bf16 in hardware: with AVX-512 or AMX instructions, or Arm's."""
-    if platform.machine() in ("aarch64", "arm64"):
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    """Whether the CPU multiplies bf16 in hardware, with AVX-512 or AMX instructions."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import os
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -47,39 +48,36 @@ class Sinks:
 
             self.open["TensorBoard"] = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
         if config.run.track == "wandb":
-            self._attempt("wandb", lambda: self._open_wandb(folder, config))
+            self.open["wandb"] = None
+            self._attempt("wandb", lambda _: self._open_wandb(folder, config))
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Log numbers by name."""
         self._each(
-            lambda writer: [writer.add_scalar(name, value, step) for name, value in values.items()],
-            lambda run: run.log(values, step=step),
+            TensorBoard=lambda writer: [writer.add_scalar(name, value, step) for name, value in values.items()],
+            wandb=lambda run: run.log(values, step=step),
         )
 
     def image(self, name: str, picture: Image.Image, step: int) -> None:
         """Log a picture."""
-
-        def to_wandb(run: Any) -> None:
-            import wandb
-
-            run.log({name: wandb.Image(picture)}, step=step)
-
-        self._each(lambda writer: writer.add_image(name, np.array(picture), step, dataformats="HWC"), to_wandb)
+        self._each(
+            TensorBoard=lambda writer: writer.add_image(name, np.array(picture), step, dataformats="HWC"),
+            wandb=lambda run: run.log({name: import_module("wandb").Image(picture)}, step=step),
+        )
 
     def close(self, ended: bool) -> None:
         """Write what is left; `ended` says whether the run came to its end."""
-        self._each(lambda writer: writer.close(), lambda run: run.finish(exit_code=0 if ended else 1))
+        self._each(TensorBoard=lambda writer: writer.close(), wandb=lambda run: run.finish(exit_code=int(not ended)))
 
-    def _each(self, tensorboard: Callable[[Any], object], wandb: Callable[[Any], object]) -> None:
-        for name, act in {"TensorBoard": tensorboard, "wandb": wandb}.items():
-            if name in self.open:
-                self._attempt(name, partial(act, self.open[name]))
+    def _each(self, **acts: Callable[[Any], object]) -> None:
+        for name in acts.keys() & self.open.keys():
+            self._attempt(name, acts[name])
 
-    def _attempt(self, name: str, act: Callable[[], object]) -> None:
+    def _attempt(self, name: str, act: Callable[[Any], object]) -> None:
         try:
-            act()
+            act(self.open[name])
         except Exception as error:  # whatever the library raises
-            self.open.pop(name, None)
+            del self.open[name]
             self.context.say(f"warning: {name} failed, so nothing more is logged there: {one_line(error)}")
 
     def _open_wandb(self, folder: Path, config: Config) -> None:
@@ -87,23 +85,15 @@ class Sinks:
         import wandb
 
         id_file = folder / WANDB_ID
-        run = wandb.init(
+        self.open["wandb"] = run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "fastcr"),
             name=folder.absolute().name,
             id=id_file.read_text() if id_file.exists() else None,
             resume="allow",  # it leaves out steps that it has had before
             dir=str(folder),
-            config=settings(config),
+            config=json.loads(json.dumps(dataclasses.asdict(config), default=str)),  # paths as text
             allow_val_change=True,
             settings=wandb.Settings(silent=True, console="off", init_timeout=SECONDS, finish_timeout=SECONDS),
         )
         write_whole(id_file, lambda file: file.write_text(run.id))
-        self.open["wandb"] = run
         self.context.say(f"wandb: {folder / 'wandb'} (offline)" if run.offline else f"wandb: {run.url}")
-
-
-def settings(config: Config) -> dict[str, Any]:
-    """Every setting by its flag, a path as text."""
-    sections = {name: each for name, each in dataclasses.asdict(config).items() if isinstance(each, dict)}
-    flags = {f"{name}.{key}": value for name, each in sections.items() for key, value in each.items()}
-    return {"preset": config.preset} | {k: str(v) if isinstance(v, Path) else v for k, v in flags.items()}

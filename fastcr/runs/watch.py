@@ -6,13 +6,11 @@ import json
 import os
 import signal
 import stat
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any
+from types import FrameType
 
 import torch
 from rich.console import Console
@@ -52,25 +50,28 @@ class LossWatch:
         """
         if not self.losses:
             return
-        what, losses = "loss", self.processes.total(torch.stack(self.losses))
-        bad = ~torch.stack([losses, torch.stack(self.gradient_norms).to(losses)]).isfinite()
-        if bad.any():
-            step = self.step + 1 + int(bad.any(0).nonzero()[0])
-            what = "loss" if bad[0, step - self.step - 1] else "gradient"
-        elif not torch.stack([p.isfinite().all() for p in self.parameters]).all():
-            step, what = self.step + len(self.losses), "weights"
-        else:
+        losses = self.processes.total(torch.stack(self.losses))
+        good = torch.stack([losses, torch.stack(self.gradient_norms).to(losses)]).isfinite().all(0)
+        weights_are_good = torch.stack([p.isfinite().all() for p in self.parameters]).all()
+        if good.all() and weights_are_good:
             self.step += len(self.losses)
             self.losses, self.gradient_norms = [], []
             return
+        if good.all():
+            what, first = "weights", len(losses) - 1
+        else:
+            first = int((~good).nonzero()[0])
+            what = "gradient" if losses[first].isfinite() else "loss"
+        step = self.step + 1 + first
+        listed = self.folder / BAD_BATCH
         if self.processes.first:
             content = json.dumps({"step": step, "files": list(self.files_of(step))}, indent=2)
-            write_whole(self.folder / BAD_BATCH, lambda file: file.write_text(content))
+            write_whole(listed, lambda file: file.write_text(content))
         resume = self.folder / "resume.pt"
         last_good = f"the last good checkpoint is {resume}" if resume.exists() else "nothing had been saved yet"
         raise UsageError(
             f"the {what} is not a finite number from step {step} on (try a lower --optim.lr); {last_good}; "
-            f"the step's images are listed in {self.folder / BAD_BATCH}"
+            f"the step's images are listed in {listed}"
         )
 
 
@@ -94,37 +95,22 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         """Listen, if this is the main thread: others get no signals. SIGHUP stays ignored where nohup ignores it."""
-        self.before = {}
-        if threading.current_thread() is threading.main_thread():
-            numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGPIPE]
-            if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-                numbers.append(signal.SIGHUP)
-            self.before = {number: signal.signal(number, self._note) for number in numbers}
+        numbers = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGPIPE, signal.SIGHUP}
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+            numbers.remove(signal.SIGHUP)
+        if threading.current_thread() is not threading.main_thread():
+            numbers.clear()
+        self.before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Put back the handlers that were there."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
 
 class RunConsole(Console):
-    """A console whose reader may go away (`| head`): the run is asked to stop, as by a signal.
-
-    A file that cannot be written (a full disk) takes no more, and the run goes on: its log is in its folder too.
-    """
-
-    def print(self, *objects: Any, **options: Any) -> None:
-        """Print as `Console` does, while that can be."""
-        try:
-            super().print(*objects, **options)
-        except OSError as error:
-            self.quiet = True
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left in the buffer would be an error at the end
-            with suppress(OSError):
-                print(f"fastcr: cannot print ({error.strerror}): the run goes on", file=sys.stderr)
+    """A console whose reader may go away (`| head`): the run is asked to stop, as by a signal."""
 
     def on_broken_pipe(self) -> None:
         """Print no more. `SystemExit` 141, as of SIGPIPE, where nothing has to be saved."""

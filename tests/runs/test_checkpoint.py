@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from fastcr.errors import UsageError
 from fastcr.runs import checkpoint
@@ -24,7 +24,6 @@ from fastcr.runs.checkpoint import (
     load_resume,
     load_weights,
     random_states,
-    read_state_dict,
     save_resume,
     save_weights,
     set_random_states,
@@ -38,9 +37,7 @@ def names(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())
 
 
-@pytest.mark.parametrize(
-    "error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed"), SafetensorError("io")]
-)
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed")])
 def test_failed_write_keeps_the_old_file_and_says_so(error: Exception, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("old")
@@ -60,17 +57,8 @@ def test_file_is_on_the_disk_before_it_takes_the_old_ones_place(
 ) -> None:
     calls: list[str] = []
     fsync, replace = os.fsync, os.replace
-
-    def noted_fsync(file: int) -> None:
-        calls.append("fsync")
-        fsync(file)
-
-    def noted_replace(old: Path, new: Path) -> None:
-        calls.append("replace")
-        replace(old, new)
-
-    monkeypatch.setattr(os, "fsync", noted_fsync)
-    monkeypatch.setattr(os, "replace", noted_replace)
+    monkeypatch.setattr(os, "fsync", lambda file: [calls.append("fsync"), fsync(file)])
+    monkeypatch.setattr(os, "replace", lambda old, new: [calls.append("replace"), replace(old, new)])
     write_whole(tmp_path / "file", lambda beside: beside.write_text("new"))
     assert calls[:2] == ["fsync", "replace"]
 
@@ -107,7 +95,7 @@ def test_weights_come_back_with_their_facts(tmp_path: Path) -> None:
 )
 def test_state_dict_is_found_and_unwrapped(wrap: Callable[[Any], Any], tmp_path: Path) -> None:
     torch.save(wrap({"module.a": torch.ones(2).half(), "b": torch.tensor(1)}), tmp_path / "w.pt")
-    state = read_state_dict(tmp_path / "w.pt")
+    state, _ = load_weights(tmp_path / "w.pt")
     assert state.keys() == {"a", "b"}
     assert (state["a"].dtype, state["b"].dtype) == (torch.float32, torch.int64)
 
@@ -139,13 +127,12 @@ def test_the_last_saves_are_kept(links: bool, tmp_path: Path, monkeypatch: pytes
     assert [torch.load(tmp_path / name, weights_only=True)["step"] for name in names] == [4, 3, 5]
 
 
-@pytest.mark.parametrize("at", [0.2, 0.5, 0.8])
-def test_a_damaged_save_is_noticed_and_the_one_before_is_taken(at: float, tmp_path: Path) -> None:
+def test_a_damaged_save_is_noticed_and_the_one_before_is_taken(tmp_path: Path) -> None:
     path = tmp_path / "resume.pt"
     for step in (1, 2):
         save_resume(path, {"step": step, "model": {"a": torch.randn(5000)}}, keep=2)
     content = bytearray(path.read_bytes())
-    content[int(at * len(content))] ^= 1  # among the numbers: torch alone would load it
+    content[len(content) // 2] ^= 1  # among the numbers: torch alone would load it
     path.write_bytes(content)
     assert torch.load(path, weights_only=True)["step"] == 2
     state, file = load_resume(path)

@@ -1,13 +1,10 @@
 """What a user gets for a mistake: one line that names the culprit, status 2, nothing lost; `--help`, presets, YAML."""
 
 import dataclasses
-import gc
-import io
 import re
 import runpy
 import shutil
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,17 +12,15 @@ import safetensors.torch
 import torch
 
 from fastcr import evaluate, train
-from fastcr.config import Config
 from fastcr.presets import PRESETS
 from fastcr.runs import machine
 from fastcr.runs.checkpoint import save_weights
-from fastcr.runs.command_line import load_config, read_command_line, save_config, spare_imports
+from fastcr.runs.command_line import load_config, read_command_line, save_config
 from fastcr.runs.validate import validate
 from tests.shared import TINY
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ONE_STEP = [*TINY, "--run.steps", "1"]
-Main = Callable[[Sequence[str]], None]
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +42,7 @@ def copied(finished: Path, tmp_path: Path) -> Path:
     [
         ("--optim.lrr 1", ("--optim.lrr", "did you mean --optim.lr?")),
         ("--optim.lr abc", ("--optim.lr", "'abc'")),
-        ("--optim.lr", ("--optim.lr",)),
         ("--data.loader fast", ("--data.loader", "'fast'", "'dali'", "'torch'")),
-        ("--rationale.enabled maybe", ("--rationale.enabled", "'maybe'", "'True'")),
         ("--model.backbone resnet19", ("--model.backbone", "'resnet19'", "'resnet18'")),
         ("synthetic stray", ("stray",)),
         ("cub20", ("'cub20'", "did you mean cub200?")),
@@ -58,6 +51,10 @@ def copied(finished: Path, tmp_path: Path) -> Path:
         ("--resume auto", ("--resume auto needs --run.dir",)),
         ("--run.device cuda:99", ("--run.device cuda:99", "CUDA devices")),
         ("--run.device gpu", ("--run.device", "'gpu'")),
+        (
+            "--moco.pooling rationale --rationale.enabled False",
+            ("--moco.pooling rationale needs the rationale branch",),
+        ),
     ],
 )
 def test_mistaken_arguments_of_train(args: str, culprits: tuple[str, ...], refused: Callable[..., str]) -> None:
@@ -65,27 +62,14 @@ def test_mistaken_arguments_of_train(args: str, culprits: tuple[str, ...], refus
     assert all(culprit in line for culprit in culprits), line
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
-def test_a_mistake_is_one_line_whatever_stdout_is(
-    encoding: str, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
-) -> None:
-    # the parser draws its boxes with other characters where stdout is not called "utf-8"
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
-    line = refused(train.main, "--optim.lrr", "1")
-    assert line == "fastcr.train: error: Unrecognized options: --optim.lrr, 1 (did you mean --optim.lr?)"
-
-
 # A value of each kind that is beyond its limits
 @pytest.mark.parametrize(
     ("flag", "values"),
     [
-        ("--data.image_size", "31 -1"),
         ("--optim.lr", "0 -0.1 nan inf"),
         ("--run.seed", f"-1 {2**70}"),
         ("--run.steps", "0"),
         ("--moco.key_momentum", "-0.1 1.1 nan"),
-        ("--rationale.detectors", "0 129"),
-        ("--rationale.lr", "0 -1 nan inf"),
     ],
 )
 def test_values_out_of_range(flag: str, values: str, flat: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
@@ -93,11 +77,6 @@ def test_values_out_of_range(flag: str, values: str, flat: Path, tmp_path: Path,
         args = [*ONE_STEP, "--data.root", flat, "--run.dir", tmp_path / "run", flag, value]
         assert flag in refused(train.main, *args)
         assert not (tmp_path / "run").exists()
-
-
-def test_settings_that_exclude_each_other(refused: Callable[..., str]) -> None:
-    line = refused(train.main, "--moco.pooling", "rationale", "--rationale.enabled", "False")
-    assert "--moco.pooling rationale needs the rationale branch" in line
 
 
 def test_existing_run_is_not_overwritten(flat: Path, finished: Path, refused: Callable[..., str]) -> None:
@@ -124,11 +103,10 @@ def test_resume_of_what_is_no_run(flat: Path, tmp_path: Path, finished: Path, re
     ("damage", "culprit"),
     [
         (lambda file: file.unlink(), "no resume.pt"),
-        (lambda file: file.write_bytes(b""), "resume.pt"),
         (lambda file: file.write_bytes(file.read_bytes()[:5000]), "resume.pt"),
         (lambda file: torch.save({"step": 1, "model": 5, "optimizer": 1, "random": 1}, file), "resume.pt"),
     ],
-    ids=["missing", "empty", "truncated", "wrong types"],
+    ids=["missing", "truncated", "wrong types"],
 )
 def test_broken_resume(
     damage: Callable[[Path], object], culprit: str, copied: Path, refused: Callable[..., str]
@@ -143,7 +121,6 @@ def test_broken_resume(
     ("text", "words"),
     [
         ("", "is broken"),
-        ("run: 5", "is broken"),
         ("run: [", "is broken"),
         ("run:\n  nope: 1\n  gone: 2", "was made by another version of fastcr: unknown settings run.gone, run.nope"),
         ("optim:\n  lr: abc", "'abc'"),
@@ -161,10 +138,9 @@ def test_broken_config(text: str, words: str, copied: Path, refused: Callable[..
     [
         (lambda file: None, ("no weights file",)),
         (lambda file: torch.save([1, 2], file), ("no dict of tensors",)),
-        (lambda file: torch.save({"conv1.weight": torch.ones(2)}, file), ("conv1.weight is [2]",)),
         (lambda file: torch.save({"conv1.weight": torch.ones(64, 3, 7, 7)}, file), ("lacks", "allow_missing_weights")),
     ],
-    ids=["missing", "list", "shape", "incomplete"],
+    ids=["missing", "list", "incomplete"],
 )
 def test_unusable_initial_weights(
     make: Callable[[Path], object], culprits: tuple[str, ...], flat: Path, tmp_path: Path, refused: Callable[..., str]
@@ -177,47 +153,26 @@ def test_unusable_initial_weights(
     assert not (tmp_path / "run").exists()
 
 
-def test_names_with_brackets_are_printed_as_they_are(
-    flat: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    folder = tmp_path / "x[/y]z"  # square brackets are markup to rich; the slash makes it a closing tag
-    train.main([*ONE_STEP, "--data.root", str(flat), "--run.dir", str(folder)])
-    assert f"run folder: {folder}" in capfd.readouterr().out.splitlines()
-
-
 def test_mistaken_arguments_of_evaluate(
     finished: Path, birds: Path, flat: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     main, file = evaluate.main, finished / "weights.safetensors"
     assert "PATH" in refused(main)
     assert "did you mean --data.root?" in refused(main, finished, "--data.rot", birds)
-    assert str(tmp_path / "none") in refused(main, tmp_path / "none")
     assert f"{flat} is not a run folder: it has no config.yaml" in refused(main, flat)
     assert "--data.root" in refused(main, file)
     assert f"{flat} has no labels" in refused(main, finished)
     assert f"{flat} has no labels" in refused(main, file, "--data.root", flat)
-    assert "--run.device" in refused(main, file, "--data.root", birds, "--run.device", "gpu")
-    assert "--data.workers" in refused(main, file, "--data.root", birds, "--data.workers", -1)
+    (unsaved := tmp_path / "unsaved").mkdir()
+    shutil.copyfile(finished / "config.yaml", unsaved / "config.yaml")
+    line = refused(main, unsaved, "--data.root", birds)
+    assert f"{unsaved} is not a run folder, or its run has saved nothing yet: no weights.safetensors in it" in line
 
 
-def test_run_without_weights_cannot_be_evaluated(copied: Path, birds: Path, refused: Callable[..., str]) -> None:
-    (copied / "weights.safetensors").unlink()
-    line = refused(evaluate.main, copied, "--data.root", birds)
-    assert f"{copied} is not a run folder, or its run has saved nothing yet: no weights.safetensors in it" in line
-
-
-def odd_facts(**facts: object) -> Callable[[Path], None]:
+def facts(**facts: object) -> Callable[[Path], None]:
     whole = {"backbone": "resnet18", "last_stage": "layer3", "stem_maxpool": True, "detectors": 0, "temperature": 0.4}
     whole |= {"attention": "softmax", "image_size": 32}
-
-    def make(file: Path) -> None:
-        save_weights(file, {"backbone.conv1.weight": torch.ones(2)}, whole | facts)
-
-    return make
-
-
-def metadata(text: str) -> Callable[[Path], None]:
-    return lambda file: safetensors.torch.save_file({"a": torch.ones(2)}, file, {"fastcr": text})
+    return lambda file: save_weights(file, {"backbone.conv1.weight": torch.ones(2)}, whole | facts)
 
 
 @pytest.mark.parametrize(
@@ -225,13 +180,12 @@ def metadata(text: str) -> Callable[[Path], None]:
     [
         (lambda file: file.write_bytes(b""), "whole safetensors file"),
         (lambda file: safetensors.torch.save_file({"a": torch.ones(2)}, file), "no fastcr metadata"),
-        (metadata("{"), ""),
-        (metadata('{"backbone": "resnet18"}'), "does not hold what its metadata says"),
-        (odd_facts(), "does not hold what its metadata says"),
-        (odd_facts(last_stage="layer9"), "layer9"),
-        (odd_facts(detectors="many"), ""),
+        (lambda file: safetensors.torch.save_file({"a": torch.ones(2)}, file, {"fastcr": "{"}), "cannot be read"),
+        (facts(), "does not hold what its metadata says"),
+        (facts(last_stage="layer9"), "layer9"),
+        (facts(detectors="many"), ""),
     ],
-    ids=["empty", "bare", "no json", "few facts", "shapes", "stage", "detectors"],
+    ids=["empty", "bare", "no json", "shapes", "stage", "detectors"],
 )
 def test_unusable_weights_files(
     make: Callable[[Path], object], culprit: str, birds: Path, tmp_path: Path, refused: Callable[..., str]
@@ -242,20 +196,6 @@ def test_unusable_weights_files(
     assert str(file) in line
     assert culprit in line
     assert not (tmp_path / "results.json").exists()
-
-
-@pytest.mark.parametrize("main", [train.main, evaluate.main])
-def test_help(main: Main, capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(["--help"])
-    captured = capfd.readouterr()
-    assert (stop.value.code, captured.err) == (0, "")
-    sections = [field.name for field in dataclasses.fields(Config) if field.name != "preset"]
-    for section in sections if main is train.main else ("data", "run"):
-        assert f"--{section}." in captured.out
-    if main is train.main:
-        assert all(f"  {name}: " in captured.out for name in PRESETS)
-        assert "--preset" not in captured.out
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -303,14 +243,4 @@ def test_precision_is_what_the_processor_can_do(
 @pytest.mark.skipif(not Path("/proc/cpuinfo").is_file(), reason="there is no /proc")
 def test_hardware_that_multiplies_bf16_is_what_the_kernel_lists() -> None:
     itself = runpy.run_path(machine.__file__)["multiplies_bf16"]  # not what tests put in its place
-    assert itself() == bool(re.search(r"avx512_bf16|amx_tile|\bbf16\b", Path("/proc/cpuinfo").read_text()))
-
-
-@pytest.mark.parametrize("program", ["/venv/bin/fastcr", "/site/fastcr/train.py", "/venv/bin/pytest"])
-def test_imports_are_no_garbage_in_a_process_of_ones_own(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", [program])
-    try:
-        spare_imports()
-        assert bool(gc.get_freeze_count()) == ("pytest" not in program)
-    finally:
-        gc.unfreeze()
+    assert itself() == bool(re.search(r"avx512_bf16|amx_tile", Path("/proc/cpuinfo").read_text()))

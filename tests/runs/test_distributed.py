@@ -245,7 +245,7 @@ def test_devices_of_several_processes() -> None:
     assert pick_device("cpu", 1, 2) == torch.device("cpu")
     with pytest.raises(UsageError, match="cuda:1: 2 processes need a device each"):
         pick_device("cuda:1", 0, 2)
-    with pytest.raises(UsageError, match="1000 processes on a machine with"):
+    with pytest.raises(UsageError, match="each of 1000 processes needs one"):
         pick_device("cuda", 0, 1000)
 
 

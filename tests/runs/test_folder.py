@@ -73,42 +73,23 @@ def test_weights_are_kept_in_folders_of_any_name(tmp_path: Path) -> None:
     assert facts == {"size": 3}
 
 
-@pytest.mark.parametrize("home", ["read-only", "a file", "none"])
-def test_without_a_home_to_write_into_the_cache_is_temporary(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: str
-) -> None:
+def test_without_a_home_to_write_into_the_cache_is_temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home" / "cache"))
     assert cache_folder() == tmp_path / "home" / "cache" / "fastcr"
     monkeypatch.setattr("tempfile.gettempdir", lambda: "/elsewhere")
-    if home == "read-only":
-        monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
-    elif home == "a file":
-        (tmp_path / "home").write_text("")
-    else:
-        monkeypatch.delenv("XDG_CACHE_HOME")
-        monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # HOME and the user's name are unknown
+    (tmp_path / "home").write_text("")
+    assert cache_folder() == Path(f"/elsewhere/fastcr-{os.getuid()}")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # HOME and the user's name are unknown
     assert cache_folder() == Path(f"/elsewhere/fastcr-{os.getuid()}")
 
 
-def test_the_home_of_paths_that_shells_leave_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/wren")
-    config, _ = read_command_line(["folder", "--data.root=~/a b", "--run.dir=~/a b", "--model.weights=~/a b"])
-    assert {str(config.data.root), str(config.run.dir), config.model.weights} == {"/home/wren/a b"}
-
-
-@pytest.mark.parametrize("name", ["weights.safetensors", ""])
-def test_weights_of_a_run_say_of_which_encoder_they_are(tmp_path: Path, name: str) -> None:
+def test_weights_of_a_run_say_of_which_encoder_they_are(tmp_path: Path) -> None:
     write_weights(tmp_path / "weights.safetensors", backbone="resnet34", last_stage="layer3")
-    config, _ = read_command_line(["folder", "--model.weights", str(tmp_path / name)])
+    config, _ = read_command_line(["folder", "--model.weights", str(tmp_path)])
     assert (config.model.backbone, config.model.last_stage) == ("resnet34", "layer3")
-    named, _ = read_command_line(["folder", "--model.weights", str(tmp_path / name), "--model.backbone", "resnet18"])
+    named, _ = read_command_line(["folder", "--model.weights", str(tmp_path), "--model.backbone", "resnet18"])
     assert named.model.backbone == "resnet18"
-
-
-def test_the_file_to_resume_from_stands_for_its_folder(tmp_path: Path) -> None:
-    save_config(Config(), tmp_path / "config.yaml")
-    _, resume = read_command_line(["--resume", str(tmp_path / "resume.pt")])
-    assert resume == tmp_path
 
 
 @pytest.mark.parametrize(
