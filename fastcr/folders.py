@@ -6,7 +6,7 @@ import hashlib
 import io
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain
@@ -18,9 +18,9 @@ from PIL import Image
 from rich.table import Table
 
 from fastcr.arguments import FoldersConfig, read_arguments
-from fastcr.data.images import ImageList, Note
+from fastcr.data.images import ImageList
 from fastcr.data.layouts import list_splits
-from fastcr.data.listing import SHARED, UNREADABLE
+from fastcr.data.listing import UNREADABLE
 from fastcr.runs.command_line import one_line_errors
 from fastcr.runs.context import Context
 from fastcr.runs.machine import pick_workers
@@ -92,16 +92,14 @@ def _decoding(kind: str) -> str:
     return "fast, but not by a GPU's JPEG engine" if "progressive" in kind else "fast"
 
 
-def shared(parts: dict[str, tuple[ImageList, list[Facts]]]) -> Iterator[Note]:
-    """A note if files of the test split are, byte by byte, those of training images."""
+def shared(parts: dict[str, tuple[ImageList, list[Facts]]]) -> list[str]:
+    """A line if files of the test split are, byte by byte, those of training images."""
     if "test" not in parts:
-        return
+        return []
     (train, known), (test, facts) = parts["train"], parts["test"]
-    trained = {fact.digest: index for index, fact in enumerate(known) if fact.digest}
-    both = [index for index, fact in enumerate(facts) if fact.digest in trained]
-    if both:
-        same = train.path(trained[facts[both[0]].digest])
-        yield Note(SHARED, len(both), f"{test.path(both[0])!r} is {same!r}")
+    trained = {fact.digest: train.path(index) for index, fact in enumerate(known) if fact.digest}
+    both = [(test.path(i), trained[fact.digest]) for i, fact in enumerate(facts) if fact.digest in trained]
+    return [f"test images that also train: {len(both):,}, e.g. {both[0][0]!r} is {both[0][1]!r}"] if both else []
 
 
 def print_report(parts: dict[str, tuple[ImageList, list[Facts]]], context: Context, classes: bool) -> None:
@@ -133,29 +131,28 @@ def print_report(parts: dict[str, tuple[ImageList, list[Facts]]], context: Conte
         show(None, "class", ([one, *(f"{found.get(one, 0):,}" for found in sizes.values())] for one in names))
 
 
-def check(root: Path, context: Context, *, classes: bool = False) -> int:
-    """Print what `root` holds, what is left out, and every broken image; returns how many cannot be read."""
-    start, splits = time.perf_counter(), list_splits(root)
+def check(root: Path, context: Context, *, classes: bool = False) -> bool:
+    """Print what `root` holds, what is left out, and every broken image; returns whether all of it can be read."""
+    start, (splits, notes) = time.perf_counter(), list_splits(root)
     named = {"train": splits.train} | ({"test": splits.test} if splits.test is not None else {})
     parts = {name: (images, examine_all(images, f"decoding, {name}", context)) for name, images in named.items()}
     seconds = time.perf_counter() - start
     print_report(parts, context, classes)
-    notes = [*(note for note in splits.notes if note.what != SHARED), *shared(parts)]
     facts = [fact for _, found in parts.values() for fact in found]
     broken = [fact.error for fact in facts if fact.error]
-    for line in (*map(str, notes), *(f"broken: {error}" for error in broken)):
+    for line in (*notes, *shared(parts), *(f"broken: {error}" for error in broken)):
         context.say(line)
     total = len(facts)
     verdict = f"{len(broken):,} of {total:,} images are broken" if broken else f"all {total:,} images are whole"
     context.say(f"{verdict} ({seconds:.1f} s, {total / seconds:,.0f} images/s)")
-    return len(broken) + sum(note.number for note in notes if note.what == UNREADABLE)
+    return not broken and not any(note.startswith(UNREADABLE) for note in notes)
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Command line of `fastcr folders`; exit status 1 if images or folders cannot be read."""
     with one_line_errors("folders"):
         config: FoldersConfig = read_arguments("folders", args)
-        if check(config.root, Context(workers=pick_workers(None)), classes=bool(config.classes)):
+        if not check(config.root, Context(workers=pick_workers(None)), classes=bool(config.classes)):
             raise SystemExit(1)
 
 

@@ -82,17 +82,8 @@ def test_a_list_names_images_and_labels(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "labels"),
     [
-        ("\ufeff1.png\twren\r\ndir/2 3.png\tcrow\r\n", ["wren", "crow"]),  # as Windows' editors save it
-        ("1.png\twren  \ndir/2 3.png\tcrow\n", ["wren", "crow"]),
-        ("1.png\twood wren\ndir\\2 3.png\tcrow\n", ["wood wren", "crow"]),
-        ("1.png,wren\ndir/2 3.png, crow \n", ["wren", "crow"]),
-        ('"1.png";"wren "\n"dir/2 3.png";"crow"\n', ["wren", "crow"]),
-        ("1.png 0\ndir/2 3.png   1\n", ["0", "1"]),
-        (" 1.png\n'dir/2 3.png' \n", None),
+        ("\ufeff1.png\twren\r\ndir/2 3.png\tcrow \r\n", ["wren", "crow"]),  # as Windows' editors save it
         ("1.png\t\ndir/2 3.png\t\n", None),
-        ("filename,label\n1.png,wren\ndir/2 3.png,crow\n", ["wren", "crow"]),
-        ('"image path"\n"1.png"\n"dir/2 3.png"\n', None),
-        ("1.png;wren\rdir/2 3.png;crow\r", ["wren", "crow"]),
     ],
 )
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
@@ -104,14 +95,6 @@ def test_a_list_is_read_as_people_write_it(tmp_path: Path, text: str, labels: li
     assert images.files == ("1.png", "dir/2 3.png")
     found = None if images.labels is None else [images.classes[label] for label in images.labels]
     assert found == labels
-
-
-@pytest.mark.parametrize("encoding", ["utf-8", "cp1252"])
-def test_a_list_in_windows_western_encoding_is_read(tmp_path: Path, encoding: str) -> None:
-    put(tmp_path / "café" / "1.png")
-    (tmp_path / "list.txt").write_text("café\\1.png,café\n", encoding=encoding)
-    images = read_splits(tmp_path / "list.txt").train
-    assert (images.files, images.classes) == (("café/1.png",), ("café",))
 
 
 @pytest.mark.parametrize(

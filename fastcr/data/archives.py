@@ -4,7 +4,6 @@
 |---|---|---|---|
 | CUB-200-2011 | `images.txt` | 1 in `train_test_split.txt` | 0 |
 | Stanford Cars | `cars_train/` | `devkit/cars_train_annos.mat` | `cars_test_annos_withlabels.mat` (here or there) |
-| the same, in one folder | `cars_annos.mat` | its rows without the flag `test` | those with it |
 | FGVC-Aircraft | `images_variant_trainval.txt` | that list, by variant | `images_variant_test.txt` |
 | iNaturalist 2019 | `train2019.json` | that list | `val2019.json` |
 
@@ -16,9 +15,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,58 +91,36 @@ def _cub(root: Path) -> Archive:
     files, training, labels = (_lines(root / name) for name in names)
     if not files.keys() == training.keys() == labels.keys():
         raise UsageError(f"images.txt, train_test_split.txt and image_class_labels.txt of {root} list different ids")
-    files = {id_: file.replace("\\", "/") for id_, file in files.items()}
     rows = {id_: (file, file.split("/")[0]) for id_, file in files.items()}
     table, folder = root / "train_test_split.txt", root / "images"
     train, test = (Part(table, folder, [row for id_, row in rows.items() if training[id_] == flag]) for flag in "10")
     return tuple(sorted({name for _, name in rows.values()})), train, test
 
 
-def _matlab(file: Path, name: str, *fields: str) -> Any:
-    """Variable `name` of a MATLAB file: an array, of records that have `fields` if any are named."""
+def _matlab(file: Path, name: str) -> Any:
+    """Variable `name` of a MATLAB file, an array."""
     try:
         from scipy.io import loadmat
     except ImportError:
         raise UsageError('the tables of Stanford Cars need scipy: pip install "fastcr[archives]"') from None
     with _reading(file, f"the archive's MATLAB file with {name!r}"):
-        with ProcessPoolExecutor(1, get_context("fork")) as apart:  # broken bytes can crash scipy, and its process
-            found = apart.submit(loadmat, file, variable_names=[name], squeeze_me=True).result()
-        values = np.atleast_1d(found[name])
-    if lacking := [field for field in fields if field not in (values.dtype.names or ())]:
-        hint = ": the devkit's own test table has none, it came separately" if lacking == ["class"] else ""
-        raise UsageError(f"{file}: {name!r} has no field {lacking[0]!r}{hint}")
-    return values
+        return np.atleast_1d(loadmat(file, variable_names=[name], squeeze_me=True)[name])
 
 
 def _cars(root: Path) -> Archive:
     classes = tuple(map(str, _matlab(root / "devkit" / "cars_meta.mat", "class_names")))
 
     def part(folder: str, table: Path) -> Part:
-        rows = _matlab(table, "annotations", "fname", "class")
-        return Part(table, root / folder, _numbered(rows["fname"], rows["class"], classes, table))
+        rows = _matlab(table, "annotations")
+        # the devkit's own test table has no labels; the one with labels came separately
+        with _reading(table, f"a table of files and their classes, which count from 1 to {len(classes)}"):
+            numbered = dict(enumerate(classes, start=1))
+            names = [numbered[int(number)] for number in rows["class"]]
+            return Part(table, root / folder, [*zip(map(str, rows["fname"]), names, strict=True)])
 
     labels = "cars_test_annos_withlabels.mat"
     test_table = root / labels if (root / labels).is_file() else root / "devkit" / labels
     return classes, part("cars_train", root / "devkit" / "cars_train_annos.mat"), part("cars_test", test_table)
-
-
-def _cars_in_one_folder(root: Path) -> Archive:
-    table = root / "cars_annos.mat"
-    classes = tuple(map(str, _matlab(table, "class_names")))
-    rows = _matlab(table, "annotations", "relative_im_path", "class", "test")
-
-    def part(flag: int) -> Part:
-        chosen = rows[rows["test"].astype(int) == flag]
-        return Part(table, root, _numbered(chosen["relative_im_path"], chosen["class"], classes, table))
-
-    return classes, part(0), part(1)
-
-
-def _numbered(files: Any, numbers: Any, classes: tuple[str, ...], table: Path) -> Rows:
-    """Files and their classes, which the tables of Cars count from 1."""
-    if len(numbers) and not 1 <= min(numbers) <= max(numbers) <= len(classes):
-        raise UsageError(f"{table} numbers classes outside 1..{len(classes)}")
-    return [(str(file), classes[int(number) - 1]) for file, number in zip(files, numbers, strict=True)]
 
 
 def _aircraft(root: Path) -> Archive:
@@ -175,7 +150,6 @@ def _inat(root: Path) -> Archive:
 # what the root holds, the folders the archive unpacks to, and its reader
 ARCHIVES: tuple[tuple[tuple[str, ...], tuple[str, ...], Callable[[Path], Archive]], ...] = (
     (("images.txt",), ("CUB_200_2011",), _cub),
-    (("cars_annos.mat",), ("stanford_cars",), _cars_in_one_folder),
     (("cars_train",), ("stanford_cars",), _cars),
     (("images_variant_trainval.txt",), ("data", "fgvc-aircraft-2013b/data"), _aircraft),
     (("train2019.json", "train_val2019"), (), _inat),

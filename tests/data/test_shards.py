@@ -126,11 +126,11 @@ def test_members_of_every_kind(tmp_path: Path, birds: Path, capsys: pytest.Captu
             add(tar, f"./{key}.mask.png", b"no picture of the sample")
             add(tar, f"./{key}.JPG", files.read(i))
             add(tar, f"./{key}.png", b"the second image of the sample")
-        add(tar, "only.json", b'{"label": "class 0"}')
+        add(tar, "no-image.json", b'{"label": "class 0"}')
         add(tar, "deep/._hidden.jpg", b"")
         add(tar, "README", b"no extension")
     images = read_splits(tmp_path).train
-    assert "samples in shards that hold no image: 1, e.g. 'train-0.v1.tar/only.json'" in capsys.readouterr().err
+    assert "samples in shards that hold no image: 1, e.g. 'train-0.v1.tar/no-image'" in capsys.readouterr().err
     assert [images.read(i) for i in range(len(images))] == [files.read(i) for i in range(len(ODD))]
     assert images.classes == ("class 0", "class 1")
     assert images.labels == (0, 1, 0, 1, 0, 1)
