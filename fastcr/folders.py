@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
-import numpy as np
 from PIL import Image
 from rich.table import Table
 
@@ -24,8 +24,6 @@ from fastcr.data.listing import UNREADABLE
 from fastcr.runs.command_line import one_line_errors
 from fastcr.runs.context import Context
 from fastcr.runs.machine import pick_workers
-
-FEWEST = 5  # classes named
 
 
 class Facts(NamedTuple):
@@ -51,18 +49,9 @@ def examine(images: ImageList, index: int) -> Facts:
     return Facts(kind, width, height, digest=hashlib.blake2b(data, digest_size=16).digest())
 
 
-def examine_all(images: ImageList, title: str, context: Context) -> list[Facts]:
-    """Facts of every image, in order; decoded by as many threads as there are cores."""
-    with ThreadPoolExecutor(max(context.workers, 1)) as threads:
-        done = threads.map(partial(examine, images), range(len(images)))
-        return list(context.progress(done, title, len(images)))
-
-
-def _spread(values: Sequence[float], digits: int = 0) -> str:
+def _spread(values: Sequence[float]) -> str:
     """Minimum, median and maximum."""
-    if not len(values):
-        return "–"
-    return " / ".join(f"{value:,.{digits}f}" for value in (min(values), float(np.median(values)), max(values)))
+    return " / ".join(f"{value:,.0f}" for value in (min(values), median(values), max(values))) if values else "–"
 
 
 def class_sizes(images: ImageList) -> dict[str, int]:
@@ -81,7 +70,6 @@ def summary(images: ImageList, facts: list[Facts]) -> dict[str, str]:
         "images a class": _spread([*class_sizes(images).values()]),
         "width, px": _spread([fact.width for fact in good]),
         "height, px": _spread([fact.height for fact in good]),
-        "megapixels": _spread([fact.width * fact.height / 1e6 for fact in good], 2),
     }
 
 
@@ -103,7 +91,7 @@ def shared(parts: dict[str, tuple[ImageList, list[Facts]]]) -> list[str]:
 
 
 def print_report(parts: dict[str, tuple[ImageList, list[Facts]]], context: Context, classes: bool) -> None:
-    """Tables of the splits, of the kinds of images, and of all `classes`; the classes with fewest images."""
+    """Tables of the splits, of the kinds of images, and of all `classes`."""
 
     def show(title: str | None, first: str, rows: Iterable[Sequence[str]], *last: str) -> None:
         table = Table(title=title, title_style="dim")
@@ -121,21 +109,21 @@ def print_report(parts: dict[str, tuple[ImageList, list[Facts]]], context: Conte
     rows = [[kind, *(f"{found[kind]:,}" for found in kinds), _decoding(kind)] for kind in sorted({*chain(*kinds)})]
     show("kinds of images", "", rows, "decoding")
 
-    sizes = {name: class_sizes(images) for name, (images, _) in parts.items()}
-    for name, of_classes in sizes.items():
-        if len({*of_classes.values()}) > 1:
-            fewest = sorted(of_classes.items(), key=lambda one: one[1])[:FEWEST]
-            context.say(f"fewest images in {name}: {', '.join(f'{one} ({size})' for one, size in fewest)}")
     if classes:
-        names = sizes.get("test") or sizes["train"]  # the same ones, if both have labels
-        show(None, "class", ([one, *(f"{found.get(one, 0):,}" for found in sizes.values())] for one in names))
+        sizes = [class_sizes(images) for images, _ in parts.values()]
+        names = sizes[-1] or sizes[0]  # the same ones, if both have labels
+        show(None, "class", ([one, *(f"{found.get(one, 0):,}" for found in sizes)] for one in names))
 
 
 def check(root: Path, context: Context, *, classes: bool = False) -> bool:
     """Print what `root` holds, what is left out, and every broken image; returns whether all of it can be read."""
     start, (splits, notes) = time.perf_counter(), list_splits(root)
-    named = {"train": splits.train} | ({"test": splits.test} if splits.test is not None else {})
-    parts = {name: (images, examine_all(images, f"decoding, {name}", context)) for name, images in named.items()}
+    parts = {}
+    with ThreadPoolExecutor(max(context.workers, 1)) as threads:
+        for name, images in (("train", splits.train), ("test", splits.test)):
+            if images is not None:
+                done = threads.map(partial(examine, images), range(len(images)))
+                parts[name] = images, list(context.progress(done, f"decoding, {name}", len(images)))
     seconds = time.perf_counter() - start
     print_report(parts, context, classes)
     facts = [fact for _, found in parts.values() for fact in found]

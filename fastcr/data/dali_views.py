@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -38,7 +39,7 @@ def decoded(source: Iterator[list[np.ndarray]], decoder: str) -> Any:
     )
 
 
-def read_encoded(images: ImageList, index: int, by_pil: bool = False) -> Encoded:
+def read_encoded(images: ImageList, index: int, by_pil: bool) -> Encoded:
     """Bytes DALI is sure to decode, and the images skipped as unreadable.
 
     A whole RGB or grey JPEG that is the right way up is handed over as it is; anything else, or all `by_pil`, is
@@ -68,7 +69,8 @@ class DaliViews:
 
     def batches(self, start_step: int) -> Generator[Batch, None, None]:
         """Batches from `start_step` on, epoch after epoch, without end."""
-        step, pipeline, device = start_step, self._pipeline(start_step), self.loading.context.device
+        loading, device = self.loading, self.loading.context.device
+        step, pipeline = start_step, self._pipeline(start_step)
         stream = used = None
         while True:
             if device.type == "cuda":
@@ -78,8 +80,12 @@ class DaliViews:
             try:
                 (images,) = pipeline.run(stream)
             except RuntimeError:
-                if not self._finds_undecodable(step):
+                ahead = islice(loading.steps(len(self.images), step), AHEAD)
+                indices = {index for _, batch in ahead for index in batch.tolist()} - self._undecodable
+                if not indices:
                     raise
+                # those that PIL cannot read either, which it names; or else all that DALI had before it
+                self._undecodable |= {index for index in indices if self.images.rgb_or_next(index)[1]} or indices
                 pipeline = self._pipeline(step)
                 continue
             batch = self._cut(step, images)
@@ -112,22 +118,9 @@ class DaliViews:
 
     def _files(self, step: int) -> Iterator[list[np.ndarray]]:
         for _, indices in self.loading.steps(len(self.images), step):
-            files = list(self._threads.map(self._read, indices.tolist()))
+            by_pil = [index in self._undecodable for index in indices.tolist()]
+            files = list(self._threads.map(partial(read_encoded, self.images), indices.tolist(), by_pil))
             for _, bad in files:
                 for index in bad:
                     self.bad.note(index)
             yield [data for data, _ in files]
-
-    def _read(self, index: int) -> Encoded:
-        return read_encoded(self.images, index, by_pil=index in self._undecodable)
-
-    def _finds_undecodable(self, step: int) -> bool:
-        """After an error at `step`: whether there are images that PIL shall read from now on.
-
-        Those that it cannot read either, which it names; if there are none, all that DALI had before it.
-        """
-        ahead = islice(self.loading.steps(len(self.images), step), AHEAD)
-        indices = {index for _, batch in ahead for index in batch.tolist()} - self._undecodable
-        found = {index for index in indices if self.images.rgb_or_next(index)[1]} or indices
-        self._undecodable |= found
-        return bool(found)

@@ -306,7 +306,7 @@ def test_which_loader_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     ("flags", "message"),
     [
         (("--data.loader", "dali", "--data.cache", "host"), "does not go with --data.cache host: take fused or torch"),
-        (("--data.loader", "fused"), "--data.loader fused needs the decoded images"),
+        (("--data.loader", "fused"), "--data.loader fused does not go with --data.cache off: take dali or torch"),
         (("--data.cache", "device"), "--data.cache device needs CUDA"),
         (("--data.cache", "host"), r"--data\.cache host: the decoded images take .* GiB and 0\.0 are free"),
     ],
