@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from fastcr.data.images import BadFiles, ImageList
 from fastcr.data.layouts import read_splits
@@ -73,16 +72,6 @@ def test_a_stamp_changes_with_the_shard(packed: Path) -> None:
     assert changed == [True] * 20 + [False] * 44
 
 
-def test_bare_shards_are_one_split(packed: Path, birds: Path, tmp_path: Path) -> None:
-    bare = tmp_path / "bare"
-    bare.mkdir()
-    for shard in packed.glob("train-*.tar"):
-        shard.rename(bare / shard.name.removeprefix("train-"))
-    splits = read_splits(bare)
-    assert splits.test is None
-    assert same(splits.train, read_splits(birds).train)
-
-
 @pytest.mark.parametrize("loader", ["torch", "dali"])
 def test_views_are_those_of_the_files_from_any_step_on(packed: Path, birds: Path, loader: str) -> None:
     if loader == "dali":
@@ -95,23 +84,6 @@ def test_views_are_those_of_the_files_from_any_step_on(packed: Path, birds: Path
     plain = list(islice(files.batches(0), 10))  # into the second epoch
     for tar, file in zip(islice(tars.batches(6), 4), plain[6:], strict=True):
         assert all(torch.equal(a, b) for a, b in zip(tar, file, strict=True))
-
-
-def test_worker_processes_read_at_random(packed: Path, birds: Path) -> None:
-    """Handles that processes share would give one the other's place in the file."""
-    images, files = read_splits(packed).train, read_splits(birds).train
-    order = np.random.default_rng(0).permutation(len(images)).tolist() * 4
-    images.read(0)
-    loader = DataLoader(_Bytes(images), batch_size=None, sampler=order, num_workers=2, multiprocessing_context="fork")  # type: ignore[arg-type]
-    assert list(loader) == [files.read(index) for index in order]
-
-
-class _Bytes:
-    def __init__(self, images: ImageList) -> None:
-        self.images = images
-
-    def __getitem__(self, index: int) -> bytes:
-        return self.images.read(index)
 
 
 ODD = ("plain", "with space", "ü and \\", "tab\tand\nnewline", "deep/er/x", "long/" + "n" * 150)
