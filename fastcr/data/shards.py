@@ -90,8 +90,8 @@ def read_shards(root: Path, inside: Entries, notes: Notes) -> Splits | None:
         if not any(name in split for split in splits):
             notes.add(BESIDE, root / name)
     listed = {shard: list_samples(root / shard) for shard in progress([*chain(*splits)], "listing shards")}
-    labels = {sample.label for sample in chain(*listed.values()) if sample.image}
-    classes = sorted(labels - {None}, key=lambda label: (isinstance(label, str), label))  # numbers by their value
+    labels = {sample.label for sample in chain(*listed.values()) if sample.label is not None}
+    classes = sorted(labels, key=lambda label: (isinstance(label, str), label))  # numbers by their value
     images = [_images(root, split, listed, classes, notes) for split in splits]
     return Splits(images[0], images[1] if test else None)
 
