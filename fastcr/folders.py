@@ -6,26 +6,24 @@ import hashlib
 import io
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
-import numpy as np
 from PIL import Image
 from rich.table import Table
 
 from fastcr.arguments import FoldersConfig, read_arguments
-from fastcr.data.images import ImageList, Note
+from fastcr.data.images import ImageList
 from fastcr.data.layouts import list_splits
-from fastcr.data.listing import SHARED, UNREADABLE
+from fastcr.data.listing import UNREADABLE
 from fastcr.runs.command_line import one_line_errors
 from fastcr.runs.context import Context
 from fastcr.runs.machine import pick_workers
-
-FEWEST = 5  # classes named
 
 
 class Facts(NamedTuple):
@@ -51,18 +49,9 @@ def examine(images: ImageList, index: int) -> Facts:
     return Facts(kind, width, height, digest=hashlib.blake2b(data, digest_size=16).digest())
 
 
-def examine_all(images: ImageList, title: str, context: Context) -> list[Facts]:
-    """Facts of every image, in order; decoded by as many threads as there are cores."""
-    with ThreadPoolExecutor(max(context.workers, 1)) as threads:
-        done = threads.map(partial(examine, images), range(len(images)))
-        return list(context.progress(done, title, len(images)))
-
-
-def _spread(values: Sequence[float], digits: int = 0) -> str:
+def _spread(values: Sequence[float]) -> str:
     """Minimum, median and maximum."""
-    if not len(values):
-        return "–"
-    return " / ".join(f"{value:,.{digits}f}" for value in (min(values), float(np.median(values)), max(values)))
+    return " / ".join(f"{value:,.0f}" for value in (min(values), median(values), max(values))) if values else "–"
 
 
 def class_sizes(images: ImageList) -> dict[str, int]:
@@ -81,7 +70,6 @@ def summary(images: ImageList, facts: list[Facts]) -> dict[str, str]:
         "images a class": _spread([*class_sizes(images).values()]),
         "width, px": _spread([fact.width for fact in good]),
         "height, px": _spread([fact.height for fact in good]),
-        "megapixels": _spread([fact.width * fact.height / 1e6 for fact in good], 2),
     }
 
 
@@ -92,20 +80,18 @@ def _decoding(kind: str) -> str:
     return "fast, but not by a GPU's JPEG engine" if "progressive" in kind else "fast"
 
 
-def shared(parts: dict[str, tuple[ImageList, list[Facts]]]) -> Iterator[Note]:
-    """A note if files of the test split are, byte by byte, those of training images."""
+def shared(parts: dict[str, tuple[ImageList, list[Facts]]]) -> list[str]:
+    """A line if files of the test split are, byte by byte, those of training images."""
     if "test" not in parts:
-        return
+        return []
     (train, known), (test, facts) = parts["train"], parts["test"]
-    trained = {fact.digest: index for index, fact in enumerate(known) if fact.digest}
-    both = [index for index, fact in enumerate(facts) if fact.digest in trained]
-    if both:
-        same = train.path(trained[facts[both[0]].digest])
-        yield Note(SHARED, len(both), f"{test.path(both[0])!r} is {same!r}")
+    trained = {fact.digest: train.path(index) for index, fact in enumerate(known) if fact.digest}
+    both = [(test.path(i), trained[fact.digest]) for i, fact in enumerate(facts) if fact.digest in trained]
+    return [f"test images that also train: {len(both):,}, e.g. {both[0][0]!r} is {both[0][1]!r}"] if both else []
 
 
 def print_report(parts: dict[str, tuple[ImageList, list[Facts]]], context: Context, classes: bool) -> None:
-    """Tables of the splits, of the kinds of images, and of all `classes`; the classes with fewest images."""
+    """Tables of the splits, of the kinds of images, and of all `classes`."""
 
     def show(title: str | None, first: str, rows: Iterable[Sequence[str]], *last: str) -> None:
         table = Table(title=title, title_style="dim")
@@ -123,39 +109,38 @@ def print_report(parts: dict[str, tuple[ImageList, list[Facts]]], context: Conte
     rows = [[kind, *(f"{found[kind]:,}" for found in kinds), _decoding(kind)] for kind in sorted({*chain(*kinds)})]
     show("kinds of images", "", rows, "decoding")
 
-    sizes = {name: class_sizes(images) for name, (images, _) in parts.items()}
-    for name, of_classes in sizes.items():
-        if len({*of_classes.values()}) > 1:
-            fewest = sorted(of_classes.items(), key=lambda one: one[1])[:FEWEST]
-            context.say(f"fewest images in {name}: {', '.join(f'{one} ({size})' for one, size in fewest)}")
     if classes:
-        names = sizes.get("test") or sizes["train"]  # the same ones, if both have labels
-        show(None, "class", ([one, *(f"{found.get(one, 0):,}" for found in sizes.values())] for one in names))
+        sizes = [class_sizes(images) for images, _ in parts.values()]
+        names = sizes[-1] or sizes[0]  # the same ones, if both have labels
+        show(None, "class", ([one, *(f"{found.get(one, 0):,}" for found in sizes)] for one in names))
 
 
-def check(root: Path, context: Context, *, classes: bool = False) -> int:
-    """Print what `root` holds, what is left out, and every broken image; returns how many cannot be read."""
-    start, splits = time.perf_counter(), list_splits(root)
-    named = {"train": splits.train} | ({"test": splits.test} if splits.test is not None else {})
-    parts = {name: (images, examine_all(images, f"decoding, {name}", context)) for name, images in named.items()}
+def check(root: Path, context: Context, *, classes: bool = False) -> bool:
+    """Print what `root` holds, what is left out, and every broken image; returns whether all of it can be read."""
+    start, (splits, notes) = time.perf_counter(), list_splits(root)
+    parts = {}
+    with ThreadPoolExecutor(max(context.workers, 1)) as threads:
+        for name, images in (("train", splits.train), ("test", splits.test)):
+            if images is not None:
+                done = threads.map(partial(examine, images), range(len(images)))
+                parts[name] = images, list(context.progress(done, f"decoding, {name}", len(images)))
     seconds = time.perf_counter() - start
     print_report(parts, context, classes)
-    notes = [*(note for note in splits.notes if note.what != SHARED), *shared(parts)]
     facts = [fact for _, found in parts.values() for fact in found]
     broken = [fact.error for fact in facts if fact.error]
-    for line in (*map(str, notes), *(f"broken: {error}" for error in broken)):
+    for line in (*notes, *shared(parts), *(f"broken: {error}" for error in broken)):
         context.say(line)
     total = len(facts)
     verdict = f"{len(broken):,} of {total:,} images are broken" if broken else f"all {total:,} images are whole"
     context.say(f"{verdict} ({seconds:.1f} s, {total / seconds:,.0f} images/s)")
-    return len(broken) + sum(note.number for note in notes if note.what == UNREADABLE)
+    return not broken and not any(note.startswith(UNREADABLE) for note in notes)
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Command line of `fastcr folders`; exit status 1 if images or folders cannot be read."""
     with one_line_errors("folders"):
         config: FoldersConfig = read_arguments("folders", args)
-        if check(config.root, Context(workers=pick_workers(None)), classes=bool(config.classes)):
+        if not check(config.root, Context(workers=pick_workers(None)), classes=bool(config.classes)):
             raise SystemExit(1)
 
 

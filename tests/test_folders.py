@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from fastcr.data.layouts import read_splits
 from fastcr.errors import UsageError
 from fastcr.folders import main
-
-TINY = [
-    "--data.image_size", "32", "--data.cache", "off", "--run.device", "cpu", "--optim.batch_size", "20",
-    "--optim.epochs", "1", "--model.backbone", "resnet18", "--model.last_stage", "layer3", "--model.weights", "none",
-    "--moco.queue_size", "20", "--rationale.detectors", "4",
-]  # fmt: skip
 
 
 def put(path: Path, colour: int = 0) -> None:
@@ -82,17 +72,8 @@ def test_a_list_names_images_and_labels(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "labels"),
     [
-        ("\ufeff1.png\twren\r\ndir/2 3.png\tcrow\r\n", ["wren", "crow"]),  # as Windows' editors save it
-        ("1.png\twren  \ndir/2 3.png\tcrow\n", ["wren", "crow"]),
-        ("1.png\twood wren\ndir\\2 3.png\tcrow\n", ["wood wren", "crow"]),
-        ("1.png,wren\ndir/2 3.png, crow \n", ["wren", "crow"]),
-        ('"1.png";"wren "\n"dir/2 3.png";"crow"\n', ["wren", "crow"]),
-        ("1.png 0\ndir/2 3.png   1\n", ["0", "1"]),
-        (" 1.png\n'dir/2 3.png' \n", None),
+        ("\ufeff1.png\twren\r\ndir/2 3.png\tcrow \r\n", ["wren", "crow"]),  # as Windows' editors save it
         ("1.png\t\ndir/2 3.png\t\n", None),
-        ("filename,label\n1.png,wren\ndir/2 3.png,crow\n", ["wren", "crow"]),
-        ('"image path"\n"1.png"\n"dir/2 3.png"\n', None),
-        ("1.png;wren\rdir/2 3.png;crow\r", ["wren", "crow"]),
     ],
 )
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
@@ -104,14 +85,6 @@ def test_a_list_is_read_as_people_write_it(tmp_path: Path, text: str, labels: li
     assert images.files == ("1.png", "dir/2 3.png")
     found = None if images.labels is None else [images.classes[label] for label in images.labels]
     assert found == labels
-
-
-@pytest.mark.parametrize("encoding", ["utf-8", "cp1252"])
-def test_a_list_in_windows_western_encoding_is_read(tmp_path: Path, encoding: str) -> None:
-    put(tmp_path / "café" / "1.png")
-    (tmp_path / "list.txt").write_text("café\\1.png,café\n", encoding=encoding)
-    images = read_splits(tmp_path / "list.txt").train
-    assert (images.files, images.classes) == (("café/1.png",), ("café",))
 
 
 @pytest.mark.parametrize(
@@ -144,8 +117,6 @@ def test_the_check_counts_and_names(tmp_path: Path, capsys: pytest.CaptureFixtur
                 ["images a class", "1 / 2 / 3", "1 / 1 / 1"], ["width, px", "8 / 8 / 8", "8 / 8 / 8"],
                 ["wren", "3", "1"], ["robin", "1", "1"]):  # fmt: skip
         assert row in rows
-    assert "fewest images in train: robin (1), wren (3)" in out
-    assert "fewest images in test" not in out  # its classes are of one size
     assert "all 6 images are whole" in out
     picture = tmp_path / "train" / "wren" / "0.png"
     picture.write_bytes(picture.read_bytes()[:40])
@@ -156,64 +127,3 @@ def test_the_check_counts_and_names(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert f"broken: '{picture}' is not a readable image" in out
     assert "1 of 6 images are broken" in out
     assert max(len(line) for line in out.splitlines() if "│" in line) <= 100
-
-
-# GiB, of the largest process; a picture of 108 megapixels is 0.3, and DALI keeps the buffers that it has once needed
-PEAK = {"torch": 2, "dali": 5}
-
-
-def encoded(format_: str, size: tuple[int, int], mode: str = "RGB", **options: object) -> bytes:
-    """A coarse picture."""
-    small, file = Image.fromarray(np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)), io.BytesIO()
-    small.convert(mode).resize(size).save(file, format_, **options)
-    return file.getvalue()
-
-
-def fuzzed(root: Path) -> set[str]:
-    """Files of every kind named like images, and what is no file; returns those that no decoder can read."""
-    jpeg, png = encoded("JPEG", (90, 70)), encoded("PNG", (60, 80))
-    sound = [
-        encoded("JPEG", (12_000, 9_000)), jpeg, png, encoded("JPEG", (64, 64), progressive=True),
-        encoded("JPEG", (70, 50), mode="CMYK"), encoded("JPEG", (50, 70), mode="L"), encoded("GIF", (40, 30)),
-        encoded("PNG", (1, 1)), encoded("PNG", (50, 50), mode="RGBA"), encoded("WEBP", (60, 50)),
-        encoded("JPEG", (3, 900)),
-        jpeg[: len(jpeg) // 2] + b"\xff\xd9",  # ends too early, but ends: decoders fill it up with grey
-    ]  # fmt: skip
-    bomb = bytearray(encoded("JPEG", (64, 64)))
-    frame = bomb.index(b"\xff\xc0")
-    bomb[frame + 5 : frame + 9] = b"\xff\xff\xff\xff"  # says it is 65,535 pixels high and wide
-    broken = [jpeg[:99], png[:99], b"", b"<!DOCTYPE html><html>404</html>", bytes(range(256)), bytes(bomb)]
-    names = ["with space {}", "it's {}", 'say "{}"', "new\nline {}", "ü-鸟-{}", "-{}", "%s {}", "[bold]{}"]
-    paths = [root / f"{names[i % len(names)].format(i)}.jpg" for i in range(59)]
-    for i, path in enumerate(paths):
-        path.write_bytes(broken[i // 3 % len(broken)] if i % 3 == 2 else sound[0 if i == 0 else 1 + i % 11])
-    (root / "folder.jpg").mkdir()
-    (root / "link.jpg").symlink_to(root / "nowhere.jpg")
-    return {str(path) for path in (*paths[2::3], root / "link.jpg")}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("loader", ["torch", "dali"])
-def test_sample_of_broken_files_is_named_once_and_stops_nothing(tmp_path: Path, loader: str) -> None:
-    """60 files, one of them of 108 megapixels, in one epoch of three steps; the peak is that of the whole process."""
-    if loader == "dali":
-        pytest.importorskip("nvidia.dali")
-    root = tmp_path / "images"
-    root.mkdir()
-    bad = fuzzed(root)
-    command = [sys.executable, "-m", "fastcr.train", *TINY, "--data.root", root, "--run.dir", tmp_path / "run",
-               "--data.loader", loader, "--data.workers", "2"]  # fmt: skip
-    with open(tmp_path / "err", "wb") as err, open(tmp_path / "out", "wb") as out:
-        process = subprocess.Popen(list(map(str, command)), stdout=out, stderr=err)
-        _, status, usage = os.wait4(process.pid, 0)
-    lines = (tmp_path / "err").read_text().splitlines()
-    assert os.waitstatus_to_exitcode(status) == 0, lines[-5:]
-    named = [line for line in lines if "unreadable image" in line]
-    assert sorted(named) == sorted(f"fastcr: unreadable image {path!r}: its neighbour is used instead" for path in bad)
-    assert f"{len(bad)} unreadable training images" in (tmp_path / "out").read_text()
-    assert usage.ru_maxrss / 2**20 < PEAK[loader]
-    check = subprocess.run([sys.executable, "-m", "fastcr.folders", root], capture_output=True, text=True, check=False)
-    found = [line for line in check.stdout.splitlines() if line.startswith("broken: ")]
-    assert check.returncode == 1
-    assert [sum(line.startswith(f"broken: {path!r}") for line in found) for path in bad] == [1] * len(bad)
-    assert len(found) == len(bad)

@@ -4,7 +4,6 @@
 |---|---|---|---|
 | CUB-200-2011 | `images.txt` | 1 in `train_test_split.txt` | 0 |
 | Stanford Cars | `cars_train/` | `devkit/cars_train_annos.mat` | `cars_test_annos_withlabels.mat` (here or there) |
-| the same, in one folder | `cars_annos.mat` | its rows without the flag `test` | those with it |
 | FGVC-Aircraft | `images_variant_trainval.txt` | that list, by variant | `images_variant_test.txt` |
 | iNaturalist 2019 | `train2019.json` | that list | `val2019.json` |
 
@@ -15,12 +14,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -28,37 +25,25 @@ from fastcr.data.images import ImageList, Splits
 from fastcr.data.text_lists import read_text
 from fastcr.errors import UsageError
 
-Rows = Iterable[tuple[str, str]]  # file, name of its class
-
-
-class Part(NamedTuple):
-    """A split as an archive describes it."""
-
-    table: Path  # the file that lists its images
-    folder: Path  # where they lie
-    rows: Rows
-
-
-Archive = tuple[tuple[str, ...], Part, Part]  # classes; training and test images
-
 
 def read_archive(root: Path) -> Splits | None:
-    """The splits of the archive unpacked in `root` or in the folder it unpacks to; None where there is none.
+    """The splits of the archive unpacked in `root`; None where there is none.
 
     Raises `UsageError` if a table is missing or broken, or names images that are not there.
     """
-    for marks, homes, read in ARCHIVES:
-        for base in (root, *(root / home for home in homes)):
-            # exists() would take a pipe, and its reader wait for ever
-            if any((base / mark).is_file() or (base / mark).is_dir() for mark in marks):
-                classes, train, test = read(base)
-                return Splits(_split(classes, *train), _split(classes, *test))
+    for mark, read in ARCHIVES.items():
+        # exists() would take a pipe, and its reader wait for ever
+        if (root / mark).is_file() or (root / mark).is_dir():
+            return read(root)
     return None
 
 
-def _split(classes: tuple[str, ...], table: Path, root: Path, rows: Rows) -> ImageList:
-    """The images that `table` names, below `root`. `UsageError` if some lie elsewhere or nowhere, or in no class."""
-    rows = sorted(rows)
+def _split(classes: Iterable[str], table: Path, root: Path, rows: Iterable[tuple[str, str]]) -> ImageList:
+    """The images below `root` that `table` names: `rows` are files and the names of their classes.
+
+    Raises `UsageError` if some lie elsewhere or nowhere, or in none of the `classes`.
+    """
+    rows, classes = sorted(rows), tuple(classes)
     if not rows:
         raise UsageError(f"{table} names no images for one of the splits")
     if outside := [file for file, _ in rows if os.path.isabs(file) or ".." in Path(file).parts]:
@@ -89,94 +74,75 @@ def _lines(file: Path) -> dict[str, str]:
         return {id_: value.strip() for id_, value in pairs}
 
 
-def _cub(root: Path) -> Archive:
+def _cub(root: Path) -> Splits:
     names = ("images.txt", "train_test_split.txt", "image_class_labels.txt")
     files, training, labels = (_lines(root / name) for name in names)
     if not files.keys() == training.keys() == labels.keys():
-        raise UsageError(f"images.txt, train_test_split.txt and image_class_labels.txt of {root} list different ids")
-    files = {id_: file.replace("\\", "/") for id_, file in files.items()}
-    rows = {id_: (file, file.split("/")[0]) for id_, file in files.items()}
-    table, folder = root / "train_test_split.txt", root / "images"
-    train, test = (Part(table, folder, [row for id_, row in rows.items() if training[id_] == flag]) for flag in "10")
-    return tuple(sorted({name for _, name in rows.values()})), train, test
+        raise UsageError(f"{', '.join(names)} of {root} list different ids")
+    classes = sorted({file.split("/")[0] for file in files.values()})
+
+    def split(flag: str) -> ImageList:
+        rows = [(file, file.split("/")[0]) for id_, file in files.items() if training[id_] == flag]
+        return _split(classes, root / "train_test_split.txt", root / "images", rows)
+
+    return Splits(split("1"), split("0"))
 
 
-def _matlab(file: Path, name: str, *fields: str) -> Any:
-    """Variable `name` of a MATLAB file: an array, of records that have `fields` if any are named."""
+def _matlab(file: Path, name: str) -> Any:
+    """Variable `name` of a MATLAB file, an array."""
     try:
         from scipy.io import loadmat
     except ImportError:
         raise UsageError('the tables of Stanford Cars need scipy: pip install "fastcr[archives]"') from None
     with _reading(file, f"the archive's MATLAB file with {name!r}"):
-        with ProcessPoolExecutor(1, get_context("fork")) as apart:  # broken bytes can crash scipy, and its process
-            found = apart.submit(loadmat, file, variable_names=[name], squeeze_me=True).result()
-        values = np.atleast_1d(found[name])
-    if lacking := [field for field in fields if field not in (values.dtype.names or ())]:
-        hint = ": the devkit's own test table has none, it came separately" if lacking == ["class"] else ""
-        raise UsageError(f"{file}: {name!r} has no field {lacking[0]!r}{hint}")
-    return values
+        return np.atleast_1d(loadmat(file, variable_names=[name], squeeze_me=True)[name])
 
 
-def _cars(root: Path) -> Archive:
-    classes = tuple(map(str, _matlab(root / "devkit" / "cars_meta.mat", "class_names")))
+def _cars(root: Path) -> Splits:
+    classes = [*map(str, _matlab(root / "devkit" / "cars_meta.mat", "class_names"))]
 
-    def part(folder: str, table: Path) -> Part:
-        rows = _matlab(table, "annotations", "fname", "class")
-        return Part(table, root / folder, _numbered(rows["fname"], rows["class"], classes, table))
+    def split(folder: str, table: Path) -> ImageList:
+        annotations = _matlab(table, "annotations")
+        # the devkit's own test table has no labels: the one that has came separately
+        with _reading(table, f"a table of files and their classes, which count from 1 to {len(classes)}"):
+            numbered = dict(enumerate(classes, start=1))
+            files = map(str, annotations["fname"])
+            rows = [(file, numbered[int(number)]) for file, number in zip(files, annotations["class"], strict=True)]
+        return _split(classes, table, root / folder, rows)
 
     labels = "cars_test_annos_withlabels.mat"
-    test_table = root / labels if (root / labels).is_file() else root / "devkit" / labels
-    return classes, part("cars_train", root / "devkit" / "cars_train_annos.mat"), part("cars_test", test_table)
+    test = root / labels if (root / labels).is_file() else root / "devkit" / labels
+    return Splits(split("cars_train", root / "devkit" / "cars_train_annos.mat"), split("cars_test", test))
 
 
-def _cars_in_one_folder(root: Path) -> Archive:
-    table = root / "cars_annos.mat"
-    classes = tuple(map(str, _matlab(table, "class_names")))
-    rows = _matlab(table, "annotations", "relative_im_path", "class", "test")
-
-    def part(flag: int) -> Part:
-        chosen = rows[rows["test"].astype(int) == flag]
-        return Part(table, root, _numbered(chosen["relative_im_path"], chosen["class"], classes, table))
-
-    return classes, part(0), part(1)
-
-
-def _numbered(files: Any, numbers: Any, classes: tuple[str, ...], table: Path) -> Rows:
-    """Files and their classes, which the tables of Cars count from 1."""
-    if len(numbers) and not 1 <= min(numbers) <= max(numbers) <= len(classes):
-        raise UsageError(f"{table} numbers classes outside 1..{len(classes)}")
-    return [(str(file), classes[int(number) - 1]) for file, number in zip(files, numbers, strict=True)]
-
-
-def _aircraft(root: Path) -> Archive:
+def _aircraft(root: Path) -> Splits:
     with _reading(root / "variants.txt", "the list of classes"):
-        names = map(str.strip, read_text(root / "variants.txt").splitlines())
-        classes = tuple(name for name in names if name)
+        classes = [line.strip() for line in read_text(root / "variants.txt").splitlines() if line.strip()]
 
-    def part(table: Path) -> Part:
-        return Part(table, root / "images", [(f"{id_}.jpg", name) for id_, name in _lines(table).items()])
+    def split(table: Path) -> ImageList:
+        return _split(classes, table, root / "images", [(f"{id_}.jpg", name) for id_, name in _lines(table).items()])
 
-    return classes, part(root / "images_variant_trainval.txt"), part(root / "images_variant_test.txt")
+    return Splits(split(root / "images_variant_trainval.txt"), split(root / "images_variant_test.txt"))
 
 
-def _inat(root: Path) -> Archive:
-    def read(file: Path) -> tuple[Part, tuple[str, ...]]:
+def _inat(root: Path) -> Splits:
+    def read(file: Path) -> tuple[list[str], list[tuple[str, str]]]:
         with _reading(file, "iNaturalist's table of images, annotations and categories"):
             content = json.loads(file.read_bytes())
             names = {row["id"]: str(row["name"]) for row in sorted(content["categories"], key=lambda row: row["id"])}
             files = {row["id"]: str(row["file_name"]) for row in content["images"]}
             rows = [(files[row["image_id"]], names[row["category_id"]]) for row in content["annotations"]]
-            return Part(file, root, rows), tuple(names.values())
+            return [*names.values()], rows
 
-    (train, classes), (test, _) = read(root / "train2019.json"), read(root / "val2019.json")
-    return classes, train, test
+    files = root / "train2019.json", root / "val2019.json"
+    (classes, train), (_, test) = map(read, files)
+    return Splits(_split(classes, files[0], root, train), _split(classes, files[1], root, test))
 
 
-# what the root holds, the folders the archive unpacks to, and its reader
-ARCHIVES: tuple[tuple[tuple[str, ...], tuple[str, ...], Callable[[Path], Archive]], ...] = (
-    (("images.txt",), ("CUB_200_2011",), _cub),
-    (("cars_annos.mat",), ("stanford_cars",), _cars_in_one_folder),
-    (("cars_train",), ("stanford_cars",), _cars),
-    (("images_variant_trainval.txt",), ("data", "fgvc-aircraft-2013b/data"), _aircraft),
-    (("train2019.json", "train_val2019"), (), _inat),
-)
+# by what the root of each holds
+ARCHIVES = {
+    "images.txt": _cub,
+    "cars_train": _cars,
+    "images_variant_trainval.txt": _aircraft,
+    "train2019.json": _inat,
+}

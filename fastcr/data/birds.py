@@ -4,6 +4,7 @@ Four species share each of five body plans, which differ in proportions, bill, t
 differ in the colours and marks of their plumage.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import ImageDraw
 
 Array = NDArray[np.float64]
 Colour = tuple[int, ...]
-Points = list[tuple[float, float]]
+Points = Sequence[tuple[float, float]]
 
 
 def hex_colours(values: str) -> list[Colour]:
@@ -36,7 +37,7 @@ class Plan(NamedTuple):
     radius: float  # of the head
     bill: Points
     tail: Points
-    crest: Points
+    crest: Points = ()
 
 
 PLANS = {
@@ -44,13 +45,11 @@ PLANS = {
         -22, 1.12, (0.36, -0.27), 0.2,
         bill=[(0.8, -0.65), (1.75, 0.15), (0.8, 0.7)],
         tail=[(-0.4, -0.08), (-0.86, -0.1), (-0.78, 0.02), (-0.86, 0.14), (-0.4, 0.14)],
-        crest=[],
     ),
     "warbler": Plan(
         -8, 0.85, (0.42, -0.2), 0.165,
         bill=[(0.8, -0.22), (2.1, 0.12), (0.8, 0.3)],
         tail=[(-0.4, -0.06), (-0.9, -0.3), (-0.95, -0.16), (-0.4, 0.12)],
-        crest=[],
     ),
     "jay": Plan(
         -30, 0.9, (0.42, -0.3), 0.19,
@@ -62,7 +61,6 @@ PLANS = {
         -58, 1.05, (0.46, -0.16), 0.19,
         bill=[(0.7, -0.6), (1.45, -0.5), (1.75, 0.35), (1.6, 0.75), (1.25, 0.35), (0.7, 0.5)],
         tail=[(-0.36, -0.1), (-1.05, -0.12), (-1.05, 0.1), (-0.36, 0.14)],
-        crest=[],
     ),
     "kingfisher": Plan(
         -38, 0.95, (0.36, -0.28), 0.24,
@@ -175,6 +173,20 @@ class Pen:
                 self.dot((x, y), (0.022, 0.022), colour)
             else:
                 self.line([(x - 0.045, y - 0.012), (x + 0.045, y + 0.012)], colour, 0.026)
+
+
+def perched(draw: ImageDraw.ImageDraw, kind: Species, rng: Generator, unit: float, size: ArrayLike) -> tuple[Pen, Pen]:
+    """Pens for the body and the head of a bird that is anywhere in the picture of `size`, but whole."""
+    plan = PLANS[kind.plan]
+    angle = np.radians(plan.tilt + rng.uniform(-14, 14))
+    body = Pen(draw, (0, 0), unit, angle, plan.depth * rng.uniform(0.9, 1.12))
+    neck, turn = rng.uniform(-0.04, 0.04, 2), 0.15 * angle + np.radians(rng.uniform(-14, 14))
+    head = Pen(draw, body.pixels(plan.head + neck), unit * plan.radius, turn)
+    outline = np.concatenate([head.pixels([*plan.bill, *plan.crest, (0, -1)]), body.pixels([*plan.tail, (0, 0.42)])])
+    low, high = outline.min(0), outline.max(0)
+    place = rng.random(2) * (size - (high - low)) - low
+    body.at, head.at = body.at + place, head.at + place
+    return body, head
 
 
 def draw_body(body: Pen, head: Pen, kind: Species, rng: Generator) -> None:

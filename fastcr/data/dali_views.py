@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -16,24 +17,14 @@ import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
-from torch import Tensor
 
 from fastcr.data.cached_views import cut_views, view_table
-from fastcr.data.images import SIDEWAYS, BadFiles, ImageList, turn_of
+from fastcr.data.images import BadFiles, ImageList, orientation_of
 from fastcr.data.views import Batch, Loading, draw_parameters
 
 END_OF_JPEG = b"\xff\xd9"
 AHEAD = 3  # steps: the one DALI is asked for, and those it may decode while that one is used
-Encoded = tuple[np.ndarray, Image.Transpose | None, list[int]]
-FLIPPED: dict[Image.Transpose, tuple[int, ...]] = {
-    Image.Transpose.FLIP_LEFT_RIGHT: (1,),
-    Image.Transpose.FLIP_TOP_BOTTOM: (0,),
-    Image.Transpose.ROTATE_180: (0, 1),
-    Image.Transpose.TRANSPOSE: (),
-    Image.Transpose.TRANSVERSE: (0, 1),
-    Image.Transpose.ROTATE_90: (0,),
-    Image.Transpose.ROTATE_270: (1,),
-}  # axes of a turn, of those that lie sideways after rows and columns have changed places
+Encoded = tuple[np.ndarray, list[int]]
 
 
 @pipeline_def
@@ -43,36 +34,29 @@ def decoded(source: Iterator[list[np.ndarray]], decoder: str) -> Any:
         fn.external_source(source=source),
         device=decoder,
         output_type=types.RGB,
-        adjust_orientation=False,  # DALI's own reading of it is another than PIL's where it is written in an odd way
+        adjust_orientation=False,  # whatever is to be turned comes from PIL
         jpeg_fancy_upsampling=True,
     )
 
 
-def read_encoded(images: ImageList, index: int, by_pil: bool = False) -> Encoded:
-    """Bytes DALI is sure to decode, how to turn what they hold, and the images skipped as unreadable.
+def read_encoded(images: ImageList, index: int, by_pil: bool) -> Encoded:
+    """Bytes DALI is sure to decode, and the images skipped as unreadable.
 
-    A whole RGB or grey JPEG is handed over as it is; anything else, or all `by_pil`, is decoded here and handed over
-    as PPM.
+    A whole RGB or grey JPEG that is the right way up is handed over as it is; anything else, or all `by_pil`, is
+    decoded here and handed over as PPM.
     """
     try:
         data = np.frombuffer(images.read(index), dtype=np.uint8)
         with Image.open(io.BytesIO(data.data)) as image:
-            # some cameras and servers pad the file with zeros after its end
-            turn = turn_of(image)
-            whole = image.format == "JPEG" and image.mode in ("RGB", "L") and END_OF_JPEG in data[-64:].tobytes()
+            plain = image.format == "JPEG" and image.mode in ("RGB", "L") and orientation_of(image) == 1
+        # some cameras and servers pad the file with zeros after its end
+        whole = plain and END_OF_JPEG in data[-64:].tobytes()
     except Exception:  # PIL raises whatever the broken bytes lead it to; what is wrong is said below
         whole = False
     if whole and not by_pil:
-        return data, turn, []
+        return data, []
     rgb, bad = images.rgb_or_next(index)
-    return np.frombuffer(b"P6 %d %d 255\n" % rgb.size + rgb.tobytes(), dtype=np.uint8), None, bad
-
-
-def turned(pixels: Tensor, turn: Image.Transpose | None) -> Tensor:
-    """Pixels `[H,W,3]` as PIL's `transpose` turns them."""
-    if turn is None:
-        return pixels
-    return (pixels.transpose(0, 1) if turn in SIDEWAYS else pixels).flip(FLIPPED[turn])
+    return np.frombuffer(b"P6 %d %d 255\n" % rgb.size + rgb.tobytes(), dtype=np.uint8), bad
 
 
 class DaliViews:
@@ -81,12 +65,12 @@ class DaliViews:
     def __init__(self, images: ImageList, loading: Loading, bad: BadFiles) -> None:
         self.images, self.loading, self.bad = images, loading, bad
         self._threads = ThreadPoolExecutor(max(loading.context.workers, 1))
-        self._turns: dict[int, Image.Transpose | None] = {}
         self._undecodable: set[int] = set()  # PIL reads these: sound ends, broken insides, or more than DALI can
 
     def batches(self, start_step: int) -> Generator[Batch, None, None]:
         """Batches from `start_step` on, epoch after epoch, without end."""
-        step, pipeline, device = start_step, self._pipeline(start_step), self.loading.context.device
+        loading, device = self.loading, self.loading.context.device
+        step, pipeline = start_step, self._pipeline(start_step)
         stream = used = None
         while True:
             if device.type == "cuda":
@@ -96,8 +80,12 @@ class DaliViews:
             try:
                 (images,) = pipeline.run(stream)
             except RuntimeError:
-                if not self._finds_undecodable(step):
+                ahead = islice(loading.steps(len(self.images), step), AHEAD)
+                indices = {index for _, batch in ahead for index in batch.tolist()} - self._undecodable
+                if not indices:
                     raise
+                # those that PIL cannot read either, which it names; or else all that DALI had before it
+                self._undecodable |= {index for index in indices if self.images.rgb_or_next(index)[1]} or indices
                 pipeline = self._pipeline(step)
                 continue
             batch = self._cut(step, images)
@@ -110,8 +98,7 @@ class DaliViews:
         """The views of the images of `step`, which DALI has decoded."""
         loading = self.loading
         epoch, indices = next(loading.steps(len(self.images), step))
-        turns = map(self._turns.get, indices.tolist())
-        pixels = [turned(torch.from_dlpack(image), turn) for image, turn in zip(images, turns, strict=True)]
+        pixels = [torch.from_dlpack(image) for image in images]
         sizes = np.array([image.shape[:2] for image in pixels])
         lengths = 3 * sizes.prod(1)
         table = view_table(draw_parameters(loading.seed, epoch, indices, sizes, loading.views))
@@ -131,23 +118,9 @@ class DaliViews:
 
     def _files(self, step: int) -> Iterator[list[np.ndarray]]:
         for _, indices in self.loading.steps(len(self.images), step):
-            files = list(self._threads.map(self._read, indices.tolist()))
-            for index, (_, turn, bad) in zip(indices.tolist(), files, strict=True):
-                self._turns[index] = turn
-                for each in bad:
-                    self.bad.note(each)
-            yield [data for data, _, _ in files]
-
-    def _read(self, index: int) -> Encoded:
-        return read_encoded(self.images, index, by_pil=index in self._undecodable)
-
-    def _finds_undecodable(self, step: int) -> bool:
-        """After an error at `step`: whether there are images that PIL shall read from now on.
-
-        Those that it cannot read either, which it names; if there are none, all that DALI had before it.
-        """
-        ahead = islice(self.loading.steps(len(self.images), step), AHEAD)
-        indices = {index for _, batch in ahead for index in batch.tolist()} - self._undecodable
-        found = {index for index in indices if self.images.rgb_or_next(index)[1]} or indices
-        self._undecodable |= found
-        return bool(found)
+            by_pil = [index in self._undecodable for index in indices.tolist()]
+            files = list(self._threads.map(partial(read_encoded, self.images), indices.tolist(), by_pil))
+            for _, bad in files:
+                for index in bad:
+                    self.bad.note(index)
+            yield [data for data, _ in files]

@@ -9,23 +9,20 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError, features
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
 from fastcr.errors import UsageError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-ENDINGS = (
+SUFFIXES = frozenset({
     ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".bmp", ".dib", ".webp", ".tif", ".tiff", ".ppm", ".pgm",
-    ".pbm", ".pnm", ".gif",
-)  # fmt: skip
-OPTIONAL = {"avif": [".avif"], "jpg_2000": [".jp2", ".j2k", ".jpx"]}  # of a PIL that was built with them
-SUPPORTED = features.get_supported()
-SUFFIXES = frozenset([*ENDINGS, *(end for what, ends in OPTIONAL.items() if what in SUPPORTED for end in ends)])
+    ".pbm", ".pnm", ".gif", ".avif", ".jp2", ".j2k", ".jpx",
+})  # fmt: skip
 # PIL's own guard against decompression bombs, moved up: photographs of 12,000 x 9,000 pixels exist
 Image.MAX_IMAGE_PIXELS = 250_000_000
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # of its 64 MB, editors fill more than 1 with one text
@@ -39,9 +36,7 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # of EXIF's orientations
-EXIF_KEYS = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # where an image may say its orientation
 FULL_SIZE = "fastcr full size"  # key of PIL's facts of an image
-SIDEWAYS = [TURNS[orientation] for orientation in (5, 6, 7, 8)]
 
 
 @dataclass(frozen=True)
@@ -115,25 +110,12 @@ class ImageList:
         return UsageError(f"none of the {len(self)} images under {self.root} can be read")
 
 
-class Note(NamedTuple):
-    """Files or folders of a root that are left out, or that are read in a way that one may not expect."""
-
-    what: str
-    number: int
-    example: str  # a path below the root, and perhaps a reason; none where it would tell nothing
-
-    def __str__(self) -> str:
-        """One line."""
-        return f"{self.what}: {self.number:,}" + (f", e.g. {self.example}" if self.example else "")
-
-
 @dataclass(frozen=True)
 class Splits:
-    """The images of a root; `test` is None where none are set aside for testing. `notes` are to be told to the user."""
+    """The images of a root; `test` is None where none are set aside for testing."""
 
     train: ImageList
     test: ImageList | None
-    notes: tuple[Note, ...] = ()
 
 
 def read_rgb(file: str | BinaryIO, name: str = "", least: int = 0) -> Image.Image:
@@ -145,13 +127,13 @@ def read_rgb(file: str | BinaryIO, name: str = "", least: int = 0) -> Image.Imag
     """
     try:
         with Image.open(file) as image:
-            turned = turn_of(image)
-            size = size_of(image, turned)
+            turn = TURNS.get(orientation_of(image))
+            size = upright_size(image)
             if least and (times := min(image.size) // least) > 1:
                 image.draft("", (image.width // times, image.height // times))
             image.load()
             rgb = to_rgb(image)
-            rgb = rgb if turned is None else rgb.transpose(turned)
+            rgb = rgb if turn is None else rgb.transpose(turn)
             rgb.info[FULL_SIZE] = size
             return rgb
     except Exception as error:  # decoders raise whatever the broken bytes lead it to
@@ -164,21 +146,20 @@ def full_size(image: Image.Image) -> tuple[int, int]:
     return image.info.get(FULL_SIZE, (image.height, image.width))
 
 
-def turn_of(image: Image.Image) -> Image.Transpose | None:
-    """What brings an opened image the right way up, as its EXIF data says before the pixels; None for nothing."""
-    # PIL itself turns TIFFs
-    if image.format == "TIFF" or not any(key in image.info for key in EXIF_KEYS):
-        return None
+def orientation_of(image: Image.Image) -> int:
+    """EXIF's orientation of an opened image, as its data before the pixels says; 1, upright, where it says nothing."""
+    if image.format == "TIFF":  # PIL itself turns these
+        return 1
     try:
         exif = Image.Image.getexif(image)  # not PNG's own, which decodes the pixels to look behind them
-        return TURNS.get(exif.get(ExifTags.Base.Orientation, 1))
+        return int(exif.get(ExifTags.Base.Orientation, 1))
     except Exception:  # PIL raises whatever the broken bytes lead it to
-        return None
+        return 1
 
 
-def size_of(image: Image.Image, turn: Image.Transpose | None) -> tuple[int, int]:
-    """Height and width of an opened image as `read_rgb` will `turn` it, without decoding it."""
-    return (image.width, image.height) if turn in SIDEWAYS else (image.height, image.width)
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Height and width of an opened image as `read_rgb` will turn it, without decoding it."""
+    return image.size if 5 <= orientation_of(image) <= 8 else image.size[::-1]
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

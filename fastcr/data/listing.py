@@ -5,14 +5,10 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
-
-from fastcr.data.images import SUFFIXES, Note
+from fastcr.data.images import SUFFIXES
 
 # what systems and programs leave in people's folders, besides hidden files and folders
 SYSTEM = frozenset({
@@ -20,61 +16,46 @@ SYSTEM = frozenset({
     "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information", "found.000", "lost+found",
     "@eadir", "@tmp", "@recycle", "#recycle", "@recently-snapshot", "#snapshot", "~snapshot", "__pycache__",
 })  # fmt: skip
-BACKUP = re.compile(r"(~|_original|\.(bak|old|orig))$", re.IGNORECASE)  # added to the name of what a program changes
-SNIFFED = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "AVIF")  # not TIFF: what a camera's raw files hold is a thumbnail
 SPLIT = re.compile(r"(?<![a-z])(train|test|val)(?:ing|val|id|idation)?(?![a-z])")  # in the name of a folder or a shard
-FEW = 8  # files of an ending that are looked into: if none is an image, its others are none
 
 HIDDEN = "left out: hidden files and folders, and what systems leave behind"
 UNREADABLE = "left out: folders that cannot be read"
-BACKUPS = "left out: what programs keep of images that they changed, beside them"
-RUNS = "left out: run folders of fastcr"
 EMPTY = "left out: folders without an image"
-LOOPS = "left out: links to a folder that they lie in"
 BESIDE = "left out: what lies beside the folders or shards of the splits"
-OTHERS = "left out: files of no image format that can be read"
-CONTENT = "read as images: files of other endings that hold one"
+OTHERS = "left out: files whose ending is not that of an image"
 DEEPER = "counted for their class folder: images in folders within it"
-SHARED = "test images that also train"
 
 
-@dataclass
 class Notes:
-    """Paths by what is to be said of them; `within` a folder they are still told from the root."""
+    """Paths by what is to be said of them; what is looked at twice counts once."""
 
-    found: dict[str, dict[str, None]] = field(default_factory=dict)  # what is looked at twice counts once
-    folder: str = ""
+    def __init__(self) -> None:
+        self.found = dict[str, dict[str, None]]()
 
-    def within(self, folder: str) -> Notes:
-        """The same notes for paths that begin in `folder`."""
-        return Notes(self.found, os.path.join(self.folder, folder))
-
-    def add(self, what: str, path: str) -> None:
+    def add(self, what: str, path: str | Path) -> None:
         """Take note of a path."""
-        self.found.setdefault(what, {})[os.path.join(self.folder, path)] = None
+        self.found.setdefault(what, {})[os.fspath(path)] = None
 
-    def __iter__(self) -> Iterator[Note]:
-        """One note for each thing that was found."""
+    def lines(self, root: Path) -> tuple[str, ...]:
+        """A line for each thing that was found, with an example below `root`."""
+        lines = []
         for what, paths in self.found.items():
-            example = "" if what == HIDDEN else repr(next(iter(paths)))
+            line = f"{what}: {len(paths):,}"
+            if what != HIDDEN:
+                line += f", e.g. {os.path.relpath(next(iter(paths)), root)!r}"
             if what == OTHERS:
                 endings = Counter(ending_of(path) or "none" for path in paths).most_common(5)
-                example += f" (by ending: {', '.join(f'{ending} {count}' for ending, count in endings)})"
-            yield Note(what, len(paths), example)
+                line += f" (by ending: {', '.join(f'{ending} {count}' for ending, count in endings)})"
+            lines.append(line)
+        return tuple(lines)
 
 
 class Entries(NamedTuple):
-    """What lies in a folder: names of folders, of files that are images by their ending, and of other files."""
+    """Names of what lies in a folder, sorted."""
 
     folders: list[str]
-    links: set[str]  # those folders that are links
-    images: list[str]
-    others: list[str]
-
-
-def of_the_system(name: str) -> bool:
-    """Whether a file or folder of this name is hidden, or one that systems leave in people's folders."""
-    return name[0] == "." or name.casefold() in SYSTEM
+    images: list[str]  # files with the ending of an image
+    others: list[str]  # other files
 
 
 def ending_of(name: str) -> str:
@@ -82,90 +63,59 @@ def ending_of(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
-def split_in(name: str, *, whole: bool = False) -> str:
-    """The split that is a word of a file's or folder's name, or the `whole` name: train, test or val; else nothing."""
+def split_in(name: str) -> str:
+    """The split that is a word of a shard's name: train, test or val; or nothing."""
     found = SPLIT.search(name.lower())
-    return found[1] if found and (not whole or found[0] == name.lower()) else ""
+    return found[1] if found else ""
 
 
-def is_image(path: str) -> bool:
-    """Whether the file begins like an image, whatever its name."""
+def split_of(name: str) -> str:
+    """The split that a folder of this name holds: train, test or val; or nothing."""
+    found = SPLIT.fullmatch(name.lower())
+    return found[1] if found else ""
+
+
+def entries_of(folder: str | Path, notes: Notes) -> Entries:
+    """What lies in `folder`; what is hidden or left by systems is left out, and noted."""
+    found = Entries([], [], [])
     try:
-        with Image.open(path, formats=SNIFFED):
-            return True
-    except Exception:  # PIL raises whatever the bytes lead it to
-        return False
-
-
-def entries_of(root: Path, below: str, notes: Notes, through: tuple[str, ...] = ()) -> Entries:
-    """What lies in the folder `below` of `root`, but for what is noted as left out.
-
-    `through`: the real paths of the folders whose links led here; a link back to where it lies would never end.
-    """
-    found = Entries([], set(), [], [])
-    try:
-        with os.scandir(root / below) as entries:
-            for entry in entries:
-                name = entry.name
-                if of_the_system(name):
-                    notes.add(HIDDEN, os.path.join(below, name))
+        with os.scandir(folder) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                if entry.name[0] == "." or entry.name.casefold() in SYSTEM:
+                    notes.add(HIDDEN, entry.path)
                 elif entry.is_dir():
-                    if not entry.is_symlink():
-                        found.folders.append(name)
-                    elif _leads_back(entry.path, (*through, os.path.realpath(root / below))):
-                        notes.add(LOOPS, os.path.join(below, name))
-                    else:
-                        found.folders.append(name)
-                        found.links.add(name)
+                    found.folders.append(entry.name)
                 # a link that leads nowhere is listed too, to be named as unreadable; pipes are left out
                 elif entry.is_file() or not os.path.exists(entry.path):
-                    (found.images if ending_of(name) in SUFFIXES else found.others).append(name)
+                    (found.images if ending_of(entry.name) in SUFFIXES else found.others).append(entry.name)
     except OSError as error:
-        notes.add(UNREADABLE, f"{below or '.'} ({error.strerror})")
-    if {"config.yaml", "metrics.jsonl"} <= {*found.others}:
-        notes.add(RUNS, below)
-        return Entries([], set(), [], [])
-    images = {*found.images} if found.others else ()
-    backups = {name for name in found.others if BACKUP.sub("", name) in images}
-    for name in backups:
-        notes.add(BACKUPS, os.path.join(below, name))
-    return found._replace(others=[name for name in found.others if name not in backups]) if backups else found
-
-
-def _leads_back(link: str, folders: tuple[str, ...]) -> bool:
-    target = os.path.join(os.path.realpath(link), "")
-    return any(os.path.join(folder, "").startswith(target) for folder in folders)
+        notes.add(UNREADABLE, f"{folder} ({error.strerror})")
+    return found
 
 
 def images_below(root: Path, top: str, notes: Notes) -> list[str]:
-    """The images in the folder `top` of `root` and in all folders below it, as paths from `root`, sorted."""
-    found, others = list[str](), list[str]()
+    """The images in the folder `top` of `root` and in all folders below it, as paths from `root`, sorted.
 
-    def walk(below: str, through: tuple[str, ...]) -> None:
-        entries = entries_of(root, below, notes, through)
-        images = [f"{below}/{name}" for name in entries.images]
-        found.extend(images)
-        others.extend(f"{below}/{name}" for name in entries.others)
-        if below != top:
-            for path in images:
-                notes.add(DEEPER, path)
+    Links to folders are followed, but for those to a folder that they lie in, which would never end.
+    """
+    found = []
+
+    def walk(below: str, real: tuple[str, ...]) -> None:
+        folder = os.path.join(root, below)
+        if os.path.islink(folder):
+            target = os.path.realpath(folder)
+            if any(os.path.join(each, "").startswith(os.path.join(target, "")) for each in real):
+                return
+            real += (target,)
+        entries = entries_of(folder, notes)
+        for name in entries.others:
+            notes.add(OTHERS, os.path.join(folder, name))
+        for name in entries.images:
+            found.append(f"{below}/{name}")
+            if below != top:
+                notes.add(DEEPER, os.path.join(folder, name))
         for name in entries.folders:
-            linked = (os.path.realpath(root / below),) if name in entries.links else ()
-            walk(f"{below}/{name}", through + linked)
+            walk(f"{below}/{name}", (*real, os.path.realpath(folder)))
 
     walk(top, (os.path.realpath(root),))
-    return sorted(found + images_among(root, others, notes))
-
-
-def images_among(root: Path, others: list[str], notes: Notes) -> list[str]:
-    """Those of the files of other endings that hold an image, such as the nameless ones of download caches."""
-    by_ending, found = dict[str, list[str]](), list[str]()
-    for path in others:
-        by_ending.setdefault(ending_of(path), []).append(path)
-    for paths in by_ending.values():
-        looked = paths if any(is_image(os.path.join(root, path)) for path in paths[:FEW]) else []
-        images = {path for path in looked if is_image(os.path.join(root, path))}
-        found += images
-        for path in paths:
-            notes.add(CONTENT if path in images else OTHERS, path)
-    return found
+    return sorted(found)

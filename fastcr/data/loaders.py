@@ -45,14 +45,15 @@ def make_views(config: Config, images: ImageList, context: Context) -> tuple[Vie
     )
     if not config.optim.epochs:  # no view will be asked for: nothing is decoded, and nothing settled
         return TorchViews(images, loading, bad), config
-    if "auto" not in (data.loader, data.cache) and data.loader not in READERS[data.cache]:
-        able = " or ".join(READERS[data.cache])
-        raise UsageError(f"--data.loader {data.loader} does not go with --data.cache {data.cache}: take {able}")
     place: Place | Literal["off"] = "off"
     if data.loader != "dali" and data.cache != "off":
         side = data.cache_side or 2 * data.image_size
         sizes = measure(images, side, context)
         place = choose_place(config, 3 * int(sizes.prod(1).sum()), context)
+    cache = place if data.cache == "auto" else data.cache
+    if data.loader not in ("auto", *READERS[cache]):
+        able = " or ".join(READERS[cache])
+        raise UsageError(f"--data.loader {data.loader} does not go with --data.cache {cache}: take {able}")
     loader = choose_loader(config, place, context)
     precision = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[context.dtype]
     where = f"loader: {loader}; cache: {place}; device: {context.device}, {precision}"
@@ -109,12 +110,10 @@ def choose_place(config: Config, size: int, context: Context) -> Place | Literal
 def choose_loader(config: Config, place: str, context: Context) -> Loader:
     """The loader `--data.loader` asks for; auto takes the fastest that can serve."""
     asked, cuda = config.data.loader, context.device.type == "cuda"
-    if asked == "fused" and place == "off":
-        raise UsageError("--data.loader fused needs the decoded images: take --data.cache device, host or disk")
-    if asked == "fused" or (asked == "auto" and place != "off"):
-        return "fused"
-    if asked == "torch" or (asked == "auto" and not cuda):
-        return "torch"
+    if asked in ("fused", "torch"):
+        return asked
+    if asked == "auto" and (place != "off" or not cuda):
+        return "torch" if place == "off" else "fused"
     if importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"):
         return "dali"
     if asked == "dali":

@@ -23,7 +23,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
-from fastcr.data.images import ImageList, full_size, size_of, turn_of
+from fastcr.data.images import ImageList, full_size, upright_size
 from fastcr.errors import UsageError
 from fastcr.runs.context import Context
 
@@ -67,7 +67,7 @@ def measure(images: ImageList, side: int, context: Context) -> np.ndarray:
     def size(index: int) -> tuple[int, int]:
         try:
             with images.open(index) as file, Image.open(file) as image:
-                return bounded_size(*size_of(image, turn_of(image)), side)
+                return bounded_size(*upright_size(image), side)
         except Exception:  # PIL raises whatever the broken bytes lead it to; `BadFiles` names the image later
             return 0, 0
 

@@ -1,8 +1,7 @@
 """Tar shards in WebDataset's layout: `*train*.tar` and `*test*.tar` or `*val*.tar`, or any `*.tar` without a split.
 
 Members that follow each other and share a key (the name up to the first dot of its last part) are a sample: its first
-image, and a label from `.cls` (a number) or from `"label"` in `.json`, if it has one. Keys that hold dots themselves
-(`v1.0001.jpg`) end at the last one.
+image, and a label from `.cls` (a number) or from `"label"` in `.json`, if it has one.
 
 The headers of every shard are read once, at the start. From then on any image is read by one `pread` at its offset, so
 shuffling, the share of each process and an exact resume work as they do with single files.
@@ -14,7 +13,6 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain, groupby
 from pathlib import Path
@@ -23,7 +21,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from fastcr.data.images import SUFFIXES, ImageList, Splits
-from fastcr.data.listing import BESIDE, Entries, Notes, ending_of, entries_of, split_in
+from fastcr.data.listing import BESIDE, Entries, Notes, ending_of, split_in
 from fastcr.errors import UsageError, one_line
 from fastcr.runs.context import progress
 
@@ -34,16 +32,21 @@ Label = int | str
 class Member(NamedTuple):
     """A file in a shard."""
 
+    key: str  # what the members of a sample share
     extension: str  # all that follows the first dot of its name
     offset: int  # bytes from the start of the shard to its content
     size: int  # bytes
-    name: str
+
+    @property
+    def name(self) -> str:
+        """As the shard has it."""
+        return f"{self.key}.{self.extension}"
 
 
 class Sample(NamedTuple):
     """Members of a shard that share a key."""
 
-    name: str  # of its first member
+    key: str
     image: Member | None
     label: Label | None
 
@@ -70,45 +73,27 @@ class TarImages(ImageList):
 
 
 def read_shards(root: Path, inside: Entries, notes: Notes) -> Splits | None:
-    """The images in the tar shards of `root`, which holds `inside`; None where there are no shards.
+    """The images in the tar shards of `root`, which holds `inside`; None where there are none, or images or folders.
 
-    Raises `UsageError` if a shard is broken or holds no image, or if only some images of a split have a label.
+    The split is a word of a shard's name (`birds-train-0.tar`). Without `test`, it is `val`. Raises `UsageError` if a
+    shard is broken, if a split holds no image, or if only some images of a split have a label.
     """
-    splits = [split for split in find_shards(root, inside, notes) if split]
-    if not splits:
+    names = [name for name in inside.others if ending_of(name) == ".tar"]
+    if not names or inside.folders or inside.images:  # archives may lie beside what they were unpacked to
         return None
-    listed = {shard: list_samples(root / shard) for shard in progress([*chain(*splits)], "listing shards")}
-    labels = {sample.label for sample in chain(*listed.values()) if sample.image}
-    classes = sorted(labels - {None}, key=lambda label: (isinstance(label, str), label))  # numbers by their value
-    train, *test = (_images(root, split, listed, classes, notes) for split in splits)
-    return Splits(train, test[0] if test else None)
-
-
-def find_shards(root: Path, inside: Entries, notes: Notes) -> tuple[list[str], list[str]]:
-    """Training and test shards of `root`, as paths below it; none if there are images or folders too.
-
-    Shards whose names begin with `train-` or `test-` count beside images and folders as well. The split is a word of
-    the name, or of the folder: `birds-train-0.tar`, `train/0.tar`. Without `test`, it is `val`.
-    """
-    folders = [name for name in inside.folders if split_in(name)]
-    beside = {*inside.folders, *inside.images} - {*folders}
-    found: dict[str, list[str]] = {}
-    for folder in ("", *sorted(folders)):
-        others = entries_of(root, folder, notes).others if folder else inside.others
-        for name in sorted(others):
-            # archives may lie beside what they were unpacked to
-            if ending_of(name) == ".tar" and (folder or not beside or name.startswith(("train-", "test-"))):
-                shard = os.path.join(folder, name)
-                found.setdefault(split_in(shard), []).append(shard)
-    train, held_out = found.pop("train", []), "test" if "test" in found else "val"
-    test = found.pop(held_out, [])
+    found = {split: [name for name in names if split_in(name) == split] for split in ("train", "test", "val", "")}
+    train, test = found["train"], found["test"] or found["val"]
     if test and not train:
-        raise UsageError(f"{root} has shards like {os.path.basename(test[0])} but none named train")
-    if not train:
-        return found.get("", []), []
-    for other in (*chain(*found.values()), *sorted(beside)):
-        notes.add(BESIDE, other)
-    return train, test
+        raise UsageError(f"{root} has shards like {test[0]} but none named train")
+    splits = [split for split in (train or found[""], test) if split]
+    for name in names:
+        if not any(name in split for split in splits):
+            notes.add(BESIDE, root / name)
+    listed = {shard: list_samples(root / shard) for shard in progress([*chain(*splits)], "listing shards")}
+    labels = {sample.label for sample in chain(*listed.values()) if sample.label is not None}
+    classes = sorted(labels, key=lambda label: (isinstance(label, str), label))  # numbers by their value
+    images = [_images(root, split, listed, classes, notes) for split in splits]
+    return Splits(images[0], images[1] if test else None)
 
 
 def _images(
@@ -117,9 +102,9 @@ def _images(
     """The images of one split, with their labels as positions in `classes` if they have any."""
     files, extents, labels = [], [], []
     for number, shard in enumerate(shards):
-        for name, image, label in listed[shard]:
+        for key, image, label in listed[shard]:
             if image is None:
-                notes.add(BARE, f"{shard}/{name}")
+                notes.add(BARE, root / shard / key)
                 continue
             files.append(f"{shard}/{image.name}")
             extents.append((number, image.offset, image.size))
@@ -131,60 +116,47 @@ def _images(
 
 
 def list_samples(shard: Path) -> list[Sample]:
-    """The samples of a shard, from its headers. `UsageError` if it is no whole, uncompressed tar."""
+    """The samples of a shard, from its headers.
+
+    Raises `UsageError` if it is no whole, uncompressed tar, or if a dot within a key hides an image.
+    """
     members = []
     try:
         with tarfile.open(shard, "r:") as tar:
             for entry in tar:
-                key, dot, extension = entry.name.rpartition("/")[2].partition(".")
+                name, dot, extension = entry.name.rpartition("/")[2].partition(".")
                 # no links, nor files with holes, whose size says nothing; what has no extension or is hidden is no part
-                if entry.isreg() and not entry.issparse() and key and dot:
-                    members.append(Member(extension, entry.offset_data, entry.size, entry.name))
+                if entry.isreg() and not entry.issparse() and name and dot:
+                    key = entry.name[: -len(extension) - 1]
+                    members.append(Member(key, extension, entry.offset_data, entry.size))
     except Exception as error:  # tarfile raises whatever the broken bytes lead it to
         raise UsageError(f"{shard} is not a whole, uncompressed tar: {one_line(error)}") from None
-    samples = groupby(members, lambda member: member.name[: -len(member.extension) - 1])
-    parts = chain.from_iterable(_parts(shard, list(members)) for _, members in samples)
+    samples = []
     with open(shard, "rb", buffering=0) as file:
-        return [Sample(part[0].name, image, _label(file, part) if image else None) for part, image in parts]
-
-
-def _parts(shard: Path, sample: list[Member]) -> Iterator[tuple[list[Member], Member | None]]:
-    """The sample and its image, if it has one; several samples if it is one only because their keys hold dots.
-
-    Raises `UsageError` for names of which it is not clear what they share.
-    """
-
-    def images_of(members: list[Member]) -> list[Member]:
-        return [member for member in members if f".{member.extension.lower()}" in SUFFIXES]
-
-    if images := images_of(sample):
-        yield sample, images[0]
-        return
-    sample = [member._replace(extension=ending_of(member.name)[1:]) for member in sample]
-    images = images_of(sample)
-    if len(images) < 2:
-        yield sample, images[0] if images else None
-        return
-    for _, members in groupby(sample, lambda member: os.path.splitext(member.name)[0]):
-        part = list(members)
-        if len(images_of(part)) != 1:
-            raise UsageError(
-                f"{shard}: {images[0].name!r} and {images[1].name!r} are one sample, whose key ends at the first dot: "
-                "write a dash for the dots within a key"
-            )
-        yield part, images_of(part)[0]
+        for key, group in groupby(members, lambda member: member.key):
+            parts = list(group)
+            image = next((part for part in parts if f".{part.extension.lower()}" in SUFFIXES), None)
+            dotted = [part.name for part in parts if ending_of(part.name) in SUFFIXES]
+            if dotted and image is None:
+                raise UsageError(
+                    f"{shard}: the key of {dotted[0]!r} ends at its first dot: write a dash for the dots in a key"
+                )
+            samples.append(Sample(key, image, _label(file, parts) if image else None))
+    return samples
 
 
 def _label(shard: BinaryIO, sample: list[Member]) -> Label | None:
     """The label of a sample, from its `.cls` or else its `.json`; None where it has none."""
-    member = min((member for member in sample if member.extension in ("cls", "json")), default=None)
+    named = {part.extension: part for part in sample}
+    member = named.get("cls") or named.get("json")
     if member is None:
         return None
     text, is_number = os.pread(shard.fileno(), member.size, member.offset), member.extension == "cls"
     try:
         label = int(text) if is_number else json.loads(text).get("label")
     except (ValueError, AttributeError, RecursionError):
-        raise UsageError(f"{shard.name}: {member.name!r} holds no {'number' if is_number else 'object'}") from None
+        kind = "number" if is_number else "object"
+        raise UsageError(f"{shard.name}: {member.name!r} holds no {kind}") from None
     if label is not None and not isinstance(label, (int, str)):
         raise UsageError(f"{shard.name}: the label in {member.name!r} is neither a number nor text")
     return label

@@ -5,7 +5,6 @@ are drawn alike for every species, the clutter in the colours of plumage and wit
 """
 
 import tempfile
-from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from numpy.random import Generator
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
-from fastcr.data.birds import CLASSES, COLOURS, PATTERNS, PLANS, Pen, Species, draw_body, hex_colours, shade, smooth
+from fastcr.data.birds import CLASSES, COLOURS, PATTERNS, Pen, Species, draw_body, hex_colours, perched, shade, smooth
 from fastcr.errors import UsageError
 from fastcr.runs.context import progress
 from fastcr.runs.machine import cache_folder
@@ -85,22 +84,6 @@ def _clutter(draw: ImageDraw.ImageDraw, rng: Generator, at: ArrayLike, unit: flo
             pen.pattern(rng, PATTERNS[rng.integers(3)], (0, 0), 0.75 * radii, other)
 
 
-def _perched(
-    draw: ImageDraw.ImageDraw, kind: Species, rng: Generator, unit: float, size: NDArray[np.int64]
-) -> tuple[Pen, Pen]:
-    """Pens for the body and the head of a bird that is anywhere in the picture, but whole."""
-    plan = PLANS[kind.plan]
-    angle = np.radians(plan.tilt + rng.uniform(-14, 14))
-    body = Pen(draw, (0, 0), unit, angle, plan.depth * rng.uniform(0.9, 1.12))
-    neck, turn = rng.uniform(-0.04, 0.04, 2), 0.15 * angle + np.radians(rng.uniform(-14, 14))
-    head = Pen(draw, body.pixels(plan.head + neck), unit * plan.radius, turn)
-    outline = np.concatenate([head.pixels([*plan.bill, *plan.crest, (0, -1)]), body.pixels([*plan.tail, (0, 0.42)])])
-    low, high = outline.min(0), outline.max(0)
-    place = rng.random(2) * (size - (high - low)) - low
-    body.at, head.at = body.at + place, head.at + place
-    return body, head
-
-
 def draw_bird(kind: Species, rng: Generator) -> Image.Image:
     """One RGB image of a bird of this species; everything else comes from `rng`."""
     size = int(rng.integers(WIDTHS[0], WIDTHS[1] + 1)), HEIGHT
@@ -111,7 +94,7 @@ def draw_bird(kind: Species, rng: Generator) -> Image.Image:
     for at in rng.random((rng.integers(8, 18), 2)) * (width, height):
         _clutter(draw, rng, at, 0.8 * unit)
 
-    body, head = _perched(draw, kind, rng, unit, np.array([width, height]))
+    body, head = perched(draw, kind, rng, unit, (width, height))
     bark = shade((104, 78, 58), rng.uniform(0.7, 1.3))
     if rng.random() < 0.7:
         (x, y), slope = body.pixels((0.05, 0.42)), rng.uniform(-0.3, 0.3)
@@ -134,11 +117,6 @@ def draw_bird(kind: Species, rng: Generator) -> Image.Image:
     return Image.fromarray((pixels + rng.normal(0, 3, (*size[::-1], 1))).clip(0, 255).astype(np.uint8))
 
 
-def default_root(seed: int = 0, train_per_class: int = TRAIN, test_per_class: int = TEST) -> Path:
-    """The set's folder in the user's cache; its name holds all that the images depend on."""
-    return cache_folder() / f"synthetic-v{VERSION}-seed{seed}-{train_per_class}x{test_per_class}"
-
-
 def write_synthetic(
     root: Path | None = None, *, seed: int = 0, train_per_class: int = TRAIN, test_per_class: int = TEST
 ) -> Path:
@@ -147,14 +125,19 @@ def write_synthetic(
     Image i of a class and split depends only on these three and the seed. A folder with the same file names
     is used as it is; any other that holds something raises `UsageError`.
     """
-    root = Path(root or default_root(seed, train_per_class, test_per_class))
+    name = f"synthetic-v{VERSION}-seed{seed}-{train_per_class}x{test_per_class}"  # all that the images depend on
+    root = Path(root or cache_folder() / name)
     images = {
         Path(split, kind.name, f"{i:04d}.jpg"): (kind, [seed, s, c, i])
         for s, (split, count) in enumerate((("train", train_per_class), ("test", test_per_class)))
         for c, kind in enumerate(CLASSES)
         for i in range(count)
     }
-    if _is_complete(root, images):
+
+    def complete() -> bool:
+        return {file.relative_to(root) for file in root.glob("*/*/*.jpg")} == {*images}
+
+    if complete():
         return root
     if root.exists() and any(root.iterdir()):
         raise UsageError(f"{root} is not a complete synthetic set: remove it or name another folder")
@@ -171,10 +154,6 @@ def write_synthetic(
         try:
             draft.rename(root)
         except OSError:
-            if not _is_complete(root, images):
+            if not complete():
                 raise
     return root
-
-
-def _is_complete(root: Path, images: Collection[Path]) -> bool:
-    return {file.relative_to(root) for file in root.glob("*/*/*.jpg")} == set(images)

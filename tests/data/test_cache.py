@@ -25,7 +25,7 @@ from fastcr.data.cached_views import CachedViews
 from fastcr.data.crop_loader import load_crops
 from fastcr.data.images import BadFiles, ImageList
 from fastcr.data.layouts import read_splits
-from fastcr.data.loaders import Prefetched, choose_loader, choose_place, loader_class, make_views
+from fastcr.data.loaders import Prefetched, choose_place, loader_class, make_views
 from fastcr.data.pixel_cache import CachedImages, bounded_size, fill, measure
 from fastcr.data.torch_views import TorchViews
 from fastcr.data.views import STD, Loading
@@ -288,25 +288,11 @@ def test_where_the_pixels_go(monkeypatch: pytest.MonkeyPatch) -> None:
     assert place(10**6, CUDA, "--data.cache", "disk") == "disk"
 
 
-def test_which_loader_serves(monkeypatch: pytest.MonkeyPatch) -> None:
-    def loader(place: str, context: Context, *flags: str) -> str:
-        return choose_loader(settings_of(*flags), place, context)
-
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
-    found = [loader(place, context) for context in (CUDA, CONTEXT) for place in ("device", "host", "off")]
-    assert found == ["fused", "fused", "dali", "fused", "fused", "torch"]
-    assert loader("off", CONTEXT, "--data.loader", "dali") == "dali"
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert loader("off", CUDA) == "torch"
-    with pytest.raises(UsageError, match="needs NVIDIA DALI"):
-        loader("off", CONTEXT, "--data.loader", "dali")
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (("--data.loader", "dali", "--data.cache", "host"), "does not go with --data.cache host: take fused or torch"),
-        (("--data.loader", "fused"), "--data.loader fused needs the decoded images"),
+        (("--data.loader", "fused"), "--data.loader fused does not go with --data.cache off: take dali or torch"),
         (("--data.cache", "device"), "--data.cache device needs CUDA"),
         (("--data.cache", "host"), r"--data\.cache host: the decoded images take .* GiB and 0\.0 are free"),
     ],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import struct
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,19 +89,6 @@ def test_every_loader_turns_them(tmp_path: Path, loader: str) -> None:
     assert ((turned - plain).abs().mean((0, 2, 3, 4)) < 0.03).all()  # 2 levels of 255
 
 
-def test_dali_s_images_are_turned_by_xmp_too(tmp_path: Path) -> None:
-    """DALI reads EXIF only, and not as PIL does: the loader turns what it decodes."""
-    pytest.importorskip("nvidia.dali")
-    said, data = b'http://ns.adobe.com/xap/1.0/\0<rdf:Description tiff:Orientation="6"/>', io.BytesIO()
-    Image.fromarray(as_stored(scene(), 6)).save(data, "JPEG", quality=100, subsampling=0)
-    content = data.getvalue()[:2] + b"\xff\xe1" + struct.pack(">H", len(said) + 2) + said + data.getvalue()[2:]
-    (tmp_path / "0.jpg").write_bytes(content)
-    images = ImageList(tmp_path, ("0.jpg",), None, ())
-    assert images.rgb(0).size == (64, 48)
-    torch_s, dali_s = (first_views(name, images, 32) for name in ("torch", "dali"))
-    assert (torch_s - dali_s).abs().mean() < 0.03  # 2 levels of 255
-
-
 def test_loaders_agree_on_odd_files(tmp_path: Path) -> None:
     """Encodings that cameras, servers and editors write: most are JPEGs, some by their name alone."""
     pytest.importorskip("nvidia.dali")
@@ -158,16 +144,12 @@ RAMP = np.linspace(0, 1, 1920).reshape(40, 48)
 @pytest.mark.parametrize(
     ("values", "low", "high"),
     [
-        (RAMP.astype(np.float32), 0, 255),
         ((RAMP / 2).astype(np.float32), 0, 127),  # dark stays dark
         ((RAMP * 255).astype(np.float32), 0, 255),
-        ((RAMP * 65_535).astype(np.float32), 0, 255),
         ((RAMP * 1e9).astype(np.float32), 0, 255),
         ((RAMP * 2 - 1).astype(np.float32), 0, 255),
         ((RAMP * 255).astype(np.int32), 0, 255),
-        ((RAMP * 65_535).astype(np.int32), 0, 255),
         ((RAMP * 2**31 - 2**30).astype(np.int32), 0, 255),
-        ((RAMP * 65_535).astype(np.uint16), 0, 255),
         ((RAMP * 32_767).astype(np.uint16), 0, 127),
         (np.where(RAMP == 0, np.nan, RAMP).astype(np.float32), 0, 255),
         (np.full((40, 48), 7, np.int32), 7, 7),

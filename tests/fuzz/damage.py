@@ -59,17 +59,6 @@ class Lines(NamedTuple):
         return "\n".join(lines).encode(errors=self.errors)
 
 
-class Header(NamedTuple):
-    """Damage to the header of a safetensors file, whose length is right again afterwards."""
-
-    damage: Damage
-
-    def __call__(self, content: bytes) -> bytes:
-        size = int.from_bytes(content[:8], "little")
-        header = self.damage(content[8 : 8 + size])
-        return len(header).to_bytes(8, "little") + header + content[8 + size :]
-
-
 NO_DAMAGE = st.just(Bytes(()))
 KINDS = ["flip", "flip", "flip", "set", "zero", "remove", "move", "double", "add", "cut"]
 WHERE = st.one_of(st.integers(0, 600), SHARE)  # headers come first
@@ -82,7 +71,6 @@ ATOMS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(
 VALUES = st.one_of(
     st.sampled_from(ODD_VALUES), st.recursive(ATOMS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner))
 )
-SAFETENSORS = st.one_of(ARCHIVED, ARCHIVED, BYTES.map(Header))  # type: ignore[arg-type]
 
 
 def text(words: Sequence[str]) -> st.SearchStrategy[Damage]:

@@ -1,4 +1,4 @@
-"""Broken command lines and config.yaml files."""
+"""Broken config.yaml files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fastcr.config import Config
 from fastcr.presets import PRESETS
-from fastcr.runs.command_line import load_config, read_command_line, save_config
+from fastcr.runs.command_line import load_config, save_config
 from fastcr.runs.validate import validate
 from tests.fuzz import damage
 from tests.fuzz.damage import ODD_NUMBERS, ODD_VALUES, ODD_WORDS
@@ -25,29 +25,6 @@ ODD_YAML = ["!!python/object/apply:os.system ['true']", "&a [*a]", "*nobody", "{
 LAUGHS = "run:\n  a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(  # each key holds nine times the one before
     f"  {new}: &{new} [{','.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcde", "bcdef", strict=True)
 )
-FLAGS = [
-    f"--{section.name}.{each.name}"
-    for section in dataclasses.fields(Config)
-    if section.name != "preset"
-    for each in dataclasses.fields(section.default_factory())  # type: ignore[misc,operator,arg-type]
-]
-SOUND = ["2", "64", "0.5", "auto", "True", "False", "cpu", "resnet18", "none", "off", "layer3", "timm:resnet10t"]
-# argv holds neither NUL nor, where the terminal is UTF-8, half characters other than those of file names
-TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20)
-VALUE = st.one_of(
-    st.sampled_from([*ODD_NUMBERS, *ODD_WORDS, *SOUND, "HERE", "HERE/file", "HERE/run", "HERE/missing"]),
-    st.integers().map(str), st.floats().map(str), TEXT,
-)  # fmt: skip
-FLAG = st.one_of(
-    st.sampled_from(FLAGS), TEXT.map("--".__add__), st.sampled_from(["--run", "--preset", "-h", "--data.rot"])
-)
-RESUME = st.tuples(st.just("--resume"), st.one_of(VALUE, st.sampled_from(["auto", "HERE/run"])))
-PAIRS = st.one_of(st.tuples(FLAG, VALUE), st.tuples(st.sampled_from(FLAGS), VALUE), RESUME)
-PIECE = st.one_of(
-    PAIRS, PAIRS.map("=".join).map(lambda both: (both,)), st.tuples(FLAG), st.tuples(VALUE), st.just(("--resume",))
-)
-FIRST = st.one_of(st.just(()), st.sampled_from(list(PRESETS)).map(lambda name: (name,)), st.tuples(VALUE))
-COMMAND = st.tuples(FIRST, st.lists(PIECE, max_size=4)).map(lambda parts: [*parts[0], *sum(parts[1], ())])
 CONFIG_DAMAGE = damage.text([*ODD_YAML, *ODD_YAML, *ODD_NUMBERS, *ODD_WORDS])
 # the text of a whole other file
 OTHER_CONFIG = st.one_of(
@@ -72,27 +49,6 @@ def kept(config: Config, folder: Path) -> bool:
     file.parent.mkdir(exist_ok=True)
     save_config(config, file)
     return load_config(file) == from_anywhere(config)
-
-
-@fuzzed(sample=20, count=1500, command=COMMAND)
-def test_command_line(folder: Path, command: list[str]) -> None:
-    (folder / "file").write_text("no run")
-    (folder / "run").mkdir()
-    save_config(PRESETS["synthetic"](), folder / "run" / "config.yaml")
-    args = [arg.replace("HERE", str(folder)) for arg in command]
-
-    def work() -> Config:
-        try:
-            return read_command_line(args)[0]
-        except SystemExit as stop:
-            if stop.code == 0 and {"-h", "--help"} & set(args):
-                return Config()
-            raise
-
-    config = reading(work, folder)
-    if config is not REFUSED:
-        assert validate(config) == config
-        assert kept(config, folder), "config.yaml does not bring it back"
 
 
 @fuzzed(
