@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import io
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +22,7 @@ from fastcr.config import (
     number,
     tyro,
 )
+from fastcr.presets import PRESETS
 from fastcr.runs.command_line import called, parse, read_command_line, split_preset
 
 # the poolings that need neither labels nor other images; feature-strength weights positions with their features' norm
@@ -219,3 +223,24 @@ def check_arguments(command: str, args: Sequence[str]) -> None:
         read_arguments(command, args)
     elif not any(arg.startswith("--resume") for arg in args):
         read_command_line(args)
+
+
+def completion(shell: str) -> str:
+    """tyro's script for bash or zsh; it completes commands, presets, flags and their literal values."""
+    training = make_dataclass("Train", [("resume", Path | None, field(default=None))], bases=(Config,), frozen=True)
+    commands: dict[str, Any] = {"train": training, **COMMANDS}
+    with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
+        tyro.extras.subcommand_cli_from_dict(
+            commands,
+            prog="fastcr",
+            args=["--tyro-print-completion", shell],
+            use_underscores=True,
+            config=(tyro.conf.FlagConversionOff,),
+        )
+    script, start = printed.getvalue(), "COMPLETION_SPEC = "
+    line = next(line for line in script.splitlines() if line.startswith(start))
+    spec = ast.literal_eval(line.removeprefix(start))
+    for command in ("train", "trace"):  # tyro completes no positional arguments; words without a value are like flags
+        (named,) = (option for option in spec["subcommands"][command]["options"] if option["flags"] == ["--preset"])
+        named |= {"flags": list(PRESETS), "type": "flag"}
+    return script.replace(line, start + repr(spec).replace("\\n", " "))  # each line would be a suggestion of its own

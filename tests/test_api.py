@@ -2,13 +2,16 @@
 
 import dataclasses
 import json
+import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 import fastcr
 from fastcr import __main__ as program
+from fastcr.arguments import completion
 from fastcr.config import Config, DataConfig, MocoConfig, ModelConfig, OptimConfig, RunConfig
 from fastcr.train import train
 from tests.shared import records, start
@@ -118,3 +121,27 @@ def test_each_command_has_help_and_says_how_it_was_called(
             program.main([command, "--help"])
         assert stop.value.code == 0
         assert f"usage: {called.format(command)} " in " ".join(capsys.readouterr().out.split())
+
+
+@cache
+def bash_completion() -> str:
+    return completion("bash")
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("ev", "evaluate"),
+        ("train cub200-p", "cub200-paper"),
+        ("train cub200 --optim.backbone_l", "--optim.backbone_lr"),
+        ("train --resu", "--resume"),
+        ("train --data.loader fu", "fused"),
+        ("embed run images --format p", "parquet"),
+    ],
+)
+def test_bash_completes_commands_presets_flags_and_values(words: str, found: str, tmp_path: Path) -> None:
+    (tmp_path / "completion").write_text(bash_completion())
+    ask = f"source completion; COMP_WORDS=(fastcr {words}); COMP_CWORD={len(words.split())}; _tyro_fastcr; "
+    ask += "printf '%s\\n' \"${COMPREPLY[@]}\""
+    answer = subprocess.run(["bash", "-c", ask], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert found in answer.stdout.splitlines()

@@ -14,7 +14,7 @@ import torch
 from hypothesis import strategies as st
 
 from fastcr.encoders.encoder import load
-from fastcr.runs.checkpoint import load_resume, load_weights, random_states, load_weights, save_resume, save_weights
+from fastcr.runs.checkpoint import load_resume, load_weights, random_states, save_resume, save_weights
 from tests.fuzz.damage import ARCHIVED, Damage
 from tests.fuzz.properties import REFUSED, attempt, fuzzed, reading
 from tests.shared import write_weights
@@ -96,7 +96,7 @@ def test_weights_safetensors(folder: Path, damage: Damage) -> None:
 )
 def test_foreign_weights(folder: Path, spoilt: tuple[str, Damage]) -> None:
     file = written(folder, *spoilt)
-    state = reading(lambda: load_weights(file), folder)[0]
+    state = reading(lambda: load_weights(file)[0], folder)
     if state is not REFUSED:
         assert all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items())
 
