@@ -24,7 +24,6 @@ from fastcr import evaluate, train
 from fastcr.config import Config, MocoConfig, OptimConfig
 from fastcr.data.layouts import read_splits
 from fastcr.data.views import step_indices
-from fastcr.encoders.backbone import build_backbone
 from fastcr.encoders.encoder import load
 from fastcr.kernels import launch
 from fastcr.measures.health import HealthWarnings
@@ -320,18 +319,6 @@ def test_sigterm_saves_says_how_to_go_on_and_exits_143(
     assert (folder / "weights.safetensors").read_bytes() == weights
 
 
-def test_run_stopped_after_n_steps_goes_on_bit_for_bit_and_heals_a_torn_line(
-    flat: Path, tmp_path: Path, uninterrupted: Callable[[str], Path]
-) -> None:
-    folder = tmp_path / "run"
-    run(flat, folder, "--run.steps", "5")
-    with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 6, "loss": 1.0}\n{"step": 7, "lo')  # logged after the last save, then cut off by a kill
-    assert losses(resume(folder, "--run.steps", str(STEPS))) == losses(records(uninterrupted("torch")))
-    weights = (uninterrupted("torch") / "weights.safetensors").read_bytes()
-    assert (folder / "weights.safetensors").read_bytes() == weights
-
-
 def test_resumed_run_evaluates_an_epoch_once(birds: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run(birds, folder, "--run.eval_every", "1", "--run.steps", "7")
@@ -416,14 +403,6 @@ def test_completed_run_is_only_evaluated(evaluated: Finished, tmp_path: Path) ->
     assert {name: (folder / name).read_bytes() for name in kept} == before
 
 
-def test_resume_needs_nothing_of_the_initial_weights(flat: Path, tmp_path: Path) -> None:
-    start, folder = tmp_path / "start.pt", tmp_path / "run"
-    torch.save(build_backbone("resnet18", "layer3")[0].state_dict(), start)
-    run(flat, folder, "--model.weights", str(start), "--run.steps", "1")
-    start.unlink()
-    assert [record["step"] for record in resume(folder, "--run.steps", "2")] == [1, 2]
-
-
 def test_resume_with_another_shape_is_refused(evaluated: Finished, tmp_path: Path, refused: Callable[..., str]) -> None:
     folder = Path(shutil.copytree(evaluated.folder, tmp_path / "run"))
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
@@ -496,6 +475,8 @@ def test_resume_auto_begins_and_goes_on(
     (folder / "config.yaml").write_text("of a run that was killed before its first save")
     command = ["synthetic", *flags(flat, folder, "--resume", "auto", "--run.save_minutes", "0", "--run.keep", "3")]
     train.main([*command, "--run.steps", "5"])
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "loss": 1.0}\n{"step": 7, "lo')  # logged after the last save, then cut off by a kill
     train.main([*command, "--run.steps", "7"])
     assert {"resume.pt", "resume.1.pt", "resume.2.pt"} <= names(folder)
     newest = bytearray((folder / "resume.pt").read_bytes())
@@ -517,7 +498,6 @@ def test_resume_auto_begins_and_goes_on(
     ("metrics", "words"),
     [
         ({"embedding_spread": 0.05}, "the embeddings have collapsed"),
-        ({"attention_entropy": 0.1}, "the attention has collapsed"),
         ({"attention_entropy": math.log(49)}, "the attention is the same everywhere"),
         ({}, None),
     ],
@@ -571,19 +551,16 @@ def test_run_stopped_between_its_last_two_saves_ends_well(flat: Path, tmp_path: 
 
 
 def test_triton_kernels_train_as_the_references_do(flat: Path, tmp_path: Path) -> None:
-    """20 steps in fp32, the fit's gradient in the encoder too; 1 % off in that of query, features or detectors shows.
-
-    The bias hardly moves the losses here, nor does the choice among detectors: one soon wins everywhere.
-    """
+    """Six steps in fp32, the fit's gradient in the encoder too: one percent of what training moves would show."""
     if not launch.INTERPRET and not torch.cuda.is_available():
         pytest.skip("needs a GPU or Triton's interpreter")
     calm = str(write_calm_weights(tmp_path / "calm.pt"))
-    settings = ["--model.weights", calm, "--model.batchnorm", "local", "--data.image_size", "64", "--optim.lr", "0.001"]
-    settings += ["--rationale.stop_gradient", "False", "--run.steps", "20"]
+    settings = ["--model.weights", calm, "--model.batchnorm", "local", "--optim.lr", "0.003"]
+    settings += ["--rationale.stop_gradient", "False", "--run.steps", "6"]
 
     def losses_with(kernels: str, *more: str) -> torch.Tensor:
         logged = run(flat, tmp_path / f"run{len(list(tmp_path.iterdir()))}", "--run.kernels", kernels, *settings, *more)
-        assert len(logged) == 20
+        assert len(logged) == 6
         return torch.tensor([(record["contrast_loss"], record["fit_loss"]) for record in logged])
 
     expected = losses_with("torch")

@@ -31,7 +31,7 @@ class Odd(nn.Module):
         self.same = nn.Conv2d(8, 8, 3, padding="same", dilation=2, bias=False)
         self.depthwise = nn.Conv2d(8, 8, 5, stride=2, padding=2, groups=8)
         self.grouped = nn.Conv2d(8, 12, 1, groups=4)
-        self.plain_norms = nn.ModuleList([nn.BatchNorm2d(8), nn.BatchNorm2d(8, affine=False), nn.BatchNorm2d(8)])
+        self.plain_norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(3))
         self.last_norm = nn.BatchNorm2d(12, eps=0.1)
         self.twice, self.last = nn.Conv2d(12, 12, 1), nn.Conv2d(12, 12, 1, bias=False)
         self.added, self.kept, self.first, self.second = (nn.Conv2d(12, 12, 1) for _ in range(4))
@@ -59,9 +59,8 @@ def randomised(module: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     for each in module.modules():
         if isinstance(each, nn.BatchNorm2d):
-            if each.affine:
-                nn.init.uniform_(each.weight, 0.5, 1.5, generator)
-                nn.init.normal_(each.bias, 0, 0.3, generator)
+            nn.init.uniform_(each.weight, 0.5, 1.5, generator)
+            nn.init.normal_(each.bias, 0, 0.3, generator)
             if each.running_mean is not None and each.running_var is not None:
                 nn.init.normal_(each.running_mean, 0, 0.3, generator)
                 nn.init.uniform_(each.running_var, 0.5, 2, generator)

@@ -93,18 +93,6 @@ def test_the_key_encoder_moves_towards_the_query_encoder(momentum: float) -> Non
         torch.testing.assert_close(key, momentum * before[name] + (1 - momentum) * queries[name])
 
 
-def test_queries_and_keys_are_of_unit_length() -> None:
-    moco, batch = tiny(), images()
-    ones = torch.ones(5)
-    torch.testing.assert_close(moco.query(mean_pool(moco.backbone(batch.first))).norm(dim=1), ones)
-    key = moco.key(batch.second, NO_AUTOCAST)
-    torch.testing.assert_close(key.norm(dim=1), ones)
-    assert not key.requires_grad
-    bf16 = moco.key(batch.second, torch.autocast("cpu", dtype=torch.bfloat16))
-    assert bf16.dtype == torch.float32
-    torch.testing.assert_close(bf16.norm(dim=1), ones)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("pooling", ["mean", "rationale"])
 def test_gradients_of_pooled_features_are_channels_last_down_to_the_convolution(
