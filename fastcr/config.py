@@ -167,8 +167,6 @@ class MocoConfig:
     """Each step, key encoder = key_momentum * key encoder + (1 - key_momentum) * query encoder."""
     embedding_dim: int | None = number(None, 1)
     """Dimension of queries and keys. Default: 256, or the backbone's channels with --moco.head linear."""
-    saved: Literal["query", "key"] = "query"
-    """Encoder that is measured and saved: the query's, or the key's, which is an average of the query's last states."""
 
 
 @dataclass(frozen=True)
@@ -182,9 +180,8 @@ class RationaleConfig:
     change, and neither GradCAM nor the fit loss is computed."""
     detectors: int = number(32, 1, 128)
     """1x1 projections; their maximum at a position is its attention logit."""
-    target: Literal["max-softmax", "sum", "uniform"] = "max-softmax"
-    """GradCAM to a distribution: softmax after dividing by its maximum; division by its sum; or the same at every
-    position, as a control for experiments."""
+    target: Literal["max-softmax", "sum"] = "max-softmax"
+    """GradCAM to a distribution: softmax after dividing by its maximum, or division by its sum."""
     cam_of: Literal["similarity", "loss"] = "similarity"
     """What GradCAM explains: the similarity of the two views of an image, or the contrastive loss, as in the paper."""
     cam_keeps: Literal["mismatch", "match"] = "mismatch"

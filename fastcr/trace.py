@@ -34,7 +34,7 @@ from fastcr.runs.context import Context
 
 TRACE, SUMMARY = "trace.json.gz", "phases.json"
 KERNELS = 20  # listed
-WAITING, BETWEEN, GRAPH, LOADER, WHOLE = "waiting for data", "between", "CUDA graph", "loader", "whole step"
+WAITING, BETWEEN, ELSEWHERE, WHOLE = "waiting for data", "between", "loader or CUDA graph", "whole step"
 FORWARD = ("key forward", "query forward")
 PHASES = (WAITING, *FORWARD, "contrast", "fit", "backward", "optimiser", "EMA", "queue")
 Row = dict[str, Any]
@@ -85,12 +85,11 @@ def phase_rows(events: Sequence[Any], steps: int, cuda: bool) -> list[Row]:
     """Milliseconds a step of each phase, of what lies between them, and of the whole step, from the profiler's events.
 
     A phase's device time is that of the kernels launched in it; on the CPU its operators' own time, without what Python
-    adds. An operator belongs to the phase in which it begins: backward runs on autograd's own thread, and to a range
-    the profiler counts only what its thread does. Kernels that no operator launched are a replayed CUDA graph's, or
-    the loader's.
+    adds. An operator belongs to the phase in which it begins, for backward runs on a thread of its own. Kernels that no
+    operator launched are those of the loader or of a replayed CUDA graph.
     """
     host, device = Counter[str](), Counter[str]()
-    on_cpu, kernels = ([e for e in events if (e.device_type != DeviceType.CPU) == there] for there in (False, True))
+    on_cpu = [event for event in events if event.device_type == DeviceType.CPU]
     marks = [event.time_range for event in on_cpu if event.name.startswith("ProfilerStep")]
     ranges = [event for event in on_cpu if event.is_user_annotation and event.name in PHASES]
     for event in ranges:
@@ -102,17 +101,15 @@ def phase_rows(events: Sequence[Any], steps: int, cuda: bool) -> list[Row]:
             at = event.time_range.start
             phase = next((r.name for r in ranges if r.time_range.start <= at < r.time_range.end), BETWEEN)
             device[phase] += sum(kernel.duration for kernel in event.kernels) if cuda else event.self_cpu_time_total
-    graphs = {event.id for event in on_cpu if event.name.startswith("cudaGraphLaunch")}
-    times = [(event.id in graphs, event.time_range.elapsed_us()) for event in kernels if not event.is_user_annotation]
-    device[GRAPH] = sum(took for in_graph, took in times if in_graph)
-    device[LOADER] = max(sum(took for _, took in times) - device.total(), 0)
+    kernels = [event for event in events if event.device_type != DeviceType.CPU and not event.is_user_annotation]
+    device[ELSEWHERE] = max(sum(event.time_range.elapsed_us() for event in kernels) - device.total(), 0)
     host[WHOLE], device[WHOLE] = span, device.total()
 
-    names = [*(name for name in PHASES if host[name]), BETWEEN, *(n for n in (GRAPH, LOADER) if device[n] > 1), WHOLE]
+    names = [*(name for name in PHASES if host[name]), BETWEEN, *([ELSEWHERE] if device[ELSEWHERE] > 1 else []), WHOLE]
     return [
         {
             "name": name,
-            "host_ms": host[name] / steps / 1e3 if name in host else None,
+            "host_ms": host[name] / steps / 1e3,
             "device_ms": device[name] / steps / 1e3,
             "share": (device if cuda else host)[name] / span,
         }
@@ -132,35 +129,14 @@ def kernel_rows(profiler: profile, steps: int, step_ms: float, cuda: bool) -> li
 
 def table(rows: Sequence[Row], what: str) -> Table:
     """Rows for people: a column for each of their keys, the name as `what`."""
-    shown = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
-    keys = list(dict.fromkeys(key for row in rows for key in row if key != "name"))
-    shown.add_column(what, no_wrap=True, max_width=64)
+    shown = Table(what, box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    keys = [key for key in rows[0] if key != "name"]
     for key in keys:
-        shown.add_column(key.replace("_", " ").replace("times", "x"), justify="right", no_wrap=True)
+        shown.add_column(key.replace("_", " "), justify="right", no_wrap=True)
     for row in rows:
-        cells = ["" if row.get(key) is None else digits(row[key], percent=key == "share") for key in keys]
-        shown.add_row(row["name"], *cells)
+        cells = [f"{row[key]:.1%}" if key == "share" else f"{row[key]:,.3f}" for key in keys]
+        shown.add_row(row["name"][:64], *cells)
     return shown
-
-
-def digits(value: float, *, percent: bool = False) -> str:
-    """Three digits, more before the point; or a share in percent."""
-    if percent:
-        return f"{value:.1%}"
-    return f"{value:,.0f}" if value >= 99.95 else "<.001" if 0 < value < 0.001 else f"{value:.3g}"
-
-
-def show(facts: dict[str, Any], cuda: bool, context: Context) -> None:
-    """Print what phases.json holds."""
-    took = f"{digits(facts['step_ms'])} ms; {digits(facts['recorded_step_ms'])} ms while recorded"
-    times = "device ms: of the kernels" if cuda else "device ms: in operators, without what Python adds"
-    for part in (
-        f"{facts['device']}: a step of {facts['settings']['optim']['batch_size']} pairs takes {took}\n",
-        table(facts["phases"], "phase"),
-        f"\n{times}\n",
-        table(facts["kernels"][:KERNELS], "kernel" if cuda else "operator"),
-    ):
-        context.console.print(part, highlight=False, soft_wrap=isinstance(part, str))
 
 
 def trace(config: TraceConfig, context: Context) -> None:
@@ -175,8 +151,8 @@ def trace(config: TraceConfig, context: Context) -> None:
         raise UsageError(f"preset {config.preset} needs --data.root, the folder of its images")
     check_settings(config, context)
     folder = config.out or Path("runs") / f"trace-{time.strftime('%Y%m%d-%H%M%S')}"
-    if taken := [name for name in (TRACE, SUMMARY) if (folder / name).exists()]:
-        raise UsageError(f"{folder} already holds a {taken[0]}: name another --out")
+    if (folder / TRACE).exists():
+        raise UsageError(f"{folder} already holds a {TRACE}: name another --out")
     one_step = prepare_step(config, context)
     if config.nvtx:  # between the marks that `nsys --capture-range=cudaProfilerApi` waits for
         with torch.cuda.profiler.profile(), torch.autograd.profiler.emit_nvtx():
@@ -186,19 +162,26 @@ def trace(config: TraceConfig, context: Context) -> None:
     step_ms = repeat(one_step, config.steps)
     profiler = record(one_step, config.steps, cuda, folder / TRACE)
     phases = phase_rows(profiler.events(), config.steps, cuda)
+    recorded_ms = phases[-1]["host_ms"]
+    kernels = kernel_rows(profiler, config.steps, recorded_ms, cuda)
+    name = torch.cuda.get_device_name(device) if cuda else f"CPU (threads: {torch.get_num_threads()})"
     facts = {
-        "device": torch.cuda.get_device_name(device) if cuda else f"CPU (threads: {torch.get_num_threads()})",
+        "device": name,
         "torch": torch.__version__,
         "triton": triton and triton.__version__,
         "dtype": str(context.dtype).removeprefix("torch."),
         "step_ms": step_ms,
-        "recorded_step_ms": phases[-1]["host_ms"],
+        "recorded_step_ms": recorded_ms,
         "phases": phases,
-        "kernels": kernel_rows(profiler, config.steps, phases[-1]["host_ms"], cuda),
+        "kernels": kernels,
         "settings": asdict(config),
     }
     (folder / SUMMARY).write_text(json.dumps(facts, indent=1, default=str) + "\n")
-    show(facts, cuda, context)
+    took = f"{step_ms:.3g} ms; {recorded_ms:.3g} ms while recorded"
+    context.say(f"{name}: a step of {config.optim.batch_size} pairs takes {took}\n")
+    context.console.print(table(phases, "phase"))
+    context.say(f"\ndevice ms: {'of the kernels' if cuda else 'in operators, without what Python adds'}\n")
+    context.console.print(table(kernels[:KERNELS], "kernel" if cuda else "operator"))
     context.say(f"\n{folder / TRACE}: open it in https://ui.perfetto.dev\n{folder / SUMMARY}: these figures")
 
 

@@ -29,7 +29,7 @@ from fastcr.encoders.encoder import describe
 from fastcr.errors import UsageError, one_line
 from fastcr.measures.evaluation import HISTORY, INITIAL
 from fastcr.measures.health import EncoderHealth, HealthWarnings
-from fastcr.method.build import Schedule, Training, build, check_settings, compiles, fit_sizes, trained
+from fastcr.method.build import Schedule, Training, build, check_settings, fit_sizes, trained
 from fastcr.method.ddt import ddt_detectors
 from fastcr.method.step import Losses, cosine_lr
 from fastcr.output.evaluations import TrainingEvaluation
@@ -132,8 +132,10 @@ def run_steps(run: Run, evaluation: TrainingEvaluation, log: RunLog, began: floa
             watch.add(loss, training.gradient_norm())
             log.advance(step, len(batch.first) * processes.ranks)
             if step == run.start + 1:
-                say_first_step(run, loss, began, ready)
-
+                loss.item()  # waits for the device
+                now = time.monotonic()
+                took = f"{now - ready:.1f} s of it the step"
+                run.context.say(f"first step done {now - began:.1f} s after the start, {took}")
             due = due_after(run, step, stop, saver)
             if due.log or due.save:
                 watch.check()
@@ -158,8 +160,8 @@ def run_steps(run: Run, evaluation: TrainingEvaluation, log: RunLog, began: floa
 def due_after(run: Run, step: int, stop: StopSignal, saver: Saver) -> Due:
     """What is due after `step`.
 
-    All processes agree on it at each step, on the CPU and before any of them waits for its device: only in such an
-    exchange is a lost process noticed.
+    All processes agree on it at each step, before any of them waits for its device: this is where a process notices
+    that another has died.
     """
     config, schedule, processes = run.config.run, run.schedule, run.context.processes
     time_to_save: int = processes.first and saver.due()
@@ -210,7 +212,7 @@ def open_run(config: Config, resume: Path | None, context: Context, folders: Exi
     check_tracker(config.run.track)
     check_settings(config, context)
     if resume is None and config.run.dir:
-        processes.once(partial(check_unused, Path(config.run.dir)))
+        processes.once(partial(check_unused, config.run.dir))
     splits = read_splits(config.data.root or write_synthetic())
     config = fit_sizes(config, splits.train, context)
     images = fingerprint(splits.train)
@@ -240,10 +242,10 @@ def fingerprint(images: ImageList) -> int:
 
 
 def restore(path: Path, training: Training, images: int, context: Context) -> int:
-    """Restore the newest whole save; returns the step it was made after. `images` is the fingerprint of today's images.
+    """Restore the newest whole save; returns the step after which it was made.
 
-    Only the first process reads the file. With another number of processes than before, only what `--model.batchnorm
-    local` sees together and random draws of the model itself, such as dropout, are others.
+    `images` is the fingerprint of today's images. Only the first process reads the file. The number of processes may
+    differ from before; then random draws of the model itself, such as dropout, differ too.
     """
     processes = context.processes
     state, file = processes.once(partial(load_resume, path))
@@ -274,14 +276,6 @@ def files_of_step(config: Config, images: ImageList, step: int) -> list[str]:
     """The files of the images that `step` (from 1) trains on, in their order."""
     _, indices = step_indices(len(images), config.optim.batch_size, config.run.seed, step - 1)
     return [images.path(int(index)) for index in indices]
-
-
-def say_first_step(run: Run, loss: Tensor, began: float, ready: float) -> None:
-    """Print how long the first step took; waits for the device."""
-    loss.item()
-    now, compiled = time.monotonic(), " and its compilation" * compiles(run.config, run.context.device)
-    took = f"{now - ready:.1f} s of it the step{compiled}"
-    run.context.say(f"first step done {now - began:.1f} s after the start, {took}")
 
 
 def main(args: Sequence[str] | None = None) -> None:

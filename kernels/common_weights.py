@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastcr.kernels.detectors import check_gradient, check_maps, rows_of
-from fastcr.kernels.launch import Impl, fused_op, use_triton
+from fastcr.kernels.detectors import check_maps, rows_of
+from fastcr.kernels.launch import Impl, check_tensor, fused_op, use_triton
 from fastcr.kernels.rationale_fit import CamKeeps, gradcam_target
 from fastcr.kernels.settings import TABLE, channels_class
 from fastcr.kernels.spec import Example, OpSpec, draw_maps
@@ -124,7 +124,7 @@ def common_weights(
         ValueError: shapes, dtypes, devices or options do not fit, or `impl` cannot serve these tensors.
     """
     check_maps(features)
-    check_gradient(features, gradient)
+    check_tensor("gradient", gradient, features.shape[:2], features)
     if cam_keeps not in ("mismatch", "match"):
         raise ValueError(f"cam_keeps must be 'mismatch' or 'match', got {cam_keeps!r}")
     features, gradient = features.detach(), gradient.detach()

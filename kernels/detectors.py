@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcr.kernels.launch import INTERPRET, on_its_device
+from fastcr.kernels.launch import INTERPRET, check_tensor, on_its_device
 from fastcr.kernels.settings import FENCED, TABLE, Settings, map_class
 
 try:
@@ -51,30 +51,14 @@ def check_maps(features: Tensor) -> None:
         raise ValueError(f"features must have 1 to {MAX_POSITIONS} positions (H*W), got {positions}")
 
 
-def check_gradient(features: Tensor, gradient: Tensor) -> None:
-    """Raise `ValueError` unless `gradient` `[B,C]` fits features `[B,C,H,W]`."""
-    if gradient.shape != features.shape[:2] or not gradient.is_floating_point():
-        shape = list(features.shape[:2])
-        raise ValueError(f"gradient must be a floating-point {shape}, got {gradient.dtype} {list(gradient.shape)}")
-    if gradient.device != features.device:
-        raise ValueError(f"gradient must be on {features.device} like features, got {gradient.device}")
-
-
 def check_features(features: Tensor, detectors: Tensor, bias: Tensor | None, temperature: float) -> None:
     """Raise `ValueError`, naming the argument, unless features, detectors and bias fit each other."""
     check_maps(features)
-    channels = features.shape[1]
-    if detectors.ndim != 2 or detectors.shape[1] != channels or not 1 <= detectors.shape[0] <= MAX_DETECTORS:
-        raise ValueError(f"detectors must be [K,{channels}] with K in 1..{MAX_DETECTORS}, got {list(detectors.shape)}")
-    if bias is not None and bias.shape != detectors.shape[:1]:
-        raise ValueError(f"bias must be [{detectors.shape[0]}] like detectors, got {list(bias.shape)}")
-    for name, tensor in (("detectors", detectors), ("bias", bias)):
-        if tensor is None:
-            continue
-        if tensor.device != features.device:
-            raise ValueError(f"{name} must be on {features.device} like features, got {tensor.device}")
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} must be floating-point, got {tensor.dtype}")
+    if detectors.ndim != 2 or not 1 <= len(detectors) <= MAX_DETECTORS:
+        raise ValueError(f"detectors must be [K,C] with K in 1..{MAX_DETECTORS}, got {list(detectors.shape)}")
+    check_tensor("detectors", detectors, (len(detectors), features.shape[1]), features)
+    if bias is not None:
+        check_tensor("bias", bias, detectors.shape[:1], features)
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Literal, ParamSpec, TypeVar
 
@@ -48,6 +48,16 @@ def use_triton(impl: Impl, tensors: dict[str, Tensor], fits: bool = True) -> boo
         raise ValueError(f"impl must be 'auto' or 'torch' here: {reason}")
     # under the interpreter auto stays with the reference: it is what a user without a GPU wants
     return reason is None and (impl == "triton" or first.device.type == "cuda")
+
+
+def check_tensor(
+    name: str, tensor: Tensor, shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None
+) -> None:
+    """`ValueError` unless `tensor` has this shape and dtype (None: any floating-point one), on the device of `like`."""
+    right = tensor.dtype == dtype if dtype else tensor.is_floating_point()
+    if tuple(tensor.shape) != tuple(shape) or not right or tensor.device != like.device:
+        wanted = f"{dtype or 'floating-point'} {list(shape)} on {like.device}"
+        raise ValueError(f"{name} must be {wanted}, got {tensor.dtype} {list(tensor.shape)} on {tensor.device}")
 
 
 def on_its_device(function: Callable[P, R]) -> Callable[P, R]:

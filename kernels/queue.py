@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastcr.kernels.launch import INTERPRET, on_its_device
+from fastcr.kernels.launch import INTERPRET, check_tensor, on_its_device
 from fastcr.kernels.settings import TABLE, Settings, contrast_class
 
 try:
@@ -44,15 +44,8 @@ def check(tensors: dict[str, Tensor], temperatures: dict[str, float]) -> None:
     query, key, queue = tensors["query"], tensors["key"], tensors["queue"]
     if query.ndim != 2 or not query.is_floating_point():
         raise ValueError(f"query must be a floating-point [B,D], got {query.dtype} {list(query.shape)}")
-    if key.shape != query.shape:
-        raise ValueError(f"key must have the shape of query {list(query.shape)}, got {list(key.shape)}")
-    if queue.ndim != 2 or queue.shape[1] != query.shape[1] or queue.shape[0] < 1:
-        raise ValueError(f"queue must be [N,{query.shape[1]}] with N >= 1, got {list(queue.shape)}")
-    for name, tensor in (("key", key), ("queue", queue)):
-        if tensor.device != query.device:
-            raise ValueError(f"{name} must be on {query.device} like query, got {tensor.device}")
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} must be floating-point, got {tensor.dtype}")
+    check_tensor("key", key, query.shape, query)
+    check_tensor("queue", queue, (max(len(queue), 1), query.shape[1]), query)  # N >= 1
     for name, temperature in temperatures.items():
         if not temperature > 0:
             raise ValueError(f"{name} must be above 0, got {temperature}")

@@ -5,7 +5,6 @@
     cam_b(s) = relu(sign * sum_c A_bc(s) g_bc)          GradCAM; sign +1 keeps "mismatch", -1 "match"
     P_b      = cam_b / sum_s cam_b                      target "sum"
              | softmax_s(cam_b / max_s cam_b / tau)     target "max-softmax"; uniform where cam_b is 0 everywhere
-             | 1 / S                                    target "uniform": what is fitted to says nothing, a control
     KL_b     = sum_s P_b(s) (log P_b(s) - log Q_b(s))   0 log 0 = 0; P is a constant
 
 A [B,C,S] features at S = H*W positions, g [B,C] gradient of each image's own contrast loss by its mean-pooled
@@ -27,7 +26,6 @@ from fastcr.kernels.detectors import (
     all_positions,
     attention_logits,
     check_features,
-    check_gradient,
     dot_settings,
     fake_gradients,
     named,
@@ -35,7 +33,7 @@ from fastcr.kernels.detectors import (
     spread_gradients,
     tile_settings,
 )
-from fastcr.kernels.launch import Impl, fused_op, use_triton
+from fastcr.kernels.launch import Impl, check_tensor, fused_op, use_triton
 from fastcr.kernels.settings import map_class
 from fastcr.kernels.spec import OTHER_MAPS, USUAL_MAPS, Example, OpSpec, draw_detectors, draw_maps
 
@@ -47,7 +45,7 @@ try:
 except ImportError:
     triton = None
 
-Target = Literal["max-softmax", "sum", "uniform"]
+Target = Literal["max-softmax", "sum"]
 CamKeeps = Literal["mismatch", "match"]
 
 
@@ -65,7 +63,6 @@ class RationaleFit(NamedTuple):
 def gradcam_target(cam: Tensor, target: Target, temperature: float) -> Tensor:
     """Distribution P `[B,S]` from a GradCAM `[B,S]` >= 0; uniform where an image's GradCAM is 0 everywhere."""
     if target != "sum":
-        cam = cam if target == "max-softmax" else 0 * cam
         peak = cam.amax(1, keepdim=True)
         return torch.softmax(cam / torch.where(peak == 0, 1, peak) / temperature, dim=1)
     total = cam.sum(1, keepdim=True)
@@ -168,7 +165,7 @@ def _fused(
     divergence = rows.new_empty(batch, dtype=torch.float32)
     attention, probability = (rows.new_empty(batch, positions, dtype=torch.float32) for _ in range(2))
     winners = rows.new_empty(batch, positions, dtype=torch.int32)
-    sign = 0.0 if target == "uniform" else 1.0 if cam_keeps == "mismatch" else -1.0  # 0: GradCAM 0, target uniform
+    sign = 1.0 if cam_keeps == "mismatch" else -1.0
     gradient, bias = gradient.float().contiguous(), None if bias is None else bias.contiguous()
     outputs = divergence, attention, probability, winners
     if batch:
@@ -241,7 +238,7 @@ def rationale_fit(
         detectors: w `[K,C]`, `1 <= K <= 128`.
         bias: c `[K]`, or None for no bias.
         temperature: tau of the attention and of the target "max-softmax", above 0.
-        target: how GradCAM becomes a distribution; "uniform" leaves it out.
+        target: how GradCAM becomes a distribution.
         cam_keeps: positions that GradCAM keeps, "mismatch" those that raise the loss `gradient` is of (in contrastive
             learning they make the two views of an image less similar), "match" those that lower it.
         pool_weight: backward also adds `pool_weight * g_b / S` to the feature gradient, whatever the gradient of the
@@ -258,9 +255,9 @@ def rationale_fit(
         ValueError: shapes, dtypes, devices or options do not fit, or `impl` cannot serve these tensors.
     """
     check_features(features, detectors, bias, temperature)
-    check_gradient(features, gradient)
-    if target not in ("max-softmax", "sum", "uniform"):
-        raise ValueError(f"target must be 'max-softmax', 'sum' or 'uniform', got {target!r}")
+    check_tensor("gradient", gradient, features.shape[:2], features)
+    if target not in ("max-softmax", "sum"):
+        raise ValueError(f"target must be 'max-softmax' or 'sum', got {target!r}")
     if cam_keeps not in ("mismatch", "match"):
         raise ValueError(f"cam_keeps must be 'mismatch' or 'match', got {cam_keeps!r}")
     options: dict[str, Any] = {

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from fastcr.kernels.launch import Impl, fused_op, use_triton
+from fastcr.kernels.launch import Impl, check_tensor, fused_op, use_triton
 from fastcr.kernels.queue import LOWEST, MAX_DIM, OTHER_QUEUES, ROWS, SPLIT, USUAL_QUEUES, attend, check
 from fastcr.kernels.settings import contrast_class
 from fastcr.kernels.spec import Example, Normal, OpSpec, Sizes, draw_units
@@ -189,11 +189,9 @@ def relational(
     check(given, {"temperature": temperature, "key_temperature": key_temperature})
     if (images is None) != (queue_images is None):
         raise ValueError("images must be given with queue_images, or neither")
-    for name, of, tensor in (("images", query, images), ("queue_images", queue, queue_images)):
-        if tensor is not None and (tensor.shape != of.shape[:1] or tensor.dtype != torch.int64):
-            raise ValueError(f"{name} must be an int64 [{len(of)}], got {tensor.dtype} {list(tensor.shape)}")
-        if tensor is not None and tensor.device != query.device:
-            raise ValueError(f"{name} must be on {query.device} like query, got {tensor.device}")
+    if images is not None and queue_images is not None:
+        check_tensor("images", images, query.shape[:1], query, torch.int64)
+        check_tensor("queue_images", queue_images, queue.shape[:1], query, torch.int64)
     key, queue = key.detach(), queue.detach()
     if not use_triton(impl, given, fits=query.shape[1] <= MAX_DIM):
         return relational_reference(

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastcr.kernels.colour import blur_reference, grey_reference, jitter_reference
-from fastcr.kernels.launch import KERNEL_DTYPES, Impl, fused_op, use_triton
+from fastcr.kernels.launch import KERNEL_DTYPES, Impl, check_tensor, fused_op, use_triton
 from fastcr.kernels.spec import Example, Normal, OpSpec, Sizes
 
 try:
@@ -260,13 +260,9 @@ def two_views(
     """
     if pixels.ndim != 1 or pixels.dtype != torch.uint8 or not pixels.is_contiguous():
         raise ValueError(f"pixels must be a contiguous uint8 [bytes], got {pixels.dtype} {list(pixels.shape)}")
-    if table.ndim != 3 or table.shape[2] != len(COLUMNS) or table.dtype != torch.float32:
-        raise ValueError(f"table must be an fp32 [B,V,{len(COLUMNS)}], got {table.dtype} {list(table.shape)}")
-    for name, tensor in (("starts", starts), ("widths", widths), ("table", table)):
-        if tensor is not table and (tensor.shape != table.shape[:1] or tensor.dtype != torch.int64):
-            raise ValueError(f"{name} must be an int64 [{len(table)}], got {tensor.dtype} {list(tensor.shape)}")
-        if tensor.device != pixels.device:
-            raise ValueError(f"{name} must be on {pixels.device} like pixels, got {tensor.device}")
+    check_tensor("table", table, (*table.shape[:2], len(COLUMNS)), pixels, torch.float32)
+    check_tensor("starts", starts, table.shape[:1], pixels, torch.int64)
+    check_tensor("widths", widths, table.shape[:1], pixels, torch.int64)
     if size < MIN_SIZE:
         raise ValueError(f"size must be at least {MIN_SIZE}, got {size}")
     if not len(mean) == len(std) == 3:

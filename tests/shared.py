@@ -16,12 +16,20 @@ import torch
 
 from fastcr.config import Config, DataConfig, ModelConfig, RationaleConfig
 from fastcr.encoders.backbone import build_backbone
-from fastcr.encoders.encoder import Encoder, new_encoder
+from fastcr.encoders.encoder import Encoder, describe
+from fastcr.encoders.rationale import RationaleHead
 from fastcr.encoders.released import ReleasedBranch
 from fastcr.runs.checkpoint import save_weights
 from tests.forked import Forked
 
 ROOT = Path(__file__).parent.parent
+
+
+def new_encoder(config: Config) -> Encoder:
+    """An encoder as `config` says, with random weights."""
+    backbone, channels = build_backbone(config.model.backbone, config.model.last_stage)
+    branch = RationaleHead(channels, config.rationale) if config.rationale.enabled else None
+    return Encoder(backbone, branch, describe(config))
 
 
 def write_weights(

@@ -329,7 +329,7 @@ def test_weights_that_cannot_be_fetched_are_a_mistake_of_one_line(
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    assert "no network for the ImageNet weights" in refused(evaluate.main, "resnet18", "--data.root", birds, *CPU)
+    assert "cannot get the ImageNet weights" in refused(evaluate.main, "resnet18", "--data.root", birds, *CPU)
     timm = pytest.importorskip("timm")
     monkeypatch.setattr(timm.models._builder, "load_pretrained", offline)
     line = refused(evaluate.main, "timm:resnet18", "--data.root", birds, *CPU)

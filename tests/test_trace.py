@@ -3,14 +3,12 @@
 import gzip
 import json
 import sys
-from copy import deepcopy
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from torch.autograd import DeviceType
-from torch.autograd.profiler_util import EventList, FunctionEvent
+from torch.autograd.profiler_util import FunctionEvent
 
 from fastcr import trace
 from tests.shared import TINY
@@ -64,11 +62,8 @@ def test_the_trace_opens_and_names_the_phases(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--steps", "0"], "--steps must be at least 1"),
         (["--nvtx", "--run.device", "cpu"], "--nvtx needs CUDA, and this run is on cpu"),
-        (["cub201"], "no preset 'cub201' (did you mean cub200?)"),
         (["cub200"], "preset cub200 needs --data.root, the folder of its images"),
-        (["--resume", "runs/a"], "Unrecognized "),
     ],
 )
 def test_a_mistake_is_one_line(
@@ -143,30 +138,12 @@ def test_kernels_belong_to_the_phase_that_launched_them() -> None:
         "query forward": 0.2,
         "backward": 0.3,
         "between": 0.45,
-        "loader": None,
+        "loader or CUDA graph": 0,
         "whole step": 1,
     }
     device = {name: round(row["device_ms"], 9) for name, row in rows.items()}
     assert device == {
-        "waiting for data": 0, "query forward": 0.014, "backward": 0.03, "between": 0.001, "loader": 0.1,
+        "waiting for data": 0, "query forward": 0.014, "backward": 0.03, "between": 0.001, "loader or CUDA graph": 0.1,
         "whole step": 0.145,
     }  # fmt: skip
     assert rows["backward"]["share"] == 0.03
-
-
-def test_in_a_replayed_graph_there_are_no_phases() -> None:
-    graph = on_cpu("cudaGraphLaunch", 200, 210)
-    graph.id = 7
-    events = [*ON_CUDA[:2], graph, kernel(4, "_cut_kernel", 600, 700), kernel(7, "gemm", 700, 740)]
-    rows = {row["name"]: row["device_ms"] for row in trace.phase_rows(events, 1, cuda=True)}
-    expected = {"waiting for data": 0, "between": 0, "CUDA graph": 0.04, "loader": 0.1, "whole step": 0.14}
-    assert rows == pytest.approx(expected)
-
-
-def test_kernels_are_counted_by_name() -> None:
-    events = EventList(deepcopy(ON_CUDA), use_device="cuda")
-    events._build_tree()  # as the profiler does
-    rows = trace.kernel_rows(SimpleNamespace(key_averages=events.key_averages), 1, 1.0, cuda=True)  # type: ignore[arg-type]
-    assert [row["name"] for row in rows] == ["_cut_kernel", "gemm", "relu", "Memset"]
-    assert {row["name"]: (row["calls"], round(row["device_ms"], 9)) for row in rows}["gemm"] == (2, 0.04)
-    assert sum(row["device_ms"] for row in rows) == pytest.approx(0.145)

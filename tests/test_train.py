@@ -21,9 +21,9 @@ from rich.console import Console
 from safetensors import safe_open
 
 from fastcr import evaluate, train
+from fastcr.config import Config, MocoConfig, OptimConfig
 from fastcr.data.layouts import read_splits
 from fastcr.data.views import step_indices
-from fastcr.encoders.backbone import build_backbone
 from fastcr.encoders.encoder import load
 from fastcr.kernels import launch
 from fastcr.measures.health import HealthWarnings
@@ -166,19 +166,13 @@ def test_evaluation_during_training_is_printed_kept_and_in_the_results(evaluated
     results = json.loads((evaluated.folder / "results.json").read_text())
     assert entry["epoch"] == 1
     assert results["best_epoch"] == entry | {"weights": "best.safetensors"}
+    assert load(evaluated.folder / "best.safetensors").image_size == 32
     lines = [line for line in evaluated.output.splitlines() if line.startswith("  rank-1 ")]
     for line, name in zip(lines, ("mean", "rationale"), strict=True):
         now, frozen = entry["retrieval"][name]["rank1"], results["frozen_init"]["retrieval"][name]["rank1"]
         assert f"{now:.2f}" in line
         assert f"{frozen:.2f}" in line
         assert ("warning" in line) == (now < frozen)
-
-
-def test_the_best_evaluations_weights_are_kept(evaluated: Finished) -> None:
-    best, last = (load_weights(evaluated.folder / f"{name}.safetensors")[0] for name in ("best", "weights"))
-    assert best.keys() == last.keys()
-    assert any(not torch.equal(best[name], last[name]) for name in last)
-    assert load(evaluated.folder / "best.safetensors").image_size == 32
 
 
 def test_metrics_are_whole_and_consistent(uninterrupted: Callable[[str], Path]) -> None:
@@ -236,38 +230,12 @@ def test_the_papers_preset_works_end_to_end(birds: Path, tmp_path: Path) -> None
     assert results["retrieval"].keys() == {"mean", "rationale", *BASELINES}
 
 
-def test_bf16_on_the_cpu_trains_and_keeps_fp32_weights(
-    flat: Path, tmp_path: Path, uninterrupted: Callable[[str], Path]
-) -> None:
-    logged = run(flat, tmp_path / "run", "--run.precision", "bf16", "--run.steps", "2")
-    exact = records(uninterrupted("torch"))[0]["loss"]
-    assert logged[0]["loss"] != exact
-    assert logged[0]["loss"] == pytest.approx(exact, rel=0.2)
-    with safe_open(tmp_path / "run" / "weights.safetensors", "pt") as file:
-        kinds = {file.get_tensor(key).dtype for key in file.keys()}  # noqa: SIM118 (it is no dict)
-    assert kinds == {torch.float32, torch.int64}
-
-
-def test_queue_that_is_no_multiple_of_the_batch_is_filled_in_a_ring(uninterrupted: Callable[[str], Path]) -> None:
-    model = state(uninterrupted("torch"))["model"]
-    assert model["moco.queue_position"] == STEPS * 8 % 20
-    assert model["moco.queue"].shape == (20, 16)
-    torch.testing.assert_close(model["moco.queue"].norm(dim=1), torch.ones(20))
-
-
-def test_queue_larger_than_the_data_is_warned_of(
-    flat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run(flat, tmp_path / "run", "--run.steps", "1", "--moco.queue_size", "65")
+def test_a_queue_larger_than_the_data_is_cut_or_warned_of(flat: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = read_splits(flat).train
+    for objective, size in (("relational", 64), ("infonce", 65)):
+        config = Config(moco=MocoConfig(objective=objective, queue_size=65), optim=OptimConfig(batch_size=8))  # type: ignore[arg-type]
+        assert training.fit_sizes(config, images, Context()).moco.queue_size == size
     assert "warning: the queue (65) is larger than the data set (64 images)" in capsys.readouterr().out
-
-
-def test_queue_of_what_is_resembled_is_cut_to_the_data(flat: Path, tmp_path: Path) -> None:
-    more = ("--run.steps", "1", "--moco.queue_size", "100", "--moco.objective", "relational")
-    run(flat, folder := tmp_path / "run", *more)
-    assert state(folder)["model"]["moco.queue"].shape == (64, 16)
-    assert load_config(folder / "config.yaml").moco.queue_size == 64
-    assert (state(folder)["model"]["moco.queue_images"] >= 0).all()
 
 
 def test_flat_folder_trains_and_says_that_nothing_is_measured(
@@ -351,19 +319,6 @@ def test_sigterm_saves_says_how_to_go_on_and_exits_143(
     assert (folder / "weights.safetensors").read_bytes() == weights
 
 
-@pytest.mark.parametrize("loader", LOADERS)
-def test_run_stopped_after_n_steps_goes_on_bit_for_bit_and_heals_a_torn_line(
-    loader: str, flat: Path, tmp_path: Path, uninterrupted: Callable[[str], Path]
-) -> None:
-    folder = tmp_path / "run"
-    run(flat, folder, "--data.loader", loader, "--run.steps", "5")
-    with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 6, "loss": 1.0}\n{"step": 7, "lo')  # logged after the last save, then cut off by a kill
-    assert losses(resume(folder, "--run.steps", str(STEPS))) == losses(records(uninterrupted(loader)))
-    weights = (uninterrupted(loader) / "weights.safetensors").read_bytes()
-    assert (folder / "weights.safetensors").read_bytes() == weights
-
-
 def test_resumed_run_evaluates_an_epoch_once(birds: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run(birds, folder, "--run.eval_every", "1", "--run.steps", "7")
@@ -377,7 +332,7 @@ def test_resumed_run_evaluates_an_epoch_once(birds: Path, tmp_path: Path) -> Non
     assert [json.loads(line)["epoch"] for line in lines] == [1]
 
 
-@pytest.mark.parametrize(("sent", "status"), [("SIGUSR1", 143), ("SIGINT", 130), ("SIGHUP", 129)])
+@pytest.mark.parametrize(("sent", "status"), [("SIGUSR1", 143), ("SIGINT", 130)])
 def test_signals_save_and_end_the_run(
     flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: str, status: int
 ) -> None:
@@ -390,12 +345,8 @@ def test_signals_save_and_end_the_run(
         return original(*args, **kwargs)
 
     monkeypatch.setattr(training, "train_step", stopped)
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored, and then so does a run
-    try:
-        with pytest.raises(SystemExit) as stop:
-            run(flat, tmp_path / "run")
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    with pytest.raises(SystemExit) as stop:
+        run(flat, tmp_path / "run")
     assert stop.value.code == status
     assert state(tmp_path / "run")["step"] == 2
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL  # as it was before
@@ -465,14 +416,6 @@ def test_completed_run_is_only_evaluated(evaluated: Finished, tmp_path: Path) ->
     (folder / "results.json").unlink()
     resume(folder)
     assert {name: (folder / name).read_bytes() for name in kept} == before
-
-
-def test_resume_needs_nothing_of_the_initial_weights(flat: Path, tmp_path: Path) -> None:
-    start, folder = tmp_path / "start.pt", tmp_path / "run"
-    torch.save(build_backbone("resnet18", "layer3")[0].state_dict(), start)
-    run(flat, folder, "--model.weights", str(start), "--run.steps", "1")
-    start.unlink()
-    assert [record["step"] for record in resume(folder, "--run.steps", "2")] == [1, 2]
 
 
 def test_resume_with_another_shape_is_refused(evaluated: Finished, tmp_path: Path, refused: Callable[..., str]) -> None:
@@ -547,6 +490,8 @@ def test_resume_auto_begins_and_goes_on(
     (folder / "config.yaml").write_text("of a run that was killed before its first save")
     command = ["synthetic", *flags(flat, folder, "--resume", "auto", "--run.save_minutes", "0", "--run.keep", "3")]
     train.main([*command, "--run.steps", "5"])
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "loss": 1.0}\n{"step": 7, "lo')  # logged after the last save, then cut off by a kill
     train.main([*command, "--run.steps", "7"])
     assert {"resume.pt", "resume.1.pt", "resume.2.pt"} <= names(folder)
     newest = bytearray((folder / "resume.pt").read_bytes())
@@ -568,7 +513,6 @@ def test_resume_auto_begins_and_goes_on(
     ("metrics", "words"),
     [
         ({"embedding_spread": 0.05}, "the embeddings have collapsed"),
-        ({"attention_entropy": 0.1}, "the attention has collapsed"),
         ({"attention_entropy": math.log(49)}, "the attention is the same everywhere"),
         ({}, None),
     ],
@@ -584,23 +528,14 @@ def test_collapse_is_warned_of_once(metrics: dict[str, float], words: str | None
     assert not words or lines[0].startswith(f"warning: {words}")
 
 
-def test_frozen_statistics_stay_as_they_were(birds: Path, tmp_path: Path) -> None:
-    """Through training and the evaluations between its epochs, which put the encoder in eval mode and back."""
-    run(birds, tmp_path / "run", "--run.eval_every", "1", "--run.steps", "10", "--model.batchnorm", "frozen")
-    before, after = (load_weights(tmp_path / "run" / f"{which}.safetensors")[0] for which in ("init", "weights"))
-    for kind, stays in (("running_mean", True), ("weight", False)):
-        name = f"backbone.layer1.0.bn1.{kind}"
-        assert torch.equal(before[name], after[name]) == stays
-
-
-@pytest.mark.parametrize("broken", ["torch.save", "safetensors.torch.save", "os.replace"])
+@pytest.mark.parametrize("broken", ["torch.save", "os.replace"])
 def test_full_disk_leaves_the_last_good_files_and_nothing_else(
     broken: str, flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
 ) -> None:
     folder = tmp_path / "run"
     run(flat, folder, "--run.steps", "1")
     before = names(folder)
-    files = {name: (folder / name).read_bytes() for name in ("resume.pt", "weights.safetensors", "config.yaml")}
+    files = {name: (folder / name).read_bytes() for name in ("resume.pt", "config.yaml")}
 
     def full(*args: object, **kwargs: object) -> None:
         for target in args:
@@ -612,20 +547,11 @@ def test_full_disk_leaves_the_last_good_files_and_nothing_else(
         patch.setattr(broken, full)
         line = refused(train.main, "--resume", folder, "--run.steps", "2")
     # a run that goes on writes its settings first
-    culprit = {"torch.save": "resume.pt", "safetensors.torch.save": "weights.safetensors"}.get(broken, "config.yaml")
+    culprit = "resume.pt" if broken == "torch.save" else "config.yaml"
     assert f"cannot save {folder / culprit}: [Errno 28] No space left on device" in line
     assert (folder / culprit).read_bytes() == files[culprit]
     assert names(folder) - {"resume.1.pt"} == before  # there already, as a second name of resume.pt
     assert [record["step"] for record in resume(folder, "--run.steps", "3")] == [1, 2, 3]
-
-
-def test_resume_refuses_other_images(flat: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
-    images = tmp_path / "images"
-    shutil.copytree(flat, images)
-    run(images, tmp_path / "run", "--run.steps", "1")
-    first = sorted(images.iterdir())[0]
-    first.rename(first.with_name("zz.jpg"))
-    assert "the training images are not those" in refused(train.main, "--resume", tmp_path / "run", "--run.steps", "2")
 
 
 def test_run_stopped_between_its_last_two_saves_ends_well(flat: Path, tmp_path: Path) -> None:
@@ -640,19 +566,16 @@ def test_run_stopped_between_its_last_two_saves_ends_well(flat: Path, tmp_path: 
 
 
 def test_triton_kernels_train_as_the_references_do(flat: Path, tmp_path: Path) -> None:
-    """20 steps in fp32, the fit's gradient in the encoder too; 1 % off in that of query, features or detectors shows.
-
-    The bias hardly moves the losses here, nor does the choice among detectors: one soon wins everywhere.
-    """
+    """Six steps in fp32, the fit's gradient in the encoder too: one percent of what training moves would show."""
     if not launch.INTERPRET and not torch.cuda.is_available():
         pytest.skip("needs a GPU or Triton's interpreter")
     calm = str(write_calm_weights(tmp_path / "calm.pt"))
-    settings = ["--model.weights", calm, "--model.batchnorm", "local", "--data.image_size", "64", "--optim.lr", "0.001"]
-    settings += ["--rationale.stop_gradient", "False", "--run.steps", "20"]
+    settings = ["--model.weights", calm, "--model.batchnorm", "local", "--optim.lr", "0.003"]
+    settings += ["--rationale.stop_gradient", "False", "--run.steps", "6"]
 
     def losses_with(kernels: str, *more: str) -> torch.Tensor:
         logged = run(flat, tmp_path / f"run{len(list(tmp_path.iterdir()))}", "--run.kernels", kernels, *settings, *more)
-        assert len(logged) == 20
+        assert len(logged) == 6
         return torch.tensor([(record["contrast_loss"], record["fit_loss"]) for record in logged])
 
     expected = losses_with("torch")
@@ -660,14 +583,6 @@ def test_triton_kernels_train_as_the_references_do(flat: Path, tmp_path: Path) -
     untrained = losses_with("torch", "--optim.lr", "1e-9")
     assert ((expected - untrained).abs().amax(0) > 0.01).all()
     torch.testing.assert_close(losses_with("triton"), expected, atol=1e-4, rtol=0)
-
-
-def test_time_to_the_first_step_is_printed(flat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(flat, tmp_path / "run", "--run.steps", "2")
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("first step done")]
-    since, step = map(float, re.findall(r"([\d.]+) s", line))
-    assert 0 <= step < since  # tenths of a second
-    assert "compilation" not in line
 
 
 def test_a_batch_in_parts_resumes_bit_for_bit(flat: Path, tmp_path: Path) -> None:
@@ -680,9 +595,7 @@ def test_a_batch_in_parts_resumes_bit_for_bit(flat: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--run.cuda_graph", "True", "--run.device", "cpu"], "--run.cuda_graph needs CUDA, and this run is on cpu"),
         (["--model.batchnorm", "sync"], "--model.batchnorm sync needs CUDA, and this run is on cpu"),
-        (["--optim.accumulate", "3"], "--optim.accumulate must divide --optim.batch_size"),
         (["--optim.accumulate", "8"], "--optim.accumulate must divide --optim.batch_size into parts of at least 2"),
         (["--moco.objective", "relational", "--moco.queue_size", "1"], "needs --moco.queue_size above 1"),
     ],

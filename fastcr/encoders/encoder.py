@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from fastcr.config import Config, RationaleConfig
+from fastcr.config import Config
 from fastcr.data.crops import centre_crop
 from fastcr.data.images import to_rgb
 from fastcr.data.views import MEAN, STD, normalise
@@ -31,9 +31,7 @@ from fastcr.encoders.hub import address_of, fetch
 from fastcr.encoders.rationale import RationaleHead
 from fastcr.encoders.released import ReleasedBranch, from_released_checkpoint, released_facts
 from fastcr.errors import UsageError, one_line
-from fastcr.kernels.launch import Impl
 from fastcr.runs.checkpoint import IN_FOLDERS, load_weights
-from fastcr.runs.distributed import ALONE, Processes
 from fastcr.runs.machine import pick_device
 
 Branch = RationaleHead | ReleasedBranch
@@ -89,22 +87,22 @@ class Encoder(nn.Module):
         pooled, attention = self.branch.pool(features)
         return Encoded(F.normalize(pooled, dim=1), attention.unflatten(1, features.shape[2:]))
 
-    def features(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Normalised images `[B,3,S,S]` to features `[B,C,h,w]`; the backbone runs in `dtype`."""
-        with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            return self.backbone(images)
-
     @property
     def has_class_token(self) -> bool:
         """Whether the backbone is a ViT with a class token."""
         return getattr(self.backbone, "has_class_token", False)
 
+    def features(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Normalised images `[B,3,S,S]` to features `[B,C,h,w]`; the backbone runs in `dtype`."""
+        with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            return self.backbone(images)
+
     def with_class_token(self, images: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor | None]:
-        """Normalised images `[B,3,S,S]` to features `[B,C,h,w]` and the class token `[B,C]`, where there is one."""
-        if isinstance(self.backbone, TimmEncoder) and self.has_class_token:
-            with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
-                return self.backbone.with_class_token(images)
-        return self.features(images, dtype), None
+        """As `features`, and the class token `[B,C]` of a backbone that has one."""
+        if not (isinstance(self.backbone, TimmEncoder) and self.has_class_token):
+            return self.features(images, dtype), None
+        with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            return self.backbone.with_class_token(images)
 
     def of_crops(self, crops: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor | None]:
         """As `with_class_token`, of uint8 crops `[B,S,S,3]`, B > 0; a CPU takes a few of them at a time."""
@@ -114,20 +112,16 @@ class Encoder(nn.Module):
         return torch.cat(features), torch.cat(tokens) if tokens else None
 
     def both(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Pooled:
-        """Normalised images `[B,3,S,S]` to the mean and the rationale embedding; the backbone runs in `dtype`."""
+        """Normalised images `[B,3,S,S]` to both embeddings and the attention; the backbone runs in `dtype`."""
         return self.pooled(self.features(images, dtype))
 
     def pooled(self, features: Tensor) -> Pooled:
-        """Features `[B,C,h,w]` to the mean and the rationale embedding."""
+        """Features `[B,C,h,w]` to both embeddings and the attention."""
         mean = F.normalize(mean_pool(features), dim=1)
         if self.branch is None:
             return Pooled(mean, None, None)
         pooled, attention = self.branch.pool(features)
         return Pooled(mean, F.normalize(pooled, dim=1), attention.unflatten(1, features.shape[2:]))
-
-    def mean_embedding(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Normalised images `[B,3,S,S]` to unit embeddings `[B,C]` by mean pooling, without the branch."""
-        return F.normalize(mean_pool(self.features(images, dtype)), dim=1)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -170,19 +164,6 @@ def describe(config: Config) -> dict[str, Any]:
     }
 
 
-def build_branch(
-    channels: int, rationale: RationaleConfig, impl: Impl = "auto", processes: Processes = ALONE
-) -> RationaleHead | None:
-    """The branch that a configuration asks for; None for plain MoCo."""
-    return RationaleHead(channels, rationale, impl, processes=processes) if rationale.enabled else None
-
-
-def new_encoder(config: Config) -> Encoder:
-    """An encoder as `config` says, with random weights."""
-    backbone, channels = build_backbone(config.model.backbone, config.model.last_stage)
-    return Encoder(backbone, build_branch(channels, config.rationale), describe(config))
-
-
 def load(path_or_run: str | os.PathLike[str], device: str | torch.device = "cpu") -> Encoder:
     """The encoder of a run folder, a weights file, a folder exported for the Hub, or an authors' released checkpoint.
 
@@ -191,18 +172,17 @@ def load(path_or_run: str | os.PathLike[str], device: str | torch.device = "cpu"
     """
     where, file = pick_device(str(device)), find_weights(path_or_run)
     state, facts = _named(*load_weights(file))
+    if not facts:
+        keys = ", ".join(sorted(state)[:3])
+        raise UsageError(f"{file} was not written by fastcr.train (no fastcr metadata); its keys begin {keys}")
     try:
-        if not facts:
-            keys = ", ".join(sorted(state)[:3])
-            raise UsageError(f"{file} was not written by fastcr.train (no fastcr metadata); its keys begin {keys}")
         _check(facts)
-        detectors, temperature = facts["detectors"], facts["temperature"]
         backbone, channels = build_backbone(facts["backbone"], facts["last_stage"], stem_maxpool=facts["stem_maxpool"])
         branch: Branch | None = None
         if facts["attention"] == "batch-minmax":
-            branch = ReleasedBranch(channels, detectors)
-        elif detectors:
-            branch = RationaleHead(channels, detectors=detectors, temperature=temperature)
+            branch = ReleasedBranch(channels, facts["detectors"])
+        elif facts["detectors"]:
+            branch = RationaleHead(channels, detectors=facts["detectors"], temperature=facts["temperature"])
         encoder = Encoder(backbone, branch, facts)
         encoder.load_state_dict(state)
     except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
@@ -233,7 +213,7 @@ def find_weights(path_or_run: str | os.PathLike[str]) -> Path:
 
 
 def folder_of(path_or_run: str | os.PathLike[str]) -> Path:
-    """Where what a command makes of an encoder goes by default: beside its weights; of one from the Hub, here."""
+    """Default folder of what a command makes of an encoder: that of its weights, or the working folder for the Hub."""
     return Path() if address_of(path_or_run) else find_weights(path_or_run).parent
 
 

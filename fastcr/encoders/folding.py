@@ -22,10 +22,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class FoldedConv2d(nn.Conv2d):
-    """A convolution `[B,C,H,W]` to `[B,K,h,w]` that does the work of the BatchNorm after it too.
+    """A convolution `[B,C,H,W]` to `[B,K,h,w]` that also does the work of the BatchNorm after it.
 
-    It takes over the parameters of `convolution` under their names. `norm` stays where it is in the network: it is no
-    submodule here, but a deep copy of the network has its own copy of it in both places.
+    It takes over the parameters of `convolution` under their names. `norm` keeps its place in the network and is no
+    submodule here; a deep copy of the network copies it once, for both places.
     """
 
     norm: nn.BatchNorm2d | None  # None once its weights hold it
@@ -43,9 +43,9 @@ class FoldedConv2d(nn.Conv2d):
 
 
 class FoldedNorm(nn.BatchNorm2d):
-    """A BatchNorm that a convolution does the work of: here only the activation of timm's BatchNorm is left.
+    """A BatchNorm whose work a convolution does: only the activation of timm's BatchNorm is left to do here.
 
-    It keeps its parameters and statistics under their names, and the statistics stay as they are in training mode too.
+    Parameters and statistics keep their names; the statistics do not change, in training mode either.
     """
 
     act: nn.Module  # of timm's, as is drop
@@ -92,22 +92,18 @@ def fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Weight and bias of both as one convolution; in fp32 under autocast too, which casts them afterwards."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    scale = (norm.running_var + norm.eps).rsqrt()
-    scale = scale if norm.weight is None else scale * norm.weight
+    scale = (norm.running_var + norm.eps).rsqrt() * norm.weight
     bias = -norm.running_mean if convolution.bias is None else convolution.bias - norm.running_mean
-    bias = bias * scale if norm.bias is None else torch.addcmul(norm.bias, bias, scale)
-    return convolution.weight * scale.view(-1, 1, 1, 1), bias
+    return convolution.weight * scale.view(-1, 1, 1, 1), torch.addcmul(norm.bias, bias, scale)
 
 
 def find_pairs(backbone: nn.Module, image_size: int) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
-    """Convolutions and the BatchNorms that alone take what they give, as a pass of one image through a copy shows."""
+    """Pairs of a convolution and the BatchNorm that alone takes its output, found by a pass of one image."""
     tried = copy.deepcopy(backbone).eval()
     own: dict[nn.Module, Any] = dict(zip(tried.modules(), backbone.modules(), strict=True))
     convolutions = [each for each in own if type(each) in (nn.Conv2d, _timm("Conv2dSame"))]
     norms = [each for each in own if type(each) in (nn.BatchNorm2d, _timm("BatchNormAct2d"))]
-    norms = [norm for norm in norms if norm.running_var is not None]
-    if not (convolutions and norms):
-        return []
+    norms = [norm for norm in norms if norm.running_var is not None and norm.affine]
     seen = _Seen()
     for each in convolutions:
         each.register_forward_hook(seen.made_by)

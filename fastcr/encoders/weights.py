@@ -7,7 +7,6 @@ import sys
 from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
-from urllib.error import URLError
 
 import torch
 import torchvision
@@ -142,35 +141,19 @@ def _installed(name: str) -> dict[str, Tensor]:
 
 
 def _download(name: str) -> dict[str, Tensor]:
-    if name.startswith(TIMM):
-        return _download_timm(name)
-    weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
+    """The ImageNet weights that torchvision or timm downloads, or has downloaded before."""
+    advice = "pass --model.weights FILE or --model.weights none"
+    if name.startswith(TIMM) and not import_timm(name).models.is_model_pretrained(name.removeprefix(TIMM)):
+        raise UsageError(f"timm has no weights for {name.removeprefix(TIMM)}: {advice}")
     try:
-        return weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
-    except Exception as error:  # a proxy's page or a cut transfer fails anywhere in torch's reader
-        file = weights.url.rsplit("/", 1)[1]
+        if name.startswith(TIMM):
+            return create_timm(name, pretrained=True).state_dict()
+        weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
         folder = Path(torch.hub.get_dir()) / "checkpoints"
-        if not isinstance(error, URLError) and (folder / file).exists():
-            raise UsageError(
-                f"the ImageNet weights {folder / file} are broken: remove that file to download it again"
-            ) from None
-        raise UsageError(
-            f"no network for the ImageNet weights ({getattr(error, 'reason', error)}): put {file} into {folder}, or "
-            f"pass --model.weights /path/to/{file} (or --model.weights none)"
-        ) from None
-
-
-def _download_timm(name: str) -> dict[str, Tensor]:
-    model = name.removeprefix(TIMM)
-    if not import_timm(name).models.is_model_pretrained(model):
-        raise UsageError(f"timm has no weights for {model}: pass --model.weights FILE or --model.weights none")
-    try:
-        return create_timm(name, pretrained=True).state_dict()
-    except Exception as error:  # the hub's, the network's and the file's, each of its own kind
-        raise UsageError(
-            f"timm cannot get the weights of {model} ({one_line(error)}): pass --model.weights FILE in timm's names "
-            "(or --model.weights none)"
-        ) from None
+        advice = f"put {weights.url.rsplit('/', 1)[1]} into {folder}, or {advice}"
+        return weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
+    except Exception as error:  # the network's, the server's and the file's, each of its own kind
+        raise UsageError(f"cannot get the ImageNet weights of {name} ({one_line(error)}): {advice}") from None
 
 
 def _some(keys: object) -> str:

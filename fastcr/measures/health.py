@@ -67,7 +67,7 @@ class EncoderHealth:
     def _embed(self, encoder: Encoder) -> Tensor:
         with encoder.evaluating():
             pixels = (normalise(each.to(self.context.device), torch.float32) for each in self.crops)
-            return torch.cat([encoder.mean_embedding(each, self.context.dtype) for each in pixels]).cpu()
+            return torch.cat([encoder.both(each, self.context.dtype).mean for each in pixels]).cpu()
 
     def measure(self, encoder: Encoder) -> dict[str, float]:
         """`effective_rank`, and `kept_neighbours` of the start, 0 to 1."""

@@ -15,7 +15,7 @@ from fastcr.config import Config
 from fastcr.data.images import ImageList
 from fastcr.data.views import Batch
 from fastcr.encoders.backbone import backbone_mistake, build_backbone, freeze_stages, mean_pool, synchronise_norms
-from fastcr.encoders.encoder import Encoder, build_branch, describe
+from fastcr.encoders.encoder import Encoder, describe
 from fastcr.encoders.folding import fold_norms
 from fastcr.encoders.rationale import RationaleHead, attention_entropy
 from fastcr.encoders.weights import load_initial_weights
@@ -51,7 +51,7 @@ class Schedule(NamedTuple):
 class Training:
     """What a run trains, and how: everything but its images and its files."""
 
-    encoder: Encoder  # the query or the key encoder's backbone, and the branch: what is measured and saved
+    encoder: Encoder  # the query encoder's backbone and the branch: what is measured and saved
     moco: MoCo
     model: nn.ModuleDict  # moco and branch
     optimizer: torch.optim.Optimizer
@@ -114,12 +114,11 @@ def build(config: Config, context: Context, *, initial_weights: bool = True) -> 
     torch.manual_seed(config.run.seed)
     torch.backends.cudnn.benchmark = True  # every batch has the same shape
     moco, branch = _modules(config, context, initial_weights)
-    saved = moco.key_backbone if config.moco.saved == "key" else moco.backbone
-    encoder = Encoder(saved, branch, describe(config))
+    encoder = Encoder(moco.backbone, branch, describe(config))
     model = nn.ModuleDict({"moco": moco, **({"branch": branch} if branch else {})})
     model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer, rates = _optimizer(config, moco, branch, device)
-    if compiles(config, device):
+    if config.run.compile is True or (config.run.compile == "auto" and device.type == "cuda"):
         keep_compiled()
         # evaluations bring other numbers of images: not a reason to compile for any number of them
         moco.backbone.compile(dynamic=False)
@@ -171,7 +170,9 @@ def _modules(config: Config, context: Context, initial_weights: bool) -> tuple[M
             if isinstance(norm, nn.modules.batchnorm._BatchNorm):
                 norm.eval()
     moco = MoCo(backbone, channels, config.moco, processes=processes)
-    branch = build_branch(channels, config.rationale, config.run.kernels, processes)
+    branch = None
+    if config.rationale.enabled:
+        branch = RationaleHead(channels, config.rationale, config.run.kernels, processes=processes)
     if branch and not config.rationale.fit_weight:
         branch.requires_grad_(False)  # it stays as it is, without weight decay too
     if model.norms == "sync":
@@ -185,10 +186,12 @@ def _optimizer(
     """A group each for backbone, head and branch, and the groups' learning rates at the start."""
     optim = config.optim
     own = [(moco.backbone, optim.backbone_lr), (moco.head, None), (branch, config.rationale.lr)]
-    parts = [(part, optim.lr if rate is None else rate) for part, rate in own if part is not None]
-    # rates are tensors, so that a CUDA graph sees them change
-    groups = [{"params": part.parameters(), "lr": torch.tensor(rate, device=device)} for part, rate in parts]
-    rates = [rate for _, rate in parts]
+    rates = [optim.lr if rate is None else rate for part, rate in own if part is not None]
+    parts = [part for part, _ in own if part is not None]
+    groups = [
+        {"params": part.parameters(), "lr": torch.tensor(rate, device=device)}  # a tensor: a CUDA graph sees it change
+        for part, rate in zip(parts, rates, strict=True)
+    ]
     if optim.optimizer == "adamw":
         betas = optim.momentum, 0.999
         return torch.optim.AdamW(groups, betas=betas, weight_decay=optim.weight_decay, fused=True), rates
@@ -204,11 +207,6 @@ def trained(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def compiles(config: Config, device: torch.device) -> bool:
-    """Whether the encoders are compiled."""
-    return config.run.compile is True or (config.run.compile == "auto" and device.type == "cuda")
-
-
 def check_settings(config: Config, context: Context) -> None:
     """`UsageError` for an encoder that does not exist, and for what this device or these processes cannot do."""
     model, device, processes = config.model, context.device, context.processes
@@ -220,17 +218,16 @@ def check_settings(config: Config, context: Context) -> None:
         raise UsageError(f"--optim.batch_size {batch_size} does not divide among {shares} into parts of at least 2")
     if config.run.cuda_graph and processes.ranks > 1:
         raise UsageError("--run.cuda_graph works in one process only")
-    if model.norms == "sync" and device.type != "cuda":
-        raise UsageError(f"--model.batchnorm sync needs CUDA, and this run is on {device}: take local or frozen")
-    if config.run.cuda_graph and device.type != "cuda":
-        raise UsageError(f"--run.cuda_graph needs CUDA, and this run is on {device}")
+    needs_cuda = {"--run.cuda_graph": config.run.cuda_graph, "--model.batchnorm sync": model.norms == "sync"}
+    for flag in (name for name, asked in needs_cuda.items() if asked and device.type != "cuda"):
+        raise UsageError(f"{flag} needs CUDA, and this run is on {device}")
     try:
         launch.use_triton(config.run.kernels, {"features": torch.empty(0, device=device)})
     except ValueError as error:
         raise UsageError(f"--run.kernels {config.run.kernels}: {error}") from None
     if model.weights == "none" and config.moco.objective == "relational" and config.optim.epochs:
         context.say(
-            "warning: --moco.objective relational learns from keys of the initial weights, and those are random: "
+            "warning: --moco.objective relational learns from the initial weights, and those are random: "
             "docs/training.md has a recipe for them (--moco.objective infonce ...)"
         )
     if device.type == "cuda" and config.run.kernels == "auto" and launch.triton is None:

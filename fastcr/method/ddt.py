@@ -158,10 +158,9 @@ def ddt_axis(
 def ddt_detectors(encoder: Encoder, images: ImageList, seed: int, context: Context) -> dict[str, Tensor]:
     """The branch's `weight [K,C]` and `bias [K]` with which it pools these images nearly as DDT does, on the CPU.
 
-    `ValueError` for another branch than the rationale branch, `UsageError` if no image can be read.
+    `UsageError` if no image can be read.
     """
-    if not isinstance(encoder.branch, RationaleHead):
-        raise ValueError("only the rationale branch has such detectors")
+    assert isinstance(encoder.branch, RationaleHead)
     moments: Moments | None = None
     wanted, found = set(_evenly(images, START_IMAGES)), list[Tensor]()  # some of those whose axis it is
     with torch.compiler.set_stance("force_eager"), torch.no_grad():

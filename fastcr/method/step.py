@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,12 +33,8 @@ class Losses(NamedTuple):
     key: Tensor  # [B*ranks,D]: those of all processes
 
 
-class LossFunction(Protocol):
-    """`contrast_losses` with branch and objective bound, in several processes `Synchronised`."""
-
-    def __call__(self, moco: MoCo, batch: Batch, autocast: torch.autocast, *, scale: Scale) -> Losses:
-        """Losses of one batch; `scale` is applied to them before backward."""
-        ...
+# `contrast_losses` with branch and objective bound; in several processes `Synchronised`
+LossFunction = Callable[..., Losses]
 
 
 def contrast_losses(

@@ -104,9 +104,9 @@ def test_without_pool_weight_stop_gradient_leaves_the_features_alone() -> None:
         torch.testing.assert_close(stopped, plain, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(("op", "dtype"), pairwise(op=NAMES, dtype=[F32, BF16]), ids=str)
-def test_an_enclosing_autocast_changes_nothing(op: str, dtype: torch.dtype) -> None:
-    arguments = draw(op, dtype)
+@pytest.mark.parametrize("op", NAMES)
+def test_an_enclosing_autocast_changes_nothing(op: str) -> None:
+    arguments = draw(op)
     expected = call(op, arguments)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         got = call(op, arguments)
@@ -118,7 +118,6 @@ def test_an_enclosing_autocast_changes_nothing(op: str, dtype: torch.dtype) -> N
     ("op", "impl", "dynamic", "options"),
     [
         *((op, "triton", True, {}) for op in NAMES),
-        *((op, "torch", False, {}) for op in NAMES),
         ("relational", "torch", True, {}),
         ("rationale_fit", "triton", False, {"stop_gradient": True, "pool_weight": 0.5}),
     ],
@@ -131,7 +130,11 @@ def test_compiled_in_one_graph_equals_eager(op: str, impl: str, dynamic: bool, o
     torch.testing.assert_close(run(op, arguments, function=compiled, impl=impl, **options), expected)
 
 
-@pytest.mark.parametrize(("op", "dtype", "images"), pairwise(op=NAMES, dtype=[F32, BF16], images=[0, 3]), ids=str)
+@pytest.mark.parametrize(
+    ("op", "dtype", "images"),
+    [*((op, F32, 3) for op in NAMES), ("rationale_fit", BF16, 0), ("relational", BF16, 3)],
+    ids=str,
+)
 def test_the_custom_op_passes_opcheck(op: str, dtype: torch.dtype, images: int) -> None:
     sizes = {"C": 20, "S": 6} if op in MAPS else {"D": 8, "N": 20}
     settings = {

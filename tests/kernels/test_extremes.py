@@ -67,7 +67,7 @@ WHERE += [(op, name) for op in QUEUED for name in ("query", "key")]
         where=WHERE,
         value=[NAN, INF, -INF],
         dtype=DTYPES,
-        options=[{}, {"target": "sum", "pool_weight": 0.5}, {"target": "uniform"}],
+        options=[{}, {"target": "sum", "pool_weight": 0.5}],
     ),
     ids=str,
 )
@@ -96,6 +96,29 @@ def test_nan_and_inf_stay_in_their_image(
         else:
             assert torch.equal(b[1].isnan(), c[1].isnan())
     assert not got[0][1].isfinite().any()
+
+
+@pytest.mark.parametrize("op", MAPS)
+def test_an_infinity_that_every_detector_dislikes_is_not_hidden(op: str) -> None:
+    """Its logit is minus infinity: an attention of 0 there and a finite map elsewhere would hide it."""
+    arguments = draw(op, K=16)  # no padding, whose product with an infinity is NaN
+    with torch.no_grad():
+        arguments["detectors"][:, 3] = -1
+        arguments["features"][1, 3, 0, 0] = INF
+    values, _ = run(op, arguments, impl="triton")
+    assert all(each[1].isnan().all() and each[[0, 2]].isfinite().all() for each in values[:2])
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_a_keys_own_image_is_left_out_of_its_target(impl: str) -> None:
+    """The queue holds each key itself, which would be nearly all of its target."""
+    arguments = draw("relational")
+    arguments["queue"][:3] = arguments["key"]
+    arguments["queue_images"][:] = 9
+    arguments["queue_images"][:3] = torch.arange(3)
+    arguments["images"] = torch.tensor([0, 1, 2, 7, 7, 7], device=arguments["key"].device)[:3]  # others behind it
+    _, positive = call("relational", arguments, impl=impl)
+    assert (positive * arguments["key"]).sum(1).max() < 0.9
 
 
 @pytest.mark.parametrize("op", QUEUED)

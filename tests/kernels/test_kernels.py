@@ -7,11 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastcr.kernels import detectors as detectors_module
-from fastcr.kernels.settings import TABLE
 from tests.kernels.harness import (
     BF16,
-    DEVICE,
     DTYPES,
     F16,
     F32,
@@ -57,7 +54,6 @@ OPTIONS: list[dict[str, Any]] = [
     {"target": "sum", "pool_weight": 0.5},
     {"cam_keeps": "match", "pool_weight": 0.5, "stop_gradient": True},
     {"stop_gradient": True},
-    {"target": "uniform", "pool_weight": 0.5},
 ]
 
 
@@ -190,23 +186,3 @@ def test_pool_weight_with_stop_gradient_is_mean_pooling(dtype: torch.dtype) -> N
     torch.testing.assert_close(gradients["features"], by_pooled)
     plain = run("rationale_fit", arguments, impl="triton")[1]
     torch.testing.assert_close(gradients["detectors"], plain["detectors"], rtol=0, atol=0)
-
-
-def test_neighbouring_programs_of_the_backward_read_neighbouring_channels(monkeypatch: pytest.MonkeyPatch) -> None:
-    launched: list[tuple[int, ...]] = []
-
-    class Recorder:
-        def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            launched.append(grid)
-            return lambda *args, **kwargs: None
-
-    monkeypatch.setattr(detectors_module, "_spread_kernel", Recorder())
-    features, images, channels = torch.empty(700, 300, 1, 1, dtype=BF16, device=DEVICE), 700, 300
-    empty = torch.empty(images, 1, device=DEVICE)
-    detectors_module.spread_gradients(
-        features, torch.empty(5, channels), empty.int(), empty, empty, torch.empty(images, channels), True
-    )
-    row = TABLE["spread_gradients"]["16 bits, K <= 32"]
-    ((x, y),) = launched  # blocks are started along x first
-    assert (x, y > 1) == (-(-channels // row["BLOCK_C"]), True)
-    assert x * y <= row["programs"]

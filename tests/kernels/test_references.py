@@ -20,7 +20,7 @@ from tests.kernels.harness import BF16, F16, F32, F64, SMALL, draw, error, fresh
 Array = np.ndarray
 # largest error over the largest entry; values come out in fp32 from 16-bit inputs, gradients in the input's dtype
 TOLERANCE = {F64: 1e-12, F32: 2e-5, F16: 1e-3, BF16: 8e-3}
-TARGETS: list[Target] = ["max-softmax", "sum", "uniform"]
+TARGETS: list[Target] = ["max-softmax", "sum"]
 SIGNS: list[CamKeeps] = ["match", "mismatch"]
 TAU = 0.4
 MAPS = ["rationale_pool", "rationale_fit"]
@@ -38,7 +38,7 @@ def softmax(values: Array) -> Array:
 
 def naive_target(image: Array, gradient: Array, target: Target, sign: CamKeeps) -> Array:
     cam = np.maximum((1 if sign == "mismatch" else -1) * (gradient @ image), 0)
-    if cam.max() == 0 or target == "uniform":
+    if cam.max() == 0:
         return np.full(len(cam), 1 / len(cam))
     return cam / cam.sum() if target == "sum" else softmax(cam / cam.max() / TAU)
 
@@ -195,15 +195,6 @@ def test_an_image_without_other_keys_has_no_loss(impl: Any) -> None:
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-def test_the_size_of_an_images_gradient_does_not_matter_for_the_common_weights(impl: Any) -> None:
-    arguments = draw("common_weights")
-    for scale in (2.0**-60, 2.0**60):
-        sizes = torch.tensor([scale, 1, 1], device=arguments["gradient"].device)[:, None]
-        scaled = common_weights(arguments["features"], arguments["gradient"] * sizes, impl=impl)
-        torch.testing.assert_close(scaled, common_weights(**arguments, impl=impl), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_relu_does_not_hide_an_infinity(impl: Any) -> None:
     features, gradient = draw("common_weights", C=6, S=6).values()
     endless = gradient.clone()
@@ -250,18 +241,6 @@ def test_a_constant_added_to_every_bias_changes_nothing(shift: float) -> None:
         torch.testing.assert_close(run(op, arguments | {"bias": arguments["bias"] + shift})[0], run(op, arguments)[0])
 
 
-@settings(max_examples=20, deadline=None)
-@given(order=st.lists(st.integers(0, 3), max_size=6))
-def test_an_image_comes_out_the_same_wherever_and_however_often_it_is_in_the_batch(order: list[int]) -> None:
-    for op in OPS:
-        if op != "common_weights":
-            arguments = fresh(op, draw(op, B=4), Tensor.double)
-            per_image = {"features", "gradient", "query", "key", "images"} & arguments.keys()
-            moved = arguments | {name: arguments[name][order] for name in per_image}
-            expected = [each[order] for each in run(op, arguments)[0]]
-            torch.testing.assert_close(run(op, moved)[0], expected)
-
-
 @given(order=st.permutations(range(20)))
 @settings(max_examples=20, deadline=None)
 def test_maps_follow_a_permutation_of_positions(order: list[int]) -> None:
@@ -274,12 +253,3 @@ def test_maps_follow_a_permutation_of_positions(order: list[int]) -> None:
     for each in (arguments, permuted):
         del each["gradient"]
     torch.testing.assert_close(rationale_pool(**permuted).pooled, rationale_pool(**arguments).pooled)
-
-
-@settings(max_examples=20, deadline=None)
-@given(order=st.permutations(range(12)))
-def test_the_order_of_the_queue_does_not_matter(order: list[int]) -> None:
-    for op in ("info_nce", "relational"):
-        arguments = fresh(op, draw(op, N=12), Tensor.double)
-        moved = arguments | {name: arguments[name][order] for name in {"queue", "queue_images"} & arguments.keys()}
-        torch.testing.assert_close(run(op, moved), run(op, arguments))

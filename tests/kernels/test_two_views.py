@@ -15,7 +15,6 @@ from torchvision.transforms import v2
 from bench.torchvision_views import ADJUSTMENTS, torchvision_view
 from fastcr.data.cached_views import view_table
 from fastcr.data.views import MEAN, STD, ViewParameters, draw_parameters
-from fastcr.kernels import launch
 from fastcr.kernels import two_views as module
 from fastcr.kernels.colour import jitter_reference
 from fastcr.kernels.two_views import COLUMNS, MAX_SIZE, two_views
@@ -112,14 +111,6 @@ def test_a_view_beyond_the_limit_is_refused_but_served_by_auto() -> None:
     assert two_views(**arguments, size=MAX_SIZE + 1, **COLOURS).shape == (0, 1, 3, MAX_SIZE + 1, MAX_SIZE + 1)
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])
-def test_no_images_give_no_views(impl: Any) -> None:
-    arguments, _ = draw(SIZES[:1])
-    for name in ("starts", "widths", "table"):
-        arguments[name] = arguments[name][:0]
-    assert two_views(**arguments, size=16, **COLOURS, impl=impl).shape == (2, 0, 3, 16, 16)
-
-
 def single(parameters: ViewParameters, **changes: Any) -> ViewParameters:
     """The parameters with everything off but what `changes` turn on."""
     off = {name: np.zeros_like(getattr(parameters, name)) for name in ("jitter", "grey", "blur", "flip")}
@@ -183,20 +174,6 @@ def test_the_kernels_do_each_augmentation_alone_and_any_number_of_views() -> Non
     assert_as_exact_as_torch(arguments | {"table": arguments["table"][:, -1:]}, 17, torch.float32)
 
 
-def test_all_together_have_torchvisions_statistics() -> None:
-    """1,000 views: the same images through both, on the parameters of 5 epochs."""
-    sizes = [(48, 36 + i % 30) for i in range(100)]
-    sums = []
-    for epoch in range(5):
-        arguments, parameters = draw(sizes, epoch=epoch)
-        ours = two_views(**arguments, size=12, **COLOURS, impl="torch").cpu()
-        sums.append((ours, torchvision_views(arguments["pixels"].cpu(), sizes, parameters, 12)))
-    ours, theirs = (torch.cat(parts, dim=1) for parts in zip(*sums, strict=True))
-    assert (ours - theirs).abs().mean() <= 0.6 * LEVEL
-    torch.testing.assert_close(ours.mean((0, 1, 3, 4)), theirs.mean((0, 1, 3, 4)), atol=0.1 * LEVEL, rtol=0)
-    torch.testing.assert_close(ours.std((0, 1, 3, 4)), theirs.std((0, 1, 3, 4)), atol=0.1 * LEVEL, rtol=0)
-
-
 def test_on_a_cpu_they_are_torchvisions_but_for_the_last_rounding() -> None:
     """`auto`: the resize is torchvision's own, and so nothing is left for the hue of nearly grey pixels to enlarge."""
     sizes = [(48, 36 + i) for i in range(30)]
@@ -237,11 +214,9 @@ def test_two_runs_give_the_same_bits_and_compile_in_one_graph() -> None:
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"pixels": torch.zeros(3)}, "pixels must be a contiguous uint8"),
     ({"pixels": torch.zeros(60, dtype=torch.uint8)[::2]}, "pixels must be a contiguous uint8"),
-    ({"starts": torch.zeros(1, dtype=torch.int32)}, r"starts must be an int64 \[1\]"),
-    ({"widths": torch.zeros(2, dtype=torch.int64)}, r"widths must be an int64 \[1\]"),
-    ({"widths": torch.zeros(1, dtype=torch.int64, device="meta")}, "widths must be on cpu like pixels"),
-    ({"table": torch.zeros(1, 2, 15)}, rf"table must be an fp32 \[B,V,{len(COLUMNS)}\]"),
-    ({"table": torch.zeros(1, 2, 16, dtype=torch.float64)}, "table must be an fp32"),
+    ({"starts": torch.zeros(1, dtype=torch.int32)}, r"starts must be torch.int64 \[1\] on cpu"),
+    ({"widths": torch.zeros(1, dtype=torch.int64, device="meta")}, r"widths must be torch.int64 \[1\] on cpu"),
+    ({"table": torch.zeros(1, 2, 15)}, rf"table must be torch.float32 \[1, 2, {len(COLUMNS)}\]"),
     ({"size": 7}, "size must be at least 8"),
     ({"mean": (0.5,)}, "mean and std must have three values, got 1 and 3"),
     ({"dtype": torch.uint8}, "dtype must be floating-point"),
@@ -255,17 +230,3 @@ def test_bad_arguments_are_named() -> None:
     for change, message in BAD:
         with pytest.raises(ValueError, match=message):
             two_views(**({"size": 16, **arguments, **COLOURS} | change))
-
-
-def test_auto_serves_the_cpu_with_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: Any) -> None:
-        raise AssertionError("a kernel was launched")
-
-    arguments = {name: tensor.cpu() for name, tensor in draw([(9, 9)])[0].items()}
-    monkeypatch.setattr(module, "_fused", refuse)
-    assert two_views(**arguments, size=8, **COLOURS).isfinite().all()
-    with pytest.raises(AssertionError, match="launched"):
-        two_views(**draw([(9, 9)])[0], size=8, **COLOURS, impl="triton")
-    monkeypatch.setattr(launch, "INTERPRET", False)
-    with pytest.raises(ValueError, match=r"impl must .* on cpu"):
-        two_views(**arguments, size=8, **COLOURS, impl="triton")

@@ -79,17 +79,6 @@ def test_infonce_compares_with_all_processes_keys_where_there_is_no_queue() -> N
     assert found.positive is keys.own
 
 
-def test_a_query_that_resembles_what_its_key_resembles_is_left_alone() -> None:
-    """At equal temperatures the gradient of `relational` by the similarities is q - p: none for the key itself."""
-    settings = MocoConfig(objective="relational", temperature=0.1, key_temperature=0.1)
-    own, queue = unit(4, 6), unit(10, 6, seed=1)
-    for query, still in ((own.clone(), True), (unit(4, 6, seed=2), False)):
-        query.requires_grad_()
-        build_objective(settings)(query, Keys(own, own, queue)).loss.sum().backward()
-        assert query.grad is not None
-        assert (query.grad.abs().max() < 1e-12) == still
-
-
 @pytest.mark.parametrize("cam_of", ["similarity", "loss"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_step_trains_every_part_and_gradcam_is_of_what_the_table_says(objective: Any, cam_of: Any) -> None:

@@ -167,19 +167,12 @@ def test_a_command_in_two_processes_leaves_one_run(birds: Path, calm: Path, tmp_
     assert results[0]["frozen_init"] == results[1]["frozen_init"]
 
 
-@pytest.mark.parametrize(
-    ("more", "words"),
-    [
-        (["--optim.batch_size", "9"], "--optim.batch_size 9 does not divide among 2 processes"),
-        (["--model.weights", "nothere.pt"], "no weights file nothere.pt"),
-    ],
-)
-def test_a_mistake_is_said_once(more: list[str], words: str, birds: Path, tmp_path: Path) -> None:
-    flags = [*FLAGS, "--model.weights", "none", "--data.root", str(birds), "--run.dir", str(tmp_path / "run"), *more]
+def test_a_mistake_is_said_once(birds: Path, tmp_path: Path) -> None:
+    flags = [*FLAGS, "--model.weights", "nothere.pt", "--data.root", str(birds), "--run.dir", str(tmp_path / "run")]
     ended = finish(launch("-m", "fastcr.train", "synthetic", *flags))
     assert [status for status, *_ in ended] == [2, 2]
     (line,) = "".join(errors for *_, errors in ended).splitlines()
-    assert line.startswith(f"fastcr.train: error: {words}")
+    assert line.startswith("fastcr.train: error: no weights file nothere.pt")
     assert not (tmp_path / "run").exists()
 
 
