@@ -91,7 +91,7 @@ def embed_folder(config: EmbedConfig, context: Context) -> None:
     encoder = load(weights, context.device)
     if config.attention and encoder.branch is None:
         raise UsageError(f"{weights} has no branch for the attention, so there is no --attention to write")
-    pooling, began = key_of(config.pooling, encoder), time.monotonic()
+    pooling = key_of(config.pooling, encoder)
     wanted = pooling if config.pooling or config.centre else None
     parts, rows, digest = list_images(config.folder)
     base = config.folder if config.folder.is_dir() else config.folder.parent
@@ -105,7 +105,7 @@ def embed_folder(config: EmbedConfig, context: Context) -> None:
     partial.mkdir(parents=True, exist_ok=True)
     with only_writer(partial), encoder.evaluating():
         job = Partial(partial, key)
-        first = job.rows
+        began, first = time.monotonic(), job.rows
         if job.images:
             context.say(f"resuming after {job.images:,} of {len(rows):,} images")
         # the batches of the evaluation, none of two splits: the released branch's attention depends on the whole batch

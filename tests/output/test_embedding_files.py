@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("format", ["safetensors", "npy", "parquet"])
+@pytest.mark.parametrize("format", ["safetensors", "parquet"])
 def test_what_is_written_is_never_in_memory(format: str, tmp_path: Path) -> None:
     """96 MB of rows in a process that may take 32 MB more than it has."""
     if format == "parquet":
