@@ -9,13 +9,14 @@ hub          a folder for the Hugging Face Hub: weights and model card; `--push 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import io
 import json
 import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import yaml
@@ -27,22 +28,16 @@ from fastcr.config import Config
 from fastcr.encoders.encoder import Encoder, find_weights, folder_of, load
 from fastcr.encoders.hub import reason
 from fastcr.errors import UsageError, one_line
-from fastcr.measures.poolings import SHOWN, key_of, pooled
+from fastcr.measures.poolings import key_of, pooled
+from fastcr.output.summary import plain
 from fastcr.output.tables import best_line, retrieval_table
 from fastcr.runs.checkpoint import save_weights, write_whole
 from fastcr.runs.command_line import load_config, one_line_errors
 from fastcr.runs.context import Context
 
-if TYPE_CHECKING:
-    from huggingface_hub import EvalResult
-
 OPSET = 18
+PACKAGES = {"onnx": ("onnx", "onnxscript"), "hub": ("huggingface_hub",)}  # that a format needs
 ENDINGS = {"safetensors": "-export.safetensors", "torch": ".pt2", "onnx": ".onnx", "hub": "-hub"}
-
-
-def usual_names(encoder: Encoder) -> dict[str, Tensor]:
-    """State dict with torchvision's or timm's names for the backbone (`layer1.0.conv1.weight`) and `branch.*`."""
-    return {key.removeprefix("backbone.").removeprefix("timm."): each for key, each in encoder.state_dict().items()}
 
 
 class _Graph(nn.Module):
@@ -79,12 +74,6 @@ def graph_of(encoder: Encoder, pooling: str | None = None) -> torch.export.Expor
 
 def write_graph(encoder: Encoder, out: Path, format: str, pooling: str | None) -> None:
     """Write the graph for `torch.export.load`, or as ONNX in one file. `UsageError` if that cannot be done."""
-    if format == "onnx":
-        try:
-            import onnx  # noqa: F401
-            import onnxscript  # noqa: F401
-        except ImportError:
-            raise UsageError('--format onnx needs onnx and onnxscript: pip install "fastcr[onnx]"') from None
     facts = json.dumps(encoder.facts | {"pooling": key_of(pooling, encoder)})
     try:
         graph = graph_of(encoder, pooling)
@@ -93,14 +82,8 @@ def write_graph(encoder: Encoder, out: Path, format: str, pooling: str | None) -
             torch.export.save(graph, buffer, extra_files={"fastcr.json": facts})
             content = buffer.getvalue()
         else:
-            program = torch.onnx.export(
-                graph,
-                dynamo=True,
-                opset_version=OPSET,
-                verbose=False,
-                input_names=["images"],
-                output_names=["embedding", "attention"],
-            )
+            names = {"input_names": ["images"], "output_names": ["embedding", "attention"]}
+            program = torch.onnx.export(graph, dynamo=True, opset_version=OPSET, verbose=False, **names)
             assert program is not None
             program.model.metadata_props["fastcr"] = facts
             content = program.model_proto.SerializeToString()
@@ -116,7 +99,7 @@ def write_hub(encoder: Encoder, out: Path, run: Path | None, repo: str | None) -
 
     Settings and results are those of the folder `run`, if there are any; of paths only the last name is kept.
     """
-    card = model_card(encoder, out.name, run, repo)
+    card = model_card(encoder, repo or out.name, run, repo)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         folder = Path(scratch) / out.name
         folder.mkdir()
@@ -132,65 +115,42 @@ def model_card(encoder: Encoder, name: str, run: Path | None, repo: str | None) 
     """The README.md of a Hub repository. `UsageError` if the run's settings or results are broken."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    results, scores = read_results(run)
     front = ModelCardData(
-        model_name=repo or name,
+        model_name=name,
         library_name="fastcr",
         license="apache-2.0",
         pipeline_tag="image-feature-extraction",
         tags=["fastcr", "self-supervised-learning", "contrastive-learning", "fine-grained"],
-        eval_results=scores or None,
     )
-    settings = ""
+    settings = results = ""
     if run and (run / "config.yaml").is_file():
         settings = yaml.safe_dump(training_settings(load_config(run / "config.yaml")), sort_keys=False)
+    if run and (run / "results.json").is_file():
+        results = results_of(run / "results.json")
+    told = {"name": name, "facts": encoder.facts, "settings": settings, "results": results, "repo": repo}
     template = str(Path(__file__).with_name("model_card.md.jinja"))
-    card = ModelCard.from_template(
-        front,
-        template_path=template,
-        name=repo or name,
-        facts=encoder.facts,
-        settings=settings,
-        results=results,
-        repo=repo,
-        version=__version__,
-    )
-    return f"{card}\n"
+    return f"{ModelCard.from_template(front, template_path=template, version=__version__, **told)}\n"
 
 
 def training_settings(config: Config) -> dict[str, Any]:
     """What a reader of the model card wants to know of a run, without the paths of the machine it ran on."""
     settings = {part: dataclasses.asdict(getattr(config, part)) for part in ("model", "optim", "moco", "rationale")}
     settings["model"]["weights"] = Path(config.model.weights).name
-    root = config.data.root
-    data = (root.name or "a folder") if root else "the drawn birds of fastcr"
+    data = config.data.root.name if config.data.root else "the drawn birds of fastcr"
     return {"preset": config.preset, "data": data, "seed": config.run.seed, "steps": config.run.steps, **settings}
 
 
-def read_results(run: Path | None) -> tuple[str, list[EvalResult]]:
-    """The table and the verdict of a run's end as Markdown, and its scores; nothing where there are none."""
-    from huggingface_hub import EvalResult
-
-    file = run / "results.json" if run else None
-    if file is None or not file.is_file():
-        return "", []
+def results_of(file: Path) -> str:
+    """The table and the verdict of a run's end as Markdown. `UsageError` if the file is broken."""
     try:
         results = json.loads(file.read_text())
-        table, folder = retrieval_table(results), Path(results["folder"])
-        data = folder.parent.name if folder.name in ("train", "test", "images") else folder.name
-        scores = [
-            EvalResult("image-retrieval", data, data, key, each[key], metric_name=f"{key}, {SHOWN.get(name, name)}")
-            for name, each in results["retrieval"].items()
-            if name in ("mean", "rationale")
-            for key in ("rank1", "mAP")
-        ]
-        verdict = best_line(results) or ""
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        table, verdict, folder = plain(retrieval_table(results)), best_line(results) or "", Path(results["folder"])
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UsageError(f"{file} is broken: it does not hold results ({error!r})") from None
-    rows = [[str(column.header) for column in table.columns], ["---", *["--:"] * (len(table.columns) - 1)]]
-    rows += [[str(cell) for cell in row] for row in zip(*(column.cells for column in table.columns), strict=True)]
+    data = folder.parent.name if folder.name in ("train", "test", "images") else folder.name
+    rows = [table.head, ["---", *["--:"] * (len(table.head) - 1)], *table.rows]
     lines = [" ".join(f"| {' | '.join(row)} |".split()) for row in rows]
-    return "\n".join([f"{data}, {table.title}:", "", *lines, "", verdict]), scores
+    return "\n".join([f"{data}, {table.caption}:", "", *lines, "", verdict])
 
 
 def push(folder: Path, repo: str) -> str:
@@ -211,29 +171,19 @@ def push(folder: Path, repo: str) -> str:
 
 
 def check(config: ExportConfig) -> None:
-    """`UsageError` for settings that do not go together, without huggingface_hub, or without a token to push with."""
+    """`UsageError` for settings that do not go together, a package that is missing, or no token to push with."""
     if config.push and config.format != "hub":
         raise UsageError("--push goes with --format hub")
     if config.pooling and config.format not in ("torch", "onnx"):
         raise UsageError("--pooling goes with --format torch and onnx: the others hold weights, not a graph")
-    if config.format == "hub":
-        try:
-            from huggingface_hub import get_token
-        except ImportError:
-            raise UsageError('--format hub needs huggingface_hub: pip install "fastcr[hub]"') from None
-        if config.push and not get_token():
-            raise UsageError("--push needs your Hugging Face token: run hf auth login, or set HF_TOKEN")
-
-
-def destination(config: ExportConfig, weights: Path) -> Path:
-    """What to write. `UsageError` if it is there already, or its name ends wrongly."""
-    out = config.out or folder_of(config.source) / (weights.stem + ENDINGS[config.format])
-    suffix = Path(f"name{ENDINGS[config.format]}").suffix
-    if suffix and out.suffix != suffix:
-        raise UsageError(f"--out must end in {suffix} with --format {config.format}, got {out}")
-    if out.exists():
-        raise UsageError(f"{out} is there already: name another --out")
-    return out
+    try:
+        for package in PACKAGES.get(config.format, ()):
+            importlib.import_module(package)
+    except ImportError as error:
+        extra = f'pip install "fastcr[{config.format}]"'
+        raise UsageError(f"--format {config.format} needs {error.name}: {extra}") from None
+    if config.push and not importlib.import_module("huggingface_hub").get_token():
+        raise UsageError("--push needs your Hugging Face token: run hf auth login, or set HF_TOKEN")
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -242,10 +192,16 @@ def main(args: Sequence[str] | None = None) -> None:
         config: ExportConfig = read_arguments("export", args)
         check(config)
         weights, context = find_weights(config.source), Context()
-        out, encoder = destination(config, weights), load(weights)
+        out = config.out or folder_of(config.source) / (weights.stem + ENDINGS[config.format])
+        if out.exists():
+            raise UsageError(f"{out} is there already: name another --out")
+        encoder = load(weights)
         out.parent.mkdir(parents=True, exist_ok=True)
         if config.format == "safetensors":
-            save_weights(out, usual_names(encoder), encoder.facts)
+            usual = {
+                key.removeprefix("backbone.").removeprefix("timm."): each for key, each in encoder.state_dict().items()
+            }
+            save_weights(out, usual, encoder.facts)
         elif config.format == "hub":
             write_hub(encoder, out, config.source if config.source.is_dir() else None, config.push)
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,12 +13,11 @@ from fastcr.data.synthetic import write_synthetic
 from fastcr.encoders.encoder import load
 from fastcr.errors import UsageError
 from fastcr.measures.embeddings import embed
-from fastcr.output.gallery import attended, neighbours
+from fastcr.output.gallery import SIDE, attended, neighbours, read_pictures, spread
 from fastcr.output.sheets import PAGE, Section, check_out, write_sheet
-from fastcr.output.summary import Run, comparison, data_name, run_of, run_sections
+from fastcr.output.summary import Run, comparison, data_name, read_run, run_sections
 from fastcr.runs.command_line import load_config, one_line_errors
 from fastcr.runs.context import Context
-from fastcr.runs.log import read_records
 from fastcr.runs.machine import cache_folder
 
 
@@ -45,7 +43,9 @@ def images_of(folder: Path, name: str, trained: Config, config: ReportConfig, co
     sections = list[Section]()
     if encoder.branch and config.gallery:
         text = f"Images {shown}.{lost} Each map is warm where it is high, and is scaled to its own maximum."
-        tiles = attended(found, images, encoder.image_size, config.gallery)
+        places = [(images, index) for index in spread(found.kept.tolist(), config.gallery)]
+        pictures, _ = read_pictures(places, encoder.image_size)
+        tiles = attended(list(pictures.values()), encoder, context, SIDE)
         sections.append(Section("Attention", text, rows=[tiles]))
     if config.queries:
         pooling = "mean" if encoder.branch is None else "attention"
@@ -54,20 +54,6 @@ def images_of(folder: Path, name: str, trained: Config, config: ReportConfig, co
         rows = neighbours(found, images, encoder.image_size, config.queries)
         sections.append(Section("Nearest neighbours", f"{text} Below each is its cosine.{marks}", rows=rows))
     return sections
-
-
-def read_run(folder: Path, name: str, trained: Config, config: ReportConfig, context: Context) -> Run:
-    """All that a report says of the run in `folder`, whose settings are `trained`. `UsageError` for a broken file."""
-    path, results = folder / "results.json", {}
-    if path.exists():
-        try:
-            results = json.loads(path.read_text())
-        except (ValueError, OSError, RecursionError) as error:
-            raise UsageError(f"{path} is broken: {error}") from None
-        if not isinstance(results, dict) or not results:
-            raise UsageError(f"{path} is broken: it holds no results")
-    images = images_of(folder, name, trained, config, context)
-    return run_of(name, trained, read_records(folder / "metrics.jsonl"), results, images)
 
 
 def page_of(runs: Sequence[Run]) -> tuple[str, list[Section]]:
@@ -88,9 +74,11 @@ def write_report(config: ReportConfig, context: Context) -> Path:
     trained = [load_config(folder / "config.yaml") for folder in config.runs]
     check_out(out, [PAGE])
     names = [Path(os.path.abspath(folder)).name for folder in config.runs]
-    numbers = [f" ({names[: i + 1].count(name)})" if names.count(name) > 1 else "" for i, name in enumerate(names)]
-    names = [name + number for name, number in zip(names, numbers, strict=True)]
-    runs = [read_run(*run, config, context) for run in zip(config.runs, names, trained, strict=True)]
+    names = [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names, start=1)]
+    runs = [
+        read_run(folder, name, own, images_of(folder, name, own, config, context))
+        for folder, name, own in zip(config.runs, names, trained, strict=True)
+    ]
     write_sheet(out, *page_of(runs))
     return out
 

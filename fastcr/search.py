@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from rich.table import Table
+from rich.table import Column, Table
 
 from fastcr.arguments import SearchConfig, read_arguments
 from fastcr.data.crop_loader import BATCH_SIZE
@@ -33,19 +33,15 @@ def encoder_of(stored: Stored, named: Path | None, device: torch.device) -> Enco
         raise UsageError(f"the encoder of these embeddings, {source}, is gone: --encoder says where it is now")
     weights = find_weights(source)
     if hashlib.sha256(weights.read_bytes()).hexdigest() != stored.facts["weights_sha256"]:
-        raise UsageError(
-            f"{weights} is not the encoder that made these embeddings: name that one with --encoder, or embed anew"
-        )
+        raise UsageError(f"{weights} is not the encoder that made these embeddings: --encoder says where that one is")
     return load(weights, device)
 
 
 def table_of(query: str, near: Sequence[Neighbour]) -> Table:
     """The nearest images of one."""
-    table = Table(title=query, title_justify="left")
-    table.add_column("", justify="right")
-    table.add_column("similarity", justify="right")
-    table.add_column("label", overflow="fold")
-    table.add_column("path", overflow="fold")
+    right, folded = {"justify": "right"}, {"overflow": "fold"}
+    columns = Column("", **right), Column("similarity", **right), Column("label", **folded), Column("path", **folded)
+    table = Table(*columns, title=query, title_justify="left")
     for rank, each in enumerate(near, start=1):
         table.add_row(str(rank), f"{each.similarity:.4f}", each.label, each.path)
     return table

@@ -16,7 +16,7 @@ from fastcr.data.crop_loader import BATCH_SIZE
 from fastcr.data.synthetic import write_synthetic
 from fastcr.encoders.encoder import find_weights, folder_of, load
 from fastcr.errors import UsageError
-from fastcr.output.gallery import Picture, encode, in_rows, list_images, pixels_of, read_pictures, spread, tile
+from fastcr.output.gallery import Picture, attended, in_rows, list_images, pixels_of, read_pictures, spread, tile
 from fastcr.output.sheets import PAGE, Section, check_out, write_sheet
 from fastcr.runs.command_line import load_config, one_line_errors
 from fastcr.runs.context import Context
@@ -77,8 +77,7 @@ def visualize(config: VisualizeConfig, context: Context) -> None:
         return list(pictures.values())
 
     pictures = read(config.limit)
-    maps = encode(pictures, encoder, context)[1]
-    tiles = [tile(each.name, each.crop, attention) for each, attention in zip(pictures, maps, strict=True)]
+    tiles = attended(pictures, encoder, context)
     text = "Each map is warm where the attention is high, and is scaled to its own maximum."
     columns = len(tiles) if out.suffix.lower() == PAGE else config.columns  # a page breaks its lines itself
     sections = [Section(text=text, rows=in_rows(tiles, columns))]

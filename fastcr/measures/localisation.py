@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +18,6 @@ from fastcr.errors import UsageError
 
 CUB_BOXES = "bounding_boxes.txt"
 SLACK = 1.05  # fractions above it are none: a box may be drawn a little beyond the image
-COLUMNS = ["path", "left", "top", "right", "bottom"]
 
 
 class Localisation(NamedTuple):
@@ -45,67 +43,48 @@ def read_objects(source: Path | None, images: ImageList) -> Objects | None:
     the archive's folder. None: that of `images`, if they are the archive's; else nothing is known.
     Raises `UsageError` for anything else, for boxes that are none, or if no image has a box.
     """
-    archive = images.root.parent if source is None else source.parent if source.name == CUB_BOXES else source
+    archive = source or images.root.parent
     if source is None and not (archive / CUB_BOXES).is_file():
         return None
     try:
-        rows = _cub_rows(archive) if archive.is_dir() else _csv_rows(archive)
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, csv.Error) as error:
+        boxes = _cub_boxes(archive) if archive.is_dir() else _csv_boxes(archive)
+        names = [_plain(name) for name in images.files]
+        found = [boxes.get(f"{images.root.name}/{name}") or boxes.get(name) or [math.nan] * 4 for name in names]
+        known = torch.tensor(found, dtype=torch.float64)
+        if known.isnan().all():
+            raise ValueError(f"there is one for none of the images, e.g. not for {images.files[0]!r}")
+        if wrong := [box for box in found if not (box[0] < box[2] and box[1] < box[3]) and box[0] == box[0]]:
+            raise ValueError(f"left is not below right, or top not below bottom, in {wrong[0]}")
+        beyond = (known[~known.isnan().any(1)] > SLACK).any(1)
+        if beyond.any() and not beyond.all():
+            raise ValueError(f"{int(beyond.sum())} of {len(beyond)} are in pixels, the others in fractions")
+    except KeyError as error:
+        raise UsageError(f"{archive} holds no boxes: there is no {error}") from None
+    except (OSError, ValueError, TypeError, AttributeError, csv.Error) as error:
         raise UsageError(f"{archive} holds no boxes: {error}") from None
-    boxes = dict(rows)
-    if len(boxes) < len(rows):
-        twice, _ = Counter(path for path, _ in rows).most_common(1)[0]
-        raise UsageError(f"{archive} has more than one box for {len(rows) - len(boxes)} images, e.g. {twice!r}")
-    names = [_plain(name) for name in images.files]
-    found = [boxes.get(f"{images.root.name}/{name}") or boxes.get(name) or [math.nan] * 4 for name in names]
-    known = torch.tensor(found, dtype=torch.float64)
-    if known.isnan().all():
-        raise UsageError(f"{archive} has a box for none of the images, e.g. not for {images.files[0]!r}")
-    return Objects(known, _in_pixels(known, archive))
+    return Objects(known, bool(beyond.any()))
 
 
-def _csv_rows(source: Path) -> list[tuple[str, list[float]]]:
-    """Path and box of each row."""
-    text = read_text(source)
-    separator = max(",;\t", key=text.partition("\n")[0].count)
-    table = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
-    table.fieldnames = [name.strip().lower() for name in table.fieldnames or ()]
-    if not set(COLUMNS) <= set(table.fieldnames):
-        found = ", ".join(table.fieldnames)
-        raise UsageError(f"{source} must have the columns {', '.join(COLUMNS)}; found: {found[:100] or 'nothing'}")
-    # where commas do not separate, they may be those of decimals
-    return [(_plain(row["path"]), [float(row[name].replace(",", ".")) for name in COLUMNS[1:]]) for row in table]
+def _csv_boxes(source: Path) -> dict[str, list[float]]:
+    """The box of each path."""
+    table = csv.DictReader(io.StringIO(read_text(source), newline=""), skipinitialspace=True)
+    return {_plain(row["path"]): [float(row[side]) for side in ("left", "top", "right", "bottom")] for row in table}
 
 
-def _cub_rows(folder: Path) -> list[tuple[str, list[float]]]:
-    """Path and box of each row of the archive's tables, which give left, top, width and height in pixels."""
+def _cub_boxes(folder: Path) -> dict[str, list[float]]:
+    """The box of each path in the archive's tables, which give left, top, width and height in pixels."""
     files = dict(line.split(None, 1) for line in read_text(folder / "images.txt").splitlines() if line.strip())
-    rows = []
+    boxes = {}
     for line in read_text(folder / CUB_BOXES).splitlines():
         number, *box = line.split()
         left, top, width, height = map(float, box)
-        rows.append((_plain(files[number]), [left, top, left + width, top + height]))
-    return rows
+        boxes[_plain(files[number])] = [left, top, left + width, top + height]
+    return boxes
 
 
 def _plain(path: str) -> str:
     """A path as it is compared: Windows' separators turned, and no `./` before it."""
     return path.strip().replace("\\", "/").removeprefix("./")
-
-
-def _in_pixels(boxes: Tensor, source: Path) -> bool:
-    """Whether boxes `[N,4]` are in pixels, not in fractions. `UsageError` where they are neither."""
-    known = boxes[~boxes.isnan().any(1)]
-    if bad := ((known[:, 2] <= known[:, 0]) | (known[:, 3] <= known[:, 1]) | known.isinf().any(1)).nonzero().tolist():
-        box = " ".join(f"{value:g}" for value in known[bad[0][0]].tolist())
-        raise UsageError(f"{source}: in {len(bad)} boxes left is not below right, or top not below bottom, e.g. {box}")
-    beyond = (known > SLACK).any(1)
-    if beyond.any() and not beyond.all():
-        raise UsageError(
-            f"{source}: {int(beyond.sum())} of {len(known)} boxes reach beyond 1, the others do not: "
-            "write all in fractions of width and height, or all in pixels"
-        )
-    return bool(beyond.any())
 
 
 def objects_in_crop(objects: Objects, sizes: Tensor, image_size: int) -> Objects:

@@ -1,4 +1,4 @@
-"""Formats of finished embeddings, each written a part at a time: safetensors, npy, Parquet and FAISS; and the table."""
+"""Formats of finished embeddings, each written a part at a time: safetensors, npy, Parquet and FAISS."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import importlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import safetensors.torch
 import torch
-from numpy.lib.format import open_memmap
 
 from fastcr.errors import UsageError
 from fastcr.runs.checkpoint import write_whole
@@ -22,32 +23,16 @@ from fastcr.runs.checkpoint import write_whole
 Format = Literal["safetensors", "npy", "parquet", "faiss"]
 Array = np.ndarray[Any, Any]
 PACKAGES = {"parquet": "pyarrow", "faiss": "faiss"}  # of the formats that need one
-POOLINGS = (
-    "mean",
-    "rationale",
-    "gem",
-    "norm",
-    "gaussian",
-    "scda",
-)  # arrays of embeddings, by the names of results.json
+POOLINGS = ("mean", "rationale", "gem", "norm", "gaussian", "scda")  # arrays of embeddings, as in results.json
 TABLE, ENCODER = "images.csv", "encoder.json"
 FINAL = (
     TABLE, "embeddings.safetensors", *(f"{name}.npy" for name in (*POOLINGS, "attention")), "embeddings.parquet",
     "embeddings.faiss", ENCODER,
 )  # fmt: skip
+# of the table, after the row's number: path below the root; size in pixels; the attention's peak in fractions of the
+# image. What is not known is empty.
+COLUMNS = {"path": str, "split": str, "label": str, "width": int, "height": int, "peak_x": float, "peak_y": float}
 PART = 512  # rows that are written at once
-
-
-class Row(NamedTuple):
-    """An image in the table."""
-
-    path: str  # below the root
-    split: str
-    label: str  # "" without
-    width: int  # pixels
-    height: int
-    peak_x: float | None  # of the attention, fractions of the image; None without a branch
-    peak_y: float | None
 
 
 def extra_of(format: str) -> None:
@@ -60,59 +45,45 @@ def extra_of(format: str) -> None:
 
 
 def save_embeddings(
-    folder: Path, format: Format, arrays: dict[str, Array], rows: Sequence[Row], facts: dict[str, Any], scratch: Path
+    folder: Path, format: Format, arrays: dict[str, Array], facts: dict[str, Any], scratch: Path
 ) -> None:
     """Write all `arrays`, or of Parquet and FAISS the one that `facts["pooling"]` names and the attention's maps.
 
-    What a kill leaves half-written lies in the folder `scratch`, or beside the file as `write_whole` does it.
+    The folder `scratch` holds the table, and what a kill leaves half-written.
     """
-    vectors, maps = arrays[facts["pooling"]], arrays.get("attention")
     if format == "npy":
         for name, array in arrays.items():
-            write_whole(folder / f"{name}.npy", _copied(array))
+            write_whole(folder / f"{name}.npy", partial(_save_array, array=array))
         return
+    vectors, maps = arrays[facts["pooling"]], arrays.get("attention")
     writers: dict[str, Callable[[Path], object]] = {
         "safetensors": lambda file: _save_tensors(file, arrays, facts, scratch),
-        "parquet": lambda file: _save_parquet(file, vectors, maps, rows, facts),
+        "parquet": lambda file: _save_parquet(file, vectors, maps, scratch / TABLE, facts),
         "faiss": lambda file: _save_faiss(file, vectors),
     }
     write_whole(folder / f"embeddings.{format}", writers[format])
 
 
-def allocate(file: Path, like: Array) -> Array:
-    """A new .npy file of zeros with the dtype and shape of `like`, mapped into memory.
-
-    Its space on the disk is taken first, for a process that writes into a mapped file without space is ended (SIGBUS).
-    `OSError` if there is too little.
-    """
-    array = open_memmap(file, "w+", like.dtype, like.shape)
-    with file.open("rb+") as opened:
-        os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
-    return array
-
-
-def _copied(array: Array) -> Callable[[Path], None]:
-    def write(file: Path) -> None:
-        allocate(file, array)[:] = array
-
-    return write
-
-
 def save_less_mean(file: Path, vectors: Array) -> tuple[Array, Array]:
-    """Unit vectors `[N,C]` less their mean, of unit length again, in a new .npy file; and the mean `[C]`, fp32."""
+    """Unit vectors `[N,C]` less their mean, of unit length again, mapped from a new file; and the mean `[C]`, fp32."""
     mean = vectors.mean(axis=0, dtype=np.float64).astype(np.float32)
-    made = allocate(file, vectors)
-    for first in range(0, len(vectors), PART):
-        moved = vectors[first : first + PART] - mean
-        made[first : first + PART] = moved / np.linalg.norm(moved, axis=1, keepdims=True).clip(1e-12)
-    return made, mean
+    with file.open("wb") as opened:
+        for first in range(0, len(vectors), PART):
+            moved = vectors[first : first + PART] - mean
+            opened.write((moved / np.linalg.norm(moved, axis=1, keepdims=True).clip(1e-12)).tobytes())
+    return np.memmap(file, np.float32, "r+", shape=vectors.shape), mean
+
+
+def _save_array(file: Path, array: Array) -> None:
+    with file.open("wb") as opened:
+        np.save(opened, array)
 
 
 def _save_tensors(file: Path, arrays: dict[str, Array], facts: dict[str, Any], scratch: Path) -> None:
     made = scratch / "embeddings.safetensors"  # save_file, if it is killed, leaves a scratch file beside it
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     safetensors.torch.save_file(tensors, made, {"fastcr": json.dumps(facts)})
-    shutil.copymode(scratch / "sizes.npy", made)  # save_file makes it readable to its owner only
+    shutil.copymode(scratch / TABLE, made)  # save_file makes it readable to its owner only
     os.replace(made, file)
 
 
@@ -126,37 +97,30 @@ def _save_faiss(file: Path, vectors: Array) -> None:
         faiss.write_index(index, faiss.PyCallbackIOWriter(opened.write))
 
 
-def _save_parquet(file: Path, vectors: Array, maps: Array | None, rows: Sequence[Row], facts: dict[str, Any]) -> None:
+def _save_parquet(file: Path, vectors: Array, maps: Array | None, table: Path, facts: dict[str, Any]) -> None:
+    """The table, whose names are text: bytes that are no UTF-8 become `\\x..`. What is not known is null."""
     import pyarrow as pa
     from pyarrow import parquet
 
     lists = {"embedding": vectors} | ({} if maps is None else {"attention": maps.reshape(len(maps), -1)})
-    texts = ["path", "split", "label"]
-    fields = [(name, pa.string()) for name in texts] + [("width", pa.int32()), ("height", pa.int32())]
-    fields += [("peak_x", pa.float32()), ("peak_y", pa.float32())]
+    types = {str: pa.string(), int: pa.int32(), float: pa.float32()}
+    fields = [(name, types[kind]) for name, kind in COLUMNS.items()]
     fields += [(name, pa.list_(pa.float32(), array.shape[1])) for name, array in lists.items()]
     schema = pa.schema(fields, metadata={"fastcr": json.dumps(facts)})
+    texts = [name for name, kind in COLUMNS.items() if kind is str]
     with (
+        table.open(newline="", encoding="utf-8", errors="backslashreplace") as text,
         file.open("wb") as opened,
         # numbers that are all different would be tried in vain for a dictionary
         parquet.ParquetWriter(opened, schema, compression="none", use_dictionary=texts) as writer,
     ):
-        for first in range(0, len(rows), PART):
-            part = slice(first, first + PART)
-            columns: dict[str, Any] = dict(zip(Row._fields, zip(*rows[part], strict=True), strict=True))
-            for name in texts:  # bytes of a name that are no UTF-8 as `\x..`; no label: null
-                plain = [text.encode(errors="surrogateescape").decode(errors="backslashreplace")
-                         for text in columns[name]]  # fmt: skip
-                columns[name] = [text or None for text in plain]
+        rows = csv.DictReader(text)
+        for first in range(0, len(vectors), PART):
+            part = list(islice(rows, PART))
+            columns: dict[str, Any] = {
+                name: [kind(row[name]) if row[name] else None for row in part] for name, kind in COLUMNS.items()
+            }
             for name, array in lists.items():
-                flat = pa.array(np.ascontiguousarray(array[part], dtype=np.float32).reshape(-1))
+                flat = pa.array(np.ascontiguousarray(array[first : first + PART], dtype=np.float32).reshape(-1))
                 columns[name] = pa.FixedSizeListArray.from_arrays(flat, array.shape[1])
             writer.write_table(pa.table(columns, schema=schema))
-
-
-def save_table(file: Path, rows: Sequence[Row]) -> None:
-    """Write the table as CSV; every text is quoted."""
-    with file.open("w", encoding="utf-8", errors="surrogateescape", newline="") as text:
-        table = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
-        table.writerow(("row", *Row._fields))
-        table.writerows((number, *row) for number, row in enumerate(rows))

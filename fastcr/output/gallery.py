@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,22 +9,23 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from fastcr.data.crop_loader import BATCH_SIZE
-from fastcr.data.crops import enough
+from fastcr.data.crops import centre_crop, enough
 from fastcr.data.images import SUFFIXES, ImageList
 from fastcr.data.layouts import read_splits
 from fastcr.encoders.encoder import Encoder
 from fastcr.measures.embeddings import Embeddings
 from fastcr.measures.poolings import pooled
-from fastcr.output.overlays import as_evaluated, overlay
 from fastcr.output.sheets import Section, Tile, contact_sheet
 from fastcr.runs.context import Context
 
 FIXED, COLUMNS = 8, 4  # images whose attention is drawn during a training, and of these in a row
 SIDE, NEIGHBOURS = 144, 5  # pixels of small tiles; images found of each query of a report
+COLD, WARM, HOT = "#1b1044", "#e0483e", "#fdf3a0"  # colours of an attention map
+STRENGTH = 0.75  # how far the most attended position is covered
 Place = tuple[ImageList, int]  # an image of a list
 T = TypeVar("T")
 
@@ -35,6 +35,23 @@ class Picture(NamedTuple):
 
     name: str  # of its class, or else its file
     crop: Image.Image  # what evaluation sees of it
+
+
+def as_evaluated(image: Image.Image, image_size: int) -> Image.Image:
+    """What evaluation sees of an RGB image: a square of `image_size` pixels from its centre."""
+    return Image.fromarray(centre_crop(image, image_size).contiguous().numpy())
+
+
+def overlay(image: Image.Image, attention: Tensor) -> Image.Image:
+    """`image` with a map `[H,W]` of the same crop over it: warm where the map is high, bare where it is low.
+
+    The map is scaled to its own maximum, so that flat maps look flat and warm throughout.
+    """
+    scaled = attention.detach().cpu().double() / attention.max().clamp_min(1e-12).item()
+    heat = Image.fromarray((scaled * 255).round().byte().numpy())
+    heat = heat.resize(image.size, Image.Resampling.BICUBIC)
+    colours = ImageOps.colorize(heat, black=COLD, mid=WARM, white=HOT)
+    return Image.composite(colours, image.convert("RGB"), heat.point(lambda value: round(value * STRENGTH)))
 
 
 def list_images(sources: Sequence[Path]) -> list[Place]:
@@ -91,13 +108,7 @@ def encode(
     return torch.cat(vectors), maps or [None] * len(pictures)
 
 
-def tile(
-    caption: str,
-    crop: Image.Image,
-    attention: Tensor | None,
-    side: int | None = None,
-    mark: str = "",
-) -> Tile:
+def tile(caption: str, crop: Image.Image, attention: Tensor | None, side: int | None = None, mark: str = "") -> Tile:
     """An image, and beside it the attention over it if there is one; resized to `side` pixels if that is given."""
     if side:
         crop = crop.resize((side, side), Image.Resampling.LANCZOS)
@@ -109,14 +120,10 @@ def in_rows(tiles: Sequence[Tile], columns: int) -> list[Sequence[Tile]]:
     return [tiles[first : first + columns] for first in range(0, len(tiles), columns)]
 
 
-def attended(found: Embeddings, images: ImageList, size: int, count: int) -> list[Tile]:
-    """Images evenly spread over those embedded, each beside its attention; none without a branch."""
-    if found.attention is None:
-        return []
-    rows = {images.path(int(found.kept[row])): row for row in spread(range(len(found.kept)), count)}
-    maps = found.attention.unflatten(1, (math.isqrt(found.attention.shape[1]), -1))
-    pictures, _ = read_pictures([(images, int(found.kept[row])) for row in rows.values()], size)
-    return [tile(picture.name, picture.crop, maps[rows[path]], SIDE) for path, picture in pictures.items()]
+def attended(pictures: Sequence[Picture], encoder: Encoder, context: Context, side: int | None = None) -> list[Tile]:
+    """Each image, and beside it the attention of an encoder with a branch; of `side` pixels if that is given."""
+    maps = encode(pictures, encoder, context)[1]
+    return [tile(each.name, each.crop, attention, side) for each, attention in zip(pictures, maps, strict=True)]
 
 
 def neighbours(found: Embeddings, images: ImageList, size: int, count: int) -> list[list[Tile]]:
@@ -154,7 +161,5 @@ def fixed_attention(encoder: Encoder, images: ImageList, context: Context) -> Im
     if encoder.branch is None or not pictures:
         return None
     with torch.compiler.set_stance("force_eager"), encoder.evaluating():
-        _, maps = encode(list(pictures.values()), encoder, context)
-    shown = zip(pictures.values(), maps, strict=True)
-    tiles = [tile(picture.name, picture.crop, attention) for picture, attention in shown]
+        tiles = attended(list(pictures.values()), encoder, context)
     return contact_sheet([Section(rows=in_rows(tiles, COLUMNS))])

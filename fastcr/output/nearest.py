@@ -46,17 +46,14 @@ class Stored(NamedTuple):
 
     def nearest(self, queries: Tensor, k: int) -> list[list[Neighbour]]:
         """The `k` images most similar to each of the queries `[Q,C]`, unit length, the most similar first."""
-        k = min(k, len(self.rows))
-        found = []
+        k, found = min(k, len(self.rows)), list[list[Neighbour]]()
         for part in queries.split(QUERIES):
             if isinstance(self.vectors, Tensor):
                 similarity, places = (part @ self.vectors.T).topk(k)
             else:
                 similarity, places = map(torch.from_numpy, self.vectors.search(part.numpy(), k))
-            for some, where in zip(similarity.tolist(), places.tolist(), strict=True):
-                found.append(
-                    [Neighbour(self.rows[i][0], self.rows[i][1], each) for i, each in zip(where, some, strict=True)]
-                )
+            for row, where in zip(similarity.tolist(), places.tolist(), strict=True):
+                found.append([Neighbour(*self.rows[i], each) for i, each in zip(where, row, strict=True)])
         return found
 
 
@@ -67,20 +64,13 @@ def read_stored(source: Path) -> Stored:
     files = [folder / name for name in names if (folder / name).is_file()]
     if not source.exists() or not files:
         raise UsageError(f"no embeddings at {source}: name a folder that fastcr embed wrote")
-    if not (folder / TABLE).is_file():
-        raise UsageError(f"{folder} has no {TABLE}: give the fastcr embed command again that began it")
-    if not (folder / ENCODER).is_file():
-        raise UsageError(f"{folder} does not say which encoder it is of (no {ENCODER}): make it anew with fastcr embed")
+    extra_of(files[0].suffix.removeprefix("."))
     reading = folder / ENCODER
     try:
         facts = json.loads(reading.read_text())
-        if not all(isinstance(facts[name], str) for name in FACTS):
-            raise ValueError(f"it lacks {' or '.join(FACTS)}")
-        facts.setdefault("pooling", "rationale" if facts.get("detectors") else "mean")  # older files do not say it
-        if facts["pooling"] not in POOLINGS:
-            raise ValueError("there is no such pooling")
         stored = Stored(None, [], facts)
-        dimensions = None if stored.mean is None else len(stored.mean)
+        if not all(isinstance(facts[name], str) for name in FACTS) or stored.pooling not in POOLINGS:
+            raise ValueError(f"it lacks {', '.join(FACTS)} or names no pooling")
         reading = folder / TABLE
         with reading.open(newline="", encoding="utf-8", errors="surrogateescape") as text:
             rows = [(row["path"], row["label"]) for row in csv.DictReader(text)]
@@ -89,36 +79,30 @@ def read_stored(source: Path) -> Stored:
         count, channels = vectors.shape if isinstance(vectors, Tensor) else (vectors.ntotal, vectors.d)
         if count != len(rows) or not rows:
             raise ValueError(f"{count} embeddings of {len(rows)} images")
-        if dimensions not in (None, channels):
-            raise ValueError(f"{channels} dimensions, of the mean {dimensions}")
-    except (OSError, ValueError, TypeError, LookupError, RuntimeError, RecursionError, csv.Error) as error:
-        raise UsageError(f"{reading} is broken ({one_line(error)}): make it anew with fastcr embed") from None
+        if stored.mean is not None and len(stored.mean) != channels:
+            raise ValueError(f"{channels} dimensions, of the mean {len(stored.mean)}")
+    except (OSError, ValueError, TypeError, LookupError, RuntimeError, UsageError, csv.Error) as error:
+        raise UsageError(f"{reading} is missing or broken ({one_line(error)}): run fastcr embed again") from None
     return stored._replace(vectors=vectors, rows=rows)
 
 
 def _vectors(file: Path, pooling: str) -> Any:
-    extra_of(file.suffix.removeprefix("."))
-    if file.suffix == ".npy":
-        return _checked(np.load(file))
-    if file.suffix == ".safetensors":
-        tensors, _ = load_weights(file)
-        return _checked(tensors[pooling].numpy())
+    """What a file holds: a tensor `[N,C]`, fp32, or FAISS's index."""
     if file.suffix == ".faiss":
         import faiss
 
         with file.open("rb") as opened:
-            index = faiss.read_index(faiss.PyCallbackIOReader(opened.read))
-        if not isinstance(index, faiss.IndexFlatIP):
-            raise ValueError("no flat index of inner products")
-        return index
-    from pyarrow import parquet
+            return faiss.read_index(faiss.PyCallbackIOReader(opened.read))
+    if file.suffix == ".npy":
+        found = torch.from_numpy(np.load(file))
+    elif file.suffix == ".safetensors":
+        found = load_weights(file)[0][pooling]
+    else:
+        from pyarrow import parquet
 
-    with file.open("rb") as opened:
-        column = parquet.read_table(opened, columns=["embedding"])["embedding"].combine_chunks()
-    return _checked(column.flatten().to_numpy().reshape(len(column), -1))
-
-
-def _checked(vectors: np.ndarray[Any, Any]) -> Tensor:
-    if vectors.ndim != 2 or vectors.dtype != np.float32:
-        raise ValueError("no vectors in fp32")
-    return torch.from_numpy(np.require(vectors, requirements="W"))
+        with file.open("rb") as opened:
+            column = parquet.read_table(opened, columns=["embedding"])["embedding"].combine_chunks()
+        found = torch.tensor(column.flatten().to_numpy()).view(len(column), -1)
+    if found.ndim != 2 or found.dtype != torch.float32:
+        raise ValueError("it holds no vectors in fp32")
+    return found

