@@ -65,6 +65,10 @@ ROWS = {
         "as attended-fit, with GradCAM of what makes the views similar",
         f"{ATTENDED} --rationale.fit_weight 1 --rationale.cam_keeps match",
     ),
+    "neighbour": (
+        "as relational, with the five nearest keys of the queue as positives",
+        f"{MEAN_POOLED} --moco.objective neighbour --moco.neighbours 5",
+    ),
     "infonce": (
         "as relational, with InfoNCE: the own key is the positive, the queue's keys are negatives",
         f"{MEAN_POOLED} --moco.objective infonce",

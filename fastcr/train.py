@@ -119,7 +119,7 @@ def run_steps(run: Run, evaluation: TrainingEvaluation, log: RunLog, began: floa
     health = RunHealth(run)
     due = Due(0, False, False, False)
     with StopSignal() as stop, closing(run.views.batches(run.start)) as batches:
-        if config.moco.objective == "relational" and not run.start and schedule.last:
+        if config.moco.objective != "infonce" and not run.start and schedule.last:
             with closing(run.views.batches(schedule.total)) as unseen:  # views that no step will see
                 training.fill_queue(unseen)
         log.meter.reset()

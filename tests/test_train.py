@@ -597,7 +597,7 @@ def test_a_batch_in_parts_resumes_bit_for_bit(flat: Path, tmp_path: Path) -> Non
     [
         (["--model.batchnorm", "sync"], "--model.batchnorm sync needs CUDA, and this run is on cpu"),
         (["--optim.accumulate", "8"], "--optim.accumulate must divide --optim.batch_size into parts of at least 2"),
-        (["--moco.objective", "relational", "--moco.queue_size", "1"], "needs --moco.queue_size above 1"),
+        (["--moco.objective", "relational", "--moco.queue_size", "1"], "needs a larger --moco.queue_size"),
     ],
 )
 def test_ways_of_doing_a_step_that_cannot_work_are_refused(

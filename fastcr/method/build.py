@@ -27,6 +27,7 @@ from fastcr.method.parallel import Synchronised
 from fastcr.method.step import Losses, LossFunction, Replayed, contrast_losses, cosine_lr, train_step
 from fastcr.runs.context import Context
 from fastcr.runs.machine import keep_compiled
+from fastcr.runs.validate import validate
 
 C = TypeVar("C", bound=Config)
 Step = Callable[[Batch], tuple[Tensor, Losses]]
@@ -225,9 +226,9 @@ def check_settings(config: Config, context: Context) -> None:
         launch.use_triton(config.run.kernels, {"features": torch.empty(0, device=device)})
     except ValueError as error:
         raise UsageError(f"--run.kernels {config.run.kernels}: {error}") from None
-    if model.weights == "none" and config.moco.objective == "relational" and config.optim.epochs:
+    if model.weights == "none" and config.moco.objective != "infonce" and config.optim.epochs:
         context.say(
-            "warning: --moco.objective relational learns from the initial weights, and those are random: "
+            f"warning: --moco.objective {config.moco.objective} learns from the initial weights, and those are random: "
             "docs/training.md has a recipe for them (--moco.objective infonce ...)"
         )
     if device.type == "cuda" and config.run.kernels == "auto" and launch.triton is None:
@@ -237,15 +238,16 @@ def check_settings(config: Config, context: Context) -> None:
 def fit_sizes(config: C, images: ImageList, context: Context) -> C:
     """The settings for these training images; `UsageError` where a batch is larger than the data.
 
-    A queue that is larger than the data is cut to it for the objective relational, else there is a warning.
+    A queue that is larger than the data is cut to it for the objectives relational and neighbour. For infonce there is
+    a warning.
     """
     count, moco = len(images), config.moco
     if count < config.optim.batch_size:
         raise UsageError(f"{images.root} has {count} training images: set --optim.batch_size to at most that")
     if moco.queue_size <= count:
         return config
-    if moco.objective == "relational":
-        return replace(config, moco=replace(moco, queue_size=count))
+    if moco.objective != "infonce":
+        return validate(replace(config, moco=replace(moco, queue_size=count)))
     context.say(
         f"warning: the queue ({moco.queue_size}) is larger than the data set ({count} images): "
         "stale keys of the same images become negatives"

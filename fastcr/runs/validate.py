@@ -44,8 +44,8 @@ def _conflicts(config: Config) -> dict[str, bool]:
         "--optim.accumulate must divide --optim.batch_size into parts of at least 2": (
             optim.accumulate <= optim.batch_size // 2 and optim.batch_size % optim.accumulate == 0
         ),
-        "--moco.objective relational needs --moco.queue_size above 1": (
-            moco.objective != "relational" or moco.queue_size > 1
+        f"--moco.objective {moco.objective} needs a larger --moco.queue_size": (
+            moco.objective == "infonce" or moco.queue_size > (moco.neighbours if moco.objective == "neighbour" else 1)
         ),
         "--moco.pooling rationale needs the rationale branch: --rationale.enabled True": (
             moco.pooling == "mean" or config.rationale.enabled
