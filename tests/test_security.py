@@ -177,7 +177,7 @@ def test_weights_that_name_a_model_elsewhere_are_refused(
         facts = {"backbone": f"timm:{name}", "last_stage": "layer4", "stem_maxpool": True, "detectors": 0,
                  "temperature": 0.4, "attention": "softmax", "image_size": 32}  # fmt: skip
         save_weights(file, {"backbone.conv1.weight": torch.ones(2)}, facts)
-        assert "timm has no model" in refused(evaluate.main, file, "--data.root", birds)
+        assert f"no encoder 'timm:{name}'" in refused(evaluate.main, file, "--data.root", birds)
 
 
 # names are only names

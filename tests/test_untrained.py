@@ -63,7 +63,7 @@ def test_every_command_takes_a_run_of_no_epochs(untrained: Path, birds: Path, tm
     before = weights(folder)
     train.main(["--resume", str(folder)])
     assert same(weights(folder), before)
-    evaluate.main([str(folder), *cpu, "--data.workers", "0", "--linear.epochs", "1"])
+    evaluate.main([str(folder), *cpu, "--all", "--data.workers", "0", "--linear.epochs", "1"])
     assert "linear" in json.loads((folder / "results.json").read_text())
     embed.main([str(folder), str(birds), "--out", str(tmp_path / "rows"), *cpu, "--data.workers", "0"])
     export.main([str(folder), "--format", "safetensors", "--out", str(tmp_path / "exported.safetensors")])

@@ -88,9 +88,9 @@ def backbone_mistake(name: str, last_stage: str = "layer4") -> str | None:
         known = [TIMM + each for each in timm.list_models() + tagged]
         found = model in tagged if "." in model else timm.is_model(model)
     if not found:
-        close = " or ".join(difflib.get_close_matches(name, known))
-        guess = f"did you mean {close}? " if close else ""
-        return f"--model.backbone: no encoder {name!r} ({guess}there are {', '.join(RESNETS)} and timm:NAME)"
+        guess = [f"did you mean {close!r}?" for close in difflib.get_close_matches(name, known, n=1)]
+        there_are = f"there are {', '.join(RESNETS)} and timm:NAME"
+        return f"--model.backbone: no encoder {name!r} ({' '.join([*guess, there_are])})"
     if last_stage != "layer4" and (name.startswith(TIMM) or last_stage not in STAGES):
         return f"--model.last_stage {last_stage} does not fit {name}: a timm model is taken whole (layer4)"
     return None

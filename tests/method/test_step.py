@@ -141,7 +141,9 @@ def plain() -> Tensor:
     return expected
 
 
-@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=() if CUDA else pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "precision", [pytest.param(each, marks=() if CUDA else pytest.mark.slow) for each in ("bf16", "fp16")]
+)
 def test_fifty_steps_in_16_bits_stay_near_those_in_fp32(plain: Tensor, precision: str) -> None:
     assert_near(losses_of(settings_of(precision=precision, compile=False)), plain, precision)
 
