@@ -21,6 +21,7 @@ from fastcr.encoders.rationale import RationaleHead, attention_entropy
 from fastcr.encoders.weights import load_initial_weights
 from fastcr.errors import UsageError
 from fastcr.kernels import launch
+from fastcr.method.depthwise import FastGradients, has_slow_gradients
 from fastcr.method.moco import MoCo, Pool
 from fastcr.method.objectives import build_objective
 from fastcr.method.parallel import Synchronised
@@ -124,6 +125,8 @@ def build(config: Config, context: Context, *, initial_weights: bool = True) -> 
         # evaluations bring other numbers of images: not a reason to compile for any number of them
         moco.backbone.compile(dynamic=False)
         moco.key_backbone.compile(dynamic=False)
+    # in fp32 torch's own gradients of depthwise convolutions are as fast on a CPU
+    slow = device.type == "cpu" and context.dtype != torch.float32 and has_slow_gradients(moco.backbone)
     pool = branch.attended if branch and config.moco.pooling == "rationale" else mean_pool
     loss_function: LossFunction = partial(
         contrast_losses,
@@ -131,6 +134,7 @@ def build(config: Config, context: Context, *, initial_weights: bool = True) -> 
         objective=build_objective(config.moco, config.run.kernels),
         pool=pool,
         cam_of=config.rationale.cam_of,
+        recording=FastGradients() if slow else nullcontext(),
     )
     no_sync: Callable[[], AbstractContextManager[None]] = nullcontext
     if processes.ranks > 1:

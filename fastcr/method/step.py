@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,16 +46,17 @@ def contrast_losses(
     objective: Objective,
     pool: Pool = mean_pool,
     cam_of: CamOf = "similarity",
+    recording: AbstractContextManager[Any] = nullcontext(),  # noqa: B008 (it holds no state)
     scale: Scale = lambda loss: loss,
 ) -> Losses:
     """The objective's loss of a batch and the fit of the branch to its GradCAM; without a branch, the first alone.
 
     `cam_of` says what GradCAM explains: that loss, or the similarity of the unnormalised query to the objective's
-    positive. `scale` is what the caller does to the loss before backward (loss scaling, accumulation): part of the
-    gradient does not pass through the loss.
+    positive. The query's forward pass runs inside `recording`. `scale` is what the caller does to the loss before
+    backward (loss scaling, accumulation): part of the gradient does not pass through the loss.
     """
     key = moco.key(batch.second, autocast, pool)
-    with record_function("query forward"), autocast:
+    with record_function("query forward"), autocast, recording:
         features = moco.backbone(batch.first)
     keys = moco.keys(key, batch.images)
     if branch is None:
