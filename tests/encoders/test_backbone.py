@@ -107,7 +107,7 @@ def check(*flags: str) -> None:
 @pytest.mark.parametrize(
     ("name", "last_stage", "culprits"),
     [
-        ("resnet19", "layer4", ("'resnet19'", "did you mean resnet18", "timm:NAME")),
+        ("resnet19", "layer4", ("'resnet19'", "did you mean 'resnet18'", "timm:NAME")),
         ("timm:convnext_atoo", "layer4", ("'timm:convnext_atoo'", CNN)),
         ("timm:convnext_atto.nobody", "layer4", ("'timm:convnext_atto.nobody'", CNN)),
         (CNN, "layer3", ("--model.last_stage layer3", CNN)),
