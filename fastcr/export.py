@@ -82,7 +82,7 @@ def write_graph(encoder: Encoder, out: Path, format: str, pooling: str | None) -
             torch.export.save(graph, buffer, extra_files={"fastcr.json": facts})
             content = buffer.getvalue()
         else:
-            names = {"input_names": ["images"], "output_names": ["embedding", "attention"]}
+            names: dict[str, Any] = {"input_names": ["images"], "output_names": ["embedding", "attention"]}
             program = torch.onnx.export(graph, dynamo=True, opset_version=OPSET, verbose=False, **names)
             assert program is not None
             program.model.metadata_props["fastcr"] = facts

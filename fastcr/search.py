@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from rich.table import Column, Table
+from rich.table import Table
 
 from fastcr.arguments import SearchConfig, read_arguments
 from fastcr.data.crop_loader import BATCH_SIZE
@@ -39,9 +39,11 @@ def encoder_of(stored: Stored, named: Path | None, device: torch.device) -> Enco
 
 def table_of(query: str, near: Sequence[Neighbour]) -> Table:
     """The nearest images of one."""
-    right, folded = {"justify": "right"}, {"overflow": "fold"}
-    columns = Column("", **right), Column("similarity", **right), Column("label", **folded), Column("path", **folded)
-    table = Table(*columns, title=query, title_justify="left")
+    table = Table(title=query, title_justify="left")
+    for number in ("", "similarity"):
+        table.add_column(number, justify="right")
+    for text in ("label", "path"):
+        table.add_column(text, overflow="fold")
     for rank, each in enumerate(near, start=1):
         table.add_row(str(rank), f"{each.similarity:.4f}", each.label, each.path)
     return table

@@ -53,7 +53,8 @@ class Stored(NamedTuple):
             else:
                 similarity, places = map(torch.from_numpy, self.vectors.search(part.numpy(), k))
             for row, where in zip(similarity.tolist(), places.tolist(), strict=True):
-                found.append([Neighbour(*self.rows[i], each) for i, each in zip(where, row, strict=True)])
+                near = zip(where, row, strict=True)
+                found.append([Neighbour(self.rows[i][0], self.rows[i][1], each) for i, each in near])
         return found
 
 
