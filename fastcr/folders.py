@@ -51,7 +51,7 @@ def examine(images: ImageList, index: int) -> Facts:
 
 def _spread(values: Sequence[float]) -> str:
     """Minimum, median and maximum."""
-    return " / ".join(f"{value:,.0f}" for value in (min(values), median(values), max(values))) if values else "–"
+    return " / ".join(f"{value:,.0f}" for value in (min(values), median(values), max(values))) if values else "-"
 
 
 def class_sizes(images: ImageList) -> dict[str, int]:

@@ -81,7 +81,7 @@ def best_line(results: dict[str, Any]) -> str | None:
         moved = f"{found['gained']} of {found['queries']} pictures gained, {found['lost']} lost"
         rank1 += f" ({moved}: {_judged(found['p_value'] < CHANCE)})"
         difference, error = found["mAP_difference"], found["mAP_standard_error"]
-        precision += f" ({difference:+.1f} ± {error:.1f}: {_judged(abs(difference) > ERRORS * error)})"
+        precision += f" ({difference:+.1f}, standard error {error:.1f}: {_judged(abs(difference) > ERRORS * error)})"
     return f"best pooling, {name_of(before)} before and {name_of(after)} after: {rank1}; {precision}"
 
 

@@ -120,11 +120,11 @@ def test_the_table_names_the_best_and_the_line_knows_chance() -> None:
     line = next(line for line in out.splitlines() if line.startswith("best pooling"))
     chance = "no difference that can be told apart from chance"
     assert f"rank-1 83.3 after training, 85.4 before (3 of 48 pictures gained, 4 lost: {chance})" in line
-    assert "mAP 83.3, before 85.4 (+5.4 ± 1.2: more than chance)" in line
+    assert "mAP 83.3, before 85.4 (+5.4, standard error 1.2: more than chance)" in line
     less = found | {"gained": 9, "lost": 0, "p_value": mcnemar(9, 0), "mAP_standard_error": 2.8}
     line = shown(scores(85.4, 72.7), scores(70.0, 83.3), comparison=less)
     assert "9 of 48 pictures gained, 0 lost: more than chance" in line
-    assert f"(+5.4 ± 2.8: {chance})" in line
+    assert f"(+5.4, standard error 2.8: {chance})" in line
 
 
 def test_an_encoder_without_training_has_one_column() -> None:
