@@ -135,7 +135,9 @@ class OptimConfig:
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """SGD with momentum, or AdamW, which needs learning rates hundreds of times smaller."""
     lr: float = number(0.03, 0, above=True)
-    """Learning rate at the start."""
+    """Highest learning rate."""
+    warmup: float = number(0.0, 0, 1)
+    """Share of all steps in which the learning rate rises to --optim.lr; after them it falls along half a cosine."""
     backbone_lr: float | None = number(None, 0)
     """Learning rate of the backbone; 0 with --model.batchnorm frozen leaves it unchanged. Default: --optim.lr."""
     momentum: float = number(0.9, 0, 1)
@@ -161,7 +163,8 @@ class MocoConfig:
     neighbours: int = number(5, 1)
     """Nearest keys that are positives, of neighbour."""
     head: Literal["mlp", "linear"] = "mlp"
-    """Projection head: two layers as in MoCo v2, or one, which begins as an orthogonal matrix."""
+    """Projection head: two layers as in MoCo v2; or one, which begins at the principal axes of the training images'
+    features (or as a random orthogonal matrix, where --moco.embedding_dim asks for more dimensions than they have)."""
     pooling: Literal["mean", "rationale"] = "mean"
     """What the projection head gets: the mean of the features, or their sum weighted with the branch's attention. The
     latter gains most on networks cut short, whose mean is full of surroundings, with --rationale.init ddt."""

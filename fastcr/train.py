@@ -30,8 +30,8 @@ from fastcr.errors import UsageError, one_line
 from fastcr.measures.evaluation import HISTORY, INITIAL
 from fastcr.measures.health import EncoderHealth, HealthWarnings
 from fastcr.method.build import Schedule, Training, build, check_settings, fit_sizes, trained
-from fastcr.method.ddt import ddt_detectors
-from fastcr.method.step import Losses, cosine_lr
+from fastcr.method.start import begin
+from fastcr.method.step import Losses
 from fastcr.output.evaluations import TrainingEvaluation
 from fastcr.runs.checkpoint import (
     Saver,
@@ -60,6 +60,7 @@ class Run:
     config: Config
     folder: Path
     start: int  # steps it has done before
+    sample: Tensor | None  # embeddings of some of its images before training; None where it is resumed
     schedule: Schedule
     splits: Splits
     views: Views
@@ -119,9 +120,6 @@ def run_steps(run: Run, evaluation: TrainingEvaluation, log: RunLog, began: floa
     health = RunHealth(run)
     due = Due(0, False, False, False)
     with StopSignal() as stop, closing(run.views.batches(run.start)) as batches:
-        if config.moco.objective != "infonce" and not run.start and schedule.last:
-            with closing(run.views.batches(schedule.total)) as unseen:  # views that no step will see
-                training.fill_queue(unseen)
         log.meter.reset()
         ready = time.monotonic()
         for step in range(run.start + 1, schedule.last + 1):
@@ -181,7 +179,10 @@ class RunHealth:
         pretrained = run.config.model.weights != "none" and run.schedule.last
         watched = pretrained and run.context.processes.first and initial.is_file()
         self.run = run
-        self.encoder = EncoderHealth(run.views.images, initial, run.context) if watched else None
+        before = initial if run.sample is None else run.sample
+        self.encoder = (
+            EncoderHealth(run.views.images, before, run.config.data.image_size, run.context) if watched else None
+        )
         self.warnings = HealthWarnings(run.context, self.encoder.first_rank if self.encoder else 0.0)
 
     def record(self, step: int, loss: Tensor, losses: Losses, log: RunLog) -> None:
@@ -189,7 +190,7 @@ class RunHealth:
         run, training, schedule = self.run, self.run.training, self.run.schedule
         epoch, into_epoch = divmod(step, schedule.steps_per_epoch)
         figures = training.figures(loss, losses) | log.meter.read()
-        lr = cosine_lr(run.config.optim.lr, step - 1, schedule.total)
+        lr = run.config.optim.lr * schedule.share_of_rate(step)
         record = {"step": step, "epoch": step / schedule.steps_per_epoch, "lr": lr}
         record |= run.context.processes.mean(figures)
         if not into_epoch and self.encoder:
@@ -225,15 +226,13 @@ def open_run(config: Config, resume: Path | None, context: Context, folders: Exi
     folder = processes.once(partial(claim_folder, config, resume, folders))
     context.say(f"run folder: {folder}")
     start = restore(folder / "resume.pt", training, images, context) if resume else 0
-    if (branch := training.encoder.branch) and resume is None and config.rationale.init == "ddt":
-        detectors = partial(ddt_detectors, training.encoder, views.images, config.run.seed, context)
-        branch.load_state_dict(processes.once(detectors))
+    sample = begin(training, views.images, config, context) if resume is None else None
     if processes.first:
         if resume is None:
             save_weights(folder / INITIAL, training.encoder.state_dict(), describe(config))
         write_whole(folder / "config.yaml", partial(save_config, config))
         keep_records(folder / HISTORY, "epoch", start / schedule.steps_per_epoch)
-    return Run(config, folder, start, schedule, splits, views, training, context)
+    return Run(config, folder, start, sample, schedule, splits, views, training, context)
 
 
 def fingerprint(images: ImageList) -> int:

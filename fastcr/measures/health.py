@@ -12,9 +12,10 @@ from fastcr.data.crop_loader import load_crops
 from fastcr.data.images import ImageList
 from fastcr.data.views import normalise
 from fastcr.encoders.encoder import Encoder, load
+from fastcr.method.ddt import evenly
+from fastcr.method.start import SAMPLE
 from fastcr.runs.context import Context
 
-SAMPLE = 512  # images, decoded once
 NEIGHBOURS = 10
 BATCH_SIZE = 64
 
@@ -46,20 +47,19 @@ def kept_neighbours(before: Tensor, after: Tensor) -> float:
 class EncoderHealth:
     """Effective rank of an encoder's mean embeddings, and how many nearest neighbours of its start it has kept."""
 
-    def __init__(self, images: ImageList, initial: Path, context: Context) -> None:
-        """Take the sample evenly from `images`, and measure the encoder in the weights file `initial`.
+    def __init__(self, images: ImageList, before: Path | Tensor, image_size: int, context: Context) -> None:
+        """Take the sample evenly from `images`, cropped to `image_size` pixels.
 
-        `UsageError` if none of the sample can be read.
+        `before` holds the sample's embeddings before training, as `method.start.begin` gives them, or is the file of
+        the weights to make them with. `UsageError` if none of the sample can be read.
         """
-        self.context, encoder = context, load(initial).to(context.device)
-        count = min(SAMPLE, len(images))
-        chosen = (torch.arange(count) * len(images) // count).split(BATCH_SIZE)
-        batches = [indices.tolist() for indices in chosen]
-        crops = load_crops([images], batches, encoder.image_size, Context())
+        self.context = context
+        batches = [indices.tolist() for indices in torch.tensor(evenly(len(images), SAMPLE)).split(BATCH_SIZE)]
+        crops = load_crops([images], batches, image_size, Context())
         self.crops = [pixels for pixels, _, readable in crops if readable]
         if not self.crops:
             raise images.none_readable()
-        embeddings = self._embed(encoder)
+        embeddings = before if isinstance(before, Tensor) else self._embed(load(before).to(context.device))
         self.count = min(NEIGHBOURS, len(embeddings) - 1)
         self.first_rank, self.before = effective_rank(embeddings), nearest(embeddings, self.count)
 

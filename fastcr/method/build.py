@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,7 +26,7 @@ from fastcr.method.depthwise import FastGradients, has_slow_gradients
 from fastcr.method.moco import MoCo, Pool
 from fastcr.method.objectives import build_objective
 from fastcr.method.parallel import Synchronised
-from fastcr.method.step import Losses, LossFunction, Replayed, contrast_losses, cosine_lr, train_step
+from fastcr.method.step import Losses, LossFunction, Replayed, contrast_losses, train_step
 from fastcr.runs.context import Context
 from fastcr.runs.machine import keep_compiled
 from fastcr.runs.validate import validate
@@ -40,13 +41,22 @@ class Schedule(NamedTuple):
     steps_per_epoch: int
     total: int  # in which the learning rate falls to 0
     last: int  # after which the run ends
+    warmup: int = 0  # steps in which the learning rate rises
 
     @classmethod
     def of(cls, config: Config, images: int) -> Schedule:
         """The schedule of a run with so many training images; the short last batch of an epoch is dropped."""
         steps_per_epoch = images // config.optim.batch_size
         total = config.optim.epochs * steps_per_epoch
-        return cls(steps_per_epoch, total, min(total, config.run.steps or total))
+        warmup = round(config.optim.warmup * total)
+        return cls(steps_per_epoch, total, min(total, config.run.steps or total), warmup)
+
+    def share_of_rate(self, step: int) -> float:
+        """Share of its highest value that the learning rate has in `step`: a line up, then half a cosine down to 0."""
+        if step <= self.warmup:
+            return step / self.warmup
+        done = (step - 1 - self.warmup) / max(self.total - self.warmup, 1)
+        return 0.5 * (1 + math.cos(math.pi * min(done, 1)))
 
 
 @dataclass(frozen=True)
@@ -63,20 +73,10 @@ class Training:
     pool: Pool  # of the features, before the projection head
     step: Step
 
-    @torch.no_grad()
-    def fill_queue(self, batches: Iterator[Batch]) -> None:
-        """Fill the queue with the keys of images, by the encoder as it is."""
-        keys = 0
-        while keys < len(self.moco.queue):
-            batch = next(batches)
-            key = self.moco.key(batch.second, self.autocast, self.pool)
-            self.moco.enqueue(key, [batch.images])
-            keys += len(key)
-
     def set_learning_rates(self, step: int, schedule: Schedule) -> None:
-        """Half a cosine from each group's rate to 0."""
+        """Each group's rate of `step`."""
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"].fill_(cosine_lr(rate, step - 1, schedule.total))
+            group["lr"].fill_(rate * schedule.share_of_rate(step))
 
     def gradient_norm(self) -> Tensor | None:
         """Norm of the step's gradient, a scalar; None with loss scaling, whose gradients may overflow now and then."""
@@ -199,7 +199,9 @@ def _optimizer(
     ]
     if optim.optimizer == "adamw":
         betas = optim.momentum, 0.999
-        return torch.optim.AdamW(groups, betas=betas, weight_decay=optim.weight_decay, fused=True), rates
+        # capturable: its count of steps lies on the device, where a CUDA graph can go on counting
+        kind: dict[str, Any] = {"fused": True, "capturable": device.type == "cuda"}
+        return torch.optim.AdamW(groups, betas=betas, weight_decay=optim.weight_decay, **kind), rates
     optimizer = torch.optim.SGD(groups, momentum=optim.momentum, weight_decay=optim.weight_decay, fused=True)
     for parameter in trained(optimizer):
         # torch leaves it uninitialised where the scaler skips the first step; from 0 the sum is the same

@@ -7,7 +7,6 @@ tells the object from the surroundings, and an image's positions are weighted wi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,12 +16,9 @@ from torch import Tensor
 from fastcr.data.crop_loader import BATCH_SIZE, load_crops
 from fastcr.data.images import ImageList
 from fastcr.encoders.encoder import Encoder
-from fastcr.encoders.rationale import RationaleHead
 from fastcr.runs.context import Context
-from fastcr.runs.distributed import ALONE
 
 AXIS_IMAGES = 2048  # whose positions DDT's axis is of: far more than it takes
-START_IMAGES = 512  # to whose DDT the branch's detectors are fitted
 
 
 class Axis(NamedTuple):
@@ -155,32 +151,10 @@ def ddt_axis(
     return moments.axis()
 
 
-def ddt_detectors(encoder: Encoder, images: ImageList, seed: int, context: Context) -> dict[str, Tensor]:
-    """The branch's `weight [K,C]` and `bias [K]` with which it pools these images nearly as DDT does, on the CPU.
-
-    `UsageError` if no image can be read.
-    """
-    assert isinstance(encoder.branch, RationaleHead)
-    moments: Moments | None = None
-    wanted, found = set(_evenly(images, START_IMAGES)), list[Tensor]()  # some of those whose axis it is
-    with torch.compiler.set_stance("force_eager"), torch.no_grad():
-        for indices, features in _axis_features(encoder, images, replace(context, processes=ALONE), load_crops):
-            moments = moments or Moments(features.shape[1], context.device)
-            moments.add(features)
-            found.append(features[[i for i, index in enumerate(indices) if index in wanted]].cpu())
-        if not moments:
-            raise images.none_readable()
-        axis = moments.axis()
-    on_cpu = Axis(axis.direction.cpu(), axis.centre.cpu())
-    weight, bias = detectors_like(on_cpu, torch.cat(found), len(encoder.branch.bias), seed)
-    temperature = encoder.branch.config.temperature
-    return {"weight": temperature * weight, "bias": temperature * bias}
-
-
-def _evenly(images: ImageList, most: int) -> list[int]:
-    """The indices of all images, or of `most` taken evenly."""
-    count = min(len(images), most)
-    return (torch.arange(count) * len(images) // count).tolist()
+def evenly(count: int, most: int) -> list[int]:
+    """The indices of all of `count` images, or of `most` taken evenly."""
+    taken = min(count, most)
+    return (torch.arange(taken) * count // max(taken, 1)).tolist()
 
 
 def _axis_features(
@@ -190,7 +164,7 @@ def _axis_features(
     load: Callable[..., Iterator[Any]],
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Readable images of those DDT's axis is of, this process's share in batches: indices and features fp32."""
-    batches = [part.tolist() for part in torch.tensor(_evenly(images, AXIS_IMAGES)).split(BATCH_SIZE)]
+    batches = [part.tolist() for part in torch.tensor(evenly(len(images), AXIS_IMAGES)).split(BATCH_SIZE)]
     own = batches[context.processes.rank :: context.processes.ranks]
     loader = load([images], own, encoder.image_size, context)
     with encoder.evaluating():

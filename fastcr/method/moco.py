@@ -69,8 +69,11 @@ class MoCo(nn.Module):
         with record_function("key forward"):
             with autocast:
                 features = self.key_backbone(images)
-            key = F.normalize(self.key_head(pool(features)), dim=1)
-            return self.processes.gather_keys(key)
+            return self.processes.gather_keys(self.embed_keys(pool(features)))
+
+    def embed_keys(self, pooled: Tensor) -> Tensor:
+        """Pooled features `[B,C]` to unit keys `[B,D]`."""
+        return F.normalize(self.key_head(pooled), dim=1)
 
     def keys(self, key: Tensor, images: Tensor | None = None) -> Keys:
         """What a batch of queries, of `images` `[B]`, is compared with; `key` `[B*ranks,D]` are of all processes."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
@@ -169,8 +168,3 @@ class Replayed:
         self.graph.replay()
         loss, losses = self.results
         return loss.clone(), losses
-
-
-def cosine_lr(base: float, step: int, total: int) -> float:
-    """Learning rate of `step` (from 0) of `total`: from `base` down to 0 along half a cosine."""
-    return 0.5 * base * (1 + math.cos(math.pi * min(step / total, 1)))

@@ -56,7 +56,7 @@ def test_kept_neighbours_are_those_of_a_loop() -> None:
 
 def test_an_untouched_encoder_keeps_everything_and_another_does_not(images: ImageList, tmp_path: Path) -> None:
     start, other = (write_weights(tmp_path / f"{seed}.safetensors", seed=seed) for seed in (0, 1))
-    health = EncoderHealth(images, start, Context())
+    health = EncoderHealth(images, start, 80, Context())
     assert sum(map(len, health.crops)) == 23  # one cannot be read
     same = health.measure(load(start))
     assert same == {"effective_rank": pytest.approx(health.first_rank), "kept_neighbours": 1}
@@ -73,8 +73,8 @@ def test_images_that_cannot_be_read_are_an_error_and_a_single_one_has_nothing_to
     weights = write_weights(tmp_path / "weights.safetensors")
     broken, alone = (ImageList(images.root, (file,), None, ()) for file in ("10.png", "11.png"))
     with pytest.raises(UsageError, match="none of the 1 images"):
-        EncoderHealth(broken, weights, Context())
-    assert EncoderHealth(alone, weights, Context()).measure(load(weights))["kept_neighbours"] == 1
+        EncoderHealth(broken, weights, 80, Context())
+    assert EncoderHealth(alone, weights, 80, Context()).measure(load(weights))["kept_neighbours"] == 1
 
 
 def test_half_of_the_dimensions_lost_is_said_once() -> None:

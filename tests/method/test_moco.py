@@ -12,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fastcr.config import MocoConfig, RationaleConfig
+from fastcr.config import Config, MocoConfig, OptimConfig, RationaleConfig, RunConfig
 from fastcr.data.views import Batch
 from fastcr.encoders.backbone import mean_pool
 from fastcr.encoders.rationale import RationaleHead, attention_entropy
+from fastcr.method.build import Schedule
 from fastcr.method.moco import MoCo, projection_head
 from fastcr.method.objectives import infonce
-from fastcr.method.step import Losses, contrast_losses, cosine_lr, train_step
+from fastcr.method.step import Losses, contrast_losses, train_step
 
 INFONCE = partial(infonce, temperature=0.2)
 NO_AUTOCAST = torch.autocast("cpu", enabled=False)
@@ -209,10 +210,13 @@ def test_the_contrast_loss_is_cross_entropy_against_key_and_queue(with_branch: b
     torch.testing.assert_close(losses.contrast, F.cross_entropy(logits, torch.zeros(5, dtype=torch.int64)))
 
 
-def test_cosine_runs_from_the_base_to_zero() -> None:
-    assert cosine_lr(0.03, 0, 100) == 0.03
-    assert cosine_lr(0.03, 50, 100) == pytest.approx(0.015)
-    assert cosine_lr(0.03, 100, 100) == pytest.approx(0, abs=1e-12)
+def test_the_learning_rate_rises_along_a_line_and_falls_along_half_a_cosine() -> None:
+    plain = Schedule.of(Config(optim=OptimConfig(epochs=10, batch_size=10)), 100)
+    assert [plain.share_of_rate(step) for step in (1, 51, 101)] == pytest.approx([1, 0.5, 0])
+    config = Config(optim=OptimConfig(epochs=10, batch_size=10, warmup=0.1), run=RunConfig(steps=3))
+    warmed = Schedule.of(config, 100)  # the rate follows the epochs where the run ends before them
+    shares = [warmed.share_of_rate(step) for step in (1, 5, 10, 11, 56, 101)]
+    assert shares == pytest.approx([0.1, 0.5, 1, 1, 0.5, 0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

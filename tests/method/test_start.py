@@ -1,0 +1,103 @@
+"""What the first pass over the images sets, against the encoder it was made with."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from fastcr.config import Config, DataConfig, MocoConfig, ModelConfig, OptimConfig, RationaleConfig
+from fastcr.data.crop_loader import load_crops
+from fastcr.data.images import ImageList
+from fastcr.data.views import normalise
+from fastcr.encoders.backbone import mean_pool
+from fastcr.errors import UsageError
+from fastcr.method import start
+from fastcr.method.build import Training, build
+from fastcr.runs.context import Context
+
+CONFIG = Config(
+    data=DataConfig(image_size=32),
+    model=ModelConfig(backbone="resnet18", last_stage="layer2", weights="none", batchnorm="frozen"),
+    optim=OptimConfig(epochs=1, batch_size=8),
+    moco=MocoConfig(objective="relational", queue_size=20, head="linear", embedding_dim=8, pooling="rationale"),
+    rationale=RationaleConfig(detectors=3, init="ddt"),
+)
+BROKEN = 10
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> ImageList:
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    files = [f"{i:02d}.png" for i in range(24)]
+    for file in files:
+        coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+        coarse.resize((40, 36)).save(folder / file)
+    (folder / files[BROKEN]).write_bytes(b"broken")
+    return ImageList(folder, tuple(files), None, ())
+
+
+def features_of(training: Training, images: ImageList) -> Tensor:
+    ((pixels, _, readable),) = load_crops([images], [list(range(len(images)))], 32, Context())
+    assert len(readable) == len(images) - 1
+    with torch.no_grad():
+        return training.encoder.eval().features(normalise(pixels, torch.float32))
+
+
+@pytest.mark.parametrize("most", [2048, 7], ids=["all images at once", "the queue's other images afterwards"])
+def test_head_and_queue_are_made_of_the_images_features(
+    images: ImageList, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(start, "AXIS_IMAGES", most)
+    training = build(CONFIG, Context())
+    moco = training.moco
+    sample = start.begin(training, images, CONFIG, Context())
+    features = features_of(training, images)
+    owners = [index for index in range(24) if index != BROKEN]
+
+    torch.testing.assert_close(sample, F.normalize(mean_pool(features), dim=1)[: len(sample)] if most > 24 else sample)
+    pooled = F.normalize(training.pool(features), dim=1)
+    seen = moco.queue_images.tolist()
+    assert len(set(seen)) == 20
+    assert BROKEN not in seen
+    of_queue = pooled[[owners.index(index) for index in seen]]
+    if most > 24:
+        axes = np.linalg.svd(pooled.double().numpy(), full_matrices=False)[2][:8]
+        products = np.abs((moco.head[0].weight.detach().double().numpy() * axes).sum(1))
+        np.testing.assert_allclose(products, 1, atol=1e-4)  # the same directions, either way round
+    torch.testing.assert_close(moco.queue, F.normalize(of_queue @ moco.head[0].weight.T, dim=1), atol=1e-4, rtol=1e-4)
+    assert torch.equal(moco.key_head[0].weight, moco.head[0].weight)
+
+
+def test_a_queue_larger_than_the_images_holds_them_again(images: ImageList) -> None:
+    config = replace(CONFIG, moco=replace(CONFIG.moco, queue_size=30))
+    training = build(config, Context())
+    start.begin(training, images, config, Context())
+    assert training.moco.queue_images[23:].tolist() == training.moco.queue_images[:7].tolist()
+    assert torch.equal(training.moco.queue[23:], training.moco.queue[:7])
+
+
+def test_a_head_of_more_dimensions_than_the_features_stays_as_it_is(images: ImageList) -> None:
+    config = replace(CONFIG, moco=replace(CONFIG.moco, embedding_dim=200))
+    training = build(config, Context())
+    before = training.moco.head[0].weight.clone()
+    start.begin(training, images, config, Context())
+    assert torch.equal(training.moco.head[0].weight, before)
+
+
+def test_random_weights_that_ask_for_nothing_look_at_nothing() -> None:
+    nothing = ImageList(Path("nowhere"), (), None, ())
+    config = replace(CONFIG, moco=MocoConfig(), rationale=RationaleConfig(detectors=3))
+    assert start.begin(build(config, Context()), nothing, config, Context()) is None
+
+
+def test_images_that_cannot_be_read_are_an_error(images: ImageList) -> None:
+    broken = ImageList(images.root, (images.files[BROKEN],), None, ())
+    with pytest.raises(UsageError, match="none of the 1 images"):
+        start.begin(build(CONFIG, Context()), broken, CONFIG, Context())
