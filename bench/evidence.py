@@ -47,6 +47,8 @@ LAST = (  # of the last line of metrics.jsonl
 
 MEAN_POOLED = "--rationale.init random --moco.pooling mean --rationale.fit_weight 1"
 ATTENDED = "--rationale.init ddt --moco.pooling rationale"
+MATCH = "--rationale.fit_weight 1 --rationale.cam_keeps match"
+MATCH_256 = f"{ATTENDED} {MATCH} --moco.embedding_dim 256 --optim.warmup 0.1"
 MOCO_V2 = (
     f"{MEAN_POOLED} --moco.objective infonce --moco.head mlp --moco.temperature 0.2 --moco.key_momentum 0.999 "
     "--views.key same --views.jitter 1 --views.grey 0.2 --views.blur 0.5 --optim.optimizer sgd --optim.lr 0.03 "
@@ -65,6 +67,22 @@ ROWS = {
         "as attended-fit, with GradCAM of what makes the views similar",
         f"{ATTENDED} --rationale.fit_weight 1 --rationale.cam_keeps match",
     ),
+    **{
+        f"{kind}-{dims}": (
+            f"{what}; the head keeps {dims} axes, and the learning rate rises for a tenth of the steps",
+            f"{ATTENDED} {flags} --moco.embedding_dim {dims} --optim.warmup 0.1",
+        )
+        for dims in (256, 512, 1280)
+        for kind, what, flags in (
+            ("match", "the attention is fitted to GradCAM of what makes the views similar", MATCH),
+            ("fixed", "the attention stays DDT's", "--rationale.fit_weight 0"),
+        )
+    },
+    **{
+        f"match-256-k{count}": (f"as match-256, with {count} detectors", f"{MATCH_256} --rationale.detectors {count}")
+        for count in (1, 8)
+    },
+    "match-256-cold": ("as match-256, from the highest learning rate on", MATCH_256.replace("0.1", "0")),
     "neighbour": (
         "as relational, with the five nearest keys of the queue as positives",
         f"{MEAN_POOLED} --moco.objective neighbour --moco.neighbours 5",
