@@ -37,8 +37,9 @@ class RunConfig:
     """Implementation of the fused ops; auto: Triton on CUDA, plain torch elsewhere."""
     compile: bool | Literal["auto"] = "auto"
     """Compile the encoders with torch.compile; auto: on CUDA only."""
-    cuda_graph: bool = False
-    """Replay the whole step as one CUDA graph; pays where the kernels take less time than launching them."""
+    cuda_graph: bool | Literal["auto"] = "auto"
+    """Replay the whole step as one CUDA graph, so that nothing waits for Python; auto: on CUDA, in one process, where
+    the step can be captured."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Precision of the encoders (autocast; fp16 with loss scaling); auto: bf16 where the device multiplies it in
     hardware, as all GPUs and some CPUs do, else fp32."""

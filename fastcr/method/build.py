@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from fastcr.config import Config
 from fastcr.data.images import ImageList
-from fastcr.data.views import Batch
 from fastcr.encoders.backbone import backbone_mistake, build_backbone, freeze_stages, mean_pool, synchronise_norms
 from fastcr.encoders.encoder import Encoder, describe
 from fastcr.encoders.folding import fold_norms
@@ -26,13 +25,12 @@ from fastcr.method.depthwise import FastGradients, has_slow_gradients
 from fastcr.method.moco import MoCo, Pool
 from fastcr.method.objectives import build_objective
 from fastcr.method.parallel import Synchronised
-from fastcr.method.step import Losses, LossFunction, Replayed, contrast_losses, train_step
+from fastcr.method.step import Losses, LossFunction, Replayed, Step, contrast_losses, train_step
 from fastcr.runs.context import Context
 from fastcr.runs.machine import keep_compiled
 from fastcr.runs.validate import validate
 
 C = TypeVar("C", bound=Config)
-Step = Callable[[Batch], tuple[Tensor, Losses]]
 
 
 class Schedule(NamedTuple):
@@ -155,7 +153,9 @@ def build(config: Config, context: Context, *, initial_weights: bool = True) -> 
         accumulate=config.optim.accumulate,
         no_sync=no_sync,
     )
-    step = Replayed(step) if config.run.cuda_graph else step
+    graph = config.run.cuda_graph
+    if graph is True or (graph == "auto" and device.type == "cuda" and processes.ranks == 1):
+        step = Replayed(step, fall_back=context.say if graph == "auto" else None)
     return Training(encoder, moco, model, optimizer, rates, scaler, autocast, pool, step)
 
 
@@ -174,7 +174,7 @@ def _modules(config: Config, context: Context, initial_weights: bool) -> tuple[M
         for norm in backbone.modules():
             if isinstance(norm, nn.modules.batchnorm._BatchNorm):
                 norm.eval()
-    moco = MoCo(backbone, channels, config.moco, processes=processes)
+    moco = MoCo(backbone, channels, config.moco, dtype=context.dtype, processes=processes)
     branch = None
     if config.rationale.enabled:
         branch = RationaleHead(channels, config.rationale, config.run.kernels, processes=processes)
@@ -223,9 +223,9 @@ def check_settings(config: Config, context: Context) -> None:
     if batch_size % parts or batch_size < 2 * parts:
         shares = f"{processes.ranks} processes with --optim.accumulate {config.optim.accumulate}"
         raise UsageError(f"--optim.batch_size {batch_size} does not divide among {shares} into parts of at least 2")
-    if config.run.cuda_graph and processes.ranks > 1:
+    if config.run.cuda_graph is True and processes.ranks > 1:
         raise UsageError("--run.cuda_graph works in one process only")
-    needs_cuda = {"--run.cuda_graph": config.run.cuda_graph, "--model.batchnorm sync": model.norms == "sync"}
+    needs_cuda = {"--run.cuda_graph": config.run.cuda_graph is True, "--model.batchnorm sync": model.norms == "sync"}
     for flag in (name for name, asked in needs_cuda.items() if asked and device.type != "cuda"):
         raise UsageError(f"{flag} needs CUDA, and this run is on {device}")
     try:

@@ -39,6 +39,7 @@ class MoCo(nn.Module):
         backbone: images `[B,3,H,W]` to features `[B,C,h,w]`; parameters without gradients are never trained.
         channels: C.
         config: queue and head.
+        dtype: of the queue, and of the queries and keys where they meet it; sums are fp32 in any case.
         processes: those that share a batch and the queue.
     """
 
@@ -46,7 +47,15 @@ class MoCo(nn.Module):
     queue_images: Tensor  # [N]: the index of the image that each key is of; -1: unknown
     queue_position: Tensor
 
-    def __init__(self, backbone: nn.Module, channels: int, config: MocoConfig, *, processes: Processes = ALONE) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        channels: int,
+        config: MocoConfig,
+        *,
+        dtype: torch.dtype = torch.float32,
+        processes: Processes = ALONE,
+    ) -> None:
         super().__init__()
         self.backbone, self.head, self.processes = backbone, projection_head(channels, config), processes
         # a backbone that is never trained encodes both views: its copy would always be the same
@@ -55,7 +64,7 @@ class MoCo(nn.Module):
         pairs = zip(self.key_backbone.parameters(), self.backbone.parameters(), strict=True)
         self.trained = [(key, query) for key, query in pairs if query.requires_grad]  # of the backbones
         dim = list(self.head.parameters())[-1].shape[0]
-        self.register_buffer("queue", F.normalize(torch.randn(config.queue_size, dim), dim=1))
+        self.register_buffer("queue", F.normalize(torch.randn(config.queue_size, dim), dim=1).to(dtype))
         self.register_buffer("queue_images", torch.full((len(self.queue),), -1))
         self.register_buffer("queue_position", torch.zeros((), dtype=torch.int64))
 
@@ -77,6 +86,7 @@ class MoCo(nn.Module):
 
     def keys(self, key: Tensor, images: Tensor | None = None) -> Keys:
         """What a batch of queries, of `images` `[B]`, is compared with; `key` `[B*ranks,D]` are of all processes."""
+        key = key.to(self.queue.dtype)
         rank, own = self.processes.rank, key.chunk(self.processes.ranks)
         queue_images = None if images is None else self.queue_images
         return Keys(own[rank], key, self.queue, rank * len(own[rank]), images, queue_images)

@@ -28,7 +28,7 @@ from fastcr.kernels.launch import Impl
 
 
 class Keys(NamedTuple):
-    """Unit keys that a batch of queries is compared with; none carries a gradient."""
+    """Unit keys that a batch of queries is compared with, in one dtype, which the queries take on; constants."""
 
     own: Tensor  # [B,D]: of the queries' own images
     batch: Tensor  # [B*ranks,D]: of all processes' images, those of `own` among them
@@ -60,9 +60,10 @@ def build_objective(config: MocoConfig, impl: Impl = "auto") -> Objective:
 def infonce(query: Tensor, keys: Keys, *, temperature: float, impl: Impl = "auto") -> Compared:
     """InfoNCE of unit queries `[B,D]`, nats; without a queue the negatives are the batch's other keys."""
     if len(keys.queue):
-        return Compared(info_nce(query, keys.own, keys.queue, temperature=temperature, impl=impl), keys.own)
-    own = torch.arange(len(query), device=query.device) + keys.first
-    return Compared(F.cross_entropy(query @ keys.batch.T / temperature, own, reduction="none"), keys.own)
+        narrow = query.to(keys.own.dtype)
+        return Compared(info_nce(narrow, keys.own, keys.queue, temperature=temperature, impl=impl), keys.own)
+    own, logits = torch.arange(len(query), device=query.device) + keys.first, query @ keys.batch.to(query.dtype).T
+    return Compared(F.cross_entropy(logits / temperature, own, reduction="none"), keys.own)
 
 
 def relational(
@@ -70,7 +71,7 @@ def relational(
 ) -> Compared:
     """Cross entropy of unit queries `[B,D]` with their keys' similarities to the queue, nats."""
     loss, positive = relational_op.relational(
-        query,
+        query.to(keys.own.dtype),
         keys.own,
         keys.queue,
         temperature=temperature,
@@ -85,10 +86,11 @@ def relational(
 def neighbour(query: Tensor, keys: Keys, *, temperature: float, neighbours: int) -> Compared:
     """Cross entropy of unit queries `[B,D]` with the queue's keys nearest to their own keys, nats; in plain torch."""
     with torch.autocast(query.device.type, enabled=False):
-        near, logits = keys.own @ keys.queue.T, query @ keys.queue.T / temperature
+        queue = keys.queue.to(query.dtype)
+        near, logits = keys.own.to(query.dtype) @ queue.T, query @ queue.T / temperature
         if keys.images is not None and keys.queue_images is not None:
             mine = keys.images[:, None] == keys.queue_images
             near, logits = (each.masked_fill(mine, -torch.inf) for each in (near, logits))
         nearest = near.topk(neighbours, dim=1).indices
         loss = -logits.log_softmax(1).gather(1, nearest).mean(1)
-        return Compared(loss, F.normalize(keys.queue[nearest].mean(1), dim=1))
+        return Compared(loss, F.normalize(queue[nearest].mean(1), dim=1))

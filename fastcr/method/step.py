@@ -14,10 +14,12 @@ from torch.profiler import record_function
 from fastcr.data.views import Batch
 from fastcr.encoders.backbone import mean_pool
 from fastcr.encoders.rationale import RationaleHead, mismatch_gradient
+from fastcr.errors import one_line
 from fastcr.method.moco import MoCo, Pool
 from fastcr.method.objectives import Objective
 
 Scale = Callable[[Tensor], Tensor]
+Step = Callable[[Batch], "tuple[Tensor, Losses]"]
 CamOf = Literal["similarity", "loss"]
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)  # hands everything on as it is
 
@@ -144,9 +146,11 @@ class Replayed:
 
     WARM_UP = 3
 
-    def __init__(self, step: Callable[[Batch], tuple[Tensor, Losses]]) -> None:
-        self.step, self.stream = step, torch.cuda.Stream()
-        self.calls, self.graph = 0, torch.cuda.CUDAGraph()
+    def __init__(self, step: Step, fall_back: Callable[[str], object] | None = None) -> None:
+        """With `fall_back`, which is told why, a step that cannot be captured goes on as it is; else it is an error."""
+        self.step, self.fall_back, self.stream = step, fall_back, torch.cuda.Stream()
+        self.calls = 0
+        self.graph: torch.cuda.CUDAGraph | None = torch.cuda.CUDAGraph()
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Losses]:
         """One step on `batch`, which must have the same shapes and strides each time."""
@@ -159,12 +163,25 @@ class Replayed:
             caller.wait_stream(self.stream)
             return results
         if self.calls == self.WARM_UP + 1:
-            self.inputs = Batch(*map(torch.empty_like, batch.tensors()))
-            # the loader's thread goes on allocating meanwhile
-            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
-                self.results = self.step(self.inputs)
+            self.capture(batch)
+        if self.graph is None:
+            return self.step(batch)
         for static, tensor in zip(self.inputs.tensors(), batch.tensors(), strict=True):
             static.copy_(tensor)
         self.graph.replay()
         loss, losses = self.results
         return loss.clone(), losses
+
+    def capture(self, batch: Batch) -> None:
+        """Record a step on inputs like `batch`, without carrying it out."""
+        assert self.graph is not None
+        self.inputs = Batch(*map(torch.empty_like, batch.tensors()))
+        try:
+            # the loader's thread goes on allocating meanwhile
+            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
+                self.results = self.step(self.inputs)
+        except RuntimeError as error:
+            if not self.fall_back:
+                raise
+            self.graph = None
+            self.fall_back(f"this step cannot be captured as a CUDA graph, so it runs without: {one_line(error)}")

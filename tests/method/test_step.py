@@ -6,15 +6,18 @@ import copy
 import os
 import shutil
 import tempfile
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.profiler import profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastcr.config import Config, DataConfig, MocoConfig, ModelConfig, OptimConfig, RationaleConfig, RunConfig
 from fastcr.data.views import Batch
@@ -22,7 +25,8 @@ from fastcr.encoders.rationale import RationaleHead
 from fastcr.method.build import Training, build
 from fastcr.method.moco import MoCo
 from fastcr.method.objectives import infonce
-from fastcr.method.step import Losses, contrast_losses, train_step
+from fastcr.method.step import Losses, Replayed, contrast_losses, train_step
+from fastcr.presets import PRESETS, preset
 from fastcr.runs.context import Context
 from fastcr.runs.machine import keep_compiled
 
@@ -31,6 +35,7 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 # contrast and fit loss over 50 steps
 NEAR = {"bf16": (4e-3, 3e-2), "fp16": (5e-4, 5e-3), "fp32": (1e-4, 1e-3)}
+WAITS = ("item", "_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "equal", "to_cpu")
 needs_cuda = pytest.mark.skipif(not CUDA, reason="needs CUDA")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -178,8 +183,71 @@ def test_nothing_in_a_step_asks_the_device_for_a_value(batch: Batch) -> None:
         one_step(moco, branch, batch, accumulate=2)
     called = {event.key for event in recorded.key_averages()}
     assert "aten::convolution" in called
-    waits = ("item", "_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "equal", "to_cpu")
-    assert not called & {f"aten::{name}" for name in waits}
+    assert not called & {f"aten::{name}" for name in WAITS}
+
+
+class Capturing(TorchDispatchMode):
+    """A CUDA graph being captured, as far as a CPU can tell: what would wait for the device is an error."""
+
+    def __init__(self, *unused: Any, **options: Any) -> None:
+        super().__init__()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name().removeprefix("aten::") in WAITS:
+            raise RuntimeError(f"{func.name()} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> mock.Mock:
+    """A stand-in for CUDA's graphs; gives the graph."""
+    graph = mock.Mock()
+    for name, stand_in in {"Stream": mock.Mock(), "CUDAGraph": lambda: graph, "graph": Capturing}.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch.cuda, "current_stream", mock.Mock())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    return graph
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_the_step_of_every_preset_can_be_captured(name: str, replays: mock.Mock) -> None:
+    config = preset(name)
+    model = ModelConfig("resnet18", "layer2", weights="none", batchnorm=config.model.batchnorm)
+    training = build(
+        replace(
+            config,
+            model=model,
+            data=DataConfig(image_size=32),
+            optim=replace(config.optim, batch_size=4),
+            moco=replace(config.moco, queue_size=8),
+        ),
+        Context(),
+    )
+    step = Replayed(training.step)
+    for _ in range(6):
+        step(Batch(*torch.randn(2, 4, 3, 32, 32), torch.arange(4)))
+    assert replays.replay.call_count == 3
+
+
+def test_a_step_that_cannot_be_captured_goes_on_as_it_is_or_is_an_error(batch: Batch, replays: mock.Mock) -> None:
+    moco, _ = small(False)
+
+    def waits(batch: Batch) -> tuple[Tensor, Losses]:
+        loss = batch.first.sum()
+        loss.item()
+        return loss, Losses(loss, None, None, batch.first, moco.queue)
+
+    said: list[str] = []
+    step = Replayed(waits, said.append)
+    assert [step(batch)[0].item() for _ in range(5)] == [batch.first.sum().item()] * 5
+    assert len(said) == 1
+    assert "_local_scalar_dense waits" in said[0]
+    step = Replayed(waits)
+    for _ in range(step.WARM_UP):
+        step(batch)
+    with pytest.raises(RuntimeError, match="waits for the device"):
+        step(batch)
+    assert not replays.replay.called
 
 
 @pytest.mark.parametrize(
