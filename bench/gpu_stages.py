@@ -34,11 +34,12 @@ from bench.on_gpu import GRACE, ROOT, write
 from bench.timing import time_on_gpu
 from bench.workloads import Workload
 from fastcr.arguments import TraceConfig
-from fastcr.config import Config, DataConfig, MocoConfig, ModelConfig, OptimConfig, RunConfig
+from fastcr.config import Config, DataConfig, RunConfig
 from fastcr.data.synthetic import CLASSES, draw_bird
 from fastcr.errors import UsageError
 from fastcr.kernels.launch import triton
 from fastcr.kernels.settings import TABLE
+from fastcr.presets import tuned
 from fastcr.runs.context import Context
 from fastcr.runs.log import read_records
 from fastcr.runs.machine import process_age
@@ -96,7 +97,7 @@ def write_facts(out: Path, rehearse: bool) -> None:
 
 
 def recipe(folder: Path, rehearse: bool) -> Config:
-    """The paper's recipe with a batch of 256, ResNet-50 from random weights, on drawn birds written into `folder`.
+    """The presets' recipe with a batch of 256, ResNet-50 from random weights, on drawn birds written into `folder`.
 
     As many as CUB-200-2011 has, of the size of its images, and without labels, so that nothing is evaluated.
     """
@@ -108,21 +109,23 @@ def recipe(folder: Path, rehearse: bool) -> Config:
             (picture if rehearse else picture.resize((500, 375))).save(path, quality=90)
         else:
             os.link(folder / f"{i % DRAWN:04d}.jpg", path)
+    config = tuned("folder")
+    frozen = replace(config.model, weights="none", batchnorm="frozen")
     if rehearse:
-        return Config(
-            preset="folder",
+        return replace(
+            config,
             run=RunConfig(steps=4, log_every=1),
             data=DataConfig(root=folder, image_size=64, workers=0),
-            model=ModelConfig(backbone="resnet18", last_stage="layer3", weights="none"),
-            optim=OptimConfig(epochs=EPOCHS, batch_size=16),
-            moco=MocoConfig(queue_size=32),
+            model=replace(frozen, backbone="resnet18", last_stage="layer3"),
+            optim=replace(config.optim, epochs=EPOCHS, batch_size=16),
+            moco=replace(config.moco, queue_size=32),
         )
-    return Config(
-        preset="folder",
+    return replace(
+        config,
         run=RunConfig(save_minutes=1e6),  # at the end only
         data=DataConfig(root=folder),
-        model=ModelConfig(weights="none"),
-        optim=OptimConfig(epochs=EPOCHS, batch_size=256),
+        model=frozen,
+        optim=replace(config.optim, epochs=EPOCHS, batch_size=256),
     )
 
 

@@ -1,12 +1,18 @@
-"""`python bench/on_gpu.py --out DIR [--only STAGE ...]`: test and measure on a machine with a GPU, in one command.
+"""`python bench/on_gpu.py --out DIR [--only STAGE ...]`: test and measure on a machine with a GPU, in two commands.
 
-In this order: facts of the machine, the kernels' tests compiled for its GPU, the benchmarks of ops, steps and loaders,
-a trace, a short training and a search for better launch settings. It needs torch, torchvision, Triton, pytest and
-pytest-benchmark, but neither tyro nor an installed fastcr. Each stage runs in a process of its own (the last three in
-`gpu_stages.py`), has a share of the minutes and is stopped when they are over; time that a stage does not use goes to
-the later ones. What one stage has compiled serves the others, except the training, whose start-up is measured. DIR gets
-at most seven files: summary.json says how each stage ended and holds short results, log.txt what all of them printed.
-Exits with 1 if a stage failed, with 2 for a mistake in the arguments.
+    python bench/on_gpu.py --out DIR/first --only tests steps
+    python bench/on_gpu.py --out DIR/second --only ops training trace loaders tune
+
+Without --only all of it, in this order: facts of the machine, the tests of the kernels as compiled for its GPU and of
+the step, the benchmarks of whole steps and of ops, a short training, a trace, the loaders and a search for better
+launch settings. The most telling comes first, and each of the two commands takes six minutes at most.
+
+It needs torch, torchvision, Triton, pytest and pytest-benchmark, but neither tyro nor an installed fastcr. Each stage
+runs in a process of its own (the last ones in `gpu_stages.py`), has a share of the minutes and is stopped when they are
+over; time that a stage does not use goes to the later ones. What one stage has compiled serves the others, except the
+training, whose start-up is measured. DIR gets at most seven files: summary.json says how each stage ended and holds
+short results, log.txt what all of them printed. Exits with 1 if a stage failed or was cut off (the search excepted,
+which takes whatever time is left), with 2 for a mistake in the arguments.
 """
 
 from __future__ import annotations
@@ -33,7 +39,7 @@ from rich.console import Console
 ROOT = Path(__file__).resolve().parents[1]
 GRACE = 10.0  # seconds from SIGINT to SIGKILL: pytest writes its report in between
 LEAST = 5.0  # seconds below which a stage is not begun
-SHARES = {"tests": 3, "ops": 4, "steps": 6, "loaders": 2, "trace": 2, "training": 3, "tune": 0}  # tune: what is left
+SHARES = {"tests": 3, "steps": 6, "ops": 4, "training": 3, "trace": 2, "loaders": 2, "tune": 0}  # tune: what is left
 KINDS = ("failures", "errors", "skipped")  # of tests, in pytest's report
 
 
@@ -198,17 +204,17 @@ def make_stages(out: Path, scratch: Path, *, rehearse: bool) -> list[Stage]:
 
     # on a GPU they run the compiled kernels on CUDA tensors (tests/conftest.py), each in a process of its own core
     parallel = ["-n", "12"] if importlib.util.find_spec("xdist") and not rehearse else []
-    kernel_tests = ["tests/kernels/test_launch.py" if rehearse else "tests/kernels", *parallel]
+    own_tests = ["tests/kernels/test_launch.py"] if rehearse else ["tests/kernels", "tests/method", *parallel]
     interpreted = {"TRITON_INTERPRET": "1"} if rehearse else {}
     # what other stages have compiled must not shorten the start-up that the training reports
     cold = {name: str(scratch / "cold" / name) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
     return [
-        Stage("tests", pytest(out / "tests.xml", "", *kernel_tests), out / "tests.xml", out / "tests.xml"),
-        bench("ops", "ops.json", "bench/test_ops.py", few="(contrast or info_nce) and not compiled"),
+        Stage("tests", pytest(out / "tests.xml", "", *own_tests), out / "tests.xml", out / "tests.xml"),
         bench("steps", "steps.json", "bench/test_step.py", few="not compiled"),
-        bench("loaders", "loader.json", "bench/test_loader.py", few="torch-host"),
-        Stage("trace", [*inside, "trace"], out / "phases.json", environment=shared, short=True),
+        bench("ops", "ops.json", "bench/test_ops.py", few="(contrast or info_nce) and not compiled"),
         Stage("training", [*inside, "training"], out / "training.json", environment=cold, short=True),
+        Stage("trace", [*inside, "trace"], out / "phases.json", environment=shared, short=True),
+        bench("loaders", "loader.json", "bench/test_loader.py", few="torch-host"),
         Stage("tune", [*inside, "tune"], out / "tune.json", environment=interpreted, short=True),
     ]
 
@@ -218,7 +224,7 @@ def read_arguments(args: Sequence[str] | None) -> argparse.Namespace:
     about = "Tests and benchmarks on the GPU at hand, and a short training, within so many minutes."
     parser = argparse.ArgumentParser(prog="python bench/on_gpu.py", description=about)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
-    parser.add_argument("--minutes", type=float, default=9.0, metavar="M", help="time for everything (9)")
+    parser.add_argument("--minutes", type=float, default=6.0, metavar="M", help="time for everything (6)")
     parser.add_argument("--only", nargs="+", metavar="STAGE", default=SHARES, help=f"of {', '.join(SHARES)} (all)")
     parser.add_argument("--rehearse", action="store_true", help="every stage in its small form, on the CPU")
     given = parser.parse_args(args)
@@ -266,7 +272,7 @@ def main(args: Sequence[str] | None = None) -> None:
         outcomes = run_all(chosen, given.out, deadline, facts, console)
     where = f"{facts['gpu'] or 'rehearsal on the CPU'}, torch {facts['torch']}, Triton {facts['triton']}"
     console.print(f"{where}; results: {given.out}", highlight=False, soft_wrap=True)
-    raise SystemExit(any(outcome.status == "failed" for outcome in outcomes))
+    raise SystemExit(any(outcome.status in ("failed", "cut off") and outcome.stage != "tune" for outcome in outcomes))
 
 
 if __name__ == "__main__":

@@ -17,18 +17,23 @@ def tuned(name: str) -> Config:
 
     The key encoder sees the crop that evaluation sees and follows slowly; queries from mild views learn its
     similarities. The first half of the stages and BatchNorm's statistics stay as they are. The branch begins with the
-    attention of DDT and is not fitted further (`--rationale.fit_weight 1` fits it to GradCAM); what the projection head
-    gets is pooled with it.
+    attention of DDT and is fitted to the GradCAM of what makes the two views similar; what the projection head gets is
+    pooled with it. The head keeps the 256 directions in which the images differ most.
     """
     return Config(
         preset=name,
         model=ModelConfig(frozen_stages="half"),
-        optim=OptimConfig(epochs=12, batch_size=64, optimizer="adamw", lr=3e-4),
+        optim=OptimConfig(epochs=12, batch_size=64, optimizer="adamw", lr=3e-4, warmup=0.1),
         views=ViewsConfig(jitter=0.5, grey=0.0, blur=0.0, key="centre"),
         moco=MocoConfig(
-            objective="relational", temperature=0.1, head="linear", pooling="rationale", key_momentum=0.998
+            objective="relational",
+            temperature=0.1,
+            head="linear",
+            embedding_dim=256,
+            pooling="rationale",
+            key_momentum=0.998,
         ),
-        rationale=RationaleConfig(fit_weight=0.0, init="ddt"),
+        rationale=RationaleConfig(cam_keeps="match", init="ddt"),
     )
 
 

@@ -227,6 +227,7 @@ def open_run(config: Config, resume: Path | None, context: Context, folders: Exi
     context.say(f"run folder: {folder}")
     start = restore(folder / "resume.pt", training, images, context) if resume else 0
     sample = begin(training, views.images, config, context) if resume is None else None
+    training.moco.keep_frozen(context.dtype)
     if processes.first:
         if resume is None:
             save_weights(folder / INITIAL, training.encoder.state_dict(), describe(config))

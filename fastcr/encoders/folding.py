@@ -5,7 +5,7 @@ With its running statistics a BatchNorm multiplies each channel by `scale = gamm
     norm(convolution(x; weight, bias)) = convolution(x; weight * scale, (bias - mean) * scale + beta)
 
 In training this is done anew in each pass, which gives weight, bias, gamma and beta the gradients that they have
-without it. For evaluation it is done once, in a copy.
+without it; once only, where none of them is trained. For evaluation it is done once, in a copy.
 """
 
 from __future__ import annotations
@@ -29,14 +29,23 @@ class FoldedConv2d(nn.Conv2d):
     """
 
     norm: nn.BatchNorm2d | None  # None once its weights hold it
+    kept: tuple[Tensor, Tensor] | None  # weight and bias of both, where they do not change
 
     def __init__(self, convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
         nn.Module.__init__(self)
-        vars(self).update(vars(convolution), norm=norm, pads_as_needed=type(convolution) is _timm("Conv2dSame"))
+        same = type(convolution) is _timm("Conv2dSame")
+        vars(self).update(vars(convolution), norm=norm, kept=None, pads_as_needed=same)
+
+    def keep(self, dtype: torch.dtype) -> None:
+        """Fold for good, in the `dtype` in which the convolution runs: its parameters must not change from now on."""
+        assert self.norm
+        with torch.no_grad():
+            weight, bias = fold(self, self.norm)
+        self.kept = weight.to(dtype), bias.to(dtype)
 
     def forward(self, images: Tensor) -> Tensor:
         """What the norm gives after the convolution."""
-        weight, bias = fold(self, self.norm) if self.norm else (self.weight, self.bias)
+        weight, bias = self.kept or (fold(self, self.norm) if self.norm else (self.weight, self.bias))
         if self.pads_as_needed:
             images = _timm("pad_same")(images, self.kernel_size, self.stride, self.dilation)
         return self._conv_forward(images, weight, bias)
@@ -84,7 +93,7 @@ def folded_copy(backbone: nn.Module, image_size: int) -> nn.Module:
             if isinstance(module, FoldedConv2d) and module.norm:
                 weight, bias = fold(module, module.norm)
                 module.weight, module.bias = nn.Parameter(weight, False), nn.Parameter(bias, False)
-                module.norm = None
+                module.norm = module.kept = None
     return copied
 
 

@@ -15,6 +15,7 @@ from torch.profiler import record_function
 
 from fastcr.config import MocoConfig
 from fastcr.encoders.backbone import mean_pool
+from fastcr.encoders.folding import FoldedConv2d
 from fastcr.method.objectives import Keys
 from fastcr.runs.distributed import ALONE, Processes
 
@@ -90,6 +91,18 @@ class MoCo(nn.Module):
         rank, own = self.processes.rank, key.chunk(self.processes.ranks)
         queue_images = None if images is None else self.queue_images
         return Keys(own[rank], key, self.queue, rank * len(own[rank]), images, queue_images)
+
+    def keep_frozen(self, dtype: torch.dtype) -> None:
+        """Fold BatchNorm once where neither it nor its convolution is trained, in the `dtype` of the encoders.
+
+        To be called when no other weights will be loaded any more.
+        """
+        for query, key in zip(self.backbone.modules(), self.key_backbone.modules(), strict=True):
+            if isinstance(query, FoldedConv2d) and isinstance(key, FoldedConv2d) and query.norm:
+                own = *query.parameters(), *query.norm.parameters()
+                if not any(parameter.requires_grad for parameter in own):
+                    query.keep(dtype)
+                    key.keep(dtype)
 
     @torch.no_grad()
     def update_key_encoder(self, momentum: float) -> None:

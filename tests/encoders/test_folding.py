@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from fastcr.config import Config, DataConfig, MocoConfig, ModelConfig, OptimConfig
 from fastcr.data.views import Batch
+from fastcr.encoders import folding
 from fastcr.encoders.backbone import build_backbone
 from fastcr.encoders.folding import FoldedConv2d, FoldedNorm, find_pairs, fold, fold_norms, folded_copy
 from fastcr.method import build
@@ -254,6 +256,22 @@ def test_a_step_has_the_losses_and_gradients_of_one_with_norms(
     torch.testing.assert_close(losses.key, expected.key, rtol=1e-4, atol=1e-5)
     assert ours.keys() == theirs.keys()
     assert all((ours[name] - theirs[name]).norm() < 0.02 * theirs[name].norm() + 1e-7 for name in ours)  # kinks
+
+
+def test_what_is_not_trained_is_folded_once_and_the_losses_stay() -> None:
+    losses, counted = list[list[float]](), list[int]()
+    for once in (False, True):
+        training = build.build(config_of(frozen_stages="half"), Context())
+        randomised(training.moco.backbone)
+        training.moco.key_backbone.load_state_dict(training.moco.backbone.state_dict())
+        if once:
+            training.moco.keep_frozen(torch.float32)
+        views = torch.randn(2, 4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+        with mock.patch.object(folding, "fold", wraps=folding.fold) as called:
+            losses.append([training.step(Batch(*views))[0].item() for _ in range(3)])
+        counted.append(called.call_count)
+    assert losses[0] == losses[1]
+    assert counted == [2 * 3 * 15, 2 * 3 * 10]  # the stem and the first of three stages hold five convolutions
 
 
 def test_other_statistics_are_not_folded() -> None:
