@@ -18,7 +18,8 @@ def tuned(name: str) -> Config:
     The key encoder sees the crop that evaluation sees and follows slowly; queries from mild views learn its
     similarities. The first half of the stages and BatchNorm's statistics stay as they are. The branch begins with the
     attention of DDT and is fitted to the GradCAM of what makes the two views similar; what the projection head gets is
-    pooled with it. The head keeps the 256 directions in which the images differ most.
+    pooled with it. One detector retrieves as well as 32. The head keeps the 256 directions in which the images differ
+    most.
     """
     return Config(
         preset=name,
@@ -33,7 +34,7 @@ def tuned(name: str) -> Config:
             pooling="rationale",
             key_momentum=0.998,
         ),
-        rationale=RationaleConfig(cam_keeps="match", init="ddt"),
+        rationale=RationaleConfig(detectors=1, cam_keeps="match", init="ddt"),
     )
 
 
