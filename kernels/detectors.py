@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcr.kernels.launch import INTERPRET, Gradients, check_tensor, on_its_device
+from fastcr.kernels.launch import INTERPRET, Gradients, check_tensor, fused_op
 from fastcr.kernels.settings import FENCED, TABLE, Settings, map_class
 
 try:
@@ -164,19 +164,14 @@ def rows_of(features: Tensor) -> Tensor:
     return features.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
 
 
-def all_positions(rows: Tensor) -> int:
-    """The positions of features `[B,S,C]`, as the power of two, 16 at least, that a kernel holds."""
-    return max(triton.next_power_of_2(rows.shape[1]), 16)
-
-
 def launch_settings(kernel: str, rows: Tensor, detectors: int | None = None) -> dict[str, Any]:
     """Settings of `kernel` for features `[B,S,C]`, which it multiplies with so many `detectors`, if it does.
 
-    A tile is no longer than the positions. Features in fp32 are multiplied in fp32; those in bf16 are converted first,
+    A tile is no longer than all positions. Features in fp32 are multiplied in fp32; those in bf16 are converted first,
     under the interpreter only.
     """
-    chosen = TABLE[kernel][map_class(rows.dtype, detectors)]
-    tile = {"BLOCK_S": min(chosen["BLOCK_S"], all_positions(rows))}
+    chosen, whole = TABLE[kernel][map_class(rows.dtype, detectors)], max(triton.next_power_of_2(rows.shape[1]), 16)
+    tile = {"BLOCK_S": min(chosen["BLOCK_S"], whole), "BLOCK_ALL": whole}
     settings = chosen | tile | {"UPCAST": INTERPRET and rows.dtype == torch.bfloat16}
     if detectors is None:
         return settings
@@ -184,12 +179,12 @@ def launch_settings(kernel: str, rows: Tensor, detectors: int | None = None) -> 
     return settings | {"BLOCK_K": max(triton.next_power_of_2(detectors), 16), "PRECISION": precision}
 
 
-@on_its_device
+@fused_op("fastcr::spread_gradients")
 def spread_gradients(
     features: Tensor, detectors: Tensor, winners: Tensor, by_logits: Tensor, spread: Tensor, direction: Tensor,
-    write: bool,
+    *, write: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients by features `[B,C,H,W]`, detectors `[K,C]` and bias `[K]`, from one read of the features.
+    """Gradients by features `[B,C,H,W]`, detectors `[K,C]` and bias `[K]` (both fp32), from one read of the features.
 
     With the winning detector k of a position: `dA = by_logits w_k + spread direction`, `dw_k = sum by_logits A`. The
     sums run over groups of images in a fixed order. `write=False` leaves the features' gradient out (it is then empty).
@@ -201,15 +196,16 @@ def spread_gradients(
     if not batch:
         return by_features, torch.zeros_like(detectors, dtype=torch.float32), by_logits.new_zeros(len(detectors))
     settings = launch_settings("spread_gradients", rows, len(detectors))
-    programs, chunks = settings.pop("programs"), triton.cdiv(channels, settings["BLOCK_C"])
+    programs, _ = settings.pop("programs"), settings.pop("BLOCK_ALL")
+    chunks = triton.cdiv(channels, settings["BLOCK_C"])
     # enough programs for the device; one partial sum an image would move more bytes than the features
     images = triton.cdiv(batch, max(min(batch, programs // chunks), 1))
     groups = triton.cdiv(batch, images)
     detector_parts = by_logits.new_empty(groups, *detectors.shape)
     bias_parts = by_logits.new_empty(groups, len(detectors))
     _spread_kernel[(chunks, groups)](
-        rows, detectors, winners, by_logits, spread, direction, by_rows, detector_parts, bias_parts,
-        batch, positions, channels, len(detectors), images,
+        rows, detectors, *(each.contiguous() for each in (winners, by_logits, spread, direction)), by_rows,
+        detector_parts, bias_parts, batch, positions, channels, len(detectors), images,
         WRITE_FEATURES=write, **settings,
     )  # fmt: skip
     return by_features, detector_parts.sum(0), bias_parts.sum(0)
@@ -233,8 +229,8 @@ def cast(gradients: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> Gradie
     return tuple(None if each is None else gradient.to(each.dtype) for gradient, each in pairs)
 
 
-def fake_gradients(features: Tensor, detectors: Tensor, write: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Tensors like those of `spread_gradients`, for tracing."""
+@spread_gradients.register_fake
+def _(features: Tensor, detectors: Tensor, *unused: Any, write: bool) -> tuple[Tensor, Tensor, Tensor]:
     by_detectors = detectors.new_empty(detectors.shape, dtype=torch.float32)
     by_features = images_of(torch.empty_like(rows_of(features)), features) if write else features.new_empty(0)
     return by_features, by_detectors, by_detectors.new_empty(len(detectors))

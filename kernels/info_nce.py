@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastcr.kernels.launch import Impl, fused_op, use_triton
-from fastcr.kernels.queue import SPLIT, attend, check, fits, new_outputs, queue_spec, register
+from fastcr.kernels.queue import MAX_DIM, SPLIT, attend, check, new_outputs, queue_spec, register
 from fastcr.kernels.settings import FENCED
 
 try:
@@ -96,7 +96,7 @@ def info_nce(query: Tensor, key: Tensor, queue: Tensor, *, temperature: float = 
     given = {"query": query, "key": key, "queue": queue}
     check(given, {"temperature": temperature})
     queue = queue.detach()
-    if not use_triton(impl, given, fits=fits(query)):
+    if not use_triton(impl, given, fits=query.shape[1] <= MAX_DIM):
         return info_nce_reference(query, key, queue, temperature=temperature)
     return _fused(query.to(torch.promote_types(query.dtype, queue.dtype)), key, queue, temperature)[0]
 

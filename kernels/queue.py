@@ -51,11 +51,6 @@ def check(tensors: dict[str, Tensor], temperatures: dict[str, float]) -> None:
             raise ValueError(f"{name} must be above 0, got {temperature}")
 
 
-def fits(query: Tensor) -> bool:
-    """Whether the kernels take queries of so many dimensions."""
-    return query.shape[1] <= MAX_DIM
-
-
 def new_outputs(query: Tensor, *unused: Any) -> tuple[Tensor, Tensor, Tensor]:
     """What such an op gives, not yet written, fp32: loss `[B]`, its gradient by each query `[B,D]`, and a `[B,D]`."""
     gradient = query.new_empty(query.shape, dtype=torch.float32)

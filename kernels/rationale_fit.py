@@ -23,11 +23,9 @@ from torch import Tensor
 
 from fastcr.kernels.detectors import (
     SPREAD,
-    all_positions,
     attention_logits,
     cast,
     check_features,
-    fake_gradients,
     launch_settings,
     new_maps,
     rows_of,
@@ -168,7 +166,7 @@ def _fused(
         _fit_kernel[(batch,)](
             rows, gradient, detectors, rows if bias is None else bias, *outputs,
             positions, channels, len(detectors), 1 / temperature, sign,
-            BLOCK_ALL=all_positions(rows), HAS_BIAS=bias is not None, SUM=target == "sum",
+            HAS_BIAS=bias is not None, SUM=target == "sum",
             **launch_settings("rationale_fit", rows, len(detectors)),
         )  # fmt: skip
     return outputs
@@ -180,21 +178,6 @@ def _new_outputs(features: Tensor, *unused: Any) -> tuple[Tensor, Tensor, Tensor
     return attention.new_empty(len(attention)), attention, torch.empty_like(attention), winners
 
 
-@fused_op("fastcr::rationale_fit_backward")
-def _fused_backward(
-    by_divergence: Tensor, features: Tensor, gradient: Tensor, detectors: Tensor, attention: Tensor, target: Tensor,
-    winners: Tensor, temperature: float, pool_weight: float, write: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    by_logits = (by_divergence / temperature)[:, None] * (attention - target)
-    spread = torch.full_like(attention, pool_weight / attention.shape[1])
-    return spread_gradients(features, detectors, winners, by_logits, spread, gradient.float().contiguous(), write)
-
-
-@_fused_backward.register_fake
-def _(by_divergence: Tensor, features: Tensor, gradient: Tensor, detectors: Tensor, *others: Any) -> Any:
-    return fake_gradients(features, detectors, write=others[-1])
-
-
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.temperature, _, _, ctx.pool_weight, ctx.stop_gradient = inputs
     ctx.mark_non_differentiable(*output[1:])
@@ -202,13 +185,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _backward(ctx: Any, by_divergence: Tensor, *unused: Any) -> Gradients:
-    features, gradient, detectors, bias, *maps = ctx.saved_tensors
-    write = ctx.needs_input_grad[0] and not ctx.stop_gradient
-    by_features, *by_branch = _fused_backward(
-        by_divergence, features, gradient, detectors, *maps, ctx.temperature, ctx.pool_weight, write
+    features, gradient, detectors, bias, attention, target, winners = ctx.saved_tensors
+    write, share = ctx.needs_input_grad[0] and not ctx.stop_gradient, ctx.pool_weight / attention.shape[1]
+    by_logits = (by_divergence / ctx.temperature)[:, None] * (attention - target)
+    by_features, *by_branch = spread_gradients(
+        features, detectors, winners, by_logits, torch.full_like(attention, share), gradient.float(), write=write
     )
     if not write:  # pooling alone: the same at every position, so nothing is written at all
-        by_pooled = (gradient * ctx.pool_weight / maps[0].shape[1]).to(features.dtype)
+        by_pooled = (gradient * share).to(features.dtype)
         by_features = by_pooled[:, :, None, None].expand_as(features) if ctx.pool_weight else None
     return by_features, None, *cast(by_branch, (detectors, bias)), None, None, None, None, None
 

@@ -21,11 +21,9 @@ from torch import Tensor
 
 from fastcr.kernels.detectors import (
     SPREAD,
-    all_positions,
     attention_logits,
     cast,
     check_features,
-    fake_gradients,
     images_of,
     launch_settings,
     new_maps,
@@ -142,8 +140,7 @@ def _fused(
         _pool_kernel[(batch,)](
             rows, detectors, rows if bias is None else bias.contiguous(), *outputs,
             positions, channels, len(detectors), 1 / temperature,
-            BLOCK_ALL=all_positions(rows), HAS_BIAS=bias is not None,
-            **launch_settings("rationale_pool", rows, len(detectors)),
+            HAS_BIAS=bias is not None, **launch_settings("rationale_pool", rows, len(detectors)),
         )  # fmt: skip
     return outputs
 
@@ -153,27 +150,24 @@ def _new_outputs(features: Tensor, *unused: Any) -> tuple[Tensor, Tensor, Tensor
     return features.new_empty(features.shape[:2], dtype=torch.float32), *new_maps(features)
 
 
-@fused_op("fastcr::rationale_pool_backward")
-def _fused_backward(
-    by_pooled: Tensor, by_attention: Tensor, features: Tensor, detectors: Tensor, attention: Tensor, winners: Tensor,
-    temperature: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    rows = rows_of(features)
+@fused_op("fastcr::attention_gradient")
+def _by_logits(
+    by_pooled: Tensor, by_attention: Tensor, features: Tensor, attention: Tensor, temperature: float
+) -> Tensor:
+    """Gradient by the largest logits `[B,S]`."""
+    rows, by_logits = rows_of(features), torch.empty_like(attention)
     batch, positions, channels = rows.shape
-    by_pooled = by_pooled.contiguous()
-    by_logits = torch.empty_like(attention)
     if batch:
         _attention_gradient_kernel[(batch,)](
-            rows, attention, by_pooled, by_attention.contiguous(), by_logits, positions, channels, 1 / temperature,
-            BLOCK_ALL=all_positions(rows), **launch_settings("attention_gradient", rows),
+            rows, attention, by_pooled.contiguous(), by_attention.contiguous(), by_logits, positions, channels,
+            1 / temperature, **launch_settings("attention_gradient", rows),
         )  # fmt: skip
-    features = images_of(rows, features)  # a copy, if there had to be one, serves both kernels
-    return spread_gradients(features, detectors, winners, by_logits, attention, by_pooled, True)
+    return by_logits
 
 
-@_fused_backward.register_fake
-def _(by_pooled: Tensor, by_attention: Tensor, features: Tensor, detectors: Tensor, *unused: Any) -> Any:
-    return fake_gradients(features, detectors, write=True)
+@_by_logits.register_fake
+def _(by_pooled: Tensor, by_attention: Tensor, features: Tensor, attention: Tensor, temperature: float) -> Tensor:
+    return torch.empty_like(attention)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -183,8 +177,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _backward(ctx: Any, by_pooled: Tensor, by_attention: Tensor, unused: Any) -> Gradients:
-    features, detectors, bias, *maps = ctx.saved_tensors
-    by_features, *by_branch = _fused_backward(by_pooled, by_attention, features, detectors, *maps, ctx.temperature)
+    features, detectors, bias, attention, winners = ctx.saved_tensors
+    features = images_of(rows_of(features), features)  # a copy, if there has to be one, serves both kernels
+    by_logits = _by_logits(by_pooled, by_attention, features, attention, ctx.temperature)
+    by_features, *by_branch = spread_gradients(
+        features, detectors, winners, by_logits, attention, by_pooled, write=True
+    )
     return by_features, *cast(by_branch, (detectors, bias)), None
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from fastcr.kernels.launch import Impl, check_tensor, fused_op, use_triton
-from fastcr.kernels.queue import SPLIT, attend, check, fits, new_outputs, queue_spec, register
+from fastcr.kernels.queue import MAX_DIM, SPLIT, attend, check, new_outputs, queue_spec, register
 from fastcr.kernels.spec import Normal, Sizes, draw_units
 
 try:
@@ -131,7 +131,7 @@ def relational(
         check_tensor("images", images, query.shape[:1], query, torch.int64)
         check_tensor("queue_images", queue_images, queue.shape[:1], query, torch.int64)
     key, queue = key.detach(), queue.detach()
-    if not use_triton(impl, given, fits=fits(query)):
+    if not use_triton(impl, given, fits=query.shape[1] <= MAX_DIM):
         return relational_reference(
             query, key, queue, temperature=temperature, key_temperature=key_temperature,
             images=images, queue_images=queue_images,
