@@ -131,8 +131,7 @@ class RationaleHead(nn.Module):
     @torch.no_grad()
     def effective_detectors(self, features: Tensor) -> Tensor:
         """exp(entropy of which detector wins a position), 1 (always the same) to K; a scalar."""
-        logits = torch.einsum("kc,bcs->bks", self.weight, features.flatten(2).to(self.weight.dtype))
-        winners = (logits + self.bias[:, None]).argmax(1).flatten()
+        winners = self.responses(features).argmax(1).flatten()
         share = torch.bincount(winners, minlength=len(self.bias)) / winners.numel()
         return torch.exp(-torch.xlogy(share, share).sum())
 

@@ -24,7 +24,8 @@ def read_objects(source: Path | None, images: ImageList) -> Tensor | None:
 
     `source` is a CSV with the columns path, left, top, right, bottom, in fractions of width and height, or in pixels;
     its paths are those of the list's files, or these below the folder of their split (`test/<class>/a.jpg`). Or it is
-    the archive's folder. None: that of `images`, if they are the archive's; else nothing is known. A box that is not known is NaN.
+    the archive's folder. None: that of `images`, if they are the archive's; else nothing is known. A box that is not
+    known is NaN.
     Raises `UsageError` for anything else, for boxes that are none, or if no image has a box.
     """
     archive = source or images.root.parent
