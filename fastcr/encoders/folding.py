@@ -105,15 +105,19 @@ def find_pairs(backbone: nn.Module, image_size: int) -> list[tuple[nn.Conv2d, nn
     """
     tried = copy.deepcopy(backbone).eval()
     own: dict[nn.Module, Any] = dict(zip(tried.modules(), backbone.modules(), strict=True))
-    convolutions = {id(each.weight): own[each] for each in own if type(each) in (nn.Conv2d, _timm("Conv2dSame"))}
-    norms = [each for each in own if type(each) in (nn.BatchNorm2d, _timm("BatchNormAct2d"))]
-    norms = {id(each.weight): own[each] for each in norms if each.running_var is not None and each.affine}
+    convolutions: dict[int, nn.Conv2d] = {
+        id(each.weight): own[each] for each in own if type(each) in (nn.Conv2d, _timm("Conv2dSame"))
+    }
+    candidates: list[Any] = [each for each in own if type(each) in (nn.BatchNorm2d, _timm("BatchNormAct2d"))]
+    norms: dict[int, nn.BatchNorm2d] = {
+        id(each.weight): own[each] for each in candidates if each.running_var is not None and each.affine
+    }
     image = next(tried.parameters()).new_zeros(1, 3, image_size, image_size)
     with torch.no_grad(), _Record() as record:
         features = tried(image)
     takes = [[id(each) for each in inputs] for inputs, _ in record.operations]
     uses = Counter(itertools.chain(*takes, map(id, tree_leaves(features))))
-    made, pairs = dict[int, Any](), []
+    made, pairs = dict[int, nn.Conv2d](), list[tuple[nn.Conv2d, nn.BatchNorm2d]]()
     for taken, (_, output) in zip(takes, record.operations, strict=True):
         for weight in (each for each in taken if uses[each] == 1):
             if weight in convolutions:

@@ -84,12 +84,11 @@ def backbone_state(state: dict[str, Tensor], wanted: Collection[str]) -> tuple[d
     """
     found = Counter[tuple[str, bool]]()
     for key in state:
-        starts = [0, *(at + 1 for at, letter in enumerate(key) if letter == ".")]
-        for at in starts:
-            for numbered in (False, True):
-                name = torchvision_name(key[at:]) if numbered else key[at:]
-                if name in wanted and (not numbered or name != key[at:]):
-                    found[key[:at], numbered] += 1
+        for at in (0, *(at + 1 for at, letter in enumerate(key) if letter == ".")):
+            if key[at:] in wanted:
+                found[key[:at], False] += 1
+            elif torchvision_name(key[at:]) in wanted:
+                found[key[:at], True] += 1
     found = Counter({way: number for way, number in found.items() if number >= FEW or not way[1]})
     if not found:
         return state, []
