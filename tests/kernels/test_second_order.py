@@ -15,7 +15,7 @@ CASES: dict[str, dict[str, Any]] = {
     "info_nce": {},
     "relational": {},
     "rationale_pool": {},
-    "rationale_fit": {"stop_gradient": True},
+    "rationale_fit": {"stop_gradient": True, "pool_weight": 0.5},
 }
 
 
