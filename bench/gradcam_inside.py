@@ -34,7 +34,7 @@ from fastcr.encoders.rationale import common_cam_weights, mismatch_gradient
 from fastcr.errors import UsageError
 from fastcr.kernels.rationale_fit import gradcam_target
 from fastcr.measures.evaluation import test_images
-from fastcr.measures.localisation import Objects, localisation, objects_in_crop, read_objects
+from fastcr.measures.localisation import localisation, objects_in_crop, read_objects
 from fastcr.method.build import Training, build
 from fastcr.method.objectives import build_objective
 from fastcr.runs.checkpoint import load_torch, write_whole
@@ -73,7 +73,7 @@ def gradcam_maps(config: Config, slope: Tensor) -> dict[str, Tensor]:
     return maps
 
 
-def gradcam_inside(folder: Path, images: ImageList, objects: Objects, context: Context) -> Scores:
+def gradcam_inside(folder: Path, images: ImageList, objects: Tensor, context: Context) -> Scores:
     """`{"score": {"inside", "pointing", "average inside", ...}, "loss": ..., "target": ...}`, percent."""
     config = load_config(folder / "config.yaml")
     config = replace(config, run=replace(config.run, compile=False, cuda_graph=False))  # nothing is trained here
@@ -89,13 +89,12 @@ def gradcam_inside(folder: Path, images: ImageList, objects: Objects, context: C
             found.append(slopes(training, config, crops).cpu())
             sizes.append(sizes_here)
             kept += [batch[i] for i in readable]
-    boxes = Objects(objects.boxes[kept], objects.in_pixels)
-    boxes = objects_in_crop(boxes, torch.cat(sizes), config.data.image_size)
+    boxes = objects_in_crop(objects[kept], torch.cat(sizes), config.data.image_size)
     scores = Scores()
     for name, maps in gradcam_maps(config, torch.cat(found)).items():
         scored = localisation(maps, boxes)
         scores[name] = {
-            f"{prefix}{key}": getattr(scored[kind], key)
+            f"{prefix}{key}": scored[kind][key]
             for kind, prefix in (("attention", ""), ("average", "average "), ("gaussian", "gaussian "))
             for key in ("inside", "pointing")
         }

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastcr.kernels.detectors import check_maps, rows_of
-from fastcr.kernels.launch import Impl, check_tensor, fused_op, use_triton
+from fastcr.kernels.launch import Impl, check_choice, check_tensor, fused_op, use_triton
 from fastcr.kernels.rationale_fit import CamKeeps, gradcam_target
 from fastcr.kernels.settings import TABLE, channels_class
 from fastcr.kernels.spec import Example, OpSpec, draw_maps
@@ -125,8 +125,7 @@ def common_weights(
     """
     check_maps(features)
     check_tensor("gradient", gradient, features.shape[:2], features)
-    if cam_keeps not in ("mismatch", "match"):
-        raise ValueError(f"cam_keeps must be 'mismatch' or 'match', got {cam_keeps!r}")
+    check_choice("cam_keeps", cam_keeps, CamKeeps)
     features, gradient = features.detach(), gradient.detach()
     if use_triton(impl, {"features": features, "gradient": gradient}, fits=features.shape[1] <= MAX_CHANNELS):
         return _fused(features, gradient, cam_keeps)

@@ -9,12 +9,13 @@ Backward, `spread_gradients` reads A once and writes its gradient: `dA(s) = dL(s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastcr.kernels.launch import INTERPRET, check_tensor, on_its_device
+from fastcr.kernels.launch import INTERPRET, Gradients, check_tensor, fused_op
 from fastcr.kernels.settings import FENCED, TABLE, Settings, map_class
 
 try:
@@ -61,11 +62,6 @@ def check_features(features: Tensor, detectors: Tensor, bias: Tensor | None, tem
         check_tensor("bias", bias, detectors.shape[:1], features)
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
-
-
-def named(**tensors: Tensor | None) -> dict[str, Tensor]:
-    """The tensors that were given, by name."""
-    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 if triton is not None:
@@ -168,37 +164,27 @@ def rows_of(features: Tensor) -> Tensor:
     return features.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
 
 
-def tile_settings(kernel: str, rows: Tensor, detectors: int | None = None) -> dict[str, int]:
-    """Settings of `kernel` for features `[B,S,C]`; a tile is no longer than the positions, but 16 for tensor cores."""
-    chosen = TABLE[kernel][map_class(rows.dtype, detectors)]
-    return chosen | {"BLOCK_S": min(chosen["BLOCK_S"], all_positions(rows))}
+def launch_settings(kernel: str, rows: Tensor, detectors: int | None = None) -> dict[str, Any]:
+    """Settings of `kernel` for features `[B,S,C]`, which it multiplies with so many `detectors`, if it does.
+
+    A tile is no longer than all positions. Features in fp32 are multiplied in fp32; those in bf16 are converted first,
+    under the interpreter only.
+    """
+    chosen, whole = TABLE[kernel][map_class(rows.dtype, detectors)], max(triton.next_power_of_2(rows.shape[1]), 16)
+    tile = {"BLOCK_S": min(chosen["BLOCK_S"], whole), "BLOCK_ALL": whole}
+    settings = chosen | tile | {"UPCAST": INTERPRET and rows.dtype == torch.bfloat16}
+    if detectors is None:
+        return settings
+    precision = "ieee" if rows.dtype == torch.float32 else "tf32"
+    return settings | {"BLOCK_K": max(triton.next_power_of_2(detectors), 16), "PRECISION": precision}
 
 
-def all_positions(rows: Tensor) -> int:
-    """The positions of features `[B,S,C]`, as the power of two a kernel holds at once."""
-    return max(triton.next_power_of_2(rows.shape[1]), 16)
-
-
-def dot_settings(rows: Tensor, detectors: int) -> dict[str, Any]:
-    """fp32 features are multiplied in fp32; bf16 ones are converted first under the interpreter only."""
-    return {
-        "BLOCK_K": max(triton.next_power_of_2(detectors), 16),
-        "PRECISION": "ieee" if rows.dtype == torch.float32 else "tf32",
-        "UPCAST": upcast(rows),
-    }
-
-
-def upcast(rows: Tensor) -> bool:
-    """Whether a kernel has to convert these features before it computes on them."""
-    return INTERPRET and rows.dtype == torch.bfloat16
-
-
-@on_its_device
+@fused_op("fastcr::spread_gradients")
 def spread_gradients(
     features: Tensor, detectors: Tensor, winners: Tensor, by_logits: Tensor, spread: Tensor, direction: Tensor,
-    write: bool,
+    *, write: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients by features `[B,C,H,W]`, detectors `[K,C]` and bias `[K]`, from one read of the features.
+    """Gradients by features `[B,C,H,W]`, detectors `[K,C]` and bias `[K]` (both fp32), from one read of the features.
 
     With the winning detector k of a position: `dA = by_logits w_k + spread direction`, `dw_k = sum by_logits A`. The
     sums run over groups of images in a fixed order. `write=False` leaves the features' gradient out (it is then empty).
@@ -209,17 +195,18 @@ def spread_gradients(
     by_features = images_of(by_rows, features) if write else by_rows
     if not batch:
         return by_features, torch.zeros_like(detectors, dtype=torch.float32), by_logits.new_zeros(len(detectors))
-    blocks = tile_settings("spread_gradients", rows, len(detectors))
-    programs, chunks = blocks.pop("programs"), triton.cdiv(channels, blocks["BLOCK_C"])
+    settings = launch_settings("spread_gradients", rows, len(detectors))
+    programs, _ = settings.pop("programs"), settings.pop("BLOCK_ALL")
+    chunks = triton.cdiv(channels, settings["BLOCK_C"])
     # enough programs for the device; one partial sum an image would move more bytes than the features
     images = triton.cdiv(batch, max(min(batch, programs // chunks), 1))
     groups = triton.cdiv(batch, images)
     detector_parts = by_logits.new_empty(groups, *detectors.shape)
     bias_parts = by_logits.new_empty(groups, len(detectors))
     _spread_kernel[(chunks, groups)](
-        rows, detectors, winners, by_logits, spread, direction, by_rows, detector_parts, bias_parts,
-        batch, positions, channels, len(detectors), images,
-        WRITE_FEATURES=write, **blocks, **dot_settings(rows, len(detectors)),
+        rows, detectors, *(each.contiguous() for each in (winners, by_logits, spread, direction)), by_rows,
+        detector_parts, bias_parts, batch, positions, channels, len(detectors), images,
+        WRITE_FEATURES=write, **settings,
     )  # fmt: skip
     return by_features, detector_parts.sum(0), bias_parts.sum(0)
 
@@ -229,8 +216,21 @@ def images_of(rows: Tensor, like: Tensor) -> Tensor:
     return rows.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
 
 
-def fake_gradients(features: Tensor, detectors: Tensor, write: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Tensors like those of `spread_gradients`, for tracing."""
+def new_maps(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Maps `[B,S]` of features `[B,C,H,W]`, not yet written: attention (fp32) and winning detectors (int32)."""
+    batch, _, height, width = features.shape
+    attention = features.new_empty(batch, height * width, dtype=torch.float32)
+    return attention, torch.empty_like(attention, dtype=torch.int32)
+
+
+def cast(gradients: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> Gradients:
+    """Gradients in the dtypes of their inputs; None by an input that was not given."""
+    pairs = zip(gradients, inputs, strict=True)
+    return tuple(None if each is None else gradient.to(each.dtype) for gradient, each in pairs)
+
+
+@spread_gradients.register_fake
+def _(features: Tensor, detectors: Tensor, *unused: Any, write: bool) -> tuple[Tensor, Tensor, Tensor]:
     by_detectors = detectors.new_empty(detectors.shape, dtype=torch.float32)
     by_features = images_of(torch.empty_like(rows_of(features)), features) if write else features.new_empty(0)
     return by_features, by_detectors, by_detectors.new_empty(len(detectors))

@@ -12,15 +12,13 @@ the queue gives loss and gradient. The queue is split over programs and the part
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastcr.kernels.launch import Impl, fused_op, use_triton
-from fastcr.kernels.queue import MAX_DIM, OTHER_QUEUES, ROWS, SPLIT, USUAL_QUEUES, attend, check
-from fastcr.kernels.settings import FENCED, contrast_class
-from fastcr.kernels.spec import Example, OpSpec, draw_units
+from fastcr.kernels.queue import MAX_DIM, SPLIT, attend, check, new_outputs, queue_spec, register
+from fastcr.kernels.settings import FENCED
 
 try:
     import triton
@@ -45,10 +43,10 @@ if triton is not None:
 
     @triton.jit
     def _combine_kernel(
-        query, key, peak, total, weighted, loss, gradient, pull, B, parts, scale, inverse_temperature,
+        query, key, peak, total, weighted, loss, by_query, by_key, B, parts, scale, inverse_temperature,
         D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_PARTS: tl.constexpr,
     ):  # fmt: skip
-        """Join the parts of one query with its positive: loss, gradient by the query, softmax of the positive - 1."""
+        """Join the parts of one query with its positive: the loss, and its gradients by the query and by the key."""
         b, d = tl.program_id(0), tl.arange(0, BLOCK_D)
         q = tl.load(query + b * D + d, mask=d < D, other=0.0).to(tl.float32)
         k = tl.load(key + b * D + d, mask=d < D, other=0.0).to(tl.float32)
@@ -57,50 +55,26 @@ if triton is not None:
         mass += tl.exp2(positive - high)
         excess = tl.exp2(positive - high) / mass - 1
         tl.store(loss + b, (high - positive + tl.log2(mass)) * 0.6931471805599453)
-        tl.store(gradient + b * D + d, (sums / mass + excess * k) * inverse_temperature, mask=d < D)
-        tl.store(pull + b, excess * inverse_temperature)
+        tl.store(by_query + b * D + d, (sums / mass + excess * k) * inverse_temperature, mask=d < D)
+        tl.store(by_key + b * D + d, excess * inverse_temperature * q, mask=d < D)
 
 
 @fused_op("fastcr::info_nce")
 def _fused(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss `[B]`, its gradient by each query `[B,D]`, and by `q_b . k_b` `[B]`, all fp32."""
-    batch, dim = query.shape
+    """Loss `[B]`, and its gradients by each query and each key `[B,D]`, all fp32."""
+    batch, outputs = len(query), new_outputs(query)
     query, key, queue = query.contiguous(), key.contiguous(), queue.contiguous()
-    loss, pull = (query.new_empty(batch, dtype=torch.float32) for _ in range(2))
-    gradient = query.new_empty(batch, dim, dtype=torch.float32)
     if batch == 0:
-        return loss, gradient, pull
+        return outputs
     scale = math.log2(math.e) / temperature
     *parts, options = attend("info_nce", query, queue, batch, (scale, scale), exact=False)
     _combine_kernel[(batch,)](
-        query, key, *parts, loss, gradient, pull, batch, len(parts[0]), scale, 1 / temperature, **options, num_warps=4
+        query, key, *parts, *outputs, batch, len(parts[0]), scale, 1 / temperature, **options, num_warps=4
     )
-    return loss, gradient, pull
+    return outputs
 
 
-@_fused.register_fake
-def _(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    batch, dim = query.shape
-    loss, gradient, pull = (query.new_empty(shape, dtype=torch.float32) for shape in ((batch,), (batch, dim), (batch,)))
-    return loss, gradient, pull
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    query, key, _, _ = inputs
-    _, gradient, pull = output
-    ctx.mark_non_differentiable(gradient, pull)
-    ctx.save_for_backward(gradient, pull, query)
-    ctx.dtypes = query.dtype, key.dtype
-
-
-def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor | None, Tensor | None, None, None]:
-    gradient, pull, query = ctx.saved_tensors
-    by_query = (grad[:, None] * gradient).to(ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
-    by_key = ((grad * pull)[:, None] * query.float()).to(ctx.dtypes[1]) if ctx.needs_input_grad[1] else None
-    return by_query, by_key, None, None
-
-
-_fused.register_autograd(_backward, setup_context=_save)
+register("info_nce", _fused, learns=2)
 
 
 def info_nce(query: Tensor, key: Tensor, queue: Tensor, *, temperature: float = 0.2, impl: Impl = "auto") -> Tensor:
@@ -127,23 +101,13 @@ def info_nce(query: Tensor, key: Tensor, queue: Tensor, *, temperature: float = 
     return _fused(query.to(torch.promote_types(query.dtype, queue.dtype)), key, queue, temperature)[0]
 
 
-SPEC = OpSpec(
+SPEC = queue_spec(
     info_nce,
     info_nce_reference,
-    inputs=draw_units,
-    learns=("query",),
-    usual=tuple(map(Example, USUAL_QUEUES)),
-    others=tuple(map(Example, OTHER_QUEUES)),
-    bytes=lambda z, width, backward: width * z["N"] * z["D"],
-    flops=lambda z: 4 * z["B"] * z["N"] * z["D"],
-    rows=lambda z, dtype: {"info_nce": contrast_class(dtype, z["B"], z["D"])},
-    kernels={
-        "info_nce": ROWS
-        | {
-            "16 bits, B > 16, D <= 256": {"BLOCK_B": 64, "BLOCK_N": 64, "num_warps": 4}
-            | SPLIT
-            | {"num_stages": 2 if FENCED else 1},
-            "32 bits, B > 16, D <= 256": {"BLOCK_B": 32, "BLOCK_N": 32, "num_warps": 8} | SPLIT,
-        }
+    rows=1,
+    settings={
+        "16 bits, B > 16, D <= 256": SPLIT
+        | {"BLOCK_B": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2 if FENCED else 1},
+        "32 bits, B > 16, D <= 256": SPLIT | {"BLOCK_B": 32, "BLOCK_N": 32, "num_warps": 8},
     },
 )

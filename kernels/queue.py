@@ -9,13 +9,15 @@ programs, and the parts are combined in a fixed order.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastcr.kernels.launch import INTERPRET, check_tensor, on_its_device
+from fastcr.kernels.launch import INTERPRET, Gradients, check_tensor, first_order, on_its_device
 from fastcr.kernels.settings import TABLE, Settings, contrast_class
+from fastcr.kernels.spec import Example, Normal, OpSpec, Sizes, draw_units
 
 try:
     import triton
@@ -35,8 +37,6 @@ ROWS: dict[str, Settings] = {  # that the ops share
     "32 bits, B <= 16, D > 256": {"BLOCK_B": 16, "BLOCK_N": 16, "num_warps": 8} | SPLIT,
     "32 bits, B > 16, D > 256": {"BLOCK_B": 16, "BLOCK_N": 16, "num_warps": 8} | SPLIT,
 }
-USUAL_QUEUES = tuple({"B": 256, "D": 256, "N": keys} for keys in (4096, 65536))
-OTHER_QUEUES = tuple({"B": batch, "D": dim, "N": 65536} for batch in (8, 16, 256) for dim in (128, 256, 384, 512))
 
 
 def check(tensors: dict[str, Tensor], temperatures: dict[str, float]) -> None:
@@ -49,6 +49,33 @@ def check(tensors: dict[str, Tensor], temperatures: dict[str, float]) -> None:
     for name, temperature in temperatures.items():
         if not temperature > 0:
             raise ValueError(f"{name} must be above 0, got {temperature}")
+
+
+def new_outputs(query: Tensor, *unused: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """What such an op gives, not yet written, fp32: loss `[B]`, its gradient by each query `[B,D]`, and a `[B,D]`."""
+    gradient = query.new_empty(query.shape, dtype=torch.float32)
+    return gradient.new_empty(len(query)), gradient, torch.empty_like(gradient)
+
+
+def register(name: str, op: torch.library.CustomOpDef, learns: int) -> None:
+    """Tracing and autograd of the op `name`, `(query, key, ...)` that gives `new_outputs`.
+
+    The first `learns` inputs, the query or it and the key, get the gradients that come after the loss.
+    """
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*inputs[:learns], *output[1 : learns + 1])
+        ctx.constants = len(inputs) - learns
+
+    def backward(ctx: Any, grad: Tensor, *unused: Any) -> Gradients:
+        inputs, gradients = ctx.saved_tensors[:learns], ctx.saved_tensors[learns:]
+        wanted = zip(inputs, gradients, ctx.needs_input_grad, strict=False)
+        by = [(grad[:, None] * gradient).to(each.dtype) if needed else None for each, gradient, needed in wanted]
+        return *by, *[None] * ctx.constants
+
+    op.register_fake(new_outputs)
+    op.register_autograd(first_order(name, backward), setup_context=save)
 
 
 if triton is not None:
@@ -161,3 +188,29 @@ def attend(
         UPCAST=INTERPRET and torch.bfloat16 in (rows.dtype, queue.dtype), **dims, **settings,
     )  # fmt: skip
     return Parts(peak, total, weighted, dims | {"BLOCK_PARTS": triton.next_power_of_2(parts)})
+
+
+def queue_spec(
+    op: Callable[..., Any],
+    reference: Callable[..., Any],
+    *,
+    rows: int,
+    settings: dict[str, Settings],
+    inputs: Callable[[Sizes, torch.dtype, Normal], dict[str, Any]] = draw_units,
+) -> OpSpec:
+    """The entry of an op that attends with so many `rows` an image, launched with `settings` beside `ROWS`."""
+    name = op.__name__
+    return OpSpec(
+        op,
+        reference,
+        inputs=inputs,
+        learns=("query",),
+        usual=tuple(Example({"B": 256, "D": 256, "N": keys}) for keys in (4096, 65536)),
+        others=tuple(
+            Example({"B": batch, "D": dim, "N": 65536}) for batch in (8, 16, 256) for dim in (128, 256, 384, 512)
+        ),
+        bytes=lambda z, width, backward: width * z["N"] * z["D"],
+        flops=lambda z: 4 * rows * z["B"] * z["N"] * z["D"],
+        rows=lambda z, dtype: {name: contrast_class(dtype, rows * z["B"], z["D"])},
+        kernels={name: ROWS | settings},
+    )

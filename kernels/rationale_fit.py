@@ -23,17 +23,15 @@ from torch import Tensor
 
 from fastcr.kernels.detectors import (
     SPREAD,
-    all_positions,
     attention_logits,
+    cast,
     check_features,
-    dot_settings,
-    fake_gradients,
-    named,
+    launch_settings,
+    new_maps,
     rows_of,
     spread_gradients,
-    tile_settings,
 )
-from fastcr.kernels.launch import Impl, check_tensor, fused_op, use_triton
+from fastcr.kernels.launch import Gradients, Impl, check_choice, check_tensor, first_order, fused_op, use_triton
 from fastcr.kernels.settings import map_class
 from fastcr.kernels.spec import OTHER_MAPS, USUAL_MAPS, Example, OpSpec, draw_detectors, draw_maps
 
@@ -160,69 +158,46 @@ def _fused(
     cam_keeps: str, pool_weight: float, stop_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """KL `[B]`, attention and target `[B,S]` (fp32), winning detectors `[B,S]` (int32)."""
-    rows, detectors = rows_of(features), detectors.contiguous()
+    rows, detectors, outputs = rows_of(features), detectors.contiguous(), _new_outputs(features)
     batch, positions, channels = rows.shape
-    divergence = rows.new_empty(batch, dtype=torch.float32)
-    attention, probability = (rows.new_empty(batch, positions, dtype=torch.float32) for _ in range(2))
-    winners = rows.new_empty(batch, positions, dtype=torch.int32)
     sign = 1.0 if cam_keeps == "mismatch" else -1.0
     gradient, bias = gradient.float().contiguous(), None if bias is None else bias.contiguous()
-    outputs = divergence, attention, probability, winners
     if batch:
         _fit_kernel[(batch,)](
             rows, gradient, detectors, rows if bias is None else bias, *outputs,
             positions, channels, len(detectors), 1 / temperature, sign,
-            BLOCK_ALL=all_positions(rows), HAS_BIAS=bias is not None, SUM=target == "sum",
-            **tile_settings("rationale_fit", rows, len(detectors)), **dot_settings(rows, len(detectors)),
+            HAS_BIAS=bias is not None, SUM=target == "sum",
+            **launch_settings("rationale_fit", rows, len(detectors)),
         )  # fmt: skip
     return outputs
 
 
 @_fused.register_fake
-def _(features: Tensor, *unused: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, _, height, width = features.shape
-    attention = features.new_empty(batch, height * width, dtype=torch.float32)
-    winners = torch.empty_like(attention, dtype=torch.int32)
-    return attention.new_empty(batch), attention, torch.empty_like(attention), winners
-
-
-@fused_op("fastcr::rationale_fit_backward")
-def _fused_backward(
-    by_divergence: Tensor, features: Tensor, gradient: Tensor, detectors: Tensor, attention: Tensor, target: Tensor,
-    winners: Tensor, temperature: float, pool_weight: float, write: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    by_logits = (by_divergence / temperature)[:, None] * (attention - target)
-    spread = torch.full_like(attention, pool_weight / attention.shape[1])
-    return spread_gradients(features, detectors, winners, by_logits, spread, gradient.float().contiguous(), write)
-
-
-@_fused_backward.register_fake
-def _(by_divergence: Tensor, features: Tensor, gradient: Tensor, detectors: Tensor, *others: Any) -> Any:
-    return fake_gradients(features, detectors, write=others[-1])
+def _new_outputs(features: Tensor, *unused: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    attention, winners = new_maps(features)
+    return attention.new_empty(len(attention)), attention, torch.empty_like(attention), winners
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    features, gradient, detectors, bias, ctx.temperature, _, _, ctx.pool_weight, ctx.stop_gradient = inputs
-    _, attention, target, winners = output
-    ctx.mark_non_differentiable(attention, target, winners)
-    ctx.save_for_backward(features, gradient, detectors, attention, target, winners)
-    ctx.bias_dtype = None if bias is None else bias.dtype
+    *tensors, ctx.temperature, _, _, ctx.pool_weight, ctx.stop_gradient = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*tensors, *output[1:])
 
 
-def _backward(ctx: Any, by_divergence: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
-    features, gradient, detectors, *maps = ctx.saved_tensors
-    write = ctx.needs_input_grad[0] and not ctx.stop_gradient
-    by_features, by_detectors, by_bias = _fused_backward(
-        by_divergence, features, gradient, detectors, *maps, ctx.temperature, ctx.pool_weight, write
+def _backward(ctx: Any, by_divergence: Tensor, *unused: Any) -> Gradients:
+    features, gradient, detectors, bias, attention, target, winners = ctx.saved_tensors
+    write, share = ctx.needs_input_grad[0] and not ctx.stop_gradient, ctx.pool_weight / attention.shape[1]
+    by_logits = (by_divergence / ctx.temperature)[:, None] * (attention - target)
+    by_features, *by_branch = spread_gradients(
+        features, detectors, winners, by_logits, torch.full_like(attention, share), gradient.float(), write=write
     )
     if not write:  # pooling alone: the same at every position, so nothing is written at all
-        by_pooled = (gradient * ctx.pool_weight / maps[0].shape[1]).to(features.dtype)
+        by_pooled = (gradient * share).to(features.dtype)
         by_features = by_pooled[:, :, None, None].expand_as(features) if ctx.pool_weight else None
-    bias = None if ctx.bias_dtype is None else by_bias.to(ctx.bias_dtype)
-    return by_features, None, by_detectors.to(detectors.dtype), bias, None, None, None, None, None
+    return by_features, None, *cast(by_branch, (detectors, bias)), None, None, None, None, None
 
 
-_fused.register_autograd(_backward, setup_context=_save)
+_fused.register_autograd(first_order("rationale_fit", _backward), setup_context=_save)
 
 
 def rationale_fit(
@@ -256,15 +231,13 @@ def rationale_fit(
     """
     check_features(features, detectors, bias, temperature)
     check_tensor("gradient", gradient, features.shape[:2], features)
-    if target not in ("max-softmax", "sum"):
-        raise ValueError(f"target must be 'max-softmax' or 'sum', got {target!r}")
-    if cam_keeps not in ("mismatch", "match"):
-        raise ValueError(f"cam_keeps must be 'mismatch' or 'match', got {cam_keeps!r}")
+    check_choice("target", target, Target)
+    check_choice("cam_keeps", cam_keeps, CamKeeps)
     options: dict[str, Any] = {
         "temperature": temperature, "target": target, "cam_keeps": cam_keeps, "pool_weight": pool_weight,
         "stop_gradient": stop_gradient,
     }  # fmt: skip
-    if use_triton(impl, named(features=features, gradient=gradient, detectors=detectors, bias=bias)):
+    if use_triton(impl, {"features": features, "gradient": gradient, "detectors": detectors, "bias": bias}):
         return RationaleFit(*_fused(features, gradient, detectors, bias, *options.values())[:3])
     return rationale_fit_reference(features, gradient, detectors, bias, **options)
 

@@ -21,19 +21,16 @@ from torch import Tensor
 
 from fastcr.kernels.detectors import (
     SPREAD,
-    all_positions,
     attention_logits,
+    cast,
     check_features,
-    dot_settings,
-    fake_gradients,
     images_of,
-    named,
+    launch_settings,
+    new_maps,
     rows_of,
     spread_gradients,
-    tile_settings,
-    upcast,
 )
-from fastcr.kernels.launch import Impl, fused_op, use_triton
+from fastcr.kernels.launch import Gradients, Impl, first_order, fused_op, use_triton
 from fastcr.kernels.settings import map_class
 from fastcr.kernels.spec import OTHER_MAPS, USUAL_MAPS, Example, OpSpec, Sizes, draw_detectors, draw_maps
 
@@ -137,70 +134,59 @@ def _fused(
     features: Tensor, detectors: Tensor, bias: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pooled `[B,C]`, attention `[B,S]` (fp32), winning detectors `[B,S]` (int32)."""
-    rows, detectors = rows_of(features), detectors.contiguous()
+    rows, detectors, outputs = rows_of(features), detectors.contiguous(), _new_outputs(features)
     batch, positions, channels = rows.shape
-    pooled = rows.new_empty(batch, channels, dtype=torch.float32)
-    attention = rows.new_empty(batch, positions, dtype=torch.float32)
-    winners = rows.new_empty(batch, positions, dtype=torch.int32)
     if batch:
         _pool_kernel[(batch,)](
-            rows, detectors, rows if bias is None else bias.contiguous(), pooled, attention, winners,
+            rows, detectors, rows if bias is None else bias.contiguous(), *outputs,
             positions, channels, len(detectors), 1 / temperature,
-            BLOCK_ALL=all_positions(rows), HAS_BIAS=bias is not None,
-            **tile_settings("rationale_pool", rows, len(detectors)), **dot_settings(rows, len(detectors)),
+            HAS_BIAS=bias is not None, **launch_settings("rationale_pool", rows, len(detectors)),
         )  # fmt: skip
-    return pooled, attention, winners
+    return outputs
 
 
 @_fused.register_fake
-def _(features: Tensor, *unused: Any) -> tuple[Tensor, Tensor, Tensor]:
-    batch, channels, height, width = features.shape
-    pooled = features.new_empty(batch, channels, dtype=torch.float32)
-    attention = features.new_empty(batch, height * width, dtype=torch.float32)
-    return pooled, attention, torch.empty_like(attention, dtype=torch.int32)
+def _new_outputs(features: Tensor, *unused: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return features.new_empty(features.shape[:2], dtype=torch.float32), *new_maps(features)
 
 
-@fused_op("fastcr::rationale_pool_backward")
-def _fused_backward(
-    by_pooled: Tensor, by_attention: Tensor, features: Tensor, detectors: Tensor, attention: Tensor, winners: Tensor,
-    temperature: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    rows = rows_of(features)
+@fused_op("fastcr::attention_gradient")
+def _by_logits(
+    by_pooled: Tensor, by_attention: Tensor, features: Tensor, attention: Tensor, temperature: float
+) -> Tensor:
+    """Gradient by the largest logits `[B,S]`."""
+    rows, by_logits = rows_of(features), torch.empty_like(attention)
     batch, positions, channels = rows.shape
-    by_pooled = by_pooled.contiguous()
-    by_logits = torch.empty_like(attention)
     if batch:
         _attention_gradient_kernel[(batch,)](
-            rows, attention, by_pooled, by_attention.contiguous(), by_logits, positions, channels, 1 / temperature,
-            BLOCK_ALL=all_positions(rows), UPCAST=upcast(rows), **tile_settings("attention_gradient", rows),
+            rows, attention, by_pooled.contiguous(), by_attention.contiguous(), by_logits, positions, channels,
+            1 / temperature, **launch_settings("attention_gradient", rows),
         )  # fmt: skip
-    features = images_of(rows, features)  # a copy, if there had to be one, serves both kernels
-    return spread_gradients(features, detectors, winners, by_logits, attention, by_pooled, True)
+    return by_logits
 
 
-@_fused_backward.register_fake
-def _(by_pooled: Tensor, by_attention: Tensor, features: Tensor, detectors: Tensor, *unused: Any) -> Any:
-    return fake_gradients(features, detectors, write=True)
+@_by_logits.register_fake
+def _(by_pooled: Tensor, by_attention: Tensor, features: Tensor, attention: Tensor, temperature: float) -> Tensor:
+    return torch.empty_like(attention)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    features, detectors, bias, temperature = inputs
-    _, attention, winners = output
-    ctx.mark_non_differentiable(winners)
-    ctx.save_for_backward(features, detectors, attention, winners)
-    ctx.temperature, ctx.bias_dtype = temperature, None if bias is None else bias.dtype
+    *tensors, ctx.temperature = inputs
+    ctx.mark_non_differentiable(output[2])
+    ctx.save_for_backward(*tensors, *output[1:])
 
 
-def _backward(ctx: Any, by_pooled: Tensor, by_attention: Tensor, unused: Any) -> tuple[Tensor | None, ...]:
-    features, detectors, attention, winners = ctx.saved_tensors
-    by_features, by_detectors, by_bias = _fused_backward(
-        by_pooled, by_attention, features, detectors, attention, winners, ctx.temperature
+def _backward(ctx: Any, by_pooled: Tensor, by_attention: Tensor, unused: Any) -> Gradients:
+    features, detectors, bias, attention, winners = ctx.saved_tensors
+    features = images_of(rows_of(features), features)  # a copy, if there has to be one, serves both kernels
+    by_logits = _by_logits(by_pooled, by_attention, features, attention, ctx.temperature)
+    by_features, *by_branch = spread_gradients(
+        features, detectors, winners, by_logits, attention, by_pooled, write=True
     )
-    bias = None if ctx.bias_dtype is None else by_bias.to(ctx.bias_dtype)
-    return by_features, by_detectors.to(detectors.dtype), bias, None
+    return by_features, *cast(by_branch, (detectors, bias)), None
 
 
-_fused.register_autograd(_backward, setup_context=_save)
+_fused.register_autograd(first_order("rationale_pool", _backward), setup_context=_save)
 
 
 def rationale_pool(
@@ -223,7 +209,7 @@ def rationale_pool(
         ValueError: shapes, dtypes or devices do not fit, or `impl` cannot serve these tensors.
     """
     check_features(features, detectors, bias, temperature)
-    if not use_triton(impl, named(features=features, detectors=detectors, bias=bias)):
+    if not use_triton(impl, {"features": features, "detectors": detectors, "bias": bias}):
         return rationale_pool_reference(features, detectors, bias, temperature=temperature)
     pooled, attention, _ = _fused(features, detectors, bias, temperature)
     return RationalePool(pooled, attention)

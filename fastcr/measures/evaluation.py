@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from fastcr.config import KnnConfig, LinearConfig
 from fastcr.data.crop_loader import KeptCrops
@@ -19,9 +20,9 @@ from fastcr.encoders.encoder import Encoder, load
 from fastcr.errors import UsageError
 from fastcr.measures.comparison import compare
 from fastcr.measures.embeddings import Embeddings, embed
-from fastcr.measures.localisation import Objects
+from fastcr.measures.localisation import localisation, objects_in_crop
 from fastcr.measures.poolings import without_training
-from fastcr.measures.results import Scores, Split, best_pooling, classifier_scores, less_mean, localisation_scores
+from fastcr.measures.results import Scores, Split, best_pooling, classifier_scores, less_mean
 from fastcr.measures.retrieval import Queries, retrieve_each
 from fastcr.method.ddt import ddt_axis
 from fastcr.runs.context import Context
@@ -71,7 +72,7 @@ class Evaluation:
     images: ImageList  # that the scores are of
     context: Context
     classifiers: Classifiers | None = None  # None: no kNN and no linear probes
-    objects: Objects | None = None  # in `images`
+    objects: Tensor | None = None  # boxes [N,4] in `images`
     load: KeptCrops = field(default_factory=KeptCrops, compare=False)  # every encoder is shown the same crops
 
     def measure(self, encoder: Encoder, title: str, *, baselines: bool = True) -> Measured:
@@ -84,7 +85,7 @@ class Evaluation:
         known = see(train, title=f"{title}, training images") if classified else None
         return self.context.processes.once(lambda: self.scores_of(encoder, found, known))
 
-    def _in_common(self) -> torch.Tensor:
+    def _in_common(self) -> Tensor:
         """Which images are of a class with training images, bool `[N]`: only these can be classified."""
         return torch.isin(torch.tensor(self.images.labels), torch.tensor(self.splits.train.labels or ()))
 
@@ -113,8 +114,9 @@ class Evaluation:
             asked = Split({name: test.vectors[name][kept.to(self.context.device)] for name in train.vectors},
                           test.labels[kept])  # fmt: skip
             scores |= classifier_scores(train, asked, len(self.images.classes), *self.classifiers)
-        if self.objects is not None and encoder.branch is not None:
-            scores["localisation"] = localisation_scores(found, self.objects, encoder.image_size)
+        if self.objects is not None and found.attention is not None:
+            boxes = objects_in_crop(self.objects[found.kept], found.sizes, encoder.image_size)
+            scores["localisation"] = localisation(found.attention, boxes)
         alone = len(test.labels) - len(queries["mean", False].images)
         return Measured(scores, alone, found.unreadable, queries)
 

@@ -26,6 +26,7 @@ def knn(
     return scores
 
 
-def top1(scores: Tensor, labels: Tensor) -> float:
-    """Share of rows whose highest score is that of their label, percent."""
-    return 100 * (scores.argmax(1).cpu() == labels.cpu()).double().mean().item()
+def accuracy(scores: Tensor, labels: Tensor, within: int = 1) -> float:
+    """Share of rows `[N,classes]` whose label `[N]` is among the `within` highest scores, percent."""
+    found = scores.topk(min(within, scores.shape[1]), dim=1).indices.cpu() == labels.cpu()[:, None]
+    return 100 * found.any(1).double().mean().item()

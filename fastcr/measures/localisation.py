@@ -6,7 +6,6 @@ import csv
 import io
 import math
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,27 +19,13 @@ CUB_BOXES = "bounding_boxes.txt"
 SLACK = 1.05  # fractions above it are none: a box may be drawn a little beyond the image
 
 
-class Localisation(NamedTuple):
-    """Scores of one kind of map, percent."""
-
-    inside: float  # share of the attention inside the box
-    pointing: float  # images whose most attended position lies inside the box
-    image_count: int
-
-
-class Objects(NamedTuple):
-    """The box of the object in each image."""
-
-    boxes: Tensor  # [N,4] left, top, right, bottom; NaN where it is not known
-    in_pixels: bool  # else: fractions of width and height
-
-
-def read_objects(source: Path | None, images: ImageList) -> Objects | None:
-    """Boxes of `images` from a CSV, or from the tables of the CUB-200-2011 archive.
+def read_objects(source: Path | None, images: ImageList) -> Tensor | None:
+    """Boxes `[N,4]` of `images`, left, top, right, bottom, from a CSV, or from the tables of the CUB-200-2011 archive.
 
     `source` is a CSV with the columns path, left, top, right, bottom, in fractions of width and height, or in pixels;
     its paths are those of the list's files, or these below the folder of their split (`test/<class>/a.jpg`). Or it is
-    the archive's folder. None: that of `images`, if they are the archive's; else nothing is known.
+    the archive's folder. None: that of `images`, if they are the archive's; else nothing is known. A box that is not
+    known is NaN.
     Raises `UsageError` for anything else, for boxes that are none, or if no image has a box.
     """
     archive = source or images.root.parent
@@ -62,7 +47,7 @@ def read_objects(source: Path | None, images: ImageList) -> Objects | None:
         raise UsageError(f"{archive} holds no boxes: there is no {error}") from None
     except (OSError, ValueError, TypeError, AttributeError, csv.Error) as error:
         raise UsageError(f"{archive} holds no boxes: {error}") from None
-    return Objects(known, bool(beyond.any()))
+    return known
 
 
 def _csv_boxes(source: Path) -> dict[str, list[float]]:
@@ -87,20 +72,20 @@ def _plain(path: str) -> str:
     return path.strip().replace("\\", "/").removeprefix("./")
 
 
-def objects_in_crop(objects: Objects, sizes: Tensor, image_size: int) -> Objects:
-    """Boxes as fractions of the square that evaluation cuts, clipped to it. As `in_crop`.
+def objects_in_crop(boxes: Tensor, sizes: Tensor, image_size: int) -> Tensor:
+    """Boxes `[N,4]` as fractions of the square that evaluation cuts, clipped to it. As `in_crop`.
 
     `UsageError` for boxes in pixels of which most reach beyond their images: they are of images of other sizes.
     """
-    unit = sizes.double().flip(1)[:, None] if objects.in_pixels else torch.ones(1, 1, 2, dtype=torch.float64)
-    reach = (objects.boxes[:, 2:] / unit[:, 0]).amax(1)
-    if objects.in_pixels and (reach[~reach.isnan()] > SLACK).double().mean() > 0.1:
+    in_pixels = bool((boxes > SLACK).any())
+    unit = sizes.double().flip(1)[:, None] if in_pixels else torch.ones(1, 1, 2, dtype=torch.float64)
+    reach = (boxes[:, 2:] / unit[:, 0]).amax(1)
+    if in_pixels and (reach[~reach.isnan()] > SLACK).double().mean() > 0.1:
         raise UsageError(
             f"boxes in pixels reach to {reach.nan_to_num(0).max():.1f} times the size of their images: they are of "
             "images of other sizes (fractions of width and height fit any size)"
         )
-    boxes = in_crop(objects.boxes.view(-1, 2, 2) / unit, sizes, image_size).clamp(0, 1).view(-1, 4)
-    return Objects(boxes, False)
+    return in_crop(boxes.view(-1, 2, 2) / unit, sizes, image_size).clamp(0, 1).view(-1, 4)
 
 
 def covered(boxes: Tensor, side: int) -> Tensor:
@@ -114,16 +99,19 @@ def covered(boxes: Tensor, side: int) -> Tensor:
     return (y[:, :, None] * x[:, None, :]).flatten(1)
 
 
-def localisation(attention: Tensor, objects: Objects) -> dict[str, Localisation]:
-    """Scores of maps `[N,S]` (S square) on boxes in fractions of the crop, and of three maps for comparison.
+def localisation(attention: Tensor, boxes: Tensor) -> dict[str, dict[str, float]]:
+    """Scores of maps `[N,S]` (S square) on boxes `[N,4]` in fractions of the crop, and of three maps for comparison.
+
+    By the name of each map: "inside", the share of it inside the box, and "pointing", images whose most attended
+    position lies inside the box; percent.
 
     None of the three looks at the image. "average": the average of all the maps; what a map scores above it was found
     in its own image. "gaussian": centred and round, with the entropy of each image's own map; it points at the centre.
     "uniform": the same at every position; any position counts as its most attended.
     Images without a box are left out.
     """
-    known = ~objects.boxes.isnan().any(1)
-    boxes, attention = objects.boxes[known], attention[known].double()
+    known = ~boxes.isnan().any(1)
+    boxes, attention = boxes[known], attention[known].double()
     attention = attention / attention.sum(1, keepdim=True)  # a released checkpoint's do not sum to 1
     side = math.isqrt(attention.shape[1])
     average, centres = attention.mean(0, keepdim=True), centres_of(side, side)
@@ -138,7 +126,7 @@ def localisation(attention: Tensor, objects: Objects) -> dict[str, Localisation]
     for name, (weights, peaks) in shown.items():
         inside = (weights * cells).sum(1).mean()
         pointing = ((peaks >= boxes[:, None, :2]) & (peaks <= boxes[:, None, 2:])).all(2).double().mean()
-        scores[name] = Localisation(100 * inside.item(), 100 * pointing.item(), len(boxes))
+        scores[name] = {"inside": 100 * inside.item(), "pointing": 100 * pointing.item()}
     return scores
 
 

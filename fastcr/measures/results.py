@@ -8,10 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastcr.config import KnnConfig, LinearConfig
-from fastcr.measures.embeddings import Embeddings
-from fastcr.measures.knn import knn, top1
-from fastcr.measures.linear_probe import accuracy, few_label_scores, fit_linear
-from fastcr.measures.localisation import Objects, localisation, objects_in_crop
+from fastcr.measures.knn import accuracy, knn
+from fastcr.measures.linear_probe import few_labels, fit_linear
 
 Scores = dict[str, dict[str, Any]]
 
@@ -43,32 +41,21 @@ def classifier_scores(train: Split, test: Split, classes: int, near: KnnConfig, 
 
     The last two are left out where `linear` says so.
     """
-    scores: Scores = {"knn": {}}
+    scores = Scores()
+
+    def score(section: str, pooling: str, found: Tensor, **within: int) -> None:
+        part = scores.setdefault(section, {}).setdefault(pooling, {})
+        part |= {name: accuracy(found, test.labels, places) for name, places in within.items()}
+
     for name, vectors in train.vectors.items():
-        votes = knn(vectors, train.labels, test.vectors[name], classes, k=near.k, temperature=near.temperature)
-        scores["knn"][name] = {"top1": top1(votes, test.labels)}
-    if not linear.enabled:
-        return scores
-    scores["linear"] = {}
-    for name, vectors in train.vectors.items():
-        probe = fit_linear(vectors, train.labels, classes, epochs=linear.epochs)
-        right = {f"top{within}": accuracy(probe, test.vectors[name], test.labels, within) for within in (1, 5)}
-        scores["linear"][name] = right
-        if linear.few:
-            shares = [percent / 100 for percent in linear.few]
-            asked = (test.vectors[name], test.labels, classes, shares)
-            found = few_label_scores(vectors, train.labels, *asked, epochs=linear.epochs)
-            few = scores.setdefault("few_label", {})
-            few[name] = {str(percent): value for percent, value in zip(linear.few, found, strict=True)}
+        asked = test.vectors[name]
+        votes = knn(vectors, train.labels, asked, classes, k=near.k, temperature=near.temperature)
+        score("knn", name, votes, top1=1)
+        if linear.enabled:
+            probe = fit_linear(vectors, train.labels, classes, epochs=linear.epochs)
+            score("linear", name, probe(asked), top1=1, top5=5)
+            for percent in linear.few:
+                rows = few_labels(train.labels, percent / 100)
+                probe = fit_linear(vectors[rows.to(vectors.device)], train.labels[rows], classes, epochs=linear.epochs)
+                score("few_label", name, probe(asked), **{str(percent): 1})
     return scores
-
-
-def localisation_scores(embeddings: Embeddings, objects: Objects, image_size: int) -> Scores:
-    """`{"attention": {"inside", "pointing"}, "average": ..., "gaussian": ..., "uniform": ...}`, percent.
-
-    `objects` are those of all images of the list; images left out of the embeddings are left out here.
-    """
-    assert embeddings.attention is not None
-    kept = Objects(objects.boxes[embeddings.kept], objects.in_pixels)
-    found = localisation(embeddings.attention, objects_in_crop(kept, embeddings.sizes, image_size))
-    return {name: {"inside": each.inside, "pointing": each.pointing} for name, each in found.items()}

@@ -126,6 +126,25 @@ def test_features_and_all_gradients_are_those_of_the_network_as_it_was(name: str
     assert not once(images).requires_grad
 
 
+class PreActivated(nn.Module):
+    """Each norm takes a sum, which is gone when the convolution after it gives a tensor that may get its identity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.BatchNorm2d(3) for _ in range(40))
+        self.convolutions = nn.ModuleList(nn.Conv2d(3, 3, 1) for _ in range(40))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for norm, convolution in zip(self.norms, self.convolutions, strict=True):
+            x = convolution(norm(x).relu()) + x
+        return x
+
+
+def test_a_norm_before_its_convolution_is_never_folded() -> None:
+    backbone = PreActivated()
+    assert [find_pairs(backbone, SIDE) for _ in range(5)] == [[]] * 5
+
+
 def test_only_the_norms_that_are_certain_are_folded() -> None:
     backbone = Odd()
     modes = {each: each.training for each in backbone.modules()}

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastcr.kernels import launch, rationale_fit, rationale_pool
+from fastcr.kernels import launch, rationale_pool
 from fastcr.kernels.common_weights import MAX_CHANNELS
+from fastcr.kernels.detectors import spread_gradients
 from fastcr.kernels.queue import MAX_DIM
 from tests.kernels.harness import BF16, DEVICE, F32, LEARNS, NAN, OPS, SMALL, call, draw, fresh, pairwise, run
 
@@ -149,15 +150,15 @@ def test_the_custom_op_passes_opcheck(op: str, dtype: torch.dtype, images: int) 
 
 @pytest.mark.parametrize(("dtype", "images", "write"), [(F32, 3, True), (BF16, 3, False), (BF16, 0, True)], ids=str)
 def test_the_custom_ops_of_the_backward_pass_opcheck(dtype: torch.dtype, images: int, write: bool) -> None:
-    features, gradient, detectors, bias = draw("rationale_fit", dtype, B=images, C=20, S=6).values()
-    loss, *maps = rationale_fit._fused(features, gradient, detectors, bias, 0.4, "sum", "match", 0.5, not write)
+    features, gradient, detectors, bias = (
+        each.detach() for each in draw("rationale_fit", dtype, B=images, C=20, S=6).values()
+    )
+    pooled, attention, winners = rationale_pool._fused(features, detectors, bias, 0.4)
     upstream = torch.ones((), device=DEVICE)
-    given = features.detach(), detectors.detach()
-    fit = (upstream.expand_as(loss), given[0], gradient, given[1], *(each.detach() for each in maps), 0.4, 0.5, write)
-    torch.library.opcheck(rationale_fit._fused_backward, fit)
-    pooled, attention, winners = (each.detach() for each in rationale_pool._fused(features, detectors, bias, 0.4))
     by = upstream.expand_as(pooled), upstream.expand_as(attention)
-    torch.library.opcheck(rationale_pool._fused_backward, (*by, *given, attention, winners, 0.4))
+    torch.library.opcheck(rationale_pool._by_logits, (*by, features, attention, 0.4))
+    given = features, detectors, winners, by[1], attention, gradient
+    torch.library.opcheck(spread_gradients, given, {"write": write})
 
 
 @pytest.mark.parametrize("op", NAMES)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,19 +16,19 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
+from fastcr.config import KnnConfig, LinearConfig
 from fastcr.data.crops import centres_of, in_crop, in_image
 from fastcr.data.images import ImageList
 from fastcr.errors import UsageError
-from fastcr.measures import linear_probe
-from fastcr.measures.knn import knn, top1
-from fastcr.measures.linear_probe import accuracy, few_label_scores, few_labels, fit_linear
+from fastcr.measures.knn import accuracy, knn
+from fastcr.measures.linear_probe import few_labels, fit_linear
 from fastcr.measures.localisation import (
-    Objects,
     gaussian_of_entropy,
     localisation,
     objects_in_crop,
     read_objects,
 )
+from fastcr.measures.results import Split, classifier_scores
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -53,17 +52,18 @@ def test_knn_agrees_with_scikit_learn(k: int, temperature: float) -> None:
     expected = torch.from_numpy(other.predict_proba(queries.double().numpy()))
     scores = knn(train, labels, queries, 5, k=k, temperature=temperature)
     torch.testing.assert_close((scores / scores.sum(1, keepdim=True)).double(), expected, atol=1e-4, rtol=1e-3)
-    assert top1(scores, truth) == pytest.approx(100 * other.score(queries.double().numpy(), truth.numpy()), abs=0.6)
+    assert accuracy(scores, truth) == pytest.approx(100 * other.score(queries.double().numpy(), truth.numpy()), abs=0.6)
 
 
 def test_a_linear_probe_is_as_good_as_scikit_learns() -> None:
     (train, labels), (queries, truth) = clusters(2000, spread=1.2), clusters(1000, spread=1.2, seed=1)
     other = LogisticRegression(C=100.0, max_iter=2000).fit(train.numpy(), labels.numpy())
     classifier = fit_linear(train, labels, 5)
-    assert accuracy(classifier, queries, truth) == pytest.approx(100 * other.score(queries.numpy(), truth), abs=1.0)
-    assert accuracy(classifier, queries, truth) > 60
-    assert accuracy(classifier, queries, truth, within=5) == 100
-    assert accuracy(classifier, queries, truth.roll(1)) < 40
+    scores = classifier(queries)
+    assert accuracy(scores, truth) == pytest.approx(100 * other.score(queries.numpy(), truth), abs=1.0)
+    assert accuracy(scores, truth) > 60
+    assert accuracy(scores, truth, within=5) == 100
+    assert accuracy(scores, truth.roll(1)) < 40
 
 
 @settings(max_examples=40, deadline=None)
@@ -78,23 +78,6 @@ def test_few_labels_are_a_share_of_every_class(labels: list[int], share: float) 
     assert set(few_labels(given_labels, share / 2).tolist()) <= set(rows.tolist())
 
 
-def test_shares_of_the_same_images_share_a_classifier(monkeypatch: pytest.MonkeyPatch) -> None:
-    (train, labels), fitted = clusters(50), []
-
-    def fit(*args: Any, **kwargs: Any) -> torch.nn.Linear:
-        fitted.append(len(args[0]))
-        return fit_linear(*args, **kwargs)
-
-    monkeypatch.setattr(linear_probe, "fit_linear", fit)
-    few, same, all_ = few_label_scores(train, labels, train, labels, 5, [0.01, 0.05, 1.0], epochs=20)
-    assert fitted == [5, 50]
-    assert few == same < all_
-
-
-def boxes_in_crop(boxes: Tensor, sizes: Tensor, size: int) -> Tensor:
-    return objects_in_crop(Objects(boxes, False), sizes, size).boxes
-
-
 def picture_list(*files: str) -> ImageList:
     return ImageList(Path("/data/test"), files, None, ())
 
@@ -104,10 +87,8 @@ def test_boxes_are_found_by_their_paths(tmp_path: Path) -> None:
     file.write_text("path,left,top,right,bottom\ntest/a/1.jpg,0.1,0.2,0.3,0.4\nb/2.jpg,0,0,1,1\n")
     found = read_objects(file, picture_list("a/1.jpg", "b/2.jpg", "b/3.jpg"))
     assert found is not None
-    boxes = found.boxes
-    assert not found.in_pixels
-    torch.testing.assert_close(boxes[:2], torch.tensor([[0.1, 0.2, 0.3, 0.4], [0, 0, 1, 1]], dtype=torch.float64))
-    assert boxes[2].isnan().all()
+    torch.testing.assert_close(found[:2], torch.tensor([[0.1, 0.2, 0.3, 0.4], [0, 0, 1, 1]], dtype=torch.float64))
+    assert found[2].isnan().all()
 
 
 @pytest.mark.parametrize(
@@ -129,6 +110,22 @@ def test_files_without_boxes_are_refused(tmp_path: Path, content: str | None, me
         read_objects(file, picture_list("a/1.jpg", "a/2.jpg"))
 
 
+def test_classifiers_are_scored_by_section_and_pooling() -> None:
+    (train, labels), (queries, truth) = clusters(50), clusters(40, seed=1)
+    known, asked = (Split({"mean": x, "rationale": -x}, y) for x, y in ((train, labels), (queries, truth)))
+    found = classifier_scores(known, asked, 5, KnnConfig(k=7), LinearConfig(few=(10, 100), epochs=20))
+    assert list(found) == ["knn", "linear", "few_label"]
+    assert all({*part} == {"mean", "rationale"} for part in found.values())
+    assert found["knn"]["mean"] == {"top1": accuracy(knn(train, labels, queries, 5, k=7), truth)}
+    scores, few = fit_linear(train, labels, 5, epochs=20)(queries), few_labels(labels, 0.1)
+    assert found["linear"]["mean"] == {"top1": accuracy(scores, truth), "top5": 100}
+    assert found["few_label"]["mean"]["100"] == found["linear"]["mean"]["top1"]
+    rare = fit_linear(train[few], labels[few], 5, epochs=20)(queries)
+    assert found["few_label"]["mean"]["10"] == accuracy(rare, truth) < 100
+    without = classifier_scores(known, asked, 5, KnnConfig(k=7), LinearConfig(enabled=False))
+    assert without == {"knn": found["knn"]}
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(40, 700), st.integers(40, 700), st.sampled_from([32, 112, 224]), st.data())
 def test_boxes_follow_the_pixels_through_resize_and_crop(
@@ -141,7 +138,7 @@ def test_boxes_follow_the_pixels_through_resize_and_crop(
     y = torch.linspace(0.5 / height, 1 - 0.5 / height, height)[:, None].expand(height, width)
     image = TF.resize(torch.stack([x, y]), [round(size * 8 / 7)], antialias=True)
     image = TF.center_crop(image, [size, size])
-    box = boxes_in_crop(torch.tensor([[left, top, right, bottom]]).double(), torch.tensor([[height, width]]), size)[0]
+    box = objects_in_crop(torch.tensor([[left, top, right, bottom]]).double(), torch.tensor([[height, width]]), size)[0]
     pixel = (torch.arange(size) + 0.5) / size
     inside_x, inside_y = (image[0] >= left) & (image[0] <= right), (image[1] >= top) & (image[1] <= bottom)
     by_box = (pixel[None, :] >= box[0]) & (pixel[None, :] <= box[2])
@@ -167,17 +164,16 @@ def test_localisation_by_hand() -> None:
     attention[0, 5] = 1  # row 1, column 1
     attention[1, 0], attention[1, 15] = 0.6, 0.4
     boxes = torch.tensor([[0.25, 0.25, 0.5, 0.5], [0.5, 0.5, 1, 1], [math.nan] * 4])
-    scores = localisation(attention, Objects(boxes.double(), False))
-    assert scores["attention"].inside == pytest.approx(100 * (1 + 0.4) / 2)
-    assert scores["attention"].pointing == 50
-    assert scores["attention"].image_count == 2
-    assert scores["uniform"].inside == pytest.approx(100 * (1 / 16 + 4 / 16) / 2)
+    scores = localisation(attention, boxes.double())
+    assert scores["attention"]["inside"] == pytest.approx(100 * (1 + 0.4) / 2)
+    assert scores["attention"]["pointing"] == 50
+    assert scores["uniform"]["inside"] == pytest.approx(100 * (1 / 16 + 4 / 16) / 2)
     # of the average of both maps a half lies at 5, 0.3 at 0, 0.2 at 15
-    assert scores["average"].inside == pytest.approx(100 * (0.5 + 0.2) / 2)
-    assert scores["average"].pointing == 50
-    assert scores["uniform"].pointing == pytest.approx(100 * (1 / 16 + 4 / 16) / 2)
-    assert scores["gaussian"].pointing == 100  # the corners of both boxes are the centre
-    twice = localisation(2 * attention, Objects(boxes.double(), False))
+    assert scores["average"]["inside"] == pytest.approx(100 * (0.5 + 0.2) / 2)
+    assert scores["average"]["pointing"] == 50
+    assert scores["uniform"]["pointing"] == pytest.approx(100 * (1 / 16 + 4 / 16) / 2)
+    assert scores["gaussian"]["pointing"] == 100  # the corners of both boxes are the centre
+    twice = localisation(2 * attention, boxes.double())
     assert twice["attention"] == scores["attention"]
 
 
@@ -206,12 +202,11 @@ def test_the_archives_own_tables_are_read_without_being_asked_for(tmp_path: Path
     for source in (None, tmp_path / "CUB"):
         objects = read_objects(source, images)
         assert objects is not None
-        assert objects.in_pixels
-        assert objects.boxes[:2].tolist() == [[50, 25, 150, 75], [0, 0, 100, 200]]
-        assert objects.boxes[2].isnan().all()
+        assert objects[:2].tolist() == [[50, 25, 150, 75], [0, 0, 100, 200]]
+        assert objects[2].isnan().all()
         sizes = torch.tensor([[100, 200], [200, 100], [50, 50]])
         crop = objects_in_crop(objects, sizes, 112)  # the first becomes 256 x 128, then 112 x 112
-        torch.testing.assert_close(crop.boxes[0], torch.tensor([0, (32 - 8) / 112, 1, (96 - 8) / 112]).double())
+        torch.testing.assert_close(crop[0], torch.tensor([0, (32 - 8) / 112, 1, (96 - 8) / 112]).double())
     assert read_objects(None, picture_list("a/1.jpg")) is None
 
 
@@ -227,13 +222,13 @@ def test_boxes_are_read_as_spreadsheets_write_them(tmp_path: Path, text: str, in
     (tmp_path / "boxes.csv").write_text(text, encoding="utf-8", newline="")
     objects = read_objects(tmp_path / "boxes.csv", ImageList(tmp_path, ("a/1.jpg",), None, ()))
     assert objects is not None
-    assert objects.in_pixels == in_pixels
-    box = objects.boxes / torch.tensor([100, 200, 100, 200]) if in_pixels else objects.boxes
+    assert (objects > 1).any() == in_pixels
+    box = objects / torch.tensor([100, 200, 100, 200]) if in_pixels else objects
     torch.testing.assert_close(box, torch.tensor([[0.1, 0.2, 0.3, 0.4]], dtype=torch.float64))
 
 
 def test_boxes_in_pixels_of_other_sizes_are_refused() -> None:
-    objects = Objects(torch.tensor([[10.0, 10, 400, 300]]).double(), True)
+    objects = torch.tensor([[10.0, 10, 400, 300]]).double()
     objects_in_crop(objects, torch.tensor([[310, 400]]), 112)
     with pytest.raises(UsageError, match=r"reach to 3.1 times the size of their images"):
         objects_in_crop(objects, torch.tensor([[128, 128]]), 112)
