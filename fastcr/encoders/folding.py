@@ -29,7 +29,7 @@ class FoldedConv2d(nn.Conv2d):
     submodule here; a deep copy of the network copies it once, for both places.
     """
 
-    norm: nn.BatchNorm2d | None  # None once its weights hold it
+    norm: nn.BatchNorm2d
     kept: tuple[Tensor, Tensor] | None  # weight and bias of both, where they do not change
 
     def __init__(self, convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
@@ -37,16 +37,15 @@ class FoldedConv2d(nn.Conv2d):
         same = type(convolution) is _timm("Conv2dSame")
         vars(self).update(vars(convolution), norm=norm, kept=None, pads_as_needed=same)
 
-    def keep(self, dtype: torch.dtype) -> None:
-        """Fold for good, in the `dtype` in which the convolution runs: its parameters must not change from now on."""
-        assert self.norm
+    def keep(self, dtype: torch.dtype | None = None) -> None:
+        """Fold for good: the parameters must not change from now on. Autocast to `dtype` then has nothing to convert."""
         with torch.no_grad():
             weight, bias = fold(self, self.norm)
-        self.kept = weight.to(dtype), bias.to(dtype)
+        self.kept = weight.to(dtype or weight.dtype), bias.to(dtype or bias.dtype)
 
     def forward(self, images: Tensor) -> Tensor:
         """What the norm gives after the convolution."""
-        weight, bias = self.kept or (fold(self, self.norm) if self.norm else (self.weight, self.bias))
+        weight, bias = self.kept or fold(self, self.norm)
         if self.pads_as_needed:
             images = _timm("pad_same")(images, self.kernel_size, self.stride, self.dilation)
         return self._conv_forward(images, weight, bias)
@@ -91,10 +90,8 @@ def folded_copy(backbone: nn.Module, image_size: int) -> nn.Module:
         if not any(isinstance(module, FoldedConv2d) for module in copied.modules()):
             fold_norms(copied, image_size)
         for module in copied.modules():
-            if isinstance(module, FoldedConv2d) and module.norm:
-                weight, bias = fold(module, module.norm)
-                module.weight, module.bias = nn.Parameter(weight, False), nn.Parameter(bias, False)
-                module.norm = module.kept = None
+            if isinstance(module, FoldedConv2d):
+                module.keep()
     return copied
 
 

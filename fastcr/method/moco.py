@@ -98,7 +98,7 @@ class MoCo(nn.Module):
         To be called when no other weights will be loaded any more.
         """
         for query, key in zip(self.backbone.modules(), self.key_backbone.modules(), strict=True):
-            if isinstance(query, FoldedConv2d) and isinstance(key, FoldedConv2d) and query.norm:
+            if isinstance(query, FoldedConv2d) and isinstance(key, FoldedConv2d):
                 own = *query.parameters(), *query.norm.parameters()
                 if not any(parameter.requires_grad for parameter in own):
                     query.keep(dtype)
