@@ -166,7 +166,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Count the steps that `args` ask for."""
     with one_line_errors("bench/budget.py"):
         config = parse(BudgetConfig, args, prog=called("bench/budget.py"), description=__doc__)
-        wanted, console, kept = preset(config.preset), Console(), {}
+        wanted, console, kept = preset(config.preset), Console(width=100), {}
         wanted = replace(wanted, data=replace(wanted.data, image_size=config.image_size))
         for batch in config.batch:
             found = count_step(wanted, batch)

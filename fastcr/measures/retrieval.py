@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastcr.measures.reranking import Similarity, cosine
+
 CHUNK_BYTES = 128 << 20  # of similarities held at once
 
 
@@ -51,9 +53,9 @@ def retrieval(embeddings: Tensor, labels: Tensor) -> Retrieval:
     return retrieve_each(embeddings, labels).scores(len(embeddings))
 
 
-def retrieve_each(embeddings: Tensor, labels: Tensor) -> Queries:
-    """As `retrieval`, with the result of every query."""
-    count = len(embeddings)
+def retrieve_each(embeddings: Tensor, labels: Tensor, similarity: Similarity | None = None) -> Queries:
+    """As `retrieval`, with the result of every query; by another `similarity` than the cosine, if it is given."""
+    count, similarity = len(embeddings), similarity or cosine(embeddings)
     labels = labels.to(embeddings.device)
     # queries in the order of their classes: those of a class lie together, and so do their relevant images in `order`
     order = torch.argsort(labels, stable=True)
@@ -65,13 +67,13 @@ def retrieve_each(embeddings: Tensor, labels: Tensor) -> Queries:
     chunk = max(CHUNK_BYTES // (4 * max(count, 1)), 1)
     for first in range(0, count, chunk):
         images = order[first : first + chunk]
-        similarity = embeddings[images] @ embeddings.T
-        similarity[torch.arange(len(images)), images] = -torch.inf  # not the query itself: last of all
-        ranking = _sorted(similarity)
+        similar = similarity(images)
+        similar[torch.arange(len(images)), images] = -torch.inf  # not the query itself: last of all
+        ranking = _sorted(similar)
         for start, end in slices:
-            low, high = max(start - first, 0), min(end - first, len(similarity))
+            low, high = max(start - first, 0), min(end - first, len(similar))
             if low < high:
-                ranks, precisions = _ranks(similarity[low:high, order[start:end]], ranking[low:high])
+                ranks, precisions = _ranks(similar[low:high, order[start:end]], ranking[low:high])
                 queries = images[low:high].cpu()
                 rank[queries], precision[queries] = ranks.cpu(), precisions.cpu()
     asked = rank.nonzero()[:, 0]
