@@ -38,7 +38,7 @@ class FoldedConv2d(nn.Conv2d):
         vars(self).update(vars(convolution), norm=norm, kept=None, pads_as_needed=same)
 
     def keep(self, dtype: torch.dtype | None = None) -> None:
-        """Fold for good: parameters must not change from now on. With `dtype`, autocast to it has nothing to convert."""
+        """Fold for good, for autocast to `dtype` if that is given; the parameters must not change from now on."""
         with torch.no_grad():
             weight, bias = fold(self, self.norm)
         self.kept = weight.to(dtype or weight.dtype), bias.to(dtype or bias.dtype)

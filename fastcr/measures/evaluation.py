@@ -22,7 +22,7 @@ from fastcr.measures.comparison import compare
 from fastcr.measures.embeddings import Embeddings, embed
 from fastcr.measures.localisation import localisation, objects_in_crop
 from fastcr.measures.poolings import without_training
-from fastcr.measures.results import Scores, Split, best_pooling, classifier_scores, less_mean
+from fastcr.measures.results import Scores, Split, best_pooling, classifier_scores, less_mean, reranked
 from fastcr.measures.retrieval import Queries, retrieve_each
 from fastcr.method.ddt import ddt_axis
 from fastcr.runs.context import Context
@@ -71,7 +71,7 @@ class Evaluation:
     splits: Splits
     images: ImageList  # that the scores are of
     context: Context
-    classifiers: Classifiers | None = None  # None: no kNN and no linear probes
+    classifiers: Classifiers | None = None  # None: no kNN, no linear probes and no re-ranking
     objects: Tensor | None = None  # boxes [N,4] in `images`
     load: KeptCrops = field(default_factory=KeptCrops, compare=False)  # every encoder is shown the same crops
 
@@ -109,6 +109,9 @@ class Evaluation:
             each = ranked.scores(len(test.labels))
             section = scores.setdefault("retrieval_centred" if centred else "retrieval", {})
             section[name] = {"rank1": each.rank1, "rank5": each.rank5, "mAP": each.mAP}
+        if self.classifiers and found.others:
+            own = {name: test.vectors[name] for name in ("mean", "rationale") if name in test.vectors}
+            scores["reranked"] = {name: reranked(vectors, test.labels) for name, vectors in own.items()}
         if self.classifiers and known:
             train, kept = self._split(known, self.splits.train), self._in_common()[found.kept]
             asked = Split({name: test.vectors[name][kept.to(self.context.device)] for name in train.vectors},

@@ -10,6 +10,8 @@ from torch import Tensor
 from fastcr.config import KnnConfig, LinearConfig
 from fastcr.measures.knn import accuracy, knn
 from fastcr.measures.linear_probe import few_labels, fit_linear
+from fastcr.measures.reranking import expand, reciprocal, whiten
+from fastcr.measures.retrieval import retrieve_each
 
 Scores = dict[str, dict[str, Any]]
 
@@ -34,6 +36,16 @@ def best_pooling(scores: Scores) -> dict[str, Any]:
         for name, each in scores.get(section, {}).items()
     ]
     return max(found, key=lambda each: (each["mAP"], each["rank1"]))
+
+
+def reranked(vectors: Tensor, labels: Tensor) -> dict[str, dict[str, float]]:
+    """Retrieval after each way of re-ranking unit embeddings `[N,C]`, less their mean, that needs no training."""
+    moved, found = less_mean(vectors), dict[str, dict[str, float]]()
+    ways = {"expanded": expand(moved), "whitened": expand(whiten(vectors, vectors)), "reciprocal": moved}
+    for name, each in ways.items():
+        scores = retrieve_each(each, labels, reciprocal(each) if name == "reciprocal" else None).scores(len(labels))
+        found[name] = {"rank1": scores.rank1, "rank5": scores.rank5, "mAP": scores.mAP}
+    return found
 
 
 def classifier_scores(train: Split, test: Split, classes: int, near: KnnConfig, linear: LinearConfig) -> Scores:
