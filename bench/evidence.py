@@ -46,9 +46,8 @@ LAST = (  # of the last line of metrics.jsonl
 )
 
 MEAN_POOLED = "--rationale.init random --moco.pooling mean --rationale.fit_weight 1"
-ATTENDED = "--rationale.init ddt --moco.pooling rationale"
-MATCH = "--rationale.fit_weight 1 --rationale.cam_keeps match"
-MATCH_256 = f"{ATTENDED} {MATCH} --moco.embedding_dim 256 --optim.warmup 0.1"
+MATCH, UNFITTED = "--rationale.fit_weight 1 --rationale.cam_keeps match", "--rationale.fit_weight 0"
+MATCH_256 = f"--rationale.init ddt --moco.pooling rationale {MATCH} --moco.embedding_dim 256 --optim.warmup 0.1"
 MOCO_V2 = (
     f"{MEAN_POOLED} --moco.objective infonce --moco.head mlp --moco.temperature 0.2 --moco.key_momentum 0.999 "
     "--views.key same --views.jitter 1 --views.grey 0.2 --views.blur 0.5 --optim.optimizer sgd --optim.lr 0.03 "
@@ -58,31 +57,15 @@ MOCO_V2 = (
 ROWS = {
     "untrained": ("the initial weights; the detectors begin at DDT's attention", "--optim.epochs 0"),
     "relational": ("the preset with mean pooling, and an attention that is fitted from random detectors", MEAN_POOLED),
-    "attended": (
-        "the preset: DDT's attention pools in training too, and is not fitted",
-        f"{ATTENDED} --rationale.fit_weight 0",
+    "match-256-k1": (
+        "the preset: one detector begins at DDT, is fitted to GradCAM of what makes the views similar, and pools in "
+        "training too; the head keeps 256 axes, and the learning rate rises for a tenth of the steps",
+        f"{MATCH_256} --rationale.detectors 1",
     ),
-    "attended-fit": ("as attended, with the attention fitted to GradCAM", f"{ATTENDED} --rationale.fit_weight 1"),
-    "attended-match": (
-        "as attended-fit, with GradCAM of what makes the views similar",
-        f"{ATTENDED} --rationale.fit_weight 1 --rationale.cam_keeps match",
-    ),
-    **{
-        f"{kind}-{dims}": (
-            f"{what}; the head keeps {dims} axes, and the learning rate rises for a tenth of the steps",
-            f"{ATTENDED} {flags} --moco.embedding_dim {dims} --optim.warmup 0.1",
-        )
-        for dims in (256, 512, 1280)
-        for kind, what, flags in (
-            ("match", "the attention is fitted to GradCAM of what makes the views similar", MATCH),
-            ("fixed", "the attention stays DDT's", "--rationale.fit_weight 0"),
-        )
-    },
-    **{
-        f"match-256-k{count}": (f"as match-256, with {count} detectors", f"{MATCH_256} --rationale.detectors {count}")
-        for count in (1, 8)
-    },
-    "match-256-cold": ("as match-256, from the highest learning rate on", MATCH_256.replace("0.1", "0")),
+    "match-256": ("the preset with 32 detectors", MATCH_256),
+    "match-512": ("match-256 with a head of 512 axes", MATCH_256.replace("256", "512")),
+    "match-1280": ("match-256 with a head of 1,280 axes", MATCH_256.replace("256", "1280")),
+    "fixed-256": ("match-256 with DDT's attention, which is not fitted", MATCH_256.replace(MATCH, UNFITTED)),
     "neighbour": (
         "as relational, with the five nearest keys of the queue as positives",
         f"{MEAN_POOLED} --moco.objective neighbour --moco.neighbours 5",

@@ -24,7 +24,7 @@ TINY = (
     "--model.weights", "none", "--optim.batch_size", "8", "--moco.queue_size", "20", "--moco.embedding_dim", "16",
     "--rationale.detectors", "4",
 )  # fmt: skip
-ROWS = ("bad", "untrained", "relational", "attended-match")
+ROWS = ("bad", "untrained", "relational", "match-256-k1")
 RESULTS = evidence.ROOT / "bench" / "results"
 
 
