@@ -81,7 +81,7 @@ def test_every_row_is_a_run_of_its_own_with_its_figures(finished: Path) -> None:
 def test_gradcam_is_that_of_the_run(finished: Path) -> None:
     runs = content(finished)["runs"]
     assert "gradcam" not in runs["untrained-seed0"]
-    found = runs["attended-match-seed0"]["gradcam"]
+    found = runs["match-256-k1-seed0"]["gradcam"]
     assert found.keys() == {"score", "loss", "target"}
     assert found["target"].keys() >= {"inside", "pointing", "average inside", "gaussian inside"}
     assert all(0 <= value <= 100 for scores in found.values() for value in scores.values())
