@@ -84,9 +84,8 @@ class EmbedConfig:
     """The images: whatever --data.root of the training takes. Training and test images alike are embedded."""
     out: Path | None = None
     """Folder to write. Default: <name of the images' folder>-embeddings."""
-    format: Literal["safetensors", "npy", "parquet", "faiss"] = "safetensors"
-    """embeddings.safetensors, a .npy file an array (for numpy.load with mmap_mode), embeddings.parquet, or an index of
-    FAISS (flat, inner product). The last two hold one embedding of each image."""
+    format: Literal["safetensors", "npy"] = "safetensors"
+    """embeddings.safetensors, or a .npy file for each array (for numpy.load with mmap_mode)."""
     attention: bool = False
     """Also write the attention maps, fp16."""
     pooling: Pooling | None = None

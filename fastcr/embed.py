@@ -1,6 +1,6 @@
 """`fastcr embed RUN|WEIGHTS FOLDER`: embeddings of every image of a folder, in files.
 
-A killed command resumes where it was when it is given again (`embedding_files.py`). The batches are the same whatever
+A killed command resumes where it was when it is given again (`output/embeddings.py`). The batches are the same whatever
 happens, so on the CPU the files are the same bytes.
 """
 
@@ -25,8 +25,7 @@ from fastcr.data.layouts import read_splits
 from fastcr.encoders.encoder import Encoder, find_weights, load
 from fastcr.errors import UsageError
 from fastcr.measures.poolings import key_of, pooled
-from fastcr.output.embedding_files import Partial, check_unused
-from fastcr.output.embedding_formats import extra_of
+from fastcr.output.embeddings import Job, check_unused
 from fastcr.runs.command_line import one_line_errors
 from fastcr.runs.context import Context
 from fastcr.runs.folder import only_writer
@@ -83,9 +82,6 @@ def embed_folder(config: EmbedConfig, context: Context) -> None:
     `config.out`, or one begun with other weights or images.
     """
     weights = find_weights(config.source)
-    if config.format == "faiss" and config.attention:
-        raise UsageError("--format faiss holds one vector an image: --attention needs another --format")
-    extra_of(config.format)
     out = config.out or Path(f"{config.folder.resolve().name}-embeddings")
     check_unused(out)
     encoder = load(weights, context.device)
@@ -104,7 +100,7 @@ def embed_folder(config: EmbedConfig, context: Context) -> None:
     partial = out / "partial"
     partial.mkdir(parents=True, exist_ok=True)
     with only_writer(partial), encoder.evaluating():
-        job = Partial(partial, key)
+        job = Job(partial, key)
         began, first = time.monotonic(), job.rows
         if job.images:
             context.say(f"resuming after {job.images:,} of {len(rows):,} images")

@@ -26,9 +26,8 @@ from fastcr.data.images import ImageList
 from fastcr.data.layouts import read_splits
 from fastcr.measures.embeddings import Embeddings, embed
 from fastcr.measures.poolings import OF_FEATURES
-from fastcr.output import embedding_files
-from fastcr.output.embedding_files import Partial
-from fastcr.output.embedding_formats import PACKAGES
+from fastcr.output import embeddings
+from fastcr.output.embeddings import Job
 from fastcr.runs.checkpoint import write_whole
 from fastcr.runs.context import Context
 from tests.shared import write_weights
@@ -46,7 +45,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def batches_of_8(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "BATCH_SIZE", 8)
-    monkeypatch.setattr(embedding_files, "COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(embeddings, "PART_SECONDS", 0.0)
 
 
 def run(*args: object) -> None:
@@ -83,19 +82,17 @@ class Killed(BaseException):
 
 
 @pytest.fixture
-def killed_after_5_batches(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """The sixth batch is written, but not yet counted, when the end comes; `undo` of what it gives lets it pass."""
-    add = Partial.add
+def killed_after_5_batches() -> Iterator[pytest.MonkeyPatch]:
+    """The end comes with the sixth batch, before it is written; `undo` of what it gives lets it pass."""
+    save = Job.save
 
-    def until(partial: Partial, *args: object) -> None:
-        if partial.images == 40:
-            monkeypatch.setattr(partial, "commit", lambda: None)
-            add(partial, *args)
+    def until(job: Job) -> None:
+        if job.images > 40:
             raise Killed
-        add(partial, *args)
+        save(job)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Partial, "add", until)
+        patch.setattr(Job, "save", until)
         yield patch
 
 
@@ -158,22 +155,18 @@ def test_without_a_branch_there_is_the_mean_alone(
     assert not (tmp_path / "more").exists()
 
 
-@pytest.mark.parametrize("format", ["safetensors", "faiss"])
+@pytest.mark.parametrize("how", [("--attention", "True"), ("--format", "npy", "--centre")])
 @pytest.mark.usefixtures("batches_of_8")
 def test_killed_command_goes_on_and_gives_the_same_bytes(
-    format: str,
+    how: tuple[str, ...],
     weights: Path,
     birds: Path,
     tmp_path: Path,
     killed_after_5_batches: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    if format in PACKAGES:
-        pytest.importorskip(PACKAGES[format])
-    how = ["--format", format, *(["--centre"] if format == "faiss" else ["--attention", "True"])]
     with pytest.raises(Killed):
         run(weights, birds, "--out", tmp_path / "out", *how)
-    assert (tmp_path / "out" / "partial" / "rationale").stat().st_size == 48 * 256 * 4  # the sixth batch too
     assert not (tmp_path / "out" / "images.csv").exists()
     killed_after_5_batches.undo()
 
@@ -184,7 +177,7 @@ def test_killed_command_goes_on_and_gives_the_same_bytes(
 
     # again, when all is embedded but the files are not all in place
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(embedding_files, "write_whole", all_but_the_table)
+        patch.setattr(embeddings, "write_whole", all_but_the_table)
         with pytest.raises(Killed):
             run(weights, birds, "--out", tmp_path / "out", *how)
     assert "resuming after 40 of 96 images" in capsys.readouterr().out
@@ -192,18 +185,6 @@ def test_killed_command_goes_on_and_gives_the_same_bytes(
     assert "resuming after 96 of 96 images" in capsys.readouterr().out
     run(weights, birds, "--out", tmp_path / "whole", *how)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-
-
-def test_a_full_disk_is_named_and_the_command_resumes(
-    weights: Path, birds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "out" / "partial").mkdir(parents=True)
-    (tmp_path / "out" / "partial" / "mean").symlink_to("/dev/full")
-    message = fails(capsys, weights, birds, "--out", tmp_path / "out")
-    assert f"cannot write {tmp_path}/out/partial/mean: No space left on device" in message
-    (tmp_path / "out" / "partial" / "mean").unlink()
-    run(weights, birds, "--out", tmp_path / "out")
-    assert len(table(tmp_path / "out")) == 96
 
 
 @pytest.mark.parametrize("other", ["weights", "images"])
@@ -240,12 +221,16 @@ def test_broken_partial_folder_is_refused(
 ) -> None:
     with pytest.raises(Killed):
         run(weights, birds, "--out", tmp_path / "out")
-    array = tmp_path / "out" / "partial" / "rationale"
-    os.truncate(array, 1000)
+    killed_after_5_batches.undo()
+    first, *_, last = sorted((tmp_path / "out" / "partial").glob("*.npz"))
+    whole = first.read_bytes()
+    first.unlink()
     message = fails(capsys, weights, birds, "--out", tmp_path / "out")
-    assert f"{tmp_path}/out/partial is broken (rationale is too short): remove that folder" in message
-    (tmp_path / "out" / "partial" / "state.json").write_text("[]")
-    assert f"{tmp_path}/out/partial is broken" in fails(capsys, weights, birds, "--out", tmp_path / "out")
+    assert f"{tmp_path}/out/partial is broken (it lacks a part): remove that folder" in message
+    for file in (first, last):
+        first.write_bytes(whole)
+        file.write_bytes(whole[:-100])
+        assert f"{file} is broken" in fails(capsys, weights, birds, "--out", tmp_path / "out")
 
 
 def test_another_process_at_it_is_noticed(
@@ -305,49 +290,6 @@ def test_table_survives_any_name(weights: Path, flat: Path, tmp_path: Path) -> N
     assert all((tmp_path / "root" / row["path"]).is_file() for row in rows)
 
 
-def test_parquet_without_labels_branch_or_utf8(flat: Path, tmp_path: Path) -> None:
-    parquet = pytest.importorskip("pyarrow.parquet")
-    plain = write_weights(tmp_path / "plain.safetensors", RationaleConfig(enabled=False))
-    (tmp_path / "root").mkdir()
-    for name, file in zip([b"a.jpg", b"\xff.jpg"], flat.iterdir(), strict=False):
-        shutil.copyfile(file, tmp_path / "root" / os.fsdecode(name))
-    run(plain, tmp_path / "root", "--out", tmp_path / "out", "--format", "parquet")
-    found = parquet.read_table(tmp_path / "out" / "embeddings.parquet").to_pylist()
-    assert [each["path"] for each in found] == ["a.jpg", "\\xff.jpg"]
-    assert {(each["label"], each["peak_x"], each["peak_y"]) for each in found} == {(None, None, None)}
-    assert [row["peak_x"] for row in table(tmp_path / "out")] == ["", ""]
-
-
-def test_faiss_finds_what_a_product_finds(weights: Path, birds: Path, tmp_path: Path) -> None:
-    faiss = pytest.importorskip("faiss")
-    run(weights, birds, "--out", tmp_path / "plain")
-    run(weights, birds, "--out", tmp_path / "out", "--format", "faiss")
-    assert contents(tmp_path / "out").keys() == {"embeddings.faiss", "encoder.json", "images.csv"}
-    assert table(tmp_path / "out") == table(tmp_path / "plain")
-    index = faiss.read_index(str(tmp_path / "out" / "embeddings.faiss"))
-    expected = load_file(tmp_path / "plain" / "embeddings.safetensors")["rationale"].numpy()
-    assert isinstance(index, faiss.IndexFlatIP)
-    assert np.array_equal(index.reconstruct_n(0, 96), expected)
-
-
-def test_parquet_holds_the_table_the_embeddings_and_the_maps(weights: Path, birds: Path, tmp_path: Path) -> None:
-    parquet = pytest.importorskip("pyarrow.parquet")
-    run(weights, birds, "--out", tmp_path / "plain", "--attention", "True")
-    run(weights, birds, "--out", tmp_path / "out", "--format", "parquet", "--attention", "True")
-    expected, rows = load_file(tmp_path / "plain" / "embeddings.safetensors"), table(tmp_path / "out")
-    assert rows == table(tmp_path / "plain")
-    found = parquet.read_table(tmp_path / "out" / "embeddings.parquet")
-    assert json.loads(found.schema.metadata[b"fastcr"]) == json.loads((tmp_path / "out" / "encoder.json").read_text())
-    images = found.to_pylist()
-    assert np.array_equal(np.float32([each["embedding"] for each in images]), expected["rationale"].numpy())
-    maps = torch.tensor([each["attention"] for each in images])
-    assert torch.equal(maps, expected["attention"].flatten(1).float())
-    for each, row in zip(images, rows, strict=True):
-        assert [each[name] for name in ("path", "split", "label")] == [row[name] for name in ("path", "split", "label")]
-        assert [str(each["width"]), str(each["height"])] == [row["width"], row["height"]]
-        assert np.float32([row["peak_x"], row["peak_y"]]).tolist() == [each["peak_x"], each["peak_y"]]
-
-
 @pytest.mark.parametrize(("asked", "name"), [("feature-strength", "norm"), ("attention", "rationale")])
 def test_the_pooling_that_is_asked_for_is_written_alone(
     asked: str, name: str, weights: Path, birds: Path, tmp_path: Path
@@ -375,30 +317,3 @@ def test_the_mean_of_the_folder_is_subtracted_and_kept(weights: Path, birds: Pat
     assert facts["weights_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
     assert (facts["weights"], facts["root"]) == (str(weights), str(birds))
     assert "subtracted" not in json.loads((tmp_path / "plain" / "encoder.json").read_text())
-
-
-def test_a_missing_extra_is_named_before_any_work(
-    weights: Path,
-    birds: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setitem(sys.modules, "faiss", None)
-    message = fails(capsys, weights, birds, "--out", tmp_path / "out", "--format", "faiss")
-    assert 'needs faiss: pip install "fastcr[faiss]"' in message
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["WEIGHTS", "ROOT", "--format", "faiss", "--attention", "True"], "needs another --format"),
-        (["WEIGHTS", "ROOT", "--pooling", "ddt"], "--pooling"),
-    ],
-)
-def test_mistakes_get_one_line(
-    arguments: list[str], message: str, weights: Path, birds: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    stands_for = {"ROOT": str(birds), "WEIGHTS": str(weights)}
-    assert message in fails(capsys, *(stands_for.get(each, each) for each in arguments))

@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 import fastcr
 from fastcr import embed, search
 from fastcr.config import RationaleConfig
-from fastcr.output.embedding_formats import PACKAGES
 from tests.shared import decoded, write_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -61,12 +60,10 @@ def found(output: str) -> list[tuple[str, str, str]]:
     return [(similarity, label.strip(), path) for similarity, label, path in rows]
 
 
-@pytest.mark.parametrize("format", ["safetensors", "npy", "parquet", "faiss"])
+@pytest.mark.parametrize("format", ["safetensors", "npy"])
 def test_the_nearest_are_the_most_similar(
     format: str, weights: Path, birds: Path, query: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if format in PACKAGES:
-        pytest.importorskip(PACKAGES[format])
     out = embedded(weights, birds, tmp_path / "out", format)
     encoder = fastcr.load(weights)
     with torch.inference_mode():
@@ -163,14 +160,12 @@ def test_pictures_that_are_gone_are_counted(
     assert Path("search.html").read_text().count("<figure") == 1 + 10 - gone
 
 
-@pytest.mark.parametrize("format", ["safetensors", "faiss"])
+@pytest.mark.parametrize(("format", "name"), [("safetensors", "embeddings.safetensors"), ("npy", "rationale.npy")])
 def test_broken_embeddings_are_refused_in_a_line(
-    format: str, weights: Path, flat: Path, query: Path, tmp_path: Path, refused: Callable[..., str]
+    format: str, name: str, weights: Path, flat: Path, query: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
-    if format in PACKAGES:
-        pytest.importorskip(PACKAGES[format])
     out = embedded(weights, flat, tmp_path / "out", format)
-    file = out / f"embeddings.{format}"
+    file = out / name
     whole = file.read_bytes()
     for content in (whole[:-1000], b"no embeddings"):
         file.write_bytes(content)
