@@ -139,12 +139,12 @@ class VisualizeConfig:
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """A run, or several compared, as one HTML page."""
+    """A run as one HTML page."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Run folders."""
+    source: tyro.conf.Positional[Path]
+    """A run folder."""
     out: Path | None = None
-    """The page (.html). Default: report.html in the run's folder; of several runs, in this one."""
+    """The page (.html). Default: report.html in the run's folder."""
     gallery: int = number(12, 0)
     """Test images shown with their attention; 0: none."""
     queries: int = number(6, 0)

@@ -29,8 +29,7 @@ from fastcr.encoders.encoder import Encoder, find_weights, folder_of, load
 from fastcr.encoders.hub import reason
 from fastcr.errors import UsageError, one_line
 from fastcr.measures.poolings import key_of, pooled
-from fastcr.output.summary import plain
-from fastcr.output.tables import best_line, retrieval_table
+from fastcr.output.tables import best_line, retrieval_table, text_of
 from fastcr.runs.checkpoint import save_weights, write_whole
 from fastcr.runs.command_line import load_config, one_line_errors
 from fastcr.runs.context import Context
@@ -144,7 +143,7 @@ def results_of(file: Path) -> str:
     """The table and the verdict of a run's end as Markdown. `UsageError` if the file is broken."""
     try:
         results = json.loads(file.read_text())
-        table, verdict, folder = plain(retrieval_table(results)), best_line(results) or "", Path(results["folder"])
+        table, verdict, folder = text_of(retrieval_table(results)), best_line(results) or "", Path(results["folder"])
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UsageError(f"{file} is broken: it does not hold results ({error!r})") from None
     data = folder.parent.name if folder.name in ("train", "test", "images") else folder.name

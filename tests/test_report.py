@@ -1,4 +1,4 @@
-"""Reports: what is on the page of a run and of several, and that it gives no path away."""
+"""Reports: what is on the page of a run, and that it gives no path away."""
 
 import contextlib
 import html
@@ -102,32 +102,6 @@ def test_command_on_the_page_repeats_the_run(finished: Path, tmp_path: Path) -> 
     assert repeated.run == replace(own.run, dir=None)
 
 
-def test_several_runs_are_compared(copied: Path, finished: Path, tmp_path: Path) -> None:
-    results = json.loads((copied / "results.json").read_text())
-    results["retrieval"]["rationale"]["rank1"] = 99.5
-    (copied / "results.json").write_text(json.dumps(results))
-    change(copied, "optim", lr=0.0123)
-    page = made(tmp_path, finished, copied, "--gallery", 1, "--queries", 1)
-    assert page.count("<td>★ 99.50</td>") == 1
-    assert page.count('<th scope="row">before training: ') == 1  # the same of both
-    assert '<th scope="row">--optim.lr</th><td>0.03</td><td>0.0123</td>' in page
-    differing = page.partition("Settings that differ")[2].partition("Losses")[0]
-    assert "data.root" not in differing
-    assert page.count("attention over the image: ") == 2
-    both = [curves for curves in charts(page) if len(curves) == 2]
-    assert len(both) == 2
-    assert all(first == second for first, second in both)  # they are copies
-
-
-def test_results_on_other_images_are_not_ranked(copied: Path, finished: Path, tmp_path: Path) -> None:
-    results = json.loads((copied / "results.json").read_text())
-    (copied / "results.json").write_text(json.dumps(results | {"images": 31}))
-    page = made(tmp_path, finished, copied, *BARE)
-    assert "<td>★" not in page
-    assert "not measured on the same images" in page
-    assert "birds/test: 31 images of 16 classes" in page
-
-
 def test_a_run_in_progress_has_a_page(copied: Path, tmp_path: Path) -> None:
     for name in ("results.json", "weights.safetensors"):
         (copied / name).unlink()
@@ -142,7 +116,6 @@ def test_a_run_in_progress_has_a_page(copied: Path, tmp_path: Path) -> None:
     page = made(tmp_path, copied)
     assert "Nothing is logged yet" in page
     assert charts(page) == []
-    assert "No run is measured yet" in made(tmp_path, copied, Path(shutil.copytree(copied, tmp_path / "other")))
 
 
 def test_images_that_are_gone_are_left_out(copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,25 +135,18 @@ def test_plain_moco_has_no_attention_to_show(birds: Path, tmp_path: Path) -> Non
     assert "fit loss" not in page
 
 
-def test_report_lands_in_the_run_or_here(
-    copied: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_a_report_lands_in_the_run_and_replaces_itself(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report.main([str(copied), *CPU, *BARE])
     assert capsys.readouterr().out.strip() == f"report: {copied}/report.html"
     before = (copied / "report.html").read_bytes()
     (copied / "results.json").unlink()
     report.main([str(copied), *CPU, *BARE])
     assert (copied / "report.html").read_bytes() != before
-    report.main([str(copied), str(finished), *CPU, *BARE])
-    assert Path("report.html").is_file()
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "name a run folder"),
-        (["RUN", "RUN/."], "a run is named twice"),
         (["RUN", "--data.root", "nowhere"], "no folder nowhere"),
         (["nowhere"], "nowhere is not a run folder"),
         (["RUN", "--out", "RUN/results.html"], "left as it is"),
@@ -201,11 +167,20 @@ def test_broken_results_are_named(copied: Path, refused: Callable[..., str], con
 
 
 def test_without_matplotlib_the_page_says_how_to_get_charts(
-    copied: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for runs in ([finished], [finished, copied]):
-        page = made(tmp_path, *runs, *BARE)
-        assert "pip install &#34;fastcr[report]&#34;" in page
-        assert "<img" not in page
-        assert "rank-1" in page
+    page = made(tmp_path, finished, *BARE)
+    assert "pip install &#34;fastcr[report]&#34;" in page
+    assert "<img" not in page
+    assert "rank-1" in page
+
+
+def test_a_curve_is_drawn_as_it_is_and_a_long_one_thinned() -> None:
+    made = report.chart("loss", list(enumerate([3.0, 1.0, 2.0, 2.0])))
+    ((first, *rest),) = curves_of(made.svg)
+    assert [round((first[1] - y) / (first[1] - rest[0][1]), 3) for _, y in rest] == [1, 0.5, 0.5]  # y goes down
+    assert report.chart("loss", list(enumerate([3.0, 1.0, 2.0, 2.0]))) == made
+    # zigzag: no point lies between its neighbours, so that matplotlib draws each
+    long = report.chart("long", [(x, x // 9 % 2) for x in range(9 * report.POINTS)])
+    assert abs(len(curves_of(long.svg)[0]) - report.POINTS) <= 1

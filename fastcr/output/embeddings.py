@@ -200,7 +200,8 @@ class Stored(NamedTuple):
         for part in queries.split(QUERIES):
             best = (part @ self.vectors.T).topk(min(k, len(self.rows)))
             for similarity, places in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-                found.append([Neighbour(*self.rows[i], each) for i, each in zip(places, similarity, strict=True)])
+                near = zip(places, similarity, strict=True)
+                found.append([Neighbour(self.rows[i][0], self.rows[i][1], each) for i, each in near])
         return found
 
 

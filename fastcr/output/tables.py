@@ -9,6 +9,7 @@ from rich.table import Table
 
 from fastcr.measures.poolings import SHOWN
 from fastcr.measures.results import best_pooling
+from fastcr.output import sheets
 
 CHANCE = 0.05  # p value below which, and
 ERRORS = 2  # standard errors above which, a difference is said to be more than chance
@@ -27,6 +28,12 @@ def results_tables(results: dict[str, Any], *, every: bool = False) -> Iterator[
     others = others_table(results)
     if others.row_count:
         yield others
+
+
+def text_of(table: Table) -> sheets.Table:
+    """A table of the terminal for a page."""
+    rows = zip(*(map(str, column.cells) for column in table.columns), strict=True)
+    return sheets.Table(str(table.title or ""), [str(column.header) for column in table.columns], list(rows))
 
 
 def name_of(best: dict[str, Any]) -> str:

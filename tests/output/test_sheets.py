@@ -16,7 +16,6 @@ from fastcr.data.images import ImageList
 from fastcr.data.layouts import read_splits
 from fastcr.errors import UsageError
 from fastcr.measures.embeddings import Embeddings
-from fastcr.output.charts import LONGEST, POINTS, chart
 from fastcr.output.gallery import neighbours, overlay, spread
 from fastcr.output.sheets import (
     FONT_SIZE,
@@ -34,7 +33,7 @@ from fastcr.output.sheets import (
     html_page,
     write_sheet,
 )  # fmt: skip
-from tests.shared import curves_of, decoded
+from tests.shared import decoded
 
 NAMES = ["<script>alert(1)", "\"><img src=x onerror=alert('2')>&amp;", "</title></style><script>", "{{ 7 * 7 }}"]
 TAGS = {
@@ -179,35 +178,3 @@ def test_images_are_spread_evenly() -> None:
     assert spread(range(9), 3) == [1, 4, 7]
     assert spread("ab", 5) == ["a", "b"]
     assert spread(range(9), 0) == []
-
-
-def test_curves_are_drawn_as_they_are_and_long_ones_thinned() -> None:
-    values = [3.0, 1.0, 2.0, 2.0]
-    made = chart("loss", {"": list(enumerate(values))}, "step")
-    assert made is not None
-    ((first, *rest),) = curves_of(made.svg)
-    assert [round((first[1] - y) / (first[1] - rest[0][1]), 3) for _, y in rest] == [1, 0.5, 0.5]  # y goes down
-    assert chart("loss", {"": list(enumerate(values))}, "step") == made
-    assert chart("none", {"": []}, "step") is None
-    alone = chart("one", {"": [(1, 5)]}, "step")
-    assert alone is not None
-    assert len(curves_of(alone.svg)) == 1
-    # zigzag: no point lies between its neighbours, so that matplotlib draws each
-    long = chart("long", {"": [(x, x // 9 % 2) for x in range(9 * POINTS)]}, "step")
-    assert long is not None
-    assert abs(len(curves_of(long.svg)[0]) - POINTS) <= 1
-
-
-def test_any_name_can_stand_in_a_legend_and_settings_of_matplotlib_stay() -> None:
-    import matplotlib
-
-    names = ["<script>", "$\\frac_1", "_hidden", "a\x00\ud800", "鳥" * 300]
-    before = dict(matplotlib.rcParams)
-    with matplotlib.rc_context({"lines.linewidth": 40, "text.usetex": True}):
-        made = chart("loss", {name: [(0, 1), (1, 2)] for name in names}, "epoch")
-    assert dict(matplotlib.rcParams) == before
-    assert made is not None
-    svg = made.svg.decode()
-    assert len(curves_of(made.svg)) == 5
-    for shown in ("&lt;script&gt;", "$\\frac_1", "_hidden", "a\ufffd\ufffd", "鳥" * LONGEST):
-        assert f">{shown}<" in svg
