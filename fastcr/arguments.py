@@ -177,8 +177,6 @@ class TraceConfig(Config):
     """Steps to record, after the first ones."""
     out: Path | None = None
     """Folder of trace.json.gz and phases.json. Default: runs/trace-<date>-<time>."""
-    nvtx: tyro.conf.UseCounterAction[int] = 0
-    """Mark the phases and operators for Nsight Systems and Nsight Compute, and record nothing here."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
 """`fastcr trace [PRESET] [--section.field value ...]`: where the time of a training step goes.
 
 PyTorch's profiler records a few steps of the run that `fastcr train` would make. The times are added up by phase (the
-ranges that the step names with `record_function`), and by kernel or operator. `--nvtx` marks the same phases for Nsight
-instead.
+ranges that the step names with `record_function`), and by kernel or operator.
 """
 
 from __future__ import annotations
@@ -106,8 +105,6 @@ def trace(config: TraceConfig, context: Context) -> None:
     Raises `UsageError` as `train` does, and where `--out` holds a trace already.
     """
     device, cuda = context.device, context.device.type == "cuda"
-    if config.nvtx and not cuda:
-        raise UsageError(f"--nvtx needs CUDA, and this run is on {device}")
     if config.data.root is None and config.preset != "synthetic":
         raise UsageError(f"preset {config.preset} needs --data.root, the folder of its images")
     check_settings(config, context)
@@ -115,10 +112,6 @@ def trace(config: TraceConfig, context: Context) -> None:
     if (folder / TRACE).exists():
         raise UsageError(f"{folder} already holds a {TRACE}: name another --out")
     one_step = prepare_step(config, context)
-    if config.nvtx:  # between the marks that `nsys --capture-range=cudaProfilerApi` waits for
-        with torch.cuda.profiler.profile(), torch.autograd.profiler.emit_nvtx():
-            repeat(one_step, config.steps)
-        return
     folder.mkdir(parents=True, exist_ok=True)
     step_ms = repeat(one_step, config.steps)
     profiler = record(one_step, config.steps, cuda, folder / TRACE)
