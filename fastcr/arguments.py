@@ -132,8 +132,7 @@ class VisualizeConfig:
     columns: int = number(6, 1)
     """Images side by side on a sheet; a page has as many as there is room for."""
     detectors: bool = False
-    """Also show the detectors: their share of the positions, and their own map where they answer most. Of detectors
-    that answer alike, one is shown."""
+    """Also show the detectors that win most positions of these images, on the images where they answer most."""
     run: DeviceConfig = field(default_factory=DeviceConfig)
 
 
