@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from rich.table import Table
 from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile, record_function, schedule
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from fastcr.arguments import TraceConfig, read_arguments
 from fastcr.data.layouts import read_splits
@@ -30,7 +30,7 @@ from fastcr.runs.context import Context
 
 TRACE, SUMMARY = "trace.json.gz", "phases.json"
 SHOWN = 20  # kernels or operators
-WAITING, WHOLE = "waiting for data", "whole step"
+WAITING = "waiting for data"
 PHASES = (WAITING, "key forward", "query forward", "contrast", "fit", "backward", "optimiser", "EMA", "queue")
 Row = dict[str, Any]
 
@@ -62,41 +62,25 @@ def repeat(one_step: Callable[[], object], times: int) -> float:
     return (time.perf_counter() - start) / times * 1e3
 
 
-def record(one_step: Callable[[], object], steps: int, cuda: bool, path: Path) -> profile:
-    """Record `steps` steps, after one that is thrown away; the trace for a viewer goes to `path`."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it says on stderr that it begins, and that there is no GPU
-    with profile(
-        activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda,
-        schedule=schedule(wait=0, warmup=1, active=steps, repeat=1),
-        on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
-    ) as profiler:
-        for index in range(steps + 1):
-            one_step() if 0 < index < steps else repeat(one_step, 1)
-            profiler.step()
-    return profiler
-
-
-def phase_rows(events: Sequence[Any], steps: int) -> list[Row]:
+def phase_rows(events: Sequence[Any], steps: int, step_ms: float) -> list[Row]:
     """Milliseconds a step of each phase and of the whole step, on the host and on the device.
 
     A phase's device time is that of the kernels whose launch began in it, for backward runs on a thread of its own.
     Kernels that no operator launched, those of the loader or of a replayed CUDA graph, count for the whole step only.
     """
+    kernels = [event for event in events if event.device_type != DeviceType.CPU and not event.is_user_annotation]
     on_host = [event for event in events if event.device_type == DeviceType.CPU]
-    named = [event for event in on_host if event.is_user_annotation]
     operators = [event for event in on_host if not event.is_user_annotation]
     rows = list[Row]()
     for name in PHASES:
-        ranges = [event.time_range for event in named if event.name == name]
-        begun = [each for each in operators if any(r.start <= each.time_range.start < r.end for r in ranges)]
-        device = sum(kernel.duration for operator in begun for kernel in operator.kernels)
-        rows.append({"name": name, "host_ms": sum(r.elapsed_us() for r in ranges), "device_ms": device})
-    marks = [event.time_range for event in on_host if event.name.startswith("ProfilerStep")]
-    kernels = [event for event in events if event.device_type != DeviceType.CPU and not event.is_user_annotation]
-    device = sum(kernel.time_range.elapsed_us() for kernel in kernels)
-    rows.append({"name": WHOLE, "host_ms": marks[-1].end - marks[0].start, "device_ms": device})
-    a_step = [row | {key: row[key] / steps / 1e3 for key in ("host_ms", "device_ms")} for row in rows]
-    return [row for row in a_step if row["host_ms"]]  # without a branch there is no fit
+        spans = [event.time_range for event in on_host if event.is_user_annotation and event.name == name]
+        begun = [event for event in operators if any(s.start <= event.time_range.start < s.end for s in spans)]
+        device_us = sum(kernel.duration for event in begun for kernel in event.kernels)
+        host_us = sum(span.elapsed_us() for span in spans)
+        if spans:  # without a branch there is no fit
+            rows.append({"name": name, "host_ms": host_us / steps / 1e3, "device_ms": device_us / steps / 1e3})
+    device_us = sum(kernel.time_range.elapsed_us() for kernel in kernels)
+    return [*rows, {"name": "whole step", "host_ms": step_ms, "device_ms": device_us / steps / 1e3}]
 
 
 def trace(config: TraceConfig, context: Context) -> None:
@@ -114,16 +98,20 @@ def trace(config: TraceConfig, context: Context) -> None:
     one_step = prepare_step(config, context)
     folder.mkdir(parents=True, exist_ok=True)
     step_ms = repeat(one_step, config.steps)
-    profiler = record(one_step, config.steps, cuda, folder / TRACE)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it says on stderr that it begins, and that there is no GPU
+    for steps in (1, config.steps):  # the first time the profiler itself takes its time
+        with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as profiler:
+            recorded_ms = repeat(one_step, steps)
+    profiler.export_chrome_trace(str(folder / TRACE))
+    rows = phase_rows(profiler.events(), config.steps, recorded_ms)
     name = torch.cuda.get_device_name(device) if cuda else f"CPU (threads: {torch.get_num_threads()})"
-    rows = phase_rows(profiler.events(), config.steps)
     facts = {"device": name, "torch": torch.__version__, "dtype": str(context.dtype), "step_ms": step_ms}
     facts |= {"phases": rows, "settings": asdict(config)}
     (folder / SUMMARY).write_text(json.dumps(facts, indent=1, default=str) + "\n")
     phases = Table("phase", "host ms", *["device ms"] * cuda)
     for row in rows:
         phases.add_row(row["name"], f"{row['host_ms']:10,.3f}", *[f"{row['device_ms']:10,.3f}"] * cuda)
-    took = f"{step_ms:.3g} ms; {rows[-1]['host_ms']:.3g} ms while recorded"
+    took = f"{step_ms:.3g} ms; {recorded_ms:.3g} ms while recorded"
     context.say(f"{name}: a step of {config.optim.batch_size} pairs takes {took}")
     context.console.print(phases)
     order = "self_device_time_total" if cuda else "self_cpu_time_total"

@@ -25,7 +25,7 @@ DETECTORS, TOP = 8, 5  # detectors that are drawn, at most, and images of each
 
 
 def detector_sections(pictures: Sequence[Picture], answers: Tensor, maps: Tensor) -> list[Section]:
-    """The detectors that win most positions, on the images they answer to most; `answers` and `maps` are `[N,K,H,W]`."""
+    """The detectors that win most positions, on the images they answer to most; `answers` and `maps`: `[N,K,H,W]`."""
     wins = torch.bincount(answers.argmax(1).flatten(), minlength=answers.shape[1])
     first = [detector for detector in wins.argsort(descending=True, stable=True).tolist() if wins[detector]][:DETECTORS]
     text = f"{len(first)} of {len(wins)} detectors are drawn, {int((wins == 0).sum())} win no position."

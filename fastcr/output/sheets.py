@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import StrictUndefined, Template
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
@@ -89,17 +89,9 @@ def write_sheet(out: Path, title: str, sections: Sequence[Section]) -> None:
 
 def html_page(title: str, sections: Sequence[Section]) -> str:
     """The whole page."""
-    environment = Environment(
-        loader=PackageLoader("fastcr", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["uri"] = data_uri
-    template = environment.get_template("sheet.html.jinja")
-    page = template.render(title=title, sections=sections, generator=GENERATOR, policy=POLICY)
+    text = Path(__file__).parents[1].joinpath("sheet.html.jinja").read_text(encoding="utf-8")
+    template = Template(text, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    page = template.render(title=title, sections=sections, generator=GENERATOR, policy=POLICY, uri=data_uri)
     return UNPRINTABLE.sub("\ufffd", page)
 
 
@@ -118,28 +110,24 @@ def contact_sheet(sections: Sequence[Section]) -> Image.Image:
     tile_width, row_height = side * max(len(tile.images) for tiles in rows for tile in tiles), side + LINE + GAP
     width = GAP + max(map(len, rows)) * (tile_width + GAP)
     height = GAP + len(rows) * row_height + LINE * sum(bool(section.heading) for section in sections)
-    sheet = Image.new("RGB", (width, height), "white")
-    draw, font, top = ImageDraw.Draw(sheet), ImageFont.load_default(FONT_SIZE), GAP
+    sheet, top = Image.new("RGB", (width, height), "white"), GAP
     for section in sections:
         if section.heading:
-            draw.text((GAP, top), fitted(section.heading, font, width - 2 * GAP), "black", font)
+            sheet.paste(line_of(section.heading, width - 2 * GAP), (GAP, top))
             top += LINE
         for tiles in section.rows:
             for column, tile in enumerate(tiles):
                 left = GAP + column * (tile_width + GAP)
                 for i, image in enumerate(tile.images):
                     sheet.paste(image.resize((side, side), Image.Resampling.BICUBIC), (left + i * side, top))
-                draw.text((left, top + side + 2), fitted(tile.caption, font, tile_width), "black", font)
+                sheet.paste(line_of(tile.caption, tile_width), (left, top + side))
             top += row_height
     return sheet
 
 
-def fitted(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
-    """`text` on one line of at most `width` pixels; what cannot be printed is escaped, what is too long is cut."""
-    text = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
-    if font.getlength(text) <= width:
-        return text
-    text = text[:width]  # a letter is a pixel wide at least
-    while text and font.getlength(f"{text}…") > width:
-        text = text[:-1]
-    return f"{text}…"
+def line_of(text: str, width: int) -> Image.Image:
+    """A line of text, cut at `width` pixels; what cannot be printed is escaped."""
+    shown = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text[:width])
+    line = Image.new("RGB", (width, LINE), "white")
+    ImageDraw.Draw(line).text((0, 2), shown, "black", ImageFont.load_default(FONT_SIZE))
+    return line

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageChops, ImageFont
+from PIL import Image, ImageChops
 
 from fastcr.data.images import ImageList
 from fastcr.data.layouts import read_splits
@@ -18,7 +18,6 @@ from fastcr.errors import UsageError
 from fastcr.measures.embeddings import Embeddings
 from fastcr.output.gallery import neighbours, overlay, spread
 from fastcr.output.sheets import (
-    FONT_SIZE,
     GAP,
     GENERATOR,
     LINE,
@@ -29,8 +28,8 @@ from fastcr.output.sheets import (
     Table,
     Tile,
     check_out,
-    fitted,
     html_page,
+    line_of,
     write_sheet,
 )  # fmt: skip
 from tests.shared import decoded
@@ -129,14 +128,12 @@ def test_only_files_of_fastcr_are_replaced(ending: str, tmp_path: Path) -> None:
             check_out(own, [PAGE])
 
 
-def test_captions_are_cut_to_their_width() -> None:
-    font = ImageFont.load_default(FONT_SIZE)
-    assert fitted("Geococcyx", font, 224) == "Geococcyx"
-    assert fitted("a\nb\x1b" + os.fsdecode(b"\xff"), font, 224) == r"a\nb\x1b\udcff"
-    for text in ("W" * 100_000, "." * 100_000):
-        cut = fitted(text, font, 224)
-        assert cut[-1] == "…"
-        assert 200 < font.getlength(cut) <= 224
+def test_a_line_is_cut_to_its_width_and_what_cannot_be_printed_is_escaped() -> None:
+    assert line_of("a\nb\x1b" + os.fsdecode(b"\xff"), 224) == line_of(r"a\nb\x1b\udcff", 224)
+    for text in ("W" * 100_000, "." * 100_000, "\n" * 100_000):
+        cut = line_of(text, 224)
+        assert cut.size == (224, LINE)
+        assert np.asarray(cut)[:, 200:].min() < 100
 
 
 @pytest.fixture
