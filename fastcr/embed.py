@@ -52,6 +52,16 @@ def list_images(root: Path) -> tuple[list[ImageList], list[tuple[str, str, str]]
     return list(named.values()), rows, digest.hexdigest()
 
 
+def batches_of(parts: Sequence[ImageList], done: int) -> list[list[int]]:
+    """The batches of the images after the first `done` ones, by their places among all.
+
+    They are those of the evaluation, and none is of two splits: the released branch's attention depends on its batch.
+    """
+    splits = [range(*ends) for ends in pairwise([0, *accumulate(map(len, parts))])]
+    every = [list(split[at : at + BATCH_SIZE]) for split in splits for at in range(0, len(split), BATCH_SIZE)]
+    return [batch for batch in every if batch[0] >= done]
+
+
 def encode(
     pixels: Tensor, sizes: Tensor, encoder: Encoder, context: Context, *, pooling: str | None, attention: bool
 ) -> tuple[dict[str, Tensor], list[list[float | None]]]:
@@ -104,10 +114,7 @@ def embed_folder(config: EmbedConfig, context: Context) -> None:
         began, first = time.monotonic(), job.rows
         if job.images:
             context.say(f"resuming after {job.images:,} of {len(rows):,} images")
-        # the batches of the evaluation, none of two splits: the released branch's attention depends on the whole batch
-        splits = [range(*ends) for ends in pairwise([0, *accumulate(map(len, parts))])]
-        every = [list(split[at : at + BATCH_SIZE]) for split in splits for at in range(0, len(split), BATCH_SIZE)]
-        batches = [batch for batch in every if batch[0] >= job.images]
+        batches = batches_of(parts, job.images)
         crops = load_crops(parts, batches, encoder.image_size, context)
         shown = context.progress(crops, "embedding", len(batches))
         for batch, (pixels, sizes, readable) in zip(batches, shown, strict=True):

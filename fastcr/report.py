@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import math
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,6 @@ from fastcr.presets import PRESETS
 from fastcr.runs.command_line import called, load_config, one_line_errors
 from fastcr.runs.context import Context
 from fastcr.runs.log import read_records
-from fastcr.runs.machine import cache_folder
 
 CURVES = {
     "contrast_loss": "contrast loss",
@@ -40,12 +37,6 @@ CURVES = {
     "kept_neighbours": "share of the initial nearest neighbours that are kept",
 }  # of metrics.jsonl
 POINTS = 500  # of a curve, about: of longer ones every so many are drawn
-GREY = "#808890"  # can be read on a white and on a dark page
-STYLE = {
-    **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color"), GREY),
-    **{"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False},
-    **{"svg.fonttype": "none", "svg.hashsalt": "fastcr"},  # text stays text; the same curves make the same file
-}
 Record = Mapping[str, float]  # a line of metrics.jsonl
 
 
@@ -107,30 +98,14 @@ def results_of(folder: Path, name: str) -> Section:
 
 
 def curves_of(steps: Sequence[Record]) -> Section:
-    """A chart for each metric that the run has logged."""
-    if find_spec("matplotlib") is None:
-        need = 'Curves are drawn by matplotlib, which is not installed: pip install "fastcr[report]"'
-        return Section("Curves", need)
-    charts = [
-        chart(title, [(record["step"], record[metric]) for record in steps if metric in record])
-        for metric, title in CURVES.items()
-        if any(metric in record for record in steps)
-    ]
+    """A curve over the steps of each metric that the run has logged."""
+    charts = list[Chart]()
+    for metric, title in CURVES.items():
+        if points := [(record["step"], record[metric]) for record in steps if metric in record]:
+            low, high = min(value for _, value in points), max(value for _, value in points)
+            said = f"{title}: {low:.3g} to {high:.3g}, steps {points[0][0]:,} to {points[-1][0]:,}"
+            charts.append(Chart(said, points[:: math.ceil(len(points) / POINTS)]))
     return Section("Curves", "" if charts else "Nothing is logged yet.", charts=charts)
-
-
-def chart(title: str, points: Sequence[tuple[float, float]]) -> Chart:
-    """A curve over the steps as SVG. Neither `pyplot` nor the user's own settings of matplotlib are touched."""
-    from matplotlib import style
-    from matplotlib.figure import Figure
-
-    drawn = points[:: math.ceil(len(points) / POINTS)]
-    with style.context(["default", STYLE]):
-        axes = (figure := Figure(figsize=(5.2, 3), layout="constrained")).subplots()
-        axes.plot(*zip(*drawn, strict=True), marker="o" if len(drawn) == 1 else "", gid="curve")
-        axes.set_xlabel("step")
-        figure.savefig(held := io.BytesIO(), format="svg", transparent=True, metadata={"Date": None})
-    return Chart(title, held.getvalue())
 
 
 def images_of(name: str, trained: Config, config: ReportConfig, context: Context) -> list[Section]:
@@ -185,7 +160,6 @@ def main(args: Sequence[str] | None = None) -> None:
     with one_line_errors("report"):
         config: ReportConfig = read_arguments("report", args)
         context = Context.of(config.run.device, config.run.precision, config.data.workers)
-        os.environ.setdefault("MPLCONFIGDIR", str(cache_folder() / "matplotlib"))  # its list of fonts, made only once
         context.say(f"report: {write_report(config, context)}")
 
 

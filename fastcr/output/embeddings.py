@@ -13,9 +13,10 @@ import os
 import shutil
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -56,7 +57,7 @@ class Job:
         self.waiting, self.table = list[dict[str, Tensor]](), io.StringIO()
         self.saved_at = time.monotonic()
         if self.parts:
-            if self.parts != [self._part(number) for number in range(len(self.parts))]:
+            if self.parts[-1] != self._part(len(self.parts) - 1):
                 raise UsageError(f"{folder} is broken (it lacks a part): {ANEW}")
             begun = self._about(self.parts[-1])
             if other := [name for name in key if begun["key"].get(name) != key[name]]:
@@ -100,33 +101,28 @@ class Job:
         content["about"] = json.dumps(about)
         content["table"] = np.frombuffer(self.table.getvalue().encode(errors="surrogateescape"), np.uint8)
         part = self._part(len(self.parts))
-
-        def write(file: Path) -> None:
-            with file.open("wb") as opened:
-                np.savez(opened, **content)
-
-        write_whole(part, write)
+        _write(part, lambda opened: np.savez(opened, **content))
         self.parts.append(part)
         self.waiting, self.table, self.saved_at = [], io.StringIO(), time.monotonic()
 
+    def _rows(self, name: str, mean: Array | None) -> Iterator[Any]:
+        """Content of the .npy file of an array of all parts; with a `mean`, its rows less that, of unit length."""
+        for part in self.parts:
+            rows = self._read(part, name)
+            if part == self.parts[0]:
+                shape, header = (self.rows, *rows.shape[1:]), io.BytesIO()
+                facts = {"descr": dtype_to_descr(rows.dtype), "fortran_order": False, "shape": shape}
+                write_array_header_1_0(header, facts)
+                yield header.getvalue()
+            if mean is not None:
+                rows = rows - mean
+                rows /= np.linalg.norm(rows, axis=1, keepdims=True).clip(1e-12)
+            yield rows.data
+
     def _join(self, name: str, mean: Array | None = None) -> Array:
-        """An array of all parts, mapped from a new file. With a `mean`, its rows less that, of unit length."""
-
-        def write(file: Path) -> None:
-            with file.open("wb") as opened:
-                for part in self.parts:
-                    rows = self._read(part, name)
-                    if not opened.tell():
-                        shape = (self.rows, *rows.shape[1:])
-                        facts = {"descr": dtype_to_descr(rows.dtype), "fortran_order": False, "shape": shape}
-                        write_array_header_1_0(opened, facts)
-                    if mean is not None:
-                        rows = rows - mean
-                        rows /= np.linalg.norm(rows, axis=1, keepdims=True).clip(1e-12)
-                    opened.write(rows.data)
-
+        """An array of all parts, as `_rows`, mapped from a new file."""
         joined = self.folder / f"{name}.npy"
-        write_whole(joined, write)
+        _write(joined, lambda opened: opened.writelines(self._rows(name, mean)))
         return np.load(joined, mmap_mode="r+")
 
     def finish(
@@ -153,24 +149,26 @@ class Job:
             shutil.copymode(self.parts[0], made)  # save_file makes it readable to its owner only
             write_whole(folder / TENSORS, lambda file: os.replace(made, file))
         write_whole(folder / ENCODER, lambda file: file.write_text(json.dumps(facts, indent=2) + "\n"))
-
-        def write_table(file: Path) -> None:
-            with file.open("wb") as opened:
-                opened.write(",".join(f'"{name}"' for name in COLUMNS).encode() + b"\n")
-                for part in self.parts:
-                    opened.write(self._read(part, "table").data)
-
-        write_whole(folder / TABLE, write_table)
+        head = ",".join(f'"{name}"' for name in COLUMNS).encode() + b"\n"
+        lines = (self._read(part, "table").data for part in self.parts)
+        _write(folder / TABLE, lambda opened: opened.writelines(chain([head], lines)))
         shutil.rmtree(self.folder)
 
 
+def _write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
+    """Have `fill` write a file, whole or not at all."""
+
+    def write(file: Path) -> None:
+        with file.open("wb") as opened:
+            fill(opened)
+
+    write_whole(path, write)
+
+
 def check_unused(folder: Path) -> None:
-    """`UsageError` if the folder holds embeddings already."""
-    unfinished = folder / "partial"
+    """`UsageError` if the folder holds embeddings already, and they are not those of a job that was killed."""
     found = [name for name in FINAL if (folder / name).exists()]
-    if found[:1] == [TABLE]:  # the last file to be written: nothing is left to do
-        shutil.rmtree(unfinished, ignore_errors=True)
-    if found and not unfinished.exists():
+    if found and (TABLE in found or not (folder / "partial").exists()):
         raise UsageError(f"{folder / found[0]} is there already: remove it, or name another --out")
 
 
@@ -186,13 +184,9 @@ class Stored(NamedTuple):
     """The embeddings in a folder."""
 
     vectors: Tensor  # [N,C] fp32, unit length
+    mean: Tensor | None  # [C], that was subtracted from them
     rows: list[tuple[str, str]]  # path and label of each image
     facts: dict[str, Any]  # of the encoder, and how its features were pooled
-
-    @property
-    def mean(self) -> Tensor | None:
-        """The mean `[C]` that was subtracted from them, if one was."""
-        return torch.tensor(self.facts["subtracted"]) if "subtracted" in self.facts else None
 
     def nearest(self, queries: Tensor, k: int) -> list[list[Neighbour]]:
         """The `k` images most similar to each of the queries `[Q,C]`, unit length, the most similar first."""
@@ -229,9 +223,7 @@ def read_stored(source: Path) -> Stored:
             raise ValueError("it holds no vectors in fp32")
         if len(vectors) != len(rows) or not rows:
             raise ValueError(f"{len(vectors)} embeddings of {len(rows)} images")
-        stored = Stored(vectors, rows, facts)
-        if stored.mean is not None and stored.mean.shape != vectors.shape[1:]:
-            raise ValueError(f"{vectors.shape[1]} dimensions, of the mean {len(stored.mean)}")
+        mean = torch.tensor(facts["subtracted"]).expand_as(vectors[0]) if "subtracted" in facts else None
     except (OSError, EOFError, ValueError, TypeError, LookupError, RuntimeError, UsageError, csv.Error) as error:
         raise UsageError(f"{reading} is missing or broken ({one_line(error)}): run fastcr embed again") from None
-    return stored
+    return Stored(vectors, mean, rows, facts)

@@ -46,10 +46,10 @@ class Table(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """A drawing of curves."""
+    """A curve."""
 
     title: str
-    svg: bytes
+    points: Sequence[tuple[float, float]]  # x and y, the latter upwards
 
 
 class Section(NamedTuple):
@@ -91,16 +91,23 @@ def html_page(title: str, sections: Sequence[Section]) -> str:
     """The whole page."""
     text = Path(__file__).parents[1].joinpath("sheet.html.jinja").read_text(encoding="utf-8")
     template = Template(text, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page = template.render(title=title, sections=sections, generator=GENERATOR, policy=POLICY, uri=data_uri)
+    functions = {"uri": data_uri, "polyline": polyline}
+    page = template.render(title=title, sections=sections, generator=GENERATOR, policy=POLICY, **functions)
     return UNPRINTABLE.sub("\ufffd", page)
 
 
-def data_uri(content: Image.Image | bytes) -> str:
-    """A picture, as a JPEG, or the bytes of an SVG as an address that needs no file."""
-    if isinstance(content, bytes):
-        return f"data:image/svg+xml;base64,{base64.b64encode(content).decode()}"
-    content.save(held := io.BytesIO(), "JPEG", quality=QUALITY)
+def data_uri(picture: Image.Image) -> str:
+    """A picture, as a JPEG, as an address that needs no file."""
+    picture.save(held := io.BytesIO(), "JPEG", quality=QUALITY)
     return f"data:image/jpeg;base64,{base64.b64encode(held.getvalue()).decode()}"
+
+
+def polyline(points: Sequence[tuple[float, float]]) -> str:
+    """The points of a curve as SVG has them, scaled to a box of 500 by 250."""
+    (left, right), (low, high) = ((min(axis), max(axis)) for axis in zip(*points, strict=True))
+    across, up = (right - left) or 1, (high - low) or 1
+    shown = [f"{500 * (x - left) / across:.1f},{250 * (high - y) / up:.1f}" for x, y in points]
+    return " ".join(shown if len(shown) > 1 else shown * 2)  # a line of one point would not be seen
 
 
 def contact_sheet(sections: Sequence[Section]) -> Image.Image:
