@@ -118,7 +118,7 @@ class SearchConfig:
 
 @dataclass(frozen=True)
 class VisualizeConfig:
-    """Images with the attention over them, and what the detectors answer to."""
+    """Images with the attention over them."""
 
     source: tyro.conf.Positional[Path]
     """A run folder, one of fastcr's weights files, or hf://OWNER/NAME[@REVISION] on the Hugging Face Hub."""
@@ -131,8 +131,6 @@ class VisualizeConfig:
     """Images shown, evenly spread over those there are."""
     columns: int = number(6, 1)
     """Images side by side on a sheet; a page has as many as there is room for."""
-    detectors: bool = False
-    """Also show the detectors that win most positions of these images, on the images where they answer most."""
     run: DeviceConfig = field(default_factory=DeviceConfig)
 
 

@@ -87,11 +87,6 @@ def read_pictures(places: Sequence[Place], image_size: int) -> tuple[dict[str, P
     return found, reasons
 
 
-def pixels_of(pictures: Sequence[Picture]) -> Tensor:
-    """The crops, uint8 `[N,S,S,3]`."""
-    return torch.stack([torch.from_numpy(np.array(picture.crop)) for picture in pictures])
-
-
 def encode(
     pictures: Sequence[Picture], encoder: Encoder, context: Context, pooling: str = "mean", mean: Tensor | None = None
 ) -> tuple[Tensor, Sequence[Tensor] | Sequence[None]]:
@@ -100,7 +95,8 @@ def encode(
     `pooling` and `mean` are those of `fastcr.measures.poolings.pooled`.
     """
     vectors, maps = list[Tensor](), list[Tensor]()
-    for part in pixels_of(pictures).split(BATCH_SIZE):
+    pixels = torch.stack([torch.from_numpy(np.array(picture.crop)) for picture in pictures])  # uint8 [N,S,S,3]
+    for part in pixels.split(BATCH_SIZE):
         features, _ = encoder.of_crops(part.to(context.device), context.dtype)
         vectors.append(pooled(features, encoder, pooling, mean).cpu())
         if (attention := encoder.pooled(features).attention) is not None:
