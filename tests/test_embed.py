@@ -1,6 +1,7 @@
 """Embeddings in files: the numbers evaluation computes, each row the image the table names; kills cost nothing."""
 
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -33,7 +34,6 @@ from fastcr.runs.context import Context
 from tests.shared import write_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-CONTEXT = Context(console=Console(file=io.StringIO()))
 CPU = ("--run.device", "cpu", "--data.workers", "0")
 
 
@@ -42,23 +42,16 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_weights(tmp_path_factory.mktemp("weights") / "weights.safetensors")
 
 
-@pytest.fixture
-def batches_of_8(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "BATCH_SIZE", 8)
-    monkeypatch.setattr(embeddings, "PART_SECONDS", 0.0)
+@pytest.fixture(scope="module", autouse=True)
+def batches_of_8() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "BATCH_SIZE", 8)
+        patch.setattr(embeddings, "PART_SECONDS", 0.0)
+        yield
 
 
 def run(*args: object) -> None:
     command.main([*map(str, args), *CPU])
-
-
-def fails(capsys: pytest.CaptureFixture[str], *args: object) -> str:
-    """The one line a command ends with."""
-    with pytest.raises(SystemExit) as stop:
-        run(*args)
-    assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
 
 
 def table(folder: Path) -> list[dict[str, str]]:
@@ -74,26 +67,32 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def computed(weights: Path, images: ImageList) -> Embeddings:
     poolings = {name: pool for name, pool in OF_FEATURES.items() if name != "mean"}
-    return embed(fastcr.load(weights), images, CONTEXT, title="", poolings=poolings)
+    context = Context(console=Console(file=io.StringIO()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastcr.measures.embeddings.BATCH_SIZE", 8)
+        return embed(fastcr.load(weights), images, context, title="", poolings=poolings)
 
 
 class Killed(BaseException):
     """Stands for a kill."""
 
 
-@pytest.fixture
-def killed_after_5_batches() -> Iterator[pytest.MonkeyPatch]:
-    """The end comes with the sixth batch, before it is written; `undo` of what it gives lets it pass."""
-    save = Job.save
+def raising(error: BaseException) -> Callable[..., None]:
+    def call(*args: object, **more: object) -> None:
+        raise error
 
-    def until(job: Job) -> None:
-        if job.images > 40:
-            raise Killed
-        save(job)
+    return call
 
+
+@pytest.fixture(scope="module")
+def half(weights: Path, birds: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a job with --attention that was killed in its sixth batch; not to be changed."""
+    out, save = tmp_path_factory.mktemp("half") / "out", Job.save
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Job, "save", until)
-        yield patch
+        patch.setattr(Job, "save", lambda job: save(job) if job.images <= 40 else raising(Killed())())
+        with pytest.raises(Killed):
+            run(weights, birds, "--out", out, "--attention", "True")
+    return out
 
 
 @pytest.mark.parametrize("released", [False, True])
@@ -141,100 +140,69 @@ def test_numpy_files_hold_the_same_and_so_do_those_of_worker_processes(
         assert np.array_equal(mapped, array.numpy())
 
 
-def test_without_a_branch_there_is_the_mean_alone(
-    birds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_a_branch_there_is_the_mean_alone(birds: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     plain = write_weights(tmp_path / "plain.safetensors", RationaleConfig(enabled=False))
     run(plain, birds / "test", "--out", tmp_path / "out")
     assert load_file(tmp_path / "out" / "embeddings.safetensors").keys() == {"mean"}
-    assert {row["split"] for row in table(tmp_path / "out")} == {""}
-    message = fails(capsys, plain, birds, "--out", tmp_path / "out", "--format", "npy")
+    assert {(row["split"], row["peak_x"]) for row in table(tmp_path / "out")} == {("", "")}
+    message = refused(command.main, plain, birds, "--out", tmp_path / "out", "--format", "npy", *CPU)
     assert "images.csv is there already: remove it, or name another --out" in message
-    message = fails(capsys, plain, birds, "--out", tmp_path / "more", "--attention", "True")
+    message = refused(command.main, plain, birds, "--out", tmp_path / "more", "--attention", "True", *CPU)
     assert "no branch for the attention" in message
     assert not (tmp_path / "more").exists()
 
 
-@pytest.mark.parametrize("how", [("--attention", "True"), ("--format", "npy", "--centre")])
-@pytest.mark.usefixtures("batches_of_8")
 def test_killed_command_goes_on_and_gives_the_same_bytes(
-    how: tuple[str, ...],
-    weights: Path,
-    birds: Path,
-    tmp_path: Path,
-    killed_after_5_batches: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    weights: Path, birds: Path, half: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(Killed):
-        run(weights, birds, "--out", tmp_path / "out", *how)
-    assert not (tmp_path / "out" / "images.csv").exists()
-    killed_after_5_batches.undo()
+    out, how = Path(shutil.copytree(half, tmp_path / "out")), ("--attention", "True")
+    assert {entry.name for entry in out.iterdir()} == {"partial"}
 
-    def all_but_the_table(path: Path, write: Callable[[Path], object]) -> None:
+    def all_but_the_last(path: Path, write: Callable[[Path], object]) -> None:
         if path.name == "encoder.json":
             raise Killed
         write_whole(path, write)
 
     # again, when all is embedded but the files are not all in place
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(embeddings, "write_whole", all_but_the_table)
+        patch.setattr(embeddings, "write_whole", all_but_the_last)
         with pytest.raises(Killed):
-            run(weights, birds, "--out", tmp_path / "out", *how)
+            run(weights, birds, "--out", out, *how)
     assert "resuming after 40 of 96 images" in capsys.readouterr().out
-    run(weights, birds, "--out", tmp_path / "out", *how)
+    run(weights, birds, "--out", out, *how)
     assert "resuming after 96 of 96 images" in capsys.readouterr().out
     run(weights, birds, "--out", tmp_path / "whole", *how)
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("other", ["weights", "images"])
-@pytest.mark.usefixtures("batches_of_8")
-def test_what_was_begun_with_something_else_is_refused(
-    other: str,
-    weights: Path,
-    birds: Path,
-    tmp_path: Path,
-    killed_after_5_batches: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_a_job_that_cannot_go_on_says_why_and_stays_as_it_is(
+    weights: Path, birds: Path, half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
 ) -> None:
-    root = Path(shutil.copytree(birds, tmp_path / "birds"))
-    with pytest.raises(Killed):
-        run(weights, root, "--out", tmp_path / "out")
-    killed_after_5_batches.undo()
-    if other == "weights":
-        weights = write_weights(tmp_path / "other.safetensors", seed=1)
-    else:
-        next((root / "test").glob("*/*.jpg")).touch()
-    before = contents(tmp_path / "out" / "partial")
-    message = fails(capsys, weights, root, "--out", tmp_path / "out")
-    assert f"{tmp_path}/out/partial was begun with other {other}" in message
-    assert contents(tmp_path / "out" / "partial") == before
+    out, root = Path(shutil.copytree(half, tmp_path / "out")), Path(shutil.copytree(birds, tmp_path / "birds"))
+    first, *_, last = sorted((out / "partial").glob("*.npz"))
 
+    def said(weights: Path = weights, root: Path = birds) -> str:
+        before = contents(out / "partial")
+        line = refused(command.main, weights, root, "--out", out, "--attention", "True", *CPU)
+        assert contents(out / "partial") == before
+        return line
 
-@pytest.mark.usefixtures("batches_of_8")
-def test_broken_partial_folder_is_refused(
-    weights: Path,
-    birds: Path,
-    tmp_path: Path,
-    killed_after_5_batches: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    with pytest.raises(Killed):
-        run(weights, birds, "--out", tmp_path / "out")
-    killed_after_5_batches.undo()
-    first, *_, last = sorted((tmp_path / "out" / "partial").glob("*.npz"))
+    other = write_weights(tmp_path / "other.safetensors", seed=1)
+    assert f"{out}/partial was begun with other weights: remove that folder" in said(weights=other)
+    next((root / "test").glob("*/*.jpg")).touch()
+    assert f"{out}/partial was begun with other images: remove that folder" in said(root=root)
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "savez", raising(OSError(errno.ENOSPC, "No space left on device")))
+        assert "No space left on device" in said()
     whole = first.read_bytes()
+    last.write_bytes(whole[:-100])
+    assert f"{last} is broken" in said()
     first.unlink()
-    message = fails(capsys, weights, birds, "--out", tmp_path / "out")
-    assert f"{tmp_path}/out/partial is broken (it lacks a part): remove that folder" in message
-    for file in (first, last):
-        first.write_bytes(whole)
-        file.write_bytes(whole[:-100])
-        assert f"{file} is broken" in fails(capsys, weights, birds, "--out", tmp_path / "out")
+    assert f"{out}/partial is broken (it lacks a part): remove that folder" in said()
 
 
 def test_another_process_at_it_is_noticed(
-    weights: Path, birds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    weights: Path, birds: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     (tmp_path / "partial").mkdir()
     code = f"import fcntl; f = open({str(tmp_path / 'partial' / '.lock')!r}, 'w'); fcntl.lockf(f, 2); input(print(1))"
@@ -242,15 +210,12 @@ def test_another_process_at_it_is_noticed(
         assert other.stdin
         assert other.stdout
         other.stdout.read(1)
-        assert "another process" in fails(capsys, weights, birds, "--out", tmp_path)
+        assert "another process" in refused(command.main, weights, birds, "--out", tmp_path, *CPU)
         other.stdin.close()
-    run(weights, birds, "--out", tmp_path)
-    assert len(table(tmp_path)) == 96
 
 
-@pytest.mark.usefixtures("batches_of_8")
 def test_unreadable_images_are_named_counted_and_left_out(
-    weights: Path, birds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    weights: Path, birds: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], refused: Callable[..., str]
 ) -> None:
     root = Path(shutil.copytree(birds / "test", tmp_path / "birds"))
     files = read_splits(root).train.files
@@ -258,7 +223,7 @@ def test_unreadable_images_are_named_counted_and_left_out(
     for index in broken:
         (root / files[index]).write_bytes(b"no picture")
     run(weights, root, "--out", tmp_path / "out")
-    out = capsys.readouterr().out
+    out = capfd.readouterr().out
     assert "22 images embedded, 10 unreadable left out" in out
     assert all(repr(str(root / files[index])) in out for index in broken)
     kept = [index for index in range(32) if index not in broken]
@@ -270,7 +235,7 @@ def test_unreadable_images_are_named_counted_and_left_out(
 
     for file in files:
         (root / file).write_bytes(b"")
-    message = fails(capsys, weights, root, "--out", tmp_path / "none")
+    message = refused(command.main, weights, root, "--out", tmp_path / "none", *CPU)
     assert f"none of the 32 images under {root} can be read" in message
     assert not (tmp_path / "none" / "partial").exists()
 
