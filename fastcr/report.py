@@ -19,7 +19,7 @@ from fastcr.data.synthetic import write_synthetic
 from fastcr.encoders.encoder import load
 from fastcr.errors import UsageError
 from fastcr.measures.embeddings import embed
-from fastcr.output.gallery import SIDE, attended, neighbours, read_pictures, spread
+from fastcr.output.gallery import attended, neighbours, read_pictures, spread
 from fastcr.output.sheets import PAGE, Chart, Section, Table, check_out, write_sheet
 from fastcr.output.tables import results_tables, text_of
 from fastcr.presets import PRESETS
@@ -132,7 +132,7 @@ def images_of(name: str, trained: Config, config: ReportConfig, context: Context
         text = f"Images {shown}.{lost} Each map is warm where it is high, and is scaled to its own maximum."
         places = [(images, index) for index in spread(found.kept.tolist(), config.gallery)]
         pictures, _ = read_pictures(places, encoder.image_size)
-        tiles = attended(list(pictures.values()), encoder, context, SIDE)
+        tiles = attended(list(pictures.values()), encoder, context)
         sections.append(Section("Attention", text, rows=[tiles]))
     if config.queries:
         pooling = "mean" if encoder.branch is None else "attention"

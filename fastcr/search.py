@@ -18,7 +18,7 @@ from fastcr.encoders.hub import address_of
 from fastcr.errors import UsageError
 from fastcr.measures.poolings import SHOWN
 from fastcr.output.embeddings import Neighbour, Stored, read_stored
-from fastcr.output.gallery import SIDE, encode, list_images, read_pictures, tile
+from fastcr.output.gallery import encode, list_images, read_pictures, tile
 from fastcr.output.sheets import Section, Tile, check_out, write_sheet
 from fastcr.runs.command_line import one_line_errors
 from fastcr.runs.context import Context
@@ -57,7 +57,7 @@ def tiles_of(stored: Stored, near: Sequence[Neighbour], encoder: Encoder, contex
         return []
     maps = dict(zip(pictures, encode(list(pictures.values()), encoder, context)[1], strict=True))
     return [
-        tile(f"{each.similarity:.3f} {each.label} {os.path.basename(path)}", pictures[path].crop, maps[path], SIDE)
+        tile(f"{each.similarity:.3f} {each.label} {os.path.basename(path)}", pictures[path].crop, maps[path])
         for index, each in enumerate(near)
         if (path := listed.path(index)) in pictures
     ]
@@ -89,7 +89,7 @@ def search(config: SearchConfig, context: Context) -> None:
                 if asked <= DRAWN:
                     tiles = tiles_of(stored, near[:DRAWN_NEAR], encoder, context)
                     missing += len(near[:DRAWN_NEAR]) - len(tiles)
-                    sections.append(Section(path, rows=[[tile("query", query.crop, attention, SIDE), *tiles]]))
+                    sections.append(Section(path, rows=[[tile("query", query.crop, attention), *tiles]]))
     if not sections:
         raise UsageError(f"none of the {len(images)} images can be read")
     made_with = os.path.join(*Path(stored.facts["weights"]).parts[-2:])

@@ -23,7 +23,7 @@ from fastcr.output.sheets import Section, Tile, contact_sheet
 from fastcr.runs.context import Context
 
 FIXED, COLUMNS = 8, 4  # images whose attention is drawn during a training, and of these in a row
-SIDE, NEIGHBOURS = 144, 5  # pixels of small tiles; images found of each query of a report
+NEIGHBOURS = 5  # images found of each query of a report
 COLD, WARM, HOT = "#1b1044", "#e0483e", "#fdf3a0"  # colours of an attention map
 STRENGTH = 0.75  # how far the most attended position is covered
 Place = tuple[ImageList, int]  # an image of a list
@@ -104,10 +104,8 @@ def encode(
     return torch.cat(vectors), maps or [None] * len(pictures)
 
 
-def tile(caption: str, crop: Image.Image, attention: Tensor | None, side: int | None = None, mark: str = "") -> Tile:
-    """An image, and beside it the attention over it if there is one; resized to `side` pixels if that is given."""
-    if side:
-        crop = crop.resize((side, side), Image.Resampling.LANCZOS)
+def tile(caption: str, crop: Image.Image, attention: Tensor | None = None, mark: str = "") -> Tile:
+    """An image, and beside it the attention over it if there is one."""
     return Tile(caption, [crop] if attention is None else [crop, overlay(crop, attention)], mark)
 
 
@@ -116,10 +114,10 @@ def in_rows(tiles: Sequence[Tile], columns: int) -> list[Sequence[Tile]]:
     return [tiles[first : first + columns] for first in range(0, len(tiles), columns)]
 
 
-def attended(pictures: Sequence[Picture], encoder: Encoder, context: Context, side: int | None = None) -> list[Tile]:
-    """Each image, and beside it the attention of an encoder with a branch; of `side` pixels if that is given."""
+def attended(pictures: Sequence[Picture], encoder: Encoder, context: Context) -> list[Tile]:
+    """Each image, and beside it the attention of an encoder with a branch."""
     maps = encode(pictures, encoder, context)[1]
-    return [tile(each.name, each.crop, attention, side) for each, attention in zip(pictures, maps, strict=True)]
+    return [tile(each.name, each.crop, attention) for each, attention in zip(pictures, maps, strict=True)]
 
 
 def neighbours(found: Embeddings, images: ImageList, size: int, count: int) -> list[list[Tile]]:
@@ -144,7 +142,7 @@ def neighbours(found: Embeddings, images: ImageList, size: int, count: int) -> l
             elif labels:
                 right = labels[kept[other]] == labels[kept[query]]
                 caption, mark = f"{'✓' if right else '✗'} {caption}", "right" if right else "wrong"
-            row.append(tile(caption, picture.crop, None, SIDE, mark))
+            row.append(tile(caption, picture.crop, mark=mark))
         rows.append(row)
     return rows
 

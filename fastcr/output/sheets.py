@@ -26,6 +26,7 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # no sc
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 PAGE, PICTURES = ".html", (".jpg", ".jpeg", ".png")
 LEAST_SIDE, GAP, LINE, FONT_SIZE = 112, 8, 20, 14  # of a picture, pixels
+SMALL = 144  # of the pictures on a page, pixels
 QUALITY = 82  # of JPEGs
 
 
@@ -97,8 +98,9 @@ def html_page(title: str, sections: Sequence[Section]) -> str:
 
 
 def data_uri(picture: Image.Image) -> str:
-    """A picture, as a JPEG, as an address that needs no file."""
-    picture.save(held := io.BytesIO(), "JPEG", quality=QUALITY)
+    """A picture, as a small JPEG, as an address that needs no file."""
+    (small := picture.copy()).thumbnail((SMALL, SMALL))
+    small.save(held := io.BytesIO(), "JPEG", quality=QUALITY)
     return f"data:image/jpeg;base64,{base64.b64encode(held.getvalue()).decode()}"
 
 
