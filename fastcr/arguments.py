@@ -129,8 +129,6 @@ class VisualizeConfig:
     in this folder."""
     limit: int = number(24, 1)
     """Images shown, evenly spread over those there are."""
-    columns: int = number(6, 1)
-    """Images side by side on a sheet; a page has as many as there is room for."""
     run: DeviceConfig = field(default_factory=DeviceConfig)
 
 

@@ -160,14 +160,13 @@ def check(config: ExportConfig) -> None:
         raise UsageError("--push goes with --format hub")
     if config.pooling and config.format not in ("torch", "onnx"):
         raise UsageError("--pooling goes with --format torch and onnx: the others hold weights, not a graph")
-    asked, extra, packages = f"--format {config.format}", "onnx", ["onnx", "onnxscript"] * (config.format == "onnx")
-    if config.push:
-        asked, extra, packages = "--push", "hub", ["huggingface_hub"]
+    packages = ["onnx", "onnxscript"] if config.format == "onnx" else ["huggingface_hub"] if config.push else []
     try:
         for package in packages:
             importlib.import_module(package)
     except ImportError as error:
-        raise UsageError(f'{asked} needs {error.name}: pip install "fastcr[{extra}]"') from None
+        extra = "hub" if config.push else "onnx"
+        raise UsageError(f'this export needs {error.name}: pip install "fastcr[{extra}]"') from None
     if config.push and not importlib.import_module("huggingface_hub").get_token():
         raise UsageError("--push needs your Hugging Face token: run hf auth login, or set HF_TOKEN")
 

@@ -54,37 +54,33 @@ def class_sizes(images: ImageList) -> dict[str, int]:
     return {name: counts[label] for label, name in enumerate(images.classes)}
 
 
-def summary(split: Split) -> list[str]:
-    """A column of the first table."""
+def tables(splits: dict[str, Split], classes: bool) -> list[Table]:
+    """A table of the splits, and one of all `classes`."""
 
     def spread(values: Sequence[float]) -> str:
         return " / ".join(f"{each:,.0f}" for each in (min(values), median(values), max(values))) if values else "-"
 
-    images, good = split.images, [fact for fact in split.facts if not fact.error]
-    return [
-        f"{len(images):,}",
-        f"{len(images) - len(good):,}",
-        f"{len(images.classes):,}" if images.labels else "no labels",
-        spread([*class_sizes(images).values()]),
-        spread([fact.width for fact in good]),
-        spread([fact.height for fact in good]),
-    ]
-
-
-def tables(splits: dict[str, Split], classes: bool) -> list[Table]:
-    """A table of the splits, and one of all `classes`."""
-    facts = Table("", title="minimum / median / maximum", title_style="dim")
-    sizes = Table("class")
+    table = Table("", title="minimum / median / maximum", title_style="dim")
+    rows = [["images"], ["broken"], ["classes"], ["images a class"], ["width, px"], ["height, px"]]
+    sizes = {name: class_sizes(split.images) for name, split in splits.items()}
+    for name, (images, facts) in splits.items():
+        table.add_column(name, justify="right")
+        good = [fact for fact in facts if not fact.error]
+        counts = [f"{len(images):,}", f"{len(images) - len(good):,}"]
+        counts += [f"{len(images.classes):,}" if images.labels else "no labels", spread([*sizes[name].values()])]
+        sides = [spread([fact.width for fact in good]), spread([fact.height for fact in good])]
+        for row, cell in zip(rows, counts + sides, strict=True):
+            row.append(cell)
+    for row in rows:
+        table.add_row(*row)
+    if not classes or not any(sizes.values()):
+        return [table]
+    every = Table("class")
     for name in splits:
-        facts.add_column(name, justify="right")
-        sizes.add_column(name, justify="right")
-    titles = ["images", "broken", "classes", "images a class", "width, px", "height, px"]
-    for row in zip(titles, *map(summary, splits.values()), strict=True):
-        facts.add_row(*row)
-    counts = [class_sizes(split.images) for split in splits.values()]
-    for name in counts[-1] or counts[0]:  # the same ones, if both have labels
-        sizes.add_row(name, *(f"{count.get(name, 0):,}" for count in counts))
-    return [facts, sizes] if classes and sizes.row_count else [facts]
+        every.add_column(name, justify="right")
+    for one in sizes.get("test") or sizes["train"]:  # the same ones, if both have labels
+        every.add_row(one, *(f"{count.get(one, 0):,}" for count in sizes.values()))
+    return [table, every]
 
 
 def shared(train: Split, test: Split) -> list[str]:

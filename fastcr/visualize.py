@@ -14,8 +14,8 @@ from fastcr.arguments import VisualizeConfig, read_arguments
 from fastcr.data.synthetic import write_synthetic
 from fastcr.encoders.encoder import find_weights, folder_of, load
 from fastcr.errors import UsageError
-from fastcr.output.gallery import attended, in_rows, list_images, read_pictures, spread
-from fastcr.output.sheets import PAGE, Section, check_out, write_sheet
+from fastcr.output.gallery import attended, list_images, read_pictures, spread
+from fastcr.output.sheets import Section, check_out, write_sheet
 from fastcr.runs.command_line import load_config, one_line_errors
 from fastcr.runs.context import Context
 
@@ -40,8 +40,7 @@ def visualize(config: VisualizeConfig, context: Context) -> None:
         raise UsageError(f"none of the {len(reasons)} images can be read: {reasons[0]}")
     tiles = attended(list(pictures.values()), encoder, context)
     text = "Each map is warm where the attention is high, and is scaled to its own maximum."
-    columns = len(tiles) if out.suffix.lower() == PAGE else config.columns  # a page breaks its lines itself
-    write_sheet(out, f"Attention of {weights.name}", [Section(text=text, rows=in_rows(tiles, columns))])
+    write_sheet(out, f"Attention of {weights.name}", [Section(text=text, rows=[tiles])])
     for reason in reasons:
         context.say(f"left out: {reason}")
     context.say(out)

@@ -47,18 +47,18 @@ def test_crop_is_that_of_evaluation(size: tuple[int, int], tmp_path: Path) -> No
 def test_each_picture_of_a_run_stands_beside_its_attention(weights: Path, birds: Path, tmp_path: Path) -> None:
     shutil.copyfile(weights, tmp_path / "weights.safetensors")
     save_config(Config(data=DataConfig(root=birds)), tmp_path / "config.yaml")
-    run(tmp_path, "--limit", 5, "--columns", 3)
+    run(tmp_path, "--limit", 8)
     sheet, images = Image.open(tmp_path / "attention.png"), read_splits(birds).test
     assert images
-    assert sheet.size == (GAP + 3 * TILE, GAP + 2 * ROW)
+    assert sheet.size == (GAP + 6 * TILE, GAP + 2 * ROW)
     encoder = load(weights)
-    for place, index in enumerate(spread(range(32), 5)):
+    for place, index in enumerate(spread(range(32), 8)):
         crop = as_evaluated(images.rgb(index), SIDE)
         pixels = torch.tensor(bytearray(crop.tobytes())).view(1, SIDE, SIDE, 3)
         with torch.inference_mode():
             attention = encoder.both(normalise(pixels, torch.float32)).attention
         assert attention is not None
-        left, top = GAP + place % 3 * TILE, GAP + place // 3 * ROW
+        left, top = GAP + place % 6 * TILE, GAP + place // 6 * ROW
         shown = sheet.crop((left, top, left + SIDE, top + SIDE))
         assert shown.tobytes() == crop.tobytes()
         over = sheet.crop((left + SIDE, top, left + 2 * SIDE, top + SIDE))

@@ -22,7 +22,7 @@ from fastcr.measures.poolings import pooled
 from fastcr.output.sheets import Section, Tile, contact_sheet
 from fastcr.runs.context import Context
 
-FIXED, COLUMNS = 8, 4  # images whose attention is drawn during a training, and of these in a row
+FIXED = 12  # images whose attention is drawn during a training
 NEIGHBOURS = 5  # images found of each query of a report
 COLD, WARM, HOT = "#1b1044", "#e0483e", "#fdf3a0"  # colours of an attention map
 STRENGTH = 0.75  # how far the most attended position is covered
@@ -109,11 +109,6 @@ def tile(caption: str, crop: Image.Image, attention: Tensor | None = None, mark:
     return Tile(caption, [crop] if attention is None else [crop, overlay(crop, attention)], mark)
 
 
-def in_rows(tiles: Sequence[Tile], columns: int) -> list[Sequence[Tile]]:
-    """The tiles, `columns` of them in a row."""
-    return [tiles[first : first + columns] for first in range(0, len(tiles), columns)]
-
-
 def attended(pictures: Sequence[Picture], encoder: Encoder, context: Context) -> list[Tile]:
     """Each image, and beside it the attention of an encoder with a branch."""
     maps = encode(pictures, encoder, context)[1]
@@ -156,4 +151,4 @@ def fixed_attention(encoder: Encoder, images: ImageList, context: Context) -> Im
         return None
     with torch.compiler.set_stance("force_eager"), encoder.evaluating():
         tiles = attended(list(pictures.values()), encoder, context)
-    return contact_sheet([Section(rows=in_rows(tiles, COLUMNS))])
+    return contact_sheet([Section(rows=[tiles])])

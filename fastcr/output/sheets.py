@@ -25,6 +25,7 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # no sc
 # what no page may hold: control characters, and halves of characters from file names that are not UTF-8
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 PAGE, PICTURES = ".html", (".jpg", ".jpeg", ".png")
+ROW = 6  # tiles side by side in a picture; a page has as many as there is room for
 LEAST_SIDE, GAP, LINE, FONT_SIZE = 112, 8, 20, 14  # of a picture, pixels
 SMALL = 144  # of the pictures on a page, pixels
 QUALITY = 82  # of JPEGs
@@ -114,17 +115,18 @@ def polyline(points: Sequence[tuple[float, float]]) -> str:
 
 def contact_sheet(sections: Sequence[Section]) -> Image.Image:
     """Headings and tiles on white; text is cut to the width of what it belongs to."""
-    rows = [tiles for section in sections for tiles in section.rows]
+    parts = [[row[at : at + ROW] for row in section.rows for at in range(0, len(row), ROW)] for section in sections]
+    rows = [tiles for part in parts for tiles in part]
     side = max(rows[0][0].images[0].width, LEAST_SIDE)
     tile_width, row_height = side * max(len(tile.images) for tiles in rows for tile in tiles), side + LINE + GAP
     width = GAP + max(map(len, rows)) * (tile_width + GAP)
     height = GAP + len(rows) * row_height + LINE * sum(bool(section.heading) for section in sections)
     sheet, top = Image.new("RGB", (width, height), "white"), GAP
-    for section in sections:
+    for section, part in zip(sections, parts, strict=True):
         if section.heading:
             sheet.paste(line_of(section.heading, width - 2 * GAP), (GAP, top))
             top += LINE
-        for tiles in section.rows:
+        for tiles in part:
             for column, tile in enumerate(tiles):
                 left = GAP + column * (tile_width + GAP)
                 for i, image in enumerate(tile.images):

@@ -26,7 +26,7 @@ def results_tables(results: dict[str, Any], *, every: bool = False) -> Iterator[
     if line := best_line(results):
         yield line
     if every:
-        yield from poolings_tables(results)
+        yield poolings_table(results)
     others = others_table(results)
     if others.row_count:
         yield others
@@ -107,21 +107,21 @@ def _judged(differs: bool) -> str:
     return "more than chance" if differs else "no difference that can be told apart from chance"
 
 
-def poolings_tables(results: dict[str, Any]) -> Iterator[Table]:
+def poolings_table(results: dict[str, Any]) -> Table:
     """Every pooling, as it is and with the mean subtracted: rank-1, rank-5 and mAP; a star marks the best mAP."""
     sides = _sides(results)
-    for section, title in (("retrieval", "every pooling"), ("retrieval_centred", "every pooling, mean subtracted")):
-        if section not in results:
-            continue
-        table = _table(f"{title}: retrieval, percent", "pooling", sides, ("rank-1", "rank-5", "mAP"))
-        for name in results[section]:
+    table = _table("every pooling: retrieval, percent", "pooling", sides, ("rank-1", "rank-5", "mAP"))
+    for section, title in (("retrieval", "as they are:"), ("retrieval_centred", "mean subtracted:")):
+        table.add_row(title)
+        for name in results.get(section, {}):
             row, cells = {"pooling": name, "centred": section == "retrieval_centred"}, list[str]()
             for _, part in sides:
                 *ranks, precision = _cells(part.get(section, {}).get(name, {}), "rank1", "rank5", "mAP")
                 best = row.items() <= best_pooling(part).items()
                 cells += [*ranks, "* " * best + precision]
             table.add_row(SHOWN.get(name, name), *cells)
-        yield table
+        table.add_section()
+    return table
 
 
 def others_table(results: dict[str, Any]) -> Table:
