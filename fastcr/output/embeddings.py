@@ -36,7 +36,6 @@ FINAL = (TABLE, TENSORS, *(f"{name}.npy" for name in (*POOLINGS, "attention")), 
 COLUMNS = ("row", "path", "split", "label", "width", "height", "peak_x", "peak_y")
 PART_SECONDS = 5.0  # work that a kill may cost
 ANEW = "remove that folder to begin anew, or name another --out"
-QUERIES = 64  # compared at once: their similarities to a million images are 256 MB
 
 
 class Job:
@@ -190,13 +189,11 @@ class Stored(NamedTuple):
 
     def nearest(self, queries: Tensor, k: int) -> list[list[Neighbour]]:
         """The `k` images most similar to each of the queries `[Q,C]`, unit length, the most similar first."""
-        found = list[list[Neighbour]]()
-        for part in queries.split(QUERIES):
-            best = (part @ self.vectors.T).topk(min(k, len(self.rows)))
-            for similarity, places in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-                near = zip(places, similarity, strict=True)
-                found.append([Neighbour(self.rows[i][0], self.rows[i][1], each) for i, each in near])
-        return found
+        best = (queries @ self.vectors.T).topk(min(k, len(self.rows)))
+        return [
+            [Neighbour(self.rows[i][0], self.rows[i][1], each) for i, each in zip(places, similarity, strict=True)]
+            for places, similarity in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
 
 
 def read_stored(source: Path) -> Stored:
