@@ -20,7 +20,7 @@ from fastcr.encoders.encoder import load
 from fastcr.errors import UsageError
 from fastcr.measures.embeddings import embed
 from fastcr.output.gallery import attended, neighbours, read_pictures, spread
-from fastcr.output.sheets import PAGE, Chart, Section, Table, check_out, write_sheet
+from fastcr.output.sheets import PAGE, Chart, Section, check_out, write_sheet
 from fastcr.output.tables import results_tables, text_of
 from fastcr.presets import PRESETS
 from fastcr.runs.command_line import called, load_config, one_line_errors
@@ -69,19 +69,17 @@ def read_steps(folder: Path) -> list[Record]:
 
 
 def settings_of(config: Config, steps: Sequence[Record]) -> Section:
-    """How far the run has come, the command that repeats it, and its settings that are not the preset's."""
+    """How far the run has come, and the command that repeats it, with the settings that are not the preset's."""
     usual = settings(PRESETS.get(config.preset, Config)())
     own = {flag: value for flag, value in settings(config).items() if value != usual[flag]}
     command = f"{called('train')} {shlex.join([config.preset, *chain.from_iterable(own.items())])}"
-    rows = [(flag, value, usual[flag]) for flag, value in own.items()]
-    changed = [Table("Settings that differ from the preset", ["setting", "value", "preset"], rows)] if rows else []
     said = "no step is logged yet" if config.optim.epochs else "no training (0 epochs)"
     if steps:
         epochs = f"epoch {steps[-1].get('epoch', 0):.3g} of {config.optim.epochs}"
         said = f"{steps[-1]['step']:,} steps of {config.optim.batch_size} images, {epochs}"
     paths = "This command repeats the run. Folders and files go by their names: put your paths in."
     about = f"The preset {config.preset} on {data_name(config.data.root)}: {said}. {paths}"
-    return Section("Settings", about, command, changed)
+    return Section("Settings", about, command)
 
 
 def results_of(folder: Path, name: str) -> Section:
