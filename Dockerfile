@@ -8,6 +8,6 @@ WORKDIR /source
 COPY pyproject.toml setup.py README.md LICENSE ./
 COPY kernels kernels
 COPY fastcr fastcr
-RUN pip install --no-cache-dir ".[dali,demo,report]"
+RUN pip install --no-cache-dir ".[dali,demo]"
 WORKDIR /data
 ENTRYPOINT ["fastcr"]

@@ -8,47 +8,39 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastcr.config import Config as Config
-    from fastcr.encoders.encoder import Encoded as Encoded
-    from fastcr.encoders.encoder import Encoder as Encoder
-    from fastcr.encoders.encoder import load as load
-    from fastcr.encoders.rationale import RationaleHead as RationaleHead
-    from fastcr.errors import UsageError as UsageError
-    from fastcr.kernels.info_nce import info_nce as info_nce
-    from fastcr.kernels.rationale_fit import rationale_fit as rationale_fit
-    from fastcr.kernels.rationale_pool import rationale_pool as rationale_pool
-    from fastcr.kernels.two_views import two_views as two_views
-    from fastcr.measures.knn import knn as knn
-    from fastcr.measures.retrieval import retrieval as retrieval
-    from fastcr.presets import preset as preset
+    from fastcr.config import Config
+    from fastcr.encoders.encoder import Encoded, Encoder, load
+    from fastcr.encoders.rationale import RationaleHead
+    from fastcr.errors import UsageError
+    from fastcr.kernels.info_nce import info_nce
+    from fastcr.kernels.rationale_fit import rationale_fit
+    from fastcr.kernels.rationale_pool import rationale_pool
+    from fastcr.kernels.two_views import two_views
+    from fastcr.measures.knn import knn
+    from fastcr.measures.retrieval import retrieval
+    from fastcr.presets import preset
 
 try:
     __version__ = version("fastcr")
 except PackageNotFoundError:  # a bare checkout on the path
     __version__ = "0+unknown"
 
-_HOMES = {
-    "Config": "config",
-    "Encoded": "encoders.encoder",
-    "Encoder": "encoders.encoder",
-    "RationaleHead": "encoders.rationale",
-    "UsageError": "errors",
-    "info_nce": "kernels.info_nce",
-    "knn": "measures.knn",
-    "load": "encoders.encoder",
-    "preset": "presets",
-    "rationale_fit": "kernels.rationale_fit",
-    "rationale_pool": "kernels.rationale_pool",
+__all__ = [
+    "Config", "Encoded", "Encoder", "RationaleHead", "UsageError", "info_nce", "knn", "load", "preset",
+    "rationale_fit", "rationale_pool", "retrieval", "two_views",
+]  # fmt: skip
+# of those whose module has another name; the operations and measures are in modules of their own names
+_MODULES = {
+    "Config": "config", "Encoded": "encoders.encoder", "Encoder": "encoders.encoder", "load": "encoders.encoder",
+    "RationaleHead": "encoders.rationale", "UsageError": "errors", "knn": "measures.knn", "preset": "presets",
     "retrieval": "measures.retrieval",
-    "two_views": "kernels.two_views",
-}
-__all__ = [*_HOMES]
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     """One of `__all__`, imported now."""
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"fastcr.{_HOMES[name]}"), name)
+    value = getattr(import_module(f"fastcr.{_MODULES.get(name, f'kernels.{name}')}"), name)
     globals()[name] = value
     return value

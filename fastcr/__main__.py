@@ -15,7 +15,7 @@ COMMANDS = {
     "embed": "write the embeddings of a folder of images to files",
     "search": "find the images of an embedded folder that are most similar to others",
     "visualize": "draw the attention over images",
-    "report": "make an HTML page of a run, or of several compared",
+    "report": "make an HTML page of a run",
     "export": "write an encoder as safetensors, torch.export, ONNX or for the Hugging Face Hub",
     "trace": "profile a training step, phase by phase and kernel by kernel",
     "folders": "say what a folder of images holds, and which are broken",

@@ -84,9 +84,8 @@ class EmbedConfig:
     """The images: whatever --data.root of the training takes. Training and test images alike are embedded."""
     out: Path | None = None
     """Folder to write. Default: <name of the images' folder>-embeddings."""
-    format: Literal["safetensors", "npy", "parquet", "faiss"] = "safetensors"
-    """embeddings.safetensors, a .npy file an array (for numpy.load with mmap_mode), embeddings.parquet, or an index of
-    FAISS (flat, inner product). The last two hold one embedding of each image."""
+    format: Literal["safetensors", "npy"] = "safetensors"
+    """embeddings.safetensors, or a .npy file for each array (for numpy.load with mmap_mode)."""
     attention: bool = False
     """Also write the attention maps, fp16."""
     pooling: Pooling | None = None
@@ -119,7 +118,7 @@ class SearchConfig:
 
 @dataclass(frozen=True)
 class VisualizeConfig:
-    """Images with the attention over them, and what the detectors answer to."""
+    """Images with the attention over them."""
 
     source: tyro.conf.Positional[Path]
     """A run folder, one of fastcr's weights files, or hf://OWNER/NAME[@REVISION] on the Hugging Face Hub."""
@@ -130,22 +129,17 @@ class VisualizeConfig:
     in this folder."""
     limit: int = number(24, 1)
     """Images shown, evenly spread over those there are."""
-    columns: int = number(6, 1)
-    """Images side by side on a sheet; a page has as many as there is room for."""
-    detectors: bool = False
-    """Also show the detectors: their share of the positions, and their own map where they answer most. Of detectors
-    that answer alike, one is shown."""
     run: DeviceConfig = field(default_factory=DeviceConfig)
 
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """A run, or several compared, as one HTML page."""
+    """A run as one HTML page."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Run folders."""
+    source: tyro.conf.Positional[Path]
+    """A run folder."""
     out: Path | None = None
-    """The page (.html). Default: report.html in the run's folder; of several runs, in this one."""
+    """The page (.html). Default: report.html in the run's folder."""
     gallery: int = number(12, 0)
     """Test images shown with their attention; 0: none."""
     queries: int = number(6, 0)
@@ -178,8 +172,6 @@ class TraceConfig(Config):
     """Steps to record, after the first ones."""
     out: Path | None = None
     """Folder of trace.json.gz and phases.json. Default: runs/trace-<date>-<time>."""
-    nvtx: tyro.conf.UseCounterAction[int] = 0
-    """Mark the phases and operators for Nsight Systems and Nsight Compute, and record nothing here."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """`fastcr embed RUN|WEIGHTS FOLDER`: embeddings of every image of a folder, in files.
 
-A killed command resumes where it was when it is given again (`embedding_files.py`). The batches are the same whatever
+A killed command resumes where it was when it is given again (`output/embeddings.py`). The batches are the same whatever
 happens, so on the CPU the files are the same bytes.
 """
 
@@ -25,8 +25,7 @@ from fastcr.data.layouts import read_splits
 from fastcr.encoders.encoder import Encoder, find_weights, load
 from fastcr.errors import UsageError
 from fastcr.measures.poolings import key_of, pooled
-from fastcr.output.embedding_files import Partial, check_unused
-from fastcr.output.embedding_formats import extra_of
+from fastcr.output.embeddings import Job, check_unused
 from fastcr.runs.command_line import one_line_errors
 from fastcr.runs.context import Context
 from fastcr.runs.folder import only_writer
@@ -51,6 +50,16 @@ def list_images(root: Path) -> tuple[list[ImageList], list[tuple[str, str, str]]
                 stamp = "missing"
             digest.update("\0".join((stamp, *rows[-1], "")).encode(errors="surrogateescape"))
     return list(named.values()), rows, digest.hexdigest()
+
+
+def batches_of(parts: Sequence[ImageList], done: int) -> list[list[int]]:
+    """The batches of the images after the first `done` ones, by their places among all.
+
+    They are those of the evaluation, and none is of two splits: the released branch's attention depends on its batch.
+    """
+    splits = [range(*ends) for ends in pairwise([0, *accumulate(map(len, parts))])]
+    every = [list(split[at : at + BATCH_SIZE]) for split in splits for at in range(0, len(split), BATCH_SIZE)]
+    return [batch for batch in every if batch[0] >= done]
 
 
 def encode(
@@ -83,9 +92,6 @@ def embed_folder(config: EmbedConfig, context: Context) -> None:
     `config.out`, or one begun with other weights or images.
     """
     weights = find_weights(config.source)
-    if config.format == "faiss" and config.attention:
-        raise UsageError("--format faiss holds one vector an image: --attention needs another --format")
-    extra_of(config.format)
     out = config.out or Path(f"{config.folder.resolve().name}-embeddings")
     check_unused(out)
     encoder = load(weights, context.device)
@@ -104,14 +110,11 @@ def embed_folder(config: EmbedConfig, context: Context) -> None:
     partial = out / "partial"
     partial.mkdir(parents=True, exist_ok=True)
     with only_writer(partial), encoder.evaluating():
-        job = Partial(partial, key)
+        job = Job(partial, key)
         began, first = time.monotonic(), job.rows
         if job.images:
             context.say(f"resuming after {job.images:,} of {len(rows):,} images")
-        # the batches of the evaluation, none of two splits: the released branch's attention depends on the whole batch
-        splits = [range(*ends) for ends in pairwise([0, *accumulate(map(len, parts))])]
-        every = [list(split[at : at + BATCH_SIZE]) for split in splits for at in range(0, len(split), BATCH_SIZE)]
-        batches = [batch for batch in every if batch[0] >= job.images]
+        batches = batches_of(parts, job.images)
         crops = load_crops(parts, batches, encoder.image_size, context)
         shown = context.progress(crops, "embedding", len(batches))
         for batch, (pixels, sizes, readable) in zip(batches, shown, strict=True):

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import yaml
+from jinja2 import Template
 from torch import Tensor, nn
 
 from fastcr import __version__
@@ -29,14 +30,12 @@ from fastcr.encoders.encoder import Encoder, find_weights, folder_of, load
 from fastcr.encoders.hub import reason
 from fastcr.errors import UsageError, one_line
 from fastcr.measures.poolings import key_of, pooled
-from fastcr.output.summary import plain
-from fastcr.output.tables import best_line, retrieval_table
+from fastcr.output.tables import best_line, retrieval_table, text_of
 from fastcr.runs.checkpoint import save_weights, write_whole
 from fastcr.runs.command_line import load_config, one_line_errors
 from fastcr.runs.context import Context
 
 OPSET = 18
-PACKAGES = {"onnx": ("onnx", "onnxscript"), "hub": ("huggingface_hub",)}  # that a format needs
 ENDINGS = {"safetensors": "-export.safetensors", "torch": ".pt2", "onnx": ".onnx", "hub": "-hub"}
 
 
@@ -98,38 +97,23 @@ def write_hub(encoder: Encoder, out: Path, run: Path | None, repo: str | None) -
     """Write the folder, whole or not at all: `model.safetensors`, `config.json`, `README.md` (the card).
 
     Settings and results are those of the folder `run`, if there are any; of paths only the last name is kept.
+    `UsageError` if they are broken.
     """
-    card = model_card(encoder, repo or out.name, run, repo)
+    told: dict[str, Any] = {"name": repo or out.name, "facts": encoder.facts, "repo": repo, "version": __version__}
+    if run and (run / "config.yaml").is_file():
+        told["settings"] = yaml.safe_dump(training_settings(load_config(run / "config.yaml")), sort_keys=False)
+    if run and (run / "results.json").is_file():
+        told["results"] = results_of(run / "results.json")
+    card = Template(Path(__file__).with_name("model_card.md.jinja").read_text(encoding="utf-8")).render(told)
+    # the Hub counts a download by this file
+    about = {"library_name": "fastcr", "fastcr_version": __version__, "facts": encoder.facts}
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         folder = Path(scratch) / out.name
         folder.mkdir()
         save_weights(folder / "model.safetensors", encoder.state_dict(), encoder.facts)
-        # the Hub counts a download by this file
-        about = {"library_name": "fastcr", "fastcr_version": __version__, "facts": encoder.facts}
         (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / "README.md").write_text(f"{card}\n", encoding="utf-8")
         os.rename(folder, out)
-
-
-def model_card(encoder: Encoder, name: str, run: Path | None, repo: str | None) -> str:
-    """The README.md of a Hub repository. `UsageError` if the run's settings or results are broken."""
-    from huggingface_hub import ModelCard, ModelCardData
-
-    front = ModelCardData(
-        model_name=name,
-        library_name="fastcr",
-        license="apache-2.0",
-        pipeline_tag="image-feature-extraction",
-        tags=["fastcr", "self-supervised-learning", "contrastive-learning", "fine-grained"],
-    )
-    settings = results = ""
-    if run and (run / "config.yaml").is_file():
-        settings = yaml.safe_dump(training_settings(load_config(run / "config.yaml")), sort_keys=False)
-    if run and (run / "results.json").is_file():
-        results = results_of(run / "results.json")
-    told = {"name": name, "facts": encoder.facts, "settings": settings, "results": results, "repo": repo}
-    template = str(Path(__file__).with_name("model_card.md.jinja"))
-    return f"{ModelCard.from_template(front, template_path=template, version=__version__, **told)}\n"
 
 
 def training_settings(config: Config) -> dict[str, Any]:
@@ -144,7 +128,7 @@ def results_of(file: Path) -> str:
     """The table and the verdict of a run's end as Markdown. `UsageError` if the file is broken."""
     try:
         results = json.loads(file.read_text())
-        table, verdict, folder = plain(retrieval_table(results)), best_line(results) or "", Path(results["folder"])
+        table, verdict, folder = text_of(retrieval_table(results)), best_line(results) or "", Path(results["folder"])
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UsageError(f"{file} is broken: it does not hold results ({error!r})") from None
     data = folder.parent.name if folder.name in ("train", "test", "images") else folder.name
@@ -176,12 +160,13 @@ def check(config: ExportConfig) -> None:
         raise UsageError("--push goes with --format hub")
     if config.pooling and config.format not in ("torch", "onnx"):
         raise UsageError("--pooling goes with --format torch and onnx: the others hold weights, not a graph")
+    packages = ["onnx", "onnxscript"] if config.format == "onnx" else ["huggingface_hub"] if config.push else []
     try:
-        for package in PACKAGES.get(config.format, ()):
+        for package in packages:
             importlib.import_module(package)
     except ImportError as error:
-        extra = f'pip install "fastcr[{config.format}]"'
-        raise UsageError(f"--format {config.format} needs {error.name}: {extra}") from None
+        extra = "hub" if config.push else "onnx"
+        raise UsageError(f'this export needs {error.name}: pip install "fastcr[{extra}]"') from None
     if config.push and not importlib.import_module("huggingface_hub").get_token():
         raise UsageError("--push needs your Hugging Face token: run hf auth login, or set HF_TOKEN")
 
@@ -198,9 +183,8 @@ def main(args: Sequence[str] | None = None) -> None:
         encoder = load(weights)
         out.parent.mkdir(parents=True, exist_ok=True)
         if config.format == "safetensors":
-            usual = {
-                key.removeprefix("backbone.").removeprefix("timm."): each for key, each in encoder.state_dict().items()
-            }
+            state = encoder.state_dict()
+            usual = {name.removeprefix("backbone.").removeprefix("timm."): state[name] for name in state}
             save_weights(out, usual, encoder.facts)
         elif config.format == "hub":
             write_hub(encoder, out, config.source if config.source.is_dir() else None, config.push)

@@ -1,10 +1,16 @@
-"""`fastcr report RUN [RUN ...]`: a run, or several compared, as one HTML page that needs nothing else."""
+"""`fastcr report RUN`: a run as one HTML page that needs nothing else."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import math
 import os
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from fastcr.arguments import ReportConfig, read_arguments
 from fastcr.config import Config
@@ -13,17 +19,96 @@ from fastcr.data.synthetic import write_synthetic
 from fastcr.encoders.encoder import load
 from fastcr.errors import UsageError
 from fastcr.measures.embeddings import embed
-from fastcr.output.gallery import SIDE, attended, neighbours, read_pictures, spread
-from fastcr.output.sheets import PAGE, Section, check_out, write_sheet
-from fastcr.output.summary import Run, comparison, data_name, read_run, run_sections
-from fastcr.runs.command_line import load_config, one_line_errors
+from fastcr.output.gallery import attended, neighbours, read_pictures, spread
+from fastcr.output.sheets import PAGE, Chart, Section, check_out, write_sheet
+from fastcr.output.tables import results_tables, text_of
+from fastcr.presets import PRESETS
+from fastcr.runs.command_line import called, load_config, one_line_errors
 from fastcr.runs.context import Context
-from fastcr.runs.machine import cache_folder
+from fastcr.runs.log import read_records
+
+CURVES = {
+    "contrast_loss": "contrast loss",
+    "fit_loss": "fit loss (unweighted)",
+    "pooled_contrast_loss": "contrast loss of the attention-pooled query (unweighted)",
+    "attention_entropy": "entropy of the attention, nats",
+    "effective_detectors": "effective number of detectors",
+    "effective_rank": "effective rank of the embeddings",
+    "kept_neighbours": "share of the initial nearest neighbours that are kept",
+}  # of metrics.jsonl
+POINTS = 500  # of a curve, about: of longer ones every so many are drawn
+Record = Mapping[str, float]  # a line of metrics.jsonl
 
 
-def images_of(folder: Path, name: str, trained: Config, config: ReportConfig, context: Context) -> list[Section]:
+def by_name(value: Any) -> str:
+    """A setting without the folders of the machine it was made on."""
+    return os.path.basename(os.path.normpath(value)) if os.sep in str(value) else str(value)
+
+
+def data_name(root: Path | None) -> str:
+    """The data set, by the name of its folder."""
+    return by_name(root.absolute()) if root else "drawn birds (synthetic)"
+
+
+def settings(config: Config) -> dict[str, str]:
+    """Every setting by its flag, but where the run lies."""
+    sections = {name: value for name, value in dataclasses.asdict(config).items() if name != "preset"}
+    flags = {f"--{name}.{key}": by_name(value) for name, keys in sections.items() for key, value in keys.items()}
+    return {flag: value for flag, value in flags.items() if flag != "--run.dir"}
+
+
+def read_steps(folder: Path) -> list[Record]:
+    """What the run has logged of each step, without what cannot be drawn: NaN, and numbers beyond all bounds."""
+
+    def drawable(value: Any) -> bool:
+        return isinstance(value, (int, float)) and (value == 0 or 1e-15 < abs(value) < 1e15)
+
+    records = read_records(folder / "metrics.jsonl")
+    steps = [{key: value for key, value in record.items() if drawable(value)} for record in records]
+    return [record for record in steps if "step" in record]
+
+
+def settings_of(config: Config, steps: Sequence[Record]) -> Section:
+    """How far the run has come, and the command that repeats it, with the settings that are not the preset's."""
+    usual = settings(PRESETS.get(config.preset, Config)())
+    own = {flag: value for flag, value in settings(config).items() if value != usual[flag]}
+    command = f"{called('train')} {shlex.join([config.preset, *chain.from_iterable(own.items())])}"
+    said = "no step is logged yet" if config.optim.epochs else "no training (0 epochs)"
+    if steps:
+        epochs = f"epoch {steps[-1].get('epoch', 0):.3g} of {config.optim.epochs}"
+        said = f"{steps[-1]['step']:,} steps of {config.optim.batch_size} images, {epochs}"
+    paths = "This command repeats the run. Folders and files go by their names: put your paths in."
+    about = f"The preset {config.preset} on {data_name(config.data.root)}: {said}. {paths}"
+    return Section("Settings", about, command)
+
+
+def results_of(folder: Path, name: str) -> Section:
+    """The tables and the verdict of evaluation. `UsageError` for a `results.json` that is broken."""
+    path = folder / "results.json"
+    if not path.exists():
+        return Section("Results", f"The run is not measured yet: {called('evaluate')} {shlex.quote(name)}")
+    try:
+        found = list(results_tables(json.loads(path.read_text())))
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        raise UsageError(f"{path} is broken: {type(error).__name__} {error}") from None
+    said = " ".join(each for each in found if isinstance(each, str))
+    return Section("Results", said, tables=[text_of(each) for each in found if not isinstance(each, str)])
+
+
+def curves_of(steps: Sequence[Record]) -> Section:
+    """A curve over the steps of each metric that the run has logged."""
+    charts = list[Chart]()
+    for metric, title in CURVES.items():
+        if points := [(record["step"], record[metric]) for record in steps if metric in record]:
+            low, high = min(value for _, value in points), max(value for _, value in points)
+            said = f"{title}: {low:.3g} to {high:.3g}, steps {points[0][0]:,} to {points[-1][0]:,}"
+            charts.append(Chart(said, points[:: math.ceil(len(points) / POINTS)]))
+    return Section("Curves", "" if charts else "Nothing is logged yet.", charts=charts)
+
+
+def images_of(name: str, trained: Config, config: ReportConfig, context: Context) -> list[Section]:
     """The attention over images and their nearest neighbours, embedded by the run's weights as they are now."""
-    weights, root = folder / "weights.safetensors", config.data.root or trained.data.root
+    weights, root = config.source / "weights.safetensors", config.data.root or trained.data.root
     if not (config.gallery or config.queries):
         return []
     if not weights.exists():
@@ -45,7 +130,7 @@ def images_of(folder: Path, name: str, trained: Config, config: ReportConfig, co
         text = f"Images {shown}.{lost} Each map is warm where it is high, and is scaled to its own maximum."
         places = [(images, index) for index in spread(found.kept.tolist(), config.gallery)]
         pictures, _ = read_pictures(places, encoder.image_size)
-        tiles = attended(list(pictures.values()), encoder, context, SIDE)
+        tiles = attended(list(pictures.values()), encoder, context)
         sections.append(Section("Attention", text, rows=[tiles]))
     if config.queries:
         pooling = "mean" if encoder.branch is None else "attention"
@@ -56,30 +141,15 @@ def images_of(folder: Path, name: str, trained: Config, config: ReportConfig, co
     return sections
 
 
-def page_of(runs: Sequence[Run]) -> tuple[str, list[Section]]:
-    """Title and sections of the page."""
-    if len(runs) == 1:
-        return f"{runs[0].name}: training on {data_name(runs[0].config.data.root)}", run_sections(runs[0])
-    each = [section for run in runs for section in run_sections(run, f"{run.name}: ")]
-    return f"{len(runs)} runs compared", [*comparison(runs), *each]
-
-
 def write_report(config: ReportConfig, context: Context) -> Path:
-    """Write the page and return where. `UsageError` for runs, images or a path that cannot be used."""
-    if not config.runs:
-        raise UsageError("name a run folder")
-    if len({run.resolve() for run in config.runs}) < len(config.runs):
-        raise UsageError("a run is named twice")
-    out = config.out or (config.runs[0] if len(config.runs) == 1 else Path()) / "report.html"
-    trained = [load_config(folder / "config.yaml") for folder in config.runs]
+    """Write the page and return where. `UsageError` for a run, images or a path that cannot be used."""
+    out = config.out or config.source / "report.html"
+    trained = load_config(config.source / "config.yaml")
     check_out(out, [PAGE])
-    names = [Path(os.path.abspath(folder)).name for folder in config.runs]
-    names = [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names, start=1)]
-    runs = [
-        read_run(folder, name, own, images_of(folder, name, own, config, context))
-        for folder, name, own in zip(config.runs, names, trained, strict=True)
-    ]
-    write_sheet(out, *page_of(runs))
+    name, steps = Path(os.path.abspath(config.source)).name, read_steps(config.source)
+    sections = [settings_of(trained, steps), results_of(config.source, name), curves_of(steps)]
+    sections += images_of(name, trained, config, context)
+    write_sheet(out, f"{name}: training on {data_name(trained.data.root)}", sections)
     return out
 
 
@@ -88,7 +158,6 @@ def main(args: Sequence[str] | None = None) -> None:
     with one_line_errors("report"):
         config: ReportConfig = read_arguments("report", args)
         context = Context.of(config.run.device, config.run.precision, config.data.workers)
-        os.environ.setdefault("MPLCONFIGDIR", str(cache_folder() / "matplotlib"))  # its list of fonts, made only once
         context.say(f"report: {write_report(config, context)}")
 
 

@@ -17,8 +17,8 @@ from fastcr.encoders.encoder import Encoder, find_weights, load
 from fastcr.encoders.hub import address_of
 from fastcr.errors import UsageError
 from fastcr.measures.poolings import SHOWN
-from fastcr.output.gallery import SIDE, encode, list_images, read_pictures, tile
-from fastcr.output.nearest import Neighbour, Stored, read_stored
+from fastcr.output.embeddings import Neighbour, Stored, read_stored
+from fastcr.output.gallery import encode, list_images, read_pictures, tile
 from fastcr.output.sheets import Section, Tile, check_out, write_sheet
 from fastcr.runs.command_line import one_line_errors
 from fastcr.runs.context import Context
@@ -49,20 +49,18 @@ def table_of(query: str, near: Sequence[Neighbour]) -> Table:
     return table
 
 
-def tiles_of(
-    stored: Stored, near: Sequence[Sequence[Neighbour]], encoder: Encoder, context: Context
-) -> dict[Neighbour, Tile]:
+def tiles_of(stored: Stored, near: Sequence[Neighbour], encoder: Encoder, context: Context) -> list[Tile]:
     """Each neighbour beside its attention, but for those whose files are not there any more."""
-    every = list(dict.fromkeys(each for found in near for each in found))
-    paths = tuple(dict.fromkeys(each.path for each in every))
-    listed = ImageList(Path(stored.facts["root"]), paths, None, ())
-    pictures, _ = read_pictures([(listed, index) for index in range(len(paths))], encoder.image_size)
+    listed = ImageList(Path(stored.facts["root"]), tuple(each.path for each in near), None, ())
+    pictures, _ = read_pictures([(listed, index) for index in range(len(near))], encoder.image_size)
     if not pictures:
-        return {}
+        return []
     maps = dict(zip(pictures, encode(list(pictures.values()), encoder, context)[1], strict=True))
-    names = {each: name for each in every if (name := os.path.join(listed.root, each.path)) in pictures}
-    captions = {each: f"{each.similarity:.3f} {each.label} {os.path.basename(each.path)}" for each in names}
-    return {each: tile(captions[each], pictures[name].crop, maps[name], SIDE) for each, name in names.items()}
+    return [
+        tile(f"{each.similarity:.3f} {each.label} {os.path.basename(path)}", pictures[path].crop, maps[path])
+        for index, each in enumerate(near)
+        if (path := listed.path(index)) in pictures
+    ]
 
 
 @torch.inference_mode()
@@ -73,7 +71,8 @@ def search(config: SearchConfig, context: Context) -> None:
     check_out(config.out)
     images, stored = list_images(config.images), read_stored(config.embeddings)
     encoder = encoder_of(stored, config.encoder, context.device)
-    sections, missing, asked = list[Section](), set[str](), 0
+    pooling = stored.facts["pooling"]
+    sections, missing, asked = list[Section](), 0, 0
     with encoder.evaluating():
         # in parts, so that a folder's pictures are never in memory all at once
         for first in range(0, len(images), BATCH_SIZE):
@@ -82,36 +81,31 @@ def search(config: SearchConfig, context: Context) -> None:
                 context.say(f"left out: {reason}")
             if not queries:
                 continue
-            vectors, maps = encode(list(queries.values()), encoder, context, stored.pooling, stored.mean)
+            vectors, maps = encode(list(queries.values()), encoder, context, pooling, stored.mean)
             found = stored.nearest(vectors, config.k)
-            for path, near in zip(queries, found, strict=True):
+            for (path, query), attention, near in zip(queries.items(), maps, found, strict=True):
                 context.console.print(table_of(path, near), highlight=False)
-            wanted = [near[:DRAWN_NEAR] for near in found[: max(DRAWN - asked, 0)]]
-            tiles = tiles_of(stored, wanted, encoder, context)
-            for (path, query), attention, near in zip(queries.items(), maps, wanted, strict=False):
-                missing |= {each.path for each in near if each not in tiles}
-                shown = [tiles[each] for each in near if each in tiles]
-                sections.append(Section(path, rows=[[tile("query", query.crop, attention, SIDE), *shown]]))
-            asked += len(queries)
+                asked += 1
+                if asked <= DRAWN:
+                    tiles = tiles_of(stored, near[:DRAWN_NEAR], encoder, context)
+                    missing += len(near[:DRAWN_NEAR]) - len(tiles)
+                    sections.append(Section(path, rows=[[tile("query", query.crop, attention), *tiles]]))
     if not sections:
         raise UsageError(f"none of the {len(images)} images can be read")
-    write_sheet(config.out, f"Nearest of {len(stored.rows):,} images", [Section(text=said(stored, encoder)), *sections])
+    made_with = os.path.join(*Path(stored.facts["weights"]).parts[-2:])
+    shown = SHOWN.get(pooling, pooling) + (", mean subtracted" if stored.mean is not None else "")
+    text = (
+        f"By the embeddings of {made_with} (pooling: {shown}). Below each image are its cosine, its label and its file."
+    )
+    if encoder.branch is not None:
+        text += " The map beside it is warm where the attention is high, and is scaled to its own maximum."
+    write_sheet(config.out, f"Nearest of {len(stored.rows):,} images", [Section(text=text), *sections])
     if missing:
         where = f"under {stored.facts['root']}, so they are not drawn"
-        context.say(f"{len(missing):,} of the nearest images are no longer {where}")
+        context.say(f"{missing:,} of the nearest images are no longer {where}")
     if asked > DRAWN:
         context.say(f"drawn are the first {DRAWN} of {asked:,} images")
     context.say(config.out)
-
-
-def said(stored: Stored, encoder: Encoder) -> str:
-    """What a page says of its pictures."""
-    name = os.path.join(*Path(stored.facts["weights"]).parts[-2:])
-    pooling = SHOWN.get(stored.pooling, stored.pooling) + ", mean subtracted" * (stored.mean is not None)
-    text = f"By the embeddings of {name} (pooling: {pooling}). Below each image are its cosine, its label and its file."
-    if encoder.branch is None:
-        return text
-    return f"{text} The map beside it is warm where the attention is high, and is scaled to its own maximum."
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -3,14 +3,12 @@
 import base64
 import json
 import os
-import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import torch
 
@@ -64,13 +62,6 @@ def decoded(uri: str | None, kind: str) -> bytes:
     start, _, content = (uri or "").partition(",")
     assert start == f"data:image/{kind};base64"
     return base64.b64decode(content, validate=True)
-
-
-def curves_of(svg: bytes) -> list[list[tuple[float, float]]]:
-    """The points of each curve of a chart, in its own units."""
-    groups = [group for group in ElementTree.fromstring(svg).iter() if group.get("id", "").startswith("curve")]
-    found = [re.findall(r"[ML] (\S+) (\S+)", group[0].get("d", "")) for group in groups]
-    return [[(float(x), float(y)) for x, y in points] for points in found]
 
 
 # MoCo v2 of a small network with random weights, whatever the recipe of the preset

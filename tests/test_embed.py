@@ -1,6 +1,7 @@
 """Embeddings in files: the numbers evaluation computes, each row the image the table names; kills cost nothing."""
 
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -26,15 +27,13 @@ from fastcr.data.images import ImageList
 from fastcr.data.layouts import read_splits
 from fastcr.measures.embeddings import Embeddings, embed
 from fastcr.measures.poolings import OF_FEATURES
-from fastcr.output import embedding_files
-from fastcr.output.embedding_files import Partial
-from fastcr.output.embedding_formats import PACKAGES
+from fastcr.output import embeddings
+from fastcr.output.embeddings import Job
 from fastcr.runs.checkpoint import write_whole
 from fastcr.runs.context import Context
 from tests.shared import write_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-CONTEXT = Context(console=Console(file=io.StringIO()))
 CPU = ("--run.device", "cpu", "--data.workers", "0")
 
 
@@ -43,23 +42,16 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_weights(tmp_path_factory.mktemp("weights") / "weights.safetensors")
 
 
-@pytest.fixture
-def batches_of_8(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "BATCH_SIZE", 8)
-    monkeypatch.setattr(embedding_files, "COMMIT_SECONDS", 0.0)
+@pytest.fixture(scope="module", autouse=True)
+def batches_of_8() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "BATCH_SIZE", 8)
+        patch.setattr(embeddings, "PART_SECONDS", 0.0)
+        yield
 
 
 def run(*args: object) -> None:
     command.main([*map(str, args), *CPU])
-
-
-def fails(capsys: pytest.CaptureFixture[str], *args: object) -> str:
-    """The one line a command ends with."""
-    with pytest.raises(SystemExit) as stop:
-        run(*args)
-    assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
 
 
 def table(folder: Path) -> list[dict[str, str]]:
@@ -75,28 +67,32 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def computed(weights: Path, images: ImageList) -> Embeddings:
     poolings = {name: pool for name, pool in OF_FEATURES.items() if name != "mean"}
-    return embed(fastcr.load(weights), images, CONTEXT, title="", poolings=poolings)
+    context = Context(console=Console(file=io.StringIO()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastcr.measures.embeddings.BATCH_SIZE", 8)
+        return embed(fastcr.load(weights), images, context, title="", poolings=poolings)
 
 
 class Killed(BaseException):
     """Stands for a kill."""
 
 
-@pytest.fixture
-def killed_after_5_batches(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """The sixth batch is written, but not yet counted, when the end comes; `undo` of what it gives lets it pass."""
-    add = Partial.add
+def raising(error: BaseException) -> Callable[..., None]:
+    def call(*args: object, **more: object) -> None:
+        raise error
 
-    def until(partial: Partial, *args: object) -> None:
-        if partial.images == 40:
-            monkeypatch.setattr(partial, "commit", lambda: None)
-            add(partial, *args)
-            raise Killed
-        add(partial, *args)
+    return call
 
+
+@pytest.fixture(scope="module")
+def half(weights: Path, birds: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a job with --attention that was killed in its sixth batch; not to be changed."""
+    out, save = tmp_path_factory.mktemp("half") / "out", Job.save
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Partial, "add", until)
-        yield patch
+        patch.setattr(Job, "save", lambda job: save(job) if job.images <= 40 else raising(Killed())())
+        with pytest.raises(Killed):
+            run(weights, birds, "--out", out, "--attention", "True")
+    return out
 
 
 @pytest.mark.parametrize("released", [False, True])
@@ -144,112 +140,69 @@ def test_numpy_files_hold_the_same_and_so_do_those_of_worker_processes(
         assert np.array_equal(mapped, array.numpy())
 
 
-def test_without_a_branch_there_is_the_mean_alone(
-    birds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_a_branch_there_is_the_mean_alone(birds: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     plain = write_weights(tmp_path / "plain.safetensors", RationaleConfig(enabled=False))
     run(plain, birds / "test", "--out", tmp_path / "out")
     assert load_file(tmp_path / "out" / "embeddings.safetensors").keys() == {"mean"}
-    assert {row["split"] for row in table(tmp_path / "out")} == {""}
-    message = fails(capsys, plain, birds, "--out", tmp_path / "out", "--format", "npy")
+    assert {(row["split"], row["peak_x"]) for row in table(tmp_path / "out")} == {("", "")}
+    message = refused(command.main, plain, birds, "--out", tmp_path / "out", "--format", "npy", *CPU)
     assert "images.csv is there already: remove it, or name another --out" in message
-    message = fails(capsys, plain, birds, "--out", tmp_path / "more", "--attention", "True")
+    message = refused(command.main, plain, birds, "--out", tmp_path / "more", "--attention", "True", *CPU)
     assert "no branch for the attention" in message
     assert not (tmp_path / "more").exists()
 
 
-@pytest.mark.parametrize("format", ["safetensors", "faiss"])
-@pytest.mark.usefixtures("batches_of_8")
 def test_killed_command_goes_on_and_gives_the_same_bytes(
-    format: str,
-    weights: Path,
-    birds: Path,
-    tmp_path: Path,
-    killed_after_5_batches: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    weights: Path, birds: Path, half: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if format in PACKAGES:
-        pytest.importorskip(PACKAGES[format])
-    how = ["--format", format, *(["--centre"] if format == "faiss" else ["--attention", "True"])]
-    with pytest.raises(Killed):
-        run(weights, birds, "--out", tmp_path / "out", *how)
-    assert (tmp_path / "out" / "partial" / "rationale").stat().st_size == 48 * 256 * 4  # the sixth batch too
-    assert not (tmp_path / "out" / "images.csv").exists()
-    killed_after_5_batches.undo()
+    out, how = Path(shutil.copytree(half, tmp_path / "out")), ("--attention", "True")
+    assert {entry.name for entry in out.iterdir()} == {"partial"}
 
-    def all_but_the_table(path: Path, write: Callable[[Path], object]) -> None:
+    def all_but_the_last(path: Path, write: Callable[[Path], object]) -> None:
         if path.name == "encoder.json":
             raise Killed
         write_whole(path, write)
 
     # again, when all is embedded but the files are not all in place
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(embedding_files, "write_whole", all_but_the_table)
+        patch.setattr(embeddings, "write_whole", all_but_the_last)
         with pytest.raises(Killed):
-            run(weights, birds, "--out", tmp_path / "out", *how)
+            run(weights, birds, "--out", out, *how)
     assert "resuming after 40 of 96 images" in capsys.readouterr().out
-    run(weights, birds, "--out", tmp_path / "out", *how)
+    run(weights, birds, "--out", out, *how)
     assert "resuming after 96 of 96 images" in capsys.readouterr().out
     run(weights, birds, "--out", tmp_path / "whole", *how)
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole")
 
 
-def test_a_full_disk_is_named_and_the_command_resumes(
-    weights: Path, birds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_job_that_cannot_go_on_says_why_and_stays_as_it_is(
+    weights: Path, birds: Path, half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
 ) -> None:
-    (tmp_path / "out" / "partial").mkdir(parents=True)
-    (tmp_path / "out" / "partial" / "mean").symlink_to("/dev/full")
-    message = fails(capsys, weights, birds, "--out", tmp_path / "out")
-    assert f"cannot write {tmp_path}/out/partial/mean: No space left on device" in message
-    (tmp_path / "out" / "partial" / "mean").unlink()
-    run(weights, birds, "--out", tmp_path / "out")
-    assert len(table(tmp_path / "out")) == 96
+    out, root = Path(shutil.copytree(half, tmp_path / "out")), Path(shutil.copytree(birds, tmp_path / "birds"))
+    first, *_, last = sorted((out / "partial").glob("*.npz"))
 
+    def said(weights: Path = weights, root: Path = birds) -> str:
+        before = contents(out / "partial")
+        line = refused(command.main, weights, root, "--out", out, "--attention", "True", *CPU)
+        assert contents(out / "partial") == before
+        return line
 
-@pytest.mark.parametrize("other", ["weights", "images"])
-@pytest.mark.usefixtures("batches_of_8")
-def test_what_was_begun_with_something_else_is_refused(
-    other: str,
-    weights: Path,
-    birds: Path,
-    tmp_path: Path,
-    killed_after_5_batches: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    root = Path(shutil.copytree(birds, tmp_path / "birds"))
-    with pytest.raises(Killed):
-        run(weights, root, "--out", tmp_path / "out")
-    killed_after_5_batches.undo()
-    if other == "weights":
-        weights = write_weights(tmp_path / "other.safetensors", seed=1)
-    else:
-        next((root / "test").glob("*/*.jpg")).touch()
-    before = contents(tmp_path / "out" / "partial")
-    message = fails(capsys, weights, root, "--out", tmp_path / "out")
-    assert f"{tmp_path}/out/partial was begun with other {other}" in message
-    assert contents(tmp_path / "out" / "partial") == before
-
-
-@pytest.mark.usefixtures("batches_of_8")
-def test_broken_partial_folder_is_refused(
-    weights: Path,
-    birds: Path,
-    tmp_path: Path,
-    killed_after_5_batches: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    with pytest.raises(Killed):
-        run(weights, birds, "--out", tmp_path / "out")
-    array = tmp_path / "out" / "partial" / "rationale"
-    os.truncate(array, 1000)
-    message = fails(capsys, weights, birds, "--out", tmp_path / "out")
-    assert f"{tmp_path}/out/partial is broken (rationale is too short): remove that folder" in message
-    (tmp_path / "out" / "partial" / "state.json").write_text("[]")
-    assert f"{tmp_path}/out/partial is broken" in fails(capsys, weights, birds, "--out", tmp_path / "out")
+    other = write_weights(tmp_path / "other.safetensors", seed=1)
+    assert f"{out}/partial was begun with other weights: remove that folder" in said(weights=other)
+    next((root / "test").glob("*/*.jpg")).touch()
+    assert f"{out}/partial was begun with other images: remove that folder" in said(root=root)
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "savez", raising(OSError(errno.ENOSPC, "No space left on device")))
+        assert "No space left on device" in said()
+    whole = first.read_bytes()
+    last.write_bytes(whole[:-100])
+    assert f"{last} is broken" in said()
+    first.unlink()
+    assert f"{out}/partial is broken (it lacks a part): remove that folder" in said()
 
 
 def test_another_process_at_it_is_noticed(
-    weights: Path, birds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    weights: Path, birds: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     (tmp_path / "partial").mkdir()
     code = f"import fcntl; f = open({str(tmp_path / 'partial' / '.lock')!r}, 'w'); fcntl.lockf(f, 2); input(print(1))"
@@ -257,15 +210,12 @@ def test_another_process_at_it_is_noticed(
         assert other.stdin
         assert other.stdout
         other.stdout.read(1)
-        assert "another process" in fails(capsys, weights, birds, "--out", tmp_path)
+        assert "another process" in refused(command.main, weights, birds, "--out", tmp_path, *CPU)
         other.stdin.close()
-    run(weights, birds, "--out", tmp_path)
-    assert len(table(tmp_path)) == 96
 
 
-@pytest.mark.usefixtures("batches_of_8")
 def test_unreadable_images_are_named_counted_and_left_out(
-    weights: Path, birds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    weights: Path, birds: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], refused: Callable[..., str]
 ) -> None:
     root = Path(shutil.copytree(birds / "test", tmp_path / "birds"))
     files = read_splits(root).train.files
@@ -273,7 +223,7 @@ def test_unreadable_images_are_named_counted_and_left_out(
     for index in broken:
         (root / files[index]).write_bytes(b"no picture")
     run(weights, root, "--out", tmp_path / "out")
-    out = capsys.readouterr().out
+    out = capfd.readouterr().out
     assert "22 images embedded, 10 unreadable left out" in out
     assert all(repr(str(root / files[index])) in out for index in broken)
     kept = [index for index in range(32) if index not in broken]
@@ -285,7 +235,7 @@ def test_unreadable_images_are_named_counted_and_left_out(
 
     for file in files:
         (root / file).write_bytes(b"")
-    message = fails(capsys, weights, root, "--out", tmp_path / "none")
+    message = refused(command.main, weights, root, "--out", tmp_path / "none", *CPU)
     assert f"none of the 32 images under {root} can be read" in message
     assert not (tmp_path / "none" / "partial").exists()
 
@@ -303,49 +253,6 @@ def test_table_survives_any_name(weights: Path, flat: Path, tmp_path: Path) -> N
         f"{label}/{name}": label for label, name in zip(labels, reversed(names), strict=True)
     }
     assert all((tmp_path / "root" / row["path"]).is_file() for row in rows)
-
-
-def test_parquet_without_labels_branch_or_utf8(flat: Path, tmp_path: Path) -> None:
-    parquet = pytest.importorskip("pyarrow.parquet")
-    plain = write_weights(tmp_path / "plain.safetensors", RationaleConfig(enabled=False))
-    (tmp_path / "root").mkdir()
-    for name, file in zip([b"a.jpg", b"\xff.jpg"], flat.iterdir(), strict=False):
-        shutil.copyfile(file, tmp_path / "root" / os.fsdecode(name))
-    run(plain, tmp_path / "root", "--out", tmp_path / "out", "--format", "parquet")
-    found = parquet.read_table(tmp_path / "out" / "embeddings.parquet").to_pylist()
-    assert [each["path"] for each in found] == ["a.jpg", "\\xff.jpg"]
-    assert {(each["label"], each["peak_x"], each["peak_y"]) for each in found} == {(None, None, None)}
-    assert [row["peak_x"] for row in table(tmp_path / "out")] == ["", ""]
-
-
-def test_faiss_finds_what_a_product_finds(weights: Path, birds: Path, tmp_path: Path) -> None:
-    faiss = pytest.importorskip("faiss")
-    run(weights, birds, "--out", tmp_path / "plain")
-    run(weights, birds, "--out", tmp_path / "out", "--format", "faiss")
-    assert contents(tmp_path / "out").keys() == {"embeddings.faiss", "encoder.json", "images.csv"}
-    assert table(tmp_path / "out") == table(tmp_path / "plain")
-    index = faiss.read_index(str(tmp_path / "out" / "embeddings.faiss"))
-    expected = load_file(tmp_path / "plain" / "embeddings.safetensors")["rationale"].numpy()
-    assert isinstance(index, faiss.IndexFlatIP)
-    assert np.array_equal(index.reconstruct_n(0, 96), expected)
-
-
-def test_parquet_holds_the_table_the_embeddings_and_the_maps(weights: Path, birds: Path, tmp_path: Path) -> None:
-    parquet = pytest.importorskip("pyarrow.parquet")
-    run(weights, birds, "--out", tmp_path / "plain", "--attention", "True")
-    run(weights, birds, "--out", tmp_path / "out", "--format", "parquet", "--attention", "True")
-    expected, rows = load_file(tmp_path / "plain" / "embeddings.safetensors"), table(tmp_path / "out")
-    assert rows == table(tmp_path / "plain")
-    found = parquet.read_table(tmp_path / "out" / "embeddings.parquet")
-    assert json.loads(found.schema.metadata[b"fastcr"]) == json.loads((tmp_path / "out" / "encoder.json").read_text())
-    images = found.to_pylist()
-    assert np.array_equal(np.float32([each["embedding"] for each in images]), expected["rationale"].numpy())
-    maps = torch.tensor([each["attention"] for each in images])
-    assert torch.equal(maps, expected["attention"].flatten(1).float())
-    for each, row in zip(images, rows, strict=True):
-        assert [each[name] for name in ("path", "split", "label")] == [row[name] for name in ("path", "split", "label")]
-        assert [str(each["width"]), str(each["height"])] == [row["width"], row["height"]]
-        assert np.float32([row["peak_x"], row["peak_y"]]).tolist() == [each["peak_x"], each["peak_y"]]
 
 
 @pytest.mark.parametrize(("asked", "name"), [("feature-strength", "norm"), ("attention", "rationale")])
@@ -375,30 +282,3 @@ def test_the_mean_of_the_folder_is_subtracted_and_kept(weights: Path, birds: Pat
     assert facts["weights_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
     assert (facts["weights"], facts["root"]) == (str(weights), str(birds))
     assert "subtracted" not in json.loads((tmp_path / "plain" / "encoder.json").read_text())
-
-
-def test_a_missing_extra_is_named_before_any_work(
-    weights: Path,
-    birds: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setitem(sys.modules, "faiss", None)
-    message = fails(capsys, weights, birds, "--out", tmp_path / "out", "--format", "faiss")
-    assert 'needs faiss: pip install "fastcr[faiss]"' in message
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["WEIGHTS", "ROOT", "--format", "faiss", "--attention", "True"], "needs another --format"),
-        (["WEIGHTS", "ROOT", "--pooling", "ddt"], "--pooling"),
-    ],
-)
-def test_mistakes_get_one_line(
-    arguments: list[str], message: str, weights: Path, birds: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    stands_for = {"ROOT": str(birds), "WEIGHTS": str(weights)}
-    assert message in fails(capsys, *(stands_for.get(each, each) for each in arguments))

@@ -3,10 +3,10 @@
 import contextlib
 import io
 import json
-import re
 import shutil
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import create_autospec
@@ -23,14 +23,9 @@ from fastcr import export, train
 from fastcr.config import RationaleConfig
 from fastcr.encoders.encoder import Encoder
 from fastcr.measures.poolings import key_of, pooled
-from tests.shared import write_weights
+from tests.shared import TINY, write_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-TINY = [
-    "--data.image_size", "32", "--data.loader", "torch", "--data.workers", "0", "--run.device", "cpu",
-    "--run.steps", "3", "--model.weights", "none", "--model.backbone", "resnet18",
-    "--model.last_stage", "layer3", "--optim.batch_size", "8", "--moco.queue_size", "24",
-]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +33,9 @@ def run(birds: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of three steps; exports beside it would be seen by other tests: give --out, or use a copy."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
     with contextlib.redirect_stdout(io.StringIO()):
-        train.main([*TINY, "--data.root", str(birds), "--run.dir", str(folder)])
+        train.main(
+            [*TINY, "--run.steps", "3", "--moco.queue_size", "24", "--data.root", str(birds), "--run.dir", str(folder)]
+        )
     return folder
 
 
@@ -54,16 +51,6 @@ def images(count: int) -> Tensor:
 def agrees(found: Any, encoder: Encoder, count: int, tolerance: float) -> None:
     for got, expected in zip(found, encoder(images(count)), strict=True):
         torch.testing.assert_close(torch.as_tensor(got), expected, atol=tolerance, rtol=0)
-
-
-def one_line(capsys: pytest.CaptureFixture[str], *args: object) -> str:
-    """The one line a failing export leaves."""
-    with pytest.raises(SystemExit, match="2"):
-        export.main([*map(str, args)])
-    captured = capsys.readouterr()
-    (line,) = captured.err.splitlines()
-    assert re.match(r"fastcr[. ]export: error: ", line)
-    return line
 
 
 def test_torchvision_takes_all_but_its_classifier_from_the_safetensors_file(
@@ -158,25 +145,20 @@ def test_the_onnx_file_is_one_file_of_plain_operators(onnx_file: Path) -> None:
     assert list(onnx_file.parent.iterdir()) == [onnx_file]
 
 
-@pytest.fixture(scope="module")
-def hub(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("hub") / "mine"
-    export.main([str(run), "--format", "hub", "--out", str(folder)])
-    return folder
-
-
-def test_the_hub_folder_is_whole_and_loads(hub: Path, encoder: Encoder) -> None:
+def test_the_hub_folder_loads_and_its_card_says_what_was_measured(
+    run: Path, encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    huggingface_hub, hub = pytest.importorskip("huggingface_hub"), tmp_path / "mine"
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "huggingface_hub", None)  # not needed to write it
+        export.main([str(run), "--format", "hub", "--out", str(hub)])
     assert {file.name for file in hub.iterdir()} == {"README.md", "config.json", "model.safetensors"}
-    assert list(hub.parent.iterdir()) == [hub]  # nothing half-written beside it
+    assert list(tmp_path.iterdir()) == [hub]  # nothing half-written beside it
     agrees(fastcr.load(hub)(images(3)), encoder, 3, 0)
-    about = json.loads((hub / "config.json").read_text())
-    assert about["facts"] == json.loads(json.dumps(encoder.facts))
+    assert json.loads((hub / "config.json").read_text())["facts"] == json.loads(json.dumps(encoder.facts))
 
-
-def test_the_model_card_says_how_it_was_made_and_what_was_measured(hub: Path, run: Path) -> None:
-    huggingface_hub = pytest.importorskip("huggingface_hub")
     card, results = huggingface_hub.ModelCard.load(hub / "README.md"), json.loads((run / "results.json").read_text())
-    assert (card.data.library_name, card.data.license) == ("fastcr", "apache-2.0")
+    assert (card.data.library_name, card.data.license, card.data.model_name) == ("fastcr", "apache-2.0", "mine")
     (line,) = [line for line in card.text.splitlines() if line.startswith("| attention |")]
     scores = [
         part["retrieval"]["rationale"][key] for part in (results["frozen_init"], results) for key in ("rank1", "mAP")
@@ -207,10 +189,10 @@ def test_nothing_for_the_hub_names_a_path_of_this_machine(run: Path, tmp_path: P
     assert "pictures, 32 images of 16 classes" in card
 
 
-def test_broken_results_are_named(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_broken_results_are_named(run: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     shutil.copy(run / "weights.safetensors", tmp_path)
     (tmp_path / "results.json").write_text('{"images": 3}')
-    line = one_line(capsys, tmp_path, "--format", "hub", "--out", tmp_path / "hub")
+    line = refused(export.main, tmp_path, "--format", "hub", "--out", tmp_path / "hub")
     assert f"{tmp_path / 'results.json'} is broken" in line
     assert not (tmp_path / "hub").exists()
 
@@ -241,60 +223,53 @@ def test_push_uploads_the_folder(api: Any, run: Path, tmp_path: Path, capfd: pyt
 
 
 def test_a_push_needs_a_token_the_client_and_a_folder(
-    api: Any, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    api: Any, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
 ) -> None:
     pushed = (run, "--out", tmp_path / "hub", "--push", "me/birds", "--format")
-    assert "--push goes with --format hub" in one_line(capsys, *pushed, "torch")
-    assert "--pooling goes with --format torch and onnx" in one_line(capsys, run, "--format", "hub", "--pooling", "gem")
+    assert "--push goes with --format hub" in refused(export.main, *pushed, "torch")
+    assert "--pooling goes with --format torch and onnx" in refused(
+        export.main, run, "--format", "hub", "--pooling", "gem"
+    )
     monkeypatch.setattr(sys.modules["huggingface_hub"], "get_token", lambda: None)
-    assert "needs your Hugging Face token" in one_line(capsys, *pushed, "hub")
+    assert "needs your Hugging Face token" in refused(export.main, *pushed, "hub")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    assert 'pip install "fastcr[hub]"' in one_line(capsys, *pushed, "hub")
+    assert 'pip install "fastcr[hub]"' in refused(export.main, *pushed, "hub")
     assert not (tmp_path / "hub").exists()
     assert not api.method_calls
 
 
-@pytest.mark.parametrize(("extra", "module"), [("onnx", "onnxscript"), ("hub", "huggingface_hub")])
 def test_a_missing_extra_is_named(
-    extra: str,
-    module: str,
-    run: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
 ) -> None:
-    monkeypatch.setitem(sys.modules, module, None)
-    line = one_line(capsys, run, "--format", extra, "--out", tmp_path / f"x{export.ENDINGS[extra]}")
-    assert f"--format {extra} needs" in line
-    assert f'pip install "fastcr[{extra}]"' in line
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    line = refused(export.main, run, "--format", "onnx", "--out", tmp_path / "x.onnx")
+    assert 'needs onnxscript: pip install "fastcr[onnx]"' in line
     assert not list(tmp_path.iterdir())
 
 
 def test_an_encoder_that_cannot_be_exported_gets_one_line(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
 ) -> None:
     def pooled(self: Encoder, features: Tensor) -> Any:
         raise NotImplementedError("no such\nop")
 
     monkeypatch.setattr(Encoder, "pooled", pooled)
-    line = one_line(capsys, run, "--format", "torch", "--out", tmp_path / "x.pt2")
+    line = refused(export.main, run, "--format", "torch", "--out", tmp_path / "x.pt2")
     assert "resnet18 cannot be made a graph: no such op" in line
     assert not list(tmp_path.iterdir())
 
 
-def test_nothing_is_overwritten(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_overwritten(run: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     weights = Path(shutil.copy(run / "weights.safetensors", tmp_path / "mine.safetensors"))
     default = tmp_path / "mine.pt2"
     default.write_text("precious")
-    assert f"{default} is there already" in one_line(capsys, weights, "--format", "torch")
+    assert f"{default} is there already" in refused(export.main, weights, "--format", "torch")
     assert default.read_text() == "precious"
 
 
-def test_a_released_branch_gets_no_graph_and_a_warning_on_its_card(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_released_branch_gets_no_graph_and_a_warning_on_its_card(tmp_path: Path, refused: Callable[..., str]) -> None:
     weights = write_weights(tmp_path / "released.safetensors", released=True)
-    assert "scaled over the whole batch" in one_line(capsys, weights, "--format", "torch")
+    assert "scaled over the whole batch" in refused(export.main, weights, "--format", "torch")
     export.main([str(weights), "--format", "hub"])
     folder = tmp_path / "released-hub"
     assert "depends on the images beside it" in (folder / "README.md").read_text()

@@ -9,15 +9,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 import fastcr
 from fastcr import embed, search
 from fastcr.config import RationaleConfig
-from fastcr.output.embedding_formats import PACKAGES
 from tests.shared import decoded, write_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -61,35 +60,24 @@ def found(output: str) -> list[tuple[str, str, str]]:
     return [(similarity, label.strip(), path) for similarity, label, path in rows]
 
 
-@pytest.mark.parametrize("format", ["safetensors", "npy", "parquet", "faiss"])
+@pytest.mark.parametrize("format", ["safetensors", "npy"])
 def test_the_nearest_are_the_most_similar(
-    format: str, weights: Path, birds: Path, query: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    format: str, weights: Path, whole: Path, birds: Path, query: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if format in PACKAGES:
-        pytest.importorskip(PACKAGES[format])
-    out = embedded(weights, birds, tmp_path / "out", format)
+    out = whole if format == "npy" else embedded(weights, birds, Path("out"), format)
     encoder = fastcr.load(weights)
     with torch.inference_mode():
         own = encoder(encoder.transform(Image.open(query))[None]).embedding[0]
-    embedded(weights, birds, tmp_path / "plain", "safetensors")
-    similarity, places = (load_file(tmp_path / "plain" / "embeddings.safetensors")["rationale"] @ own).topk(7)
+    vectors = np.load(whole / "rationale.npy")
+    similarity, places = (torch.from_numpy(vectors) @ own).topk(7)
     with open(out / "images.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     expected = [(rows[i]["label"], rows[i]["path"]) for i in places.tolist()]
-    run(out, query, "--k", "7")
+    run(out / "images.csv", query, "--k", "7")  # a file of the folder names it too
     shown = found(capsys.readouterr().out)
     assert [each[1:] for each in shown] == expected
     assert [float(each[0]) for each in shown] == pytest.approx(similarity.tolist(), abs=1e-4)
     assert shown[0] == ("1.0000", query.parent.name, str(query.relative_to(birds)))
-
-
-def test_a_file_of_the_folder_names_it_too_and_there_may_be_fewer_than_k(
-    whole: Path, query: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run(whole / "mean.npy", query, "--k", "1000")
-    shown = found(capsys.readouterr().out)
-    assert len(shown) == 96
-    assert sorted(shown, key=lambda each: -float(each[0])) == shown
 
 
 def test_a_folder_is_searched_for_image_by_image(
@@ -163,36 +151,24 @@ def test_pictures_that_are_gone_are_counted(
     assert Path("search.html").read_text().count("<figure") == 1 + 10 - gone
 
 
-@pytest.mark.parametrize("format", ["safetensors", "faiss"])
+@pytest.mark.parametrize(("format", "name"), [("safetensors", "embeddings.safetensors"), ("npy", "rationale.npy")])
 def test_broken_embeddings_are_refused_in_a_line(
-    format: str, weights: Path, flat: Path, query: Path, tmp_path: Path, refused: Callable[..., str]
+    format: str, name: str, weights: Path, flat: Path, query: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
-    if format in PACKAGES:
-        pytest.importorskip(PACKAGES[format])
     out = embedded(weights, flat, tmp_path / "out", format)
-    file = out / f"embeddings.{format}"
-    whole = file.read_bytes()
+    whole, facts = (out / name).read_bytes(), json.loads((out / "encoder.json").read_text())
     for content in (whole[:-1000], b"no embeddings"):
-        file.write_bytes(content)
-        assert file.name in refused(search.main, out, query)
-    file.write_bytes(whole)
-    table = (out / "images.csv").read_text()
-    (out / "images.csv").write_text("".join(table.splitlines(keepends=True)[:-1]))
-    assert "64 embeddings of 63 images" in refused(search.main, out, query)
-
-
-def test_embeddings_that_lack_a_file_are_refused_in_a_line(
-    whole: Path, query: Path, tmp_path: Path, refused: Callable[..., str]
-) -> None:
-    out = Path(shutil.copytree(whole, tmp_path / "out"))
-    facts = json.loads((out / "encoder.json").read_text())
+        (out / name).write_bytes(content)
+        assert f"{name} is missing or broken" in refused(search.main, out, query)
+    (out / name).write_bytes(whole)
     (out / "encoder.json").write_text(json.dumps(facts | {"root": None}))
     assert "encoder.json is missing or broken" in refused(search.main, out, query)
     (out / "encoder.json").write_text(json.dumps(facts))
+    lines = (out / "images.csv").read_text().splitlines(keepends=True)
+    (out / "images.csv").write_text("".join(lines[:-1]))
+    assert "64 embeddings of 63 images" in refused(search.main, out, query)
     (out / "images.csv").unlink()
     assert "images.csv is missing or broken" in refused(search.main, out, query)
-    shutil.rmtree(out)
-    assert "no embeddings at" in refused(search.main, out, query)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastcr.config import RationaleConfig
@@ -119,14 +118,6 @@ class RationaleHead(nn.Module):
     def pool(self, features: Tensor) -> RationalePool:
         """Features `[B,C,H,W]` to `(pooled [B,C], attention [B,S])`."""
         return rationale_pool(features, self.weight, self.bias, temperature=self.config.temperature, impl=self.impl)
-
-    def responses(self, features: Tensor) -> Tensor:
-        """What each detector says at each position, before the maximum: `[B,K,H,W]` fp32."""
-        return F.conv2d(features.float(), self.weight[:, :, None, None], self.bias)
-
-    def alone(self, responses: Tensor) -> Tensor:
-        """The attention `[B,K,H,W]` that each detector would give without the others, from its `responses`."""
-        return (responses / self.config.temperature).flatten(2).softmax(2).view_as(responses)
 
     @torch.no_grad()
     def effective_detectors(self, features: Tensor) -> Tensor:

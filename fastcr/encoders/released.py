@@ -42,10 +42,6 @@ class ReleasedBranch(nn.Module):
         pooled = (features.float() * attention[:, None]).mean((2, 3))
         return RationalePool(pooled, attention.flatten(1))
 
-    def alone(self, responses: Tensor) -> Tensor:
-        """The attention `[B,K,H,W]`, not scaled, that each detector would give without the others."""
-        return responses.relu()
-
 
 def released_facts(state: dict[str, Tensor]) -> dict[str, Any]:
     """What `encoder.describe` would say of a released checkpoint: ResNet-50 at 224 px, no stem max-pool in BYOL."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from functools import partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,14 +46,13 @@ class TrainingEvaluation:
         self.folder, self.context, images = folder, context, test_images(splits)
         classifiers = Classifiers(KnnConfig(), LinearConfig(enabled=False)) if knn else None
         self.evaluation = Evaluation(splits, images, context, classifiers) if images else None
-        self.drawn = partial(fixed_attention, images=splits.test or splits.train, context=context)
-        self.lacking = not_measured(splits)
-        self.initial: Measured | None = None
+        self.drawn, self.lacking = splits.test or splits.train, not_measured(splits)
 
-    def _before(self, evaluation: Evaluation) -> Measured:
-        if self.initial is None:
-            self.initial = evaluation.measure_file(self.folder / INITIAL, "before training")
-        return self.initial
+    @cached_property
+    def before(self) -> Measured:
+        """The encoder as it was before the first step."""
+        assert self.evaluation
+        return self.evaluation.measure_file(self.folder / INITIAL, "before training")
 
     def _logged(self, encoder: Encoder, scores: Mapping[str, Any]) -> Logged:
         if not self.context.processes.first:
@@ -64,13 +63,13 @@ class TrainingEvaluation:
             for pooling in ("mean", "rationale")
             for measure, value in scores.get(section, {}).get(pooling, {}).items()
         }
-        return Logged(found, self.drawn(encoder))
+        return Logged(found, fixed_attention(encoder, self.drawn, self.context))
 
     def during(self, encoder: Encoder, epoch: int) -> Logged:
         """Print rank-1 and kNN of the encoder as it is now and before training, and warn where they have fallen."""
         if self.evaluation is None:
             return self._logged(encoder, {})
-        initial = self._before(self.evaluation).scores
+        before = self.before.scores
         with torch.compiler.set_stance("force_eager"):  # not worth compiling for eval mode and another batch size
             scores = self.evaluation.measure(encoder, f"epoch {epoch}", baselines=False).scores
         if not self.context.processes.first:
@@ -83,9 +82,9 @@ class TrainingEvaluation:
             save_weights(self.folder / BEST, encoder.state_dict(), encoder.facts)
         for section, measure, shown in (("retrieval", "rank1", "rank-1"), ("knn", "top1", "kNN")):
             for name, values in scores.get(section, {}).items():
-                now, before = values[measure], initial[section][name][measure]
-                below = "  warning: lower than before training" if now < before else ""
-                self.context.say(f"  {shown} {SHOWN.get(name, name)} {now:.2f} (before training {before:.2f}){below}")
+                now, then = values[measure], before[section][name][measure]
+                below = "  warning: lower than before training" if now < then else ""
+                self.context.say(f"  {shown} {SHOWN.get(name, name)} {now:.2f} (before training {then:.2f}){below}")
         return self._logged(encoder, scores)
 
     def at_the_end(self, encoder: Encoder) -> Logged:
@@ -93,7 +92,7 @@ class TrainingEvaluation:
         if self.evaluation is None:
             self.context.say(f"{self.lacking}: retrieval is not measured")
             return self._logged(encoder, {})
-        results = self.evaluation.results(self.folder / "weights.safetensors", self._before(self.evaluation))
+        results = self.evaluation.results(self.folder / "weights.safetensors", self.before)
         show(results, self.context)
         if self.context.processes.first:
             write_results(self.folder / "results.json", results)

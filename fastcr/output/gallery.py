@@ -22,8 +22,8 @@ from fastcr.measures.poolings import pooled
 from fastcr.output.sheets import Section, Tile, contact_sheet
 from fastcr.runs.context import Context
 
-FIXED, COLUMNS = 8, 4  # images whose attention is drawn during a training, and of these in a row
-SIDE, NEIGHBOURS = 144, 5  # pixels of small tiles; images found of each query of a report
+FIXED = 12  # images whose attention is drawn during a training
+NEIGHBOURS = 5  # images found of each query of a report
 COLD, WARM, HOT = "#1b1044", "#e0483e", "#fdf3a0"  # colours of an attention map
 STRENGTH = 0.75  # how far the most attended position is covered
 Place = tuple[ImageList, int]  # an image of a list
@@ -87,11 +87,6 @@ def read_pictures(places: Sequence[Place], image_size: int) -> tuple[dict[str, P
     return found, reasons
 
 
-def pixels_of(pictures: Sequence[Picture]) -> Tensor:
-    """The crops, uint8 `[N,S,S,3]`."""
-    return torch.stack([torch.from_numpy(np.array(picture.crop)) for picture in pictures])
-
-
 def encode(
     pictures: Sequence[Picture], encoder: Encoder, context: Context, pooling: str = "mean", mean: Tensor | None = None
 ) -> tuple[Tensor, Sequence[Tensor] | Sequence[None]]:
@@ -100,7 +95,8 @@ def encode(
     `pooling` and `mean` are those of `fastcr.measures.poolings.pooled`.
     """
     vectors, maps = list[Tensor](), list[Tensor]()
-    for part in pixels_of(pictures).split(BATCH_SIZE):
+    pixels = torch.stack([torch.from_numpy(np.array(picture.crop)) for picture in pictures])  # uint8 [N,S,S,3]
+    for part in pixels.split(BATCH_SIZE):
         features, _ = encoder.of_crops(part.to(context.device), context.dtype)
         vectors.append(pooled(features, encoder, pooling, mean).cpu())
         if (attention := encoder.pooled(features).attention) is not None:
@@ -108,22 +104,15 @@ def encode(
     return torch.cat(vectors), maps or [None] * len(pictures)
 
 
-def tile(caption: str, crop: Image.Image, attention: Tensor | None, side: int | None = None, mark: str = "") -> Tile:
-    """An image, and beside it the attention over it if there is one; resized to `side` pixels if that is given."""
-    if side:
-        crop = crop.resize((side, side), Image.Resampling.LANCZOS)
+def tile(caption: str, crop: Image.Image, attention: Tensor | None = None, mark: str = "") -> Tile:
+    """An image, and beside it the attention over it if there is one."""
     return Tile(caption, [crop] if attention is None else [crop, overlay(crop, attention)], mark)
 
 
-def in_rows(tiles: Sequence[Tile], columns: int) -> list[Sequence[Tile]]:
-    """The tiles, `columns` of them in a row."""
-    return [tiles[first : first + columns] for first in range(0, len(tiles), columns)]
-
-
-def attended(pictures: Sequence[Picture], encoder: Encoder, context: Context, side: int | None = None) -> list[Tile]:
-    """Each image, and beside it the attention of an encoder with a branch; of `side` pixels if that is given."""
+def attended(pictures: Sequence[Picture], encoder: Encoder, context: Context) -> list[Tile]:
+    """Each image, and beside it the attention of an encoder with a branch."""
     maps = encode(pictures, encoder, context)[1]
-    return [tile(each.name, each.crop, attention, side) for each, attention in zip(pictures, maps, strict=True)]
+    return [tile(each.name, each.crop, attention) for each, attention in zip(pictures, maps, strict=True)]
 
 
 def neighbours(found: Embeddings, images: ImageList, size: int, count: int) -> list[list[Tile]]:
@@ -148,7 +137,7 @@ def neighbours(found: Embeddings, images: ImageList, size: int, count: int) -> l
             elif labels:
                 right = labels[kept[other]] == labels[kept[query]]
                 caption, mark = f"{'✓' if right else '✗'} {caption}", "right" if right else "wrong"
-            row.append(tile(caption, picture.crop, None, SIDE, mark))
+            row.append(tile(caption, picture.crop, mark=mark))
         rows.append(row)
     return rows
 
@@ -162,4 +151,4 @@ def fixed_attention(encoder: Encoder, images: ImageList, context: Context) -> Im
         return None
     with torch.compiler.set_stance("force_eager"), encoder.evaluating():
         tiles = attended(list(pictures.values()), encoder, context)
-    return contact_sheet([Section(rows=in_rows(tiles, COLUMNS))])
+    return contact_sheet([Section(rows=[tiles])])

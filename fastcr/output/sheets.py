@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import StrictUndefined, Template
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
@@ -25,7 +25,9 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # no sc
 # what no page may hold: control characters, and halves of characters from file names that are not UTF-8
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 PAGE, PICTURES = ".html", (".jpg", ".jpeg", ".png")
+ROW = 6  # tiles side by side in a picture; a page has as many as there is room for
 LEAST_SIDE, GAP, LINE, FONT_SIZE = 112, 8, 20, 14  # of a picture, pixels
+SMALL = 144  # of the pictures on a page, pixels
 QUALITY = 82  # of JPEGs
 
 
@@ -46,10 +48,10 @@ class Table(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """A drawing of curves."""
+    """A curve."""
 
     title: str
-    svg: bytes
+    points: Sequence[tuple[float, float]]  # x and y, the latter upwards
 
 
 class Section(NamedTuple):
@@ -89,57 +91,54 @@ def write_sheet(out: Path, title: str, sections: Sequence[Section]) -> None:
 
 def html_page(title: str, sections: Sequence[Section]) -> str:
     """The whole page."""
-    environment = Environment(
-        loader=PackageLoader("fastcr", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["uri"] = data_uri
-    template = environment.get_template("sheet.html.jinja")
-    page = template.render(title=title, sections=sections, generator=GENERATOR, policy=POLICY)
+    text = Path(__file__).parents[1].joinpath("sheet.html.jinja").read_text(encoding="utf-8")
+    template = Template(text, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    functions = {"uri": data_uri, "polyline": polyline}
+    page = template.render(title=title, sections=sections, generator=GENERATOR, policy=POLICY, **functions)
     return UNPRINTABLE.sub("\ufffd", page)
 
 
-def data_uri(content: Image.Image | bytes) -> str:
-    """A picture, as a JPEG, or the bytes of an SVG as an address that needs no file."""
-    if isinstance(content, bytes):
-        return f"data:image/svg+xml;base64,{base64.b64encode(content).decode()}"
-    content.save(held := io.BytesIO(), "JPEG", quality=QUALITY)
+def data_uri(picture: Image.Image) -> str:
+    """A picture, as a small JPEG, as an address that needs no file."""
+    (small := picture.copy()).thumbnail((SMALL, SMALL))
+    small.save(held := io.BytesIO(), "JPEG", quality=QUALITY)
     return f"data:image/jpeg;base64,{base64.b64encode(held.getvalue()).decode()}"
+
+
+def polyline(points: Sequence[tuple[float, float]]) -> str:
+    """The points of a curve as SVG has them, scaled to a box of 500 by 250."""
+    (left, right), (low, high) = ((min(axis), max(axis)) for axis in zip(*points, strict=True))
+    across, up = (right - left) or 1, (high - low) or 1
+    shown = [f"{500 * (x - left) / across:.1f},{250 * (high - y) / up:.1f}" for x, y in points]
+    return " ".join(shown if len(shown) > 1 else shown * 2)  # a line of one point would not be seen
 
 
 def contact_sheet(sections: Sequence[Section]) -> Image.Image:
     """Headings and tiles on white; text is cut to the width of what it belongs to."""
-    rows = [tiles for section in sections for tiles in section.rows]
+    parts = [[row[at : at + ROW] for row in section.rows for at in range(0, len(row), ROW)] for section in sections]
+    rows = [tiles for part in parts for tiles in part]
     side = max(rows[0][0].images[0].width, LEAST_SIDE)
     tile_width, row_height = side * max(len(tile.images) for tiles in rows for tile in tiles), side + LINE + GAP
     width = GAP + max(map(len, rows)) * (tile_width + GAP)
     height = GAP + len(rows) * row_height + LINE * sum(bool(section.heading) for section in sections)
-    sheet = Image.new("RGB", (width, height), "white")
-    draw, font, top = ImageDraw.Draw(sheet), ImageFont.load_default(FONT_SIZE), GAP
-    for section in sections:
+    sheet, top = Image.new("RGB", (width, height), "white"), GAP
+    for section, part in zip(sections, parts, strict=True):
         if section.heading:
-            draw.text((GAP, top), fitted(section.heading, font, width - 2 * GAP), "black", font)
+            sheet.paste(line_of(section.heading, width - 2 * GAP), (GAP, top))
             top += LINE
-        for tiles in section.rows:
+        for tiles in part:
             for column, tile in enumerate(tiles):
                 left = GAP + column * (tile_width + GAP)
                 for i, image in enumerate(tile.images):
                     sheet.paste(image.resize((side, side), Image.Resampling.BICUBIC), (left + i * side, top))
-                draw.text((left, top + side + 2), fitted(tile.caption, font, tile_width), "black", font)
+                sheet.paste(line_of(tile.caption, tile_width), (left, top + side))
             top += row_height
     return sheet
 
 
-def fitted(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
-    """`text` on one line of at most `width` pixels; what cannot be printed is escaped, what is too long is cut."""
-    text = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
-    if font.getlength(text) <= width:
-        return text
-    text = text[:width]  # a letter is a pixel wide at least
-    while text and font.getlength(f"{text}…") > width:
-        text = text[:-1]
-    return f"{text}…"
+def line_of(text: str, width: int) -> Image.Image:
+    """A line of text, cut at `width` pixels; what cannot be printed is escaped."""
+    shown = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text[:width])
+    line = Image.new("RGB", (width, LINE), "white")
+    ImageDraw.Draw(line).text((0, 2), shown, "black", ImageFont.load_default(FONT_SIZE))
+    return line

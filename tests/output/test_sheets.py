@@ -10,16 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageChops, ImageFont
+from PIL import Image, ImageChops
 
 from fastcr.data.images import ImageList
 from fastcr.data.layouts import read_splits
 from fastcr.errors import UsageError
 from fastcr.measures.embeddings import Embeddings
-from fastcr.output.charts import LONGEST, POINTS, chart
 from fastcr.output.gallery import neighbours, overlay, spread
 from fastcr.output.sheets import (
-    FONT_SIZE,
     GAP,
     GENERATOR,
     LINE,
@@ -30,16 +28,16 @@ from fastcr.output.sheets import (
     Table,
     Tile,
     check_out,
-    fitted,
     html_page,
+    line_of,
     write_sheet,
 )  # fmt: skip
-from tests.shared import curves_of, decoded
+from tests.shared import decoded
 
 NAMES = ["<script>alert(1)", "\"><img src=x onerror=alert('2')>&amp;", "</title></style><script>", "{{ 7 * 7 }}"]
 TAGS = {
     "html", "head", "meta", "title", "style", "body", "main", "section", "h1", "h2", "p", "pre", "code", "div", "table",
-    "caption", "thead", "tbody", "tr", "th", "td", "figure", "figcaption", "img",
+    "caption", "thead", "tbody", "tr", "th", "td", "figure", "figcaption", "img", "svg", "polyline",
 }  # fmt: skip
 RED, BLUE = (Image.new("RGB", (120, 120), colour) for colour in ("red", "blue"))
 
@@ -70,7 +68,9 @@ class Page(HTMLParser):
 @pytest.mark.parametrize("name", NAMES)
 def test_names_are_text_on_a_page_that_fetches_nothing(name: str) -> None:
     tiles = [Tile(name, [RED, BLUE]), Tile(name, [RED], "right")]
-    section = Section(name, name, name, [Table(name, [name, name], [(name, name)])], [Chart(name, b"<svg/>")], [tiles])
+    section = Section(
+        name, name, name, [Table(name, [name, name], [(name, name)])], [Chart(name, [(0, 3), (9, 1), (18, 2)])], [tiles]
+    )
     text = html_page(name, [section])
     page = Page(text)
     assert page.words.count(name) == 2 + 3 + 5 + 1 + 2  # title twice; section; table; chart; tiles
@@ -81,8 +81,8 @@ def test_names_are_text_on_a_page_that_fetches_nothing(name: str) -> None:
     assert "http" not in re.sub('http-equiv|data:image/[^"]*', "", text)
     images = [attrs for tag, attrs in page.tags if tag == "img"]
     assert all(attrs["alt"] for attrs in images)
-    assert decoded(images[0]["src"], "svg+xml") == b"<svg/>"
-    colours = [Image.open(io.BytesIO(decoded(each["src"], "jpeg"))).getpixel((60, 60)) for each in images[1:]]
+    assert [attrs["points"] for tag, attrs in page.tags if tag == "polyline"] == ["0.0,0.0 250.0,250.0 500.0,125.0"]
+    colours = [Image.open(io.BytesIO(decoded(each["src"], "jpeg"))).getpixel((60, 60)) for each in images]
     assert np.allclose(colours, [(255, 0, 0), (0, 0, 255), (255, 0, 0)], atol=2)
 
 
@@ -130,14 +130,12 @@ def test_only_files_of_fastcr_are_replaced(ending: str, tmp_path: Path) -> None:
             check_out(own, [PAGE])
 
 
-def test_captions_are_cut_to_their_width() -> None:
-    font = ImageFont.load_default(FONT_SIZE)
-    assert fitted("Geococcyx", font, 224) == "Geococcyx"
-    assert fitted("a\nb\x1b" + os.fsdecode(b"\xff"), font, 224) == r"a\nb\x1b\udcff"
-    for text in ("W" * 100_000, "." * 100_000):
-        cut = fitted(text, font, 224)
-        assert cut[-1] == "…"
-        assert 200 < font.getlength(cut) <= 224
+def test_a_line_is_cut_to_its_width_and_what_cannot_be_printed_is_escaped() -> None:
+    assert line_of("a\nb\x1b" + os.fsdecode(b"\xff"), 224) == line_of(r"a\nb\x1b\udcff", 224)
+    for text in ("W" * 100_000, "." * 100_000, "\n" * 100_000):
+        cut = line_of(text, 224)
+        assert cut.size == (224, LINE)
+        assert np.asarray(cut)[:, 200:].min() < 100
 
 
 @pytest.fixture
@@ -179,35 +177,3 @@ def test_images_are_spread_evenly() -> None:
     assert spread(range(9), 3) == [1, 4, 7]
     assert spread("ab", 5) == ["a", "b"]
     assert spread(range(9), 0) == []
-
-
-def test_curves_are_drawn_as_they_are_and_long_ones_thinned() -> None:
-    values = [3.0, 1.0, 2.0, 2.0]
-    made = chart("loss", {"": list(enumerate(values))}, "step")
-    assert made is not None
-    ((first, *rest),) = curves_of(made.svg)
-    assert [round((first[1] - y) / (first[1] - rest[0][1]), 3) for _, y in rest] == [1, 0.5, 0.5]  # y goes down
-    assert chart("loss", {"": list(enumerate(values))}, "step") == made
-    assert chart("none", {"": []}, "step") is None
-    alone = chart("one", {"": [(1, 5)]}, "step")
-    assert alone is not None
-    assert len(curves_of(alone.svg)) == 1
-    # zigzag: no point lies between its neighbours, so that matplotlib draws each
-    long = chart("long", {"": [(x, x // 9 % 2) for x in range(9 * POINTS)]}, "step")
-    assert long is not None
-    assert abs(len(curves_of(long.svg)[0]) - POINTS) <= 1
-
-
-def test_any_name_can_stand_in_a_legend_and_settings_of_matplotlib_stay() -> None:
-    import matplotlib
-
-    names = ["<script>", "$\\frac_1", "_hidden", "a\x00\ud800", "鳥" * 300]
-    before = dict(matplotlib.rcParams)
-    with matplotlib.rc_context({"lines.linewidth": 40, "text.usetex": True}):
-        made = chart("loss", {name: [(0, 1), (1, 2)] for name in names}, "epoch")
-    assert dict(matplotlib.rcParams) == before
-    assert made is not None
-    svg = made.svg.decode()
-    assert len(curves_of(made.svg)) == 5
-    for shown in ("&lt;script&gt;", "$\\frac_1", "_hidden", "a\ufffd\ufffd", "鳥" * LONGEST):
-        assert f">{shown}<" in svg

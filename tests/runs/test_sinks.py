@@ -16,7 +16,7 @@ from fastcr.runs import sinks
 from tests.shared import SHORT, TINY, records
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SHEET = (8 + 4 * (2 * 112 + 8), 8 + 2 * (112 + 20 + 8))  # two rows of four pairs
+SHEET = (8 + 6 * (2 * 112 + 8), 8 + 2 * (112 + 20 + 8))  # two rows of six pairs
 
 
 @pytest.fixture(autouse=True)
