@@ -117,14 +117,6 @@ TREES: dict[str, tuple[Callable[[Path], object] | tuple[str, ...], list[str], li
         ("a/0.jpg", "a/0.jpg_original", "b/2.jpg", "b/2.jpg~"), ["a/0.jpg=a", "b/2.jpg=b"], [], {OTHERS: 2},
     ),
     "folders without an image": (imageless, ["a/0.jpg=a"], [], {OTHERS: 1, EMPTY: 2}),
-    "accents of a Mac": (
-        ("train/cafe\u0301/0.jpg", "train/wren/1.jpg", "test/caf\u00e9/2.jpg"),
-        ["train/cafe\u0301/0.jpg=caf\u00e9", "train/wren/1.jpg=wren"], ["test/caf\u00e9/2.jpg=caf\u00e9"], {},
-    ),
-    "two accents in one folder": (
-        ("cafe\u0301/0.jpg", "caf\u00e9/1.jpg"),
-        ["cafe\u0301/0.jpg=cafe\u0301", "caf\u00e9/1.jpg=caf\u00e9"], [], {},
-    ),
 }  # fmt: skip
 
 
