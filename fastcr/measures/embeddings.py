@@ -85,7 +85,7 @@ def _gathered(
     places = torch.tensor([i for share in shares for i in share]).argsort().argsort().split([*map(len, shares)])
 
     def together(rows: Tensor) -> Tensor:
-        parts = processes.gather_rows(rows) or [rows]
+        parts = processes.gather(rows) or [rows]
         if len(parts) == 1:
             return rows
         whole = rows.new_empty(sum(map(len, parts)), max(part.shape[1] for part in parts))

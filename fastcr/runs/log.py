@@ -144,8 +144,8 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 def keep_records(path: Path, key: str, last: float) -> None:
     """Drop from a JSONL file the records whose `key` is beyond `last`, and a line cut off by a kill."""
     if path.exists():
-        numbered = [record for record in read_records(path) if isinstance(record.get(key), int | float)]
-        kept = [record for record in numbered if record[key] <= last]
+        records = read_records(path)
+        kept = [each for each in records if isinstance(each.get(key), int | float) and each[key] <= last]
         write_whole(path, lambda file: file.write_text("".join(json.dumps(record) + "\n" for record in kept)))
 
 

@@ -149,23 +149,6 @@ def test_an_error_of_a_loader_process_is_its_own_line_and_ends_the_others() -> N
     assert multiprocessing.active_children() == []
 
 
-LEFT = """
-import atexit, multiprocessing
-from torch.utils.data import DataLoader
-from fastcr.runs.machine import batches_of, leave_signals
-atexit.register(lambda: print(multiprocessing.active_children()))  # the last one that runs
-batches = batches_of(DataLoader(range(1000), num_workers=2, worker_init_fn=leave_signals))
-next(batches)
-raise ValueError("of the main process, while the loader is in use")
-"""
-
-
-def test_a_process_that_ends_ends_its_loader_first() -> None:
-    said, errors = start("-c", LEFT, fresh=False).communicate(timeout=100)
-    assert said == "[]\n"  # torch would wait 5 s for each process of it
-    assert errors.endswith("ValueError: of the main process, while the loader is in use\n")
-
-
 def test_a_loader_process_that_dies_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop, one_line_errors("train"):
         list(DataLoader(Dies(), num_workers=1))
