@@ -50,7 +50,7 @@ from fastcr.runs.log import RunLog, keep_records
 from fastcr.runs.machine import process_age
 from fastcr.runs.sinks import check_tracker
 from fastcr.runs.validate import validate
-from fastcr.runs.watch import LossWatch, RunConsole, StopSignal
+from fastcr.runs.watch import RunConsole, StopSignal, check_weights
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,6 @@ def train(
 def run_steps(run: Run, evaluation: TrainingEvaluation, log: RunLog, began: float) -> int:
     """The training loop; returns the number of the signal that ended it early, or 0."""
     config, training, schedule, processes = run.config, run.training, run.schedule, run.context.processes
-    watch = LossWatch(trained(training.optimizer), run.start, run.folder, processes)
     saver = Saver(run.folder, describe(config), config.run.keep, config.run.save_minutes)
     health = RunHealth(run)
     due = Due(0, False, False, False)
@@ -128,7 +127,6 @@ def run_steps(run: Run, evaluation: TrainingEvaluation, log: RunLog, began: floa
                 batch = next(batches)
             training.set_learning_rates(step, schedule)
             loss, losses = training.step(batch)
-            watch.add(loss)
             log.advance(step, len(batch.first) * processes.ranks)
             if step == run.start + 1:
                 loss.item()  # waits for the device
@@ -137,7 +135,7 @@ def run_steps(run: Run, evaluation: TrainingEvaluation, log: RunLog, began: floa
                 run.context.say(f"first step done {now - began:.1f} s after the start, {took}")
             due = due_after(run, step, stop, saver)
             if due.log or due.save:
-                watch.check()
+                check_weights(trained(training.optimizer), step, run.folder)
             if due.log:
                 health.record(step, loss, losses, log)
             if due.save:

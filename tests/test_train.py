@@ -26,7 +26,6 @@ from fastcr.encoders.encoder import load
 from fastcr.kernels import launch
 from fastcr.measures.health import HealthWarnings
 from fastcr.method import build as training
-from fastcr.method import step
 from fastcr.runs import checkpoint
 from fastcr.runs.checkpoint import load_weights
 from fastcr.runs.command_line import load_config
@@ -438,29 +437,12 @@ def test_diverging_run_stops_and_keeps_the_last_good_checkpoint(
     folder = tmp_path / "run"
     run(flat, folder, "--run.steps", "2")
     line = refused(train.main, "--resume", folder, "--run.steps", "8", "--optim.lr", "1e38", "--run.log_every", "8")
-    # the learning rate blows up the weights of step 3; whether its own loss or the next is named depends on them
-    assert "not finite from step 3 " in line or "not finite from step 4 " in line
+    assert "the weights are not finite after step 8 " in line  # where it is looked at
     assert f"the last good checkpoint is {folder}/resume.pt" in line
     kept = state(folder)
     assert kept["step"] == 2
     assert all(tensor.isfinite().all() for tensor in tensors(kept) if tensor.is_floating_point())
     assert [record["step"] for record in resume(folder, "--run.steps", "3")] == [1, 2, 3]
-
-
-def test_a_loss_that_is_no_number_is_named_with_its_own_step_though_it_is_seldom_read(
-    flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
-) -> None:
-    steps = iter(range(1, 100))
-
-    def third_is_nan(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, step.Losses]:
-        loss, parts = step.train_step(*args, **kwargs)
-        return loss * torch.nan if next(steps) == 3 else loss, parts
-
-    monkeypatch.setattr(training, "train_step", third_is_nan)
-    line = refused(train.main, *flags(flat, tmp_path / "run", "--run.log_every", "7"))
-    assert "the loss is not finite from step 3 on" in line
-    assert "nothing had been saved yet" in line
-    assert "resume.pt" not in names(tmp_path / "run")
 
 
 def test_resume_auto_begins_and_goes_on(

@@ -1,4 +1,4 @@
-"""What a run watches: losses that are not finite, signals, and a console whose reader may go away."""
+"""What a run watches: weights that are not finite, signals, and a console whose reader may go away."""
 
 from __future__ import annotations
 
@@ -15,35 +15,14 @@ from rich.console import Console
 from torch import Tensor
 
 from fastcr.errors import UsageError
-from fastcr.runs.distributed import ALONE, Processes
 
 
-class LossWatch:
-    """Notices a loss or a weight that is not finite, without waiting for the device at every step."""
-
-    def __init__(self, parameters: Sequence[Tensor], step: int, folder: Path, processes: Processes = ALONE) -> None:
-        self.parameters, self.step, self.folder, self.processes = parameters, step, folder, processes
-        self.losses = list[Tensor]()
-
-    def add(self, loss: Tensor) -> None:
-        """Take note of the next step's loss, a scalar."""
-        self.losses.append(loss)
-
-    def check(self) -> None:
-        """Raise `UsageError`, naming the step and the last good checkpoint, if anything since the last check is bad."""
-        if not self.losses:
-            return
-        finite = self.processes.total(torch.stack(self.losses)).isfinite()
-        weights_are_finite = torch.stack([p.isfinite().all() for p in self.parameters]).all()
-        if finite.all() and weights_are_finite:
-            self.step += len(self.losses)
-            self.losses = []
-            return
-        what = "weights are" if finite.all() else "loss is"
-        step = self.step + (len(self.losses) if finite.all() else 1 + int((~finite).nonzero()[0]))
-        resume = self.folder / "resume.pt"
+def check_weights(weights: Sequence[Tensor], step: int, folder: Path) -> None:
+    """Raise `UsageError` if the weights after `step` are not finite, and so no later ones will be."""
+    if not torch.stack([each.isfinite().all() for each in weights]).all():
+        resume = folder / "resume.pt"
         last_good = f"the last good checkpoint is {resume}" if resume.exists() else "nothing had been saved yet"
-        raise UsageError(f"the {what} not finite from step {step} on (try a lower --optim.lr); {last_good}")
+        raise UsageError(f"the weights are not finite after step {step} (try a lower --optim.lr); {last_good}")
 
 
 class StopSignal:
