@@ -7,14 +7,14 @@ DALI's decoder (`dali_views.py`).
 from __future__ import annotations
 
 from collections.abc import Generator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastcr.data.images import BadFiles
 from fastcr.data.pixel_cache import CachedImages
-from fastcr.data.views import MEAN, STD, Batch, Loading, ViewParameters, draw_parameters
+from fastcr.data.views import MEAN, STD, Batch, Loading, ViewParameters, Views, draw_parameters
 from fastcr.kernels.two_views import two_views
 
 
@@ -52,11 +52,11 @@ def cut_views(
     return Batch(first, second, send(indices))
 
 
-class CachedViews:
+@dataclass
+class CachedViews(Views):
     """Two views of each image of a cache."""
 
-    def __init__(self, images: CachedImages, loading: Loading, bad: BadFiles) -> None:
-        self.images, self.loading, self.bad = images, loading, bad
+    images: CachedImages
 
     def batches(self, start_step: int) -> Generator[Batch, None, None]:
         """Batches from `start_step` on, epoch after epoch, without end."""

@@ -35,7 +35,10 @@ class Notes(defaultdict[str, list[str | Path]]):
     def lines(self, root: Path) -> tuple[str, ...]:
         """A line for each thing that was found, with an example below `root`."""
         lines = []
-        for what, paths in ((what, dict.fromkeys(map(os.fspath, found))) for what, found in self.items() if found):
+        for what, found in self.items():
+            paths = {os.fspath(path): None for path in found}
+            if not paths:
+                continue
             line = f"{what}: {len(paths):,}"
             if what != HIDDEN:
                 line += f", e.g. {os.path.relpath(next(iter(paths)), root)!r}"
@@ -88,7 +91,7 @@ def images_below(root: Path, top: str, notes: Notes) -> list[str]:
 
     Links to folders are followed, but for those to a folder that they lie in, which would never end.
     """
-    found = []
+    found: list[str] = []
 
     def walk(below: str, above: frozenset[str]) -> None:
         folder = os.path.join(root, below)

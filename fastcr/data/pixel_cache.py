@@ -143,7 +143,7 @@ def _on_disk(folder: Path, total: int, decode: Callable[[Tensor], Layout]) -> tu
                 with open(draft / PIXELS, "wb") as file:
                     os.posix_fallocate(file.fileno(), 0, total)  # a full disk says so now
                 pixels = np.memmap(draft / PIXELS, dtype=np.uint8, mode="r+")
-                np.savez(draft / LAYOUT, **decode(torch.from_numpy(pixels)))
+                np.savez(draft / LAYOUT, **decode(torch.from_numpy(pixels)))  # type: ignore[arg-type]
                 pixels.flush()
                 if not folder.exists():
                     draft.rename(folder)

@@ -10,7 +10,7 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count, permutations
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -56,8 +56,7 @@ class Batch(NamedTuple):
 
     first: Tensor
     second: Tensor
-    images: Tensor | None = None
-    """Indices of the images in the list, int64 `[B]`; None if no one needs them."""
+    images: Tensor | None = None  # int64 [B], their indices in the list; None if no one needs them
 
     def tensors(self) -> list[Tensor]:
         """Its tensors, without those that are None."""
@@ -86,16 +85,17 @@ class Loading:
             yield step_indices(images, self.batch_size, self.seed, step, self.context.processes)
 
 
-class Views(Protocol):
-    """The contract of `TorchViews`, `DaliViews` and `CachedViews`."""
+@dataclass
+class Views:
+    """Two views of each image: what `TorchViews`, `DaliViews` and `CachedViews` are."""
 
-    images: ImageList
-    """The images that it makes views of; their decoded copies if there is a cache."""
+    images: ImageList  # their decoded copies if there is a cache
+    loading: Loading
     bad: BadFiles
 
     def batches(self, start_step: int) -> Generator[Batch, None, None]:
         """Batches from `start_step` on, epoch after epoch, without end."""
-        ...
+        raise NotImplementedError
 
 
 def step_indices(

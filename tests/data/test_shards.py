@@ -122,7 +122,6 @@ def test_mistakes_are_named(tmp_path: Path, packed: Path, birds: Path) -> None:
     picture = images.read(0)
     for root, words in (
         (shard("none", a_txt=b"", b_cls=b"1"), "no images in the shards"),
-        (shard("word", a_jpg=picture, a_cls=b"wren"), "'a.cls' holds no number"),
         (shard("list", a_jpg=picture, a_json=b"[1]"), "'a.json' holds no object"),
         (shard("nested", a_jpg=picture, a_json=b'{"label": [1]}'), "neither a number nor text"),
         (shard("partly", a_jpg=picture, a_cls=b"1", b_jpg=picture), "e.g. '.*/partly/train-0.tar/b.jpg', have none"),
@@ -133,20 +132,3 @@ def test_mistakes_are_named(tmp_path: Path, packed: Path, birds: Path) -> None:
     (packed / "train-0000.tar").write_bytes((packed / "train-0000.tar").read_bytes()[:2000])
     with pytest.raises(UsageError, match=r"train-0000.tar is not a whole, uncompressed tar: unexpected end of data"):
         read_splits(packed)
-    for shard_ in packed.glob("train-*.tar"):
-        shard_.unlink()
-    with pytest.raises(UsageError, match=r"shards like test-0000.tar but none named train"):
-        read_splits(packed)
-
-
-def test_a_broken_image_in_a_shard_is_named_and_replaced(tmp_path: Path, birds: Path) -> None:
-    images = read_splits(birds).train
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for i, content in enumerate([images.read(0), images.read(1)[:300], b"", images.read(3)]):
-            add(tar, f"{i}.jpg", content)
-    shards = read_splits(tmp_path).train
-    with pytest.raises(OSError, match=r"a.tar/1.jpg' is not a readable image"):
-        shards.rgb(1)
-    picture, bad = shards.rgb_or_next(1)
-    assert bad == [1, 2]
-    assert picture.tobytes() == images.rgb(3).tobytes()
