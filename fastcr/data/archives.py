@@ -49,9 +49,8 @@ def _split(classes: Iterable[str], table: Path, root: Path, rows: Iterable[tuple
     if outside := [file for file, _ in rows if os.path.isabs(file) or ".." in Path(file).parts]:
         raise UsageError(f"{table} names an image outside {root}: {outside[0]!r}")
     if missing := [file for file, _ in rows if not os.path.isfile(root / file)]:
-        raise UsageError(
-            f"{len(missing)} of the {len(rows)} images that {table} names are not in {root}, e.g. {missing[0]!r}"
-        )
+        counted = f"{len(missing)} of the {len(rows)} images"
+        raise UsageError(f"{counted} that {table} names are not in {root}, e.g. {missing[0]!r}")
     if unknown := {name for _, name in rows} - {*classes}:
         raise UsageError(f"{table} names a class that is not in the list of classes: {min(unknown)!r}")
     images = ImageList(root, tuple(file for file, _ in rows), None, ())

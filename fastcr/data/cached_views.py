@@ -65,18 +65,14 @@ class CachedViews(Views):
             sizes, starts, pixels = images.sizes[indices], images.starts[indices], images.pixels
             table = view_table(draw_parameters(loading.seed, epoch, indices, sizes, loading.views))
             if pixels.device != loading.context.device:
-                pixels, starts = self._bring(starts, sizes[:, 1], table)
+                pixels, starts = self._bring(starts, sizes)
             yield cut_views(pixels, starts, sizes[:, 1], table, indices, loading)
 
-    def _bring(self, starts: np.ndarray, widths: np.ndarray, table: np.ndarray) -> tuple[Tensor, np.ndarray]:
-        """Copy the rows that the crops touch to the device; moves the crops' `top` in `table` to match."""
-        first = table[:, :, 0].min(1)
-        last = (table[:, :, 0] + table[:, :, 2]).max(1)
-        table[:, :, 0] -= first[:, None]
-        origins = starts + 3 * widths * first.astype(np.int64)
-        lengths = 3 * widths * (last - first).astype(np.int64)
+    def _bring(self, starts: np.ndarray, sizes: np.ndarray) -> tuple[Tensor, np.ndarray]:
+        """The images on the device, one after the other, and where each begins there."""
+        lengths = 3 * sizes.prod(1)
         ends = lengths.cumsum()
         pixels = torch.empty(int(ends[-1]), dtype=torch.uint8, device=self.loading.context.device)
-        for origin, length, end in zip(origins.tolist(), lengths.tolist(), ends.tolist(), strict=True):
-            pixels[end - length : end].copy_(self.images.pixels[origin : origin + length], non_blocking=True)
+        for start, length, end in zip(starts.tolist(), lengths.tolist(), ends.tolist(), strict=True):
+            pixels[end - length : end].copy_(self.images.pixels[start : start + length], non_blocking=True)
         return pixels, ends - lengths

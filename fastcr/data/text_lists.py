@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import os
 from collections import Counter
 from pathlib import Path
@@ -16,10 +15,7 @@ def read_text(file: Path) -> str:
 
     Raises `OSError` if it cannot be read.
     """
-    data = file.read_bytes()
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return data.decode("utf-16", "replace").removeprefix("\ufeff")
-    return data.decode("utf-8-sig", "surrogateescape")
+    return file.read_bytes().decode("utf-8-sig", "surrogateescape")
 
 
 def read_list(file: Path) -> ImageList:

@@ -117,8 +117,9 @@ def load_torch(path: Path) -> Any:
         with torch.serialization.safe_globals([Namespace]):  # the settings that others save beside their weights
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        reason = "it holds pickled code or is no checkpoint (only tensors are read)"
-        raise UsageError(f"{path} is refused: {reason}") from None
+        raise UsageError(
+            f"{path} is refused: it holds pickled code or is no checkpoint (only tensors are read)"
+        ) from None
     except Exception as error:  # broken bytes lead the unpickler anywhere
         raise UsageError(f"{path} is broken, or is no checkpoint ({type(error).__name__})") from None
 
@@ -171,7 +172,7 @@ def _read_resume(path: Path) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()  # torch itself does not check the checksums it writes
-    except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, NotImplementedError, ValueError) as error:
+    except Exception as error:  # broken bytes lead zipfile anywhere
         raise UsageError(f"{path} is broken: {error}") from None
     if broken:
         raise UsageError(f"{path} is broken: it is not what was written (the checksum of {broken} does not match)")
@@ -201,10 +202,8 @@ class Saver:
 
 def random_states() -> dict[str, Any]:
     """State of torch's generators, CPU and CUDA (the only ones the training draws from; views are stateless)."""
-    return {
-        "cpu": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
 def set_random_states(states: dict[str, Any]) -> None:

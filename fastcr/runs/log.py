@@ -107,8 +107,8 @@ class RunLog:
         """Log an evaluation's scores, by names such as `knn/rationale/top1`, and the attention drawn over images."""
         if self.sinks:
             self.sinks.scalars(scores, step)
-        if self.sinks and attention:
-            self.sinks.image("attention", attention, step)
+            if attention:
+                self.sinks.image("attention", attention, step)
         for pooling in ("mean", "rationale"):  # the latter is shown where there is one
             names = {"rank1": f"retrieval/{pooling}/rank1", "knn": f"knn/{pooling}/top1"}
             self._show({shown: scores[name] for shown, name in names.items() if name in scores})
