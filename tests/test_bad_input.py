@@ -71,12 +71,6 @@ def spoil(root: Path) -> Path:
 # what is refused: a function of the images' folder that makes the bad input and returns further arguments
 
 
-def empty(images: Path, patch: pytest.MonkeyPatch) -> Args:
-    shutil.rmtree(images)
-    images.mkdir()
-    return []
-
-
 def fail_on_corrupt(images: Path, patch: pytest.MonkeyPatch) -> Args:
     spoil(images)
     return ["--data.on_corrupt", "fail"]
@@ -86,11 +80,6 @@ def all_empty(images: Path, patch: pytest.MonkeyPatch) -> Args:
     for file in images.iterdir():
         file.write_bytes(b"")
     return []
-
-
-def foreign_weights(images: Path, patch: pytest.MonkeyPatch) -> Args:
-    torch.save({"encoder.weight": torch.ones(2)}, images.parent / "w.pt")
-    return ["--model.weights", images.parent / "w.pt"]
 
 
 def no_dali(images: Path, patch: pytest.MonkeyPatch) -> Args:
@@ -104,11 +93,9 @@ def no_dali(images: Path, patch: pytest.MonkeyPatch) -> Args:
     ("prepare", "words"),
     [
         (lambda images, _: ["--data.root", images / "none"], ("no folder {images}/none",)),
-        (empty, ("no images under {images}", ".jpg")),
         (fail_on_corrupt, ("unreadable image '{images}/000.jpg'", "--data.on_corrupt")),
         (all_empty, ("none of the 16 images under {images} can be read",)),
         (lambda *_: ["--optim.batch_size", 17], ("{images} has 16 training images", "--optim.batch_size")),
-        (foreign_weights, ("w.pt", "encoder.weight")),
         pytest.param(
             lambda *_: ["--run.device", "cuda"],
             ("--run.device cuda: this machine has 0 CUDA devices",),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from pathlib import Path
 
 from fastcr.data.images import ImageList
@@ -22,7 +21,7 @@ def read_list(file: Path) -> ImageList:
     """The images a text file names: on each line a path (from the file's own folder), then perhaps a tab and a label.
 
     Blank lines and lines that begin with `#` are skipped. Raises `UsageError` if the file is no text, or names no
-    images, some that are not there, or one twice.
+    images, or some that are not there.
     """
     try:
         text = read_text(file)
@@ -40,7 +39,4 @@ def read_list(file: Path) -> ImageList:
             f"{len(missing)} of the {len(paths)} images that {file} names are not there, e.g. {missing[0]!r} "
             "(each line: a path, then perhaps a tab and a label)"
         )
-    path, times = Counter(paths).most_common(1)[0]
-    if times > 1:
-        raise UsageError(f"{file} names {path!r} twice")
     return ImageList(file.parent, paths, None, ()).with_labels([label or None for label in labels], sorted({*labels}))

@@ -30,7 +30,6 @@ from fastcr.data.views import (
     draw_parameters,
     epoch_order,
     normalise,
-    step_indices,
 )
 from fastcr.errors import UsageError
 from fastcr.runs.context import Context
@@ -154,7 +153,8 @@ def test_first_epoch_is_shuffled_and_each_epoch_differs() -> None:
     assert not np.array_equal(orders[0], np.arange(50))
     assert not np.array_equal(*orders)
     assert not np.array_equal(orders[0], epoch_order(50, 1, 0))
-    epoch, indices = step_indices(50, 8, 0, 6)  # 6 steps an epoch, two images left over
+    loading = replace(LOADING, batch_size=8, seed=0)
+    epoch, indices = next(loading.steps(50, 6))  # 6 steps an epoch, two images left over
     assert epoch == 1
     np.testing.assert_array_equal(indices, orders[1][:8])
 
@@ -176,7 +176,7 @@ def test_batches_are_reproducible_and_resume_anywhere(photos: ImageList, make: M
     assert torch.equal(take(make(photos), 2, 3)[1], whole[3])
     assert not torch.equal(take(make(photos, seed=4), 0, 1)[0], whole[0])
     for step, batch in zip(range(1, 5), make(photos).batches(1), strict=False):
-        assert batch.images.tolist() == step_indices(20, 6, 3, step)[1].tolist()
+        assert batch.images.tolist() == next(LOADING.steps(20, step))[1].tolist()
 
 
 def test_dali_and_torchvision_give_the_same_views(photos: ImageList) -> None:

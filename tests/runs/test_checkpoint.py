@@ -149,9 +149,7 @@ for first in map(int, sys.stdin):
 """
 
 
-@pytest.mark.parametrize(
-    "kills", [6, pytest.param(60, marks=pytest.mark.slow, id="sample"), pytest.param(400, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("kills", [6, pytest.param(400, marks=pytest.mark.slow)])
 def test_kill_while_saving_always_leaves_whole_files(kills: int, tmp_path: Path) -> None:
     delay = random.Random(0)
     command = [sys.executable, "-c", WRITERS, str(tmp_path)]
