@@ -1,4 +1,4 @@
-"""Tar shards: the same images, labels and views as the files they were packed from."""
+"""Tar shards: the same images and labels as the files they were packed from."""
 
 from __future__ import annotations
 
@@ -7,18 +7,14 @@ import json
 import os
 import pickle
 import tarfile
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from fastcr.data.images import BadFiles, ImageList
+from fastcr.data.images import ImageList
 from fastcr.data.layouts import read_splits
-from fastcr.data.loaders import loader_class
 from fastcr.data.pixel_cache import measure
-from fastcr.data.views import Loading
 from fastcr.errors import UsageError
 from fastcr.runs.context import Context
 
@@ -70,20 +66,6 @@ def test_a_stamp_changes_with_the_shard(packed: Path) -> None:
     os.utime(packed / "train-0000.tar", (1, 1))
     changed = [stamp != images.stamp(i) for i, stamp in enumerate(before)]
     assert changed == [True] * 20 + [False] * 44
-
-
-@pytest.mark.parametrize("loader", ["torch", "dali"])
-def test_views_are_those_of_the_files_from_any_step_on(packed: Path, birds: Path, loader: str) -> None:
-    if loader == "dali":
-        pytest.importorskip("nvidia.dali")
-    loading = Loading(image_size=32, batch_size=8, seed=3, context=CONTEXT)
-    tars, files = (
-        loader_class(loader)(images, loading, BadFiles(images, "fail"))  # type: ignore[arg-type]
-        for images in (read_splits(packed).train, read_splits(birds).train)
-    )
-    plain = list(islice(files.batches(0), 10))  # into the second epoch
-    for tar, file in zip(islice(tars.batches(6), 4), plain[6:], strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(tar, file, strict=True))
 
 
 ODD = ("plain", "with space", "ü and \\", "tab\tand\nnewline", "deep/er/x", "long/" + "n" * 150)
