@@ -22,7 +22,6 @@ first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun --cpus-per-task "$SLURM_CPUS_PER_TASK" torchrun \
     --nnodes "$SLURM_NNODES" --nproc-per-node "$SLURM_GPUS_ON_NODE" \
     --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" --rdzv-endpoint "$first:29500" \
-    --max-restarts 3 \
     -m fastcr.train "$@" --run.dir "$run" --resume auto | tee "$run.last"
 status=${PIPESTATUS[0]}
 

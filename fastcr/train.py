@@ -24,7 +24,7 @@ from fastcr.data.images import ImageList, Splits
 from fastcr.data.layouts import read_splits
 from fastcr.data.loaders import make_views
 from fastcr.data.synthetic import write_synthetic
-from fastcr.data.views import Views, step_indices
+from fastcr.data.views import Views
 from fastcr.encoders.encoder import describe
 from fastcr.errors import UsageError, one_line
 from fastcr.measures.evaluation import HISTORY, INITIAL
@@ -50,7 +50,7 @@ from fastcr.runs.log import RunLog, keep_records
 from fastcr.runs.machine import process_age
 from fastcr.runs.sinks import check_tracker
 from fastcr.runs.validate import validate
-from fastcr.runs.watch import LossWatch, RunConsole, StopSignal
+from fastcr.runs.watch import RunConsole, StopSignal, check_weights
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,6 @@ def train(
 def run_steps(run: Run, evaluation: TrainingEvaluation, log: RunLog, began: float) -> int:
     """The training loop; returns the number of the signal that ended it early, or 0."""
     config, training, schedule, processes = run.config, run.training, run.schedule, run.context.processes
-    files_of = partial(files_of_step, config, run.splits.train)
-    watch = LossWatch(trained(training.optimizer), run.start, run.folder, files_of, processes)
     saver = Saver(run.folder, describe(config), config.run.keep, config.run.save_minutes)
     health = RunHealth(run)
     due = Due(0, False, False, False)
@@ -127,7 +125,6 @@ def run_steps(run: Run, evaluation: TrainingEvaluation, log: RunLog, began: floa
                 batch = next(batches)
             training.set_learning_rates(step, schedule)
             loss, losses = training.step(batch)
-            watch.add(loss, training.gradient_norm())
             log.advance(step, len(batch.first) * processes.ranks)
             if step == run.start + 1:
                 loss.item()  # waits for the device
@@ -136,10 +133,9 @@ def run_steps(run: Run, evaluation: TrainingEvaluation, log: RunLog, began: floa
                 run.context.say(f"first step done {now - began:.1f} s after the start, {took}")
             due = due_after(run, step, stop, saver)
             if due.log or due.save:
-                watch.check()
+                check_weights(trained(training.optimizer), step, run.folder)
             if due.log:
                 health.record(step, loss, losses, log)
-            saver.check()
             if due.save:
                 save(run, saver, step)
             if due.signal:
@@ -151,7 +147,6 @@ def run_steps(run: Run, evaluation: TrainingEvaluation, log: RunLog, began: floa
                     log.evaluated(step, *evaluation.during(training.encoder, epoch))
         if run.start == schedule.last == 0:  # nothing to train: the start is what is saved
             save(run, saver, 0)
-        processes.once(saver.wait)  # before signals end the process again, and before the others go
     return due.signal
 
 
@@ -263,19 +258,16 @@ def restore(path: Path, training: Training, images: int, context: Context) -> in
 
 
 def save(run: Run, saver: Saver, step: int) -> None:
-    """Begin to save weights.safetensors and resume.pt, as they are after `step`."""
-    processes = run.context.processes
-    processes.share_statistics(run.training.encoder)
+    """Save weights.safetensors and resume.pt, as they are after `step`; no process goes on before."""
+    processes, training = run.context.processes, run.training
+    processes.share_statistics(training.encoder)
     random = processes.gather(random_states())
-    if processes.first:
-        state = {"step": step, **run.training.state(), "random": random, "images": fingerprint(run.splits.train)}
-        saver.save(run.training.encoder.state_dict(), state)
 
+    def write() -> None:
+        state = {"step": step, **training.state(), "random": random, "images": fingerprint(run.splits.train)}
+        saver.save(training.encoder.state_dict(), state)
 
-def files_of_step(config: Config, images: ImageList, step: int) -> list[str]:
-    """The files of the images that `step` (from 1) trains on, in their order."""
-    _, indices = step_indices(len(images), config.optim.batch_size, config.run.seed, step - 1)
-    return [images.path(int(index)) for index in indices]
+    processes.once(write)
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -76,11 +76,10 @@ def test_a_list_names_images_and_labels(tmp_path: Path) -> None:
         ("1.png\t\ndir/2 3.png\t\n", None),
     ],
 )
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
-def test_a_list_is_read_as_people_write_it(tmp_path: Path, text: str, labels: list[str] | None, encoding: str) -> None:
+def test_a_list_is_read_as_people_write_it(tmp_path: Path, text: str, labels: list[str] | None) -> None:
     put(tmp_path / "1.png")
     put(tmp_path / "dir" / "2 3.png")
-    (tmp_path / "list.txt").write_text(text.removeprefix("\ufeff" * (encoding != "utf-8")), encoding=encoding)
+    (tmp_path / "list.txt").write_text(text, encoding="utf-8")
     images = read_splits(tmp_path / "list.txt").train
     assert images.files == ("1.png", "dir/2 3.png")
     found = None if images.labels is None else [images.classes[label] for label in images.labels]
@@ -92,7 +91,6 @@ def test_a_list_is_read_as_people_write_it(tmp_path: Path, text: str, labels: li
     [
         ("# nothing\n\n", r"list.txt names no images"),
         ("1.png\n2.png\n3.png\n", r"2 of the 3 images that .*list.txt names are not there, e.g. '2.png'"),
-        ("1.png\n1.png\n", r"names '1.png' twice"),
         ("a/0\n1.png\n", r"1 of the 2 images that .*list.txt names are not there, e.g. 'a/0'"),
         ("1.png\twren\n./1.png\n", r"some images have a label and some, e.g. '.*/./1.png', have none"),
         ("\0\1\2", r"neither a folder of images or tar shards nor a text file that lists images"),

@@ -1,12 +1,9 @@
-"""What takes minutes to show: kills at any moment, a disk that is really full, memory over thousands of steps."""
+"""What takes minutes to show: kills at any moment, and memory over thousands of steps."""
 
 import json
-import os
 import random
 import signal
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,27 +11,9 @@ import pytest
 import torch
 
 from fastcr import train
-from tests.shared import PLAIN
+from tests.shared import PLAIN, SHORT, TINY, start
 
-TINY = [
-    *PLAIN, "--data.image_size", "32", "--data.loader", "torch", "--data.workers", "0", "--run.device", "cpu",
-    "--run.log_every", "1", "--optim.epochs", "100", "--optim.batch_size", "8", "--moco.queue_size", "20",
-    "--moco.embedding_dim", "16", "--rationale.detectors", "4", "--run.save_minutes", "0",
-]  # fmt: skip
-
-
-def command(*flags: str) -> list[str]:
-    return [sys.executable, "-m", "fastcr.train", "synthetic", *flags]
-
-
-def start(*flags: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command(*flags),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+STRESSED = [*TINY, *SHORT, "--optim.epochs", "100", "--run.save_minutes", "0"]
 
 
 def steps_logged(folder: Path) -> int:
@@ -49,13 +28,14 @@ def test_kills_at_random_moments_change_nothing(
 ) -> None:
     """SIGKILL while it starts, trains and saves, after each step: the weights come out as those of a run in peace."""
     draw, steps = random.Random(0), 4 * kills
-    flags = [*TINY, "--data.root", str(flat), "--run.steps", str(steps)]
+    flags = [*STRESSED, "--data.root", str(flat), "--run.steps", str(steps)]
     train.main(["synthetic", *flags, "--run.dir", str(tmp_path / "whole")])
     folder, reached = tmp_path / "killed", []
     for kill in range(kills):
-        process, before = start(*flags, "--run.dir", str(folder), "--resume", "auto"), steps_logged(folder)
+        before, command = steps_logged(folder), ["-m", "fastcr.train", "synthetic", *flags, "--run.dir", str(folder)]
+        process = start(*command, "--resume", "auto")
         if kill % 5 == 4:  # before it has begun
-            time.sleep(draw.uniform(0, 5))
+            time.sleep(draw.uniform(0, 1))
         else:
             deadline = time.monotonic() + 120
             while steps_logged(folder) <= before and process.poll() is None and time.monotonic() < deadline:
@@ -94,7 +74,8 @@ def test_memory_stays_flat(steps: int, growth: float, tmp_path: Path, capsys: py
     """A ResNet-18 on the drawn birds with a save a minute, from its second quarter to its last; saves come and go."""
     more = ["--run.steps", str(steps), "--run.save_minutes", "1", "--run.dir", str(tmp_path / "run")]
     more += ["--data.image_size", "32" if steps < 1000 else "64", "--optim.batch_size", "64", "--optim.epochs", "200"]
-    process, sizes = start(*PLAIN, *more, "--run.log_every", "1"), dict[int, list[int]]()
+    command = ["-m", "fastcr.train", "synthetic", *PLAIN, *more, "--run.log_every", "1"]
+    process, sizes = start(*command, fresh=True), dict[int, list[int]]()
     while process.poll() is None:
         if 0 < (step := steps_logged(tmp_path / "run")) < steps:
             try:

@@ -6,7 +6,6 @@ import io
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -23,12 +22,10 @@ from safetensors import safe_open
 from fastcr import evaluate, train
 from fastcr.config import Config, MocoConfig, OptimConfig
 from fastcr.data.layouts import read_splits
-from fastcr.data.views import step_indices
 from fastcr.encoders.encoder import load
 from fastcr.kernels import launch
 from fastcr.measures.health import HealthWarnings
 from fastcr.method import build as training
-from fastcr.method import step
 from fastcr.runs import checkpoint
 from fastcr.runs.checkpoint import load_weights
 from fastcr.runs.command_line import load_config
@@ -90,7 +87,6 @@ def state(folder: Path) -> dict[str, Any]:
 def facts(file: Path) -> dict[str, Any]:
     with safe_open(file, "pt") as opened:
         read: dict[str, Any] = json.loads(opened.metadata()["fastcr"])
-    assert re.fullmatch("[0-9a-f]{8}", read.pop("crc32"))
     return read
 
 
@@ -364,7 +360,7 @@ def test_a_reader_that_goes_away_ends_the_run_with_a_save(flat: Path, tmp_path: 
         if line.startswith("epoch 2/"):
             break
     process.stdout.close()
-    assert process.wait(60) == 141
+    assert process.wait(60) == 143
     step = state(folder)["step"]
     resume(folder, "--run.steps", str(step + 1))
     assert state(folder)["step"] == step + 1
@@ -441,40 +437,12 @@ def test_diverging_run_stops_and_keeps_the_last_good_checkpoint(
     folder = tmp_path / "run"
     run(flat, folder, "--run.steps", "2")
     line = refused(train.main, "--resume", folder, "--run.steps", "8", "--optim.lr", "1e38", "--run.log_every", "8")
-    # the learning rate blows up the weights of step 3; whether its own loss or the next is named depends on them
-    assert "not a finite number from step 3 " in line or "not a finite number from step 4 " in line
+    assert "the weights are not finite after step 8 " in line  # where it is looked at
     assert f"the last good checkpoint is {folder}/resume.pt" in line
     kept = state(folder)
     assert kept["step"] == 2
     assert all(tensor.isfinite().all() for tensor in tensors(kept) if tensor.is_floating_point())
     assert [record["step"] for record in resume(folder, "--run.steps", "3")] == [1, 2, 3]
-
-
-@pytest.mark.parametrize("bad", ["loss", "gradient"])
-def test_what_is_no_number_is_named_with_its_own_step_though_it_is_seldom_read(
-    bad: str, flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
-) -> None:
-    """After a bad gradient the loss of that step is a number, and the next one's is not."""
-    steps = iter(range(1, 100))
-
-    def third_is_nan(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, step.Losses]:
-        loss, parts = step.train_step(*args, **kwargs)
-        third = next(steps) == 3
-        for parameter in args[0].backbone.parameters() if third and bad == "gradient" else ():
-            parameter.grad.fill_(torch.inf)
-            parameter.data.fill_(torch.nan)
-        return loss * torch.nan if third and bad == "loss" else loss, parts
-
-    monkeypatch.setattr(training, "train_step", third_is_nan)
-    line = refused(train.main, *flags(flat, tmp_path / "run", "--run.log_every", "7"))
-    assert f"the {bad} is not a finite number from step 3 on" in line
-    assert "nothing had been saved yet" in line
-    listed = json.loads((tmp_path / "run" / "bad_batch.json").read_text())
-    # the views of an epoch's steps are of different images; these are the third's
-    images = read_splits(flat).train
-    _, indices = step_indices(len(images), 8, 0, 2)
-    assert listed == {"step": 3, "files": [images.path(i) for i in indices]}
-    assert "resume.pt" not in names(tmp_path / "run")
 
 
 def test_resume_auto_begins_and_goes_on(

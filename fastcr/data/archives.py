@@ -49,9 +49,8 @@ def _split(classes: Iterable[str], table: Path, root: Path, rows: Iterable[tuple
     if outside := [file for file, _ in rows if os.path.isabs(file) or ".." in Path(file).parts]:
         raise UsageError(f"{table} names an image outside {root}: {outside[0]!r}")
     if missing := [file for file, _ in rows if not os.path.isfile(root / file)]:
-        raise UsageError(
-            f"{len(missing)} of the {len(rows)} images that {table} names are not in {root}, e.g. {missing[0]!r}"
-        )
+        counted = f"{len(missing)} of the {len(rows)} images"
+        raise UsageError(f"{counted} that {table} names are not in {root}, e.g. {missing[0]!r}")
     if unknown := {name for _, name in rows} - {*classes}:
         raise UsageError(f"{table} names a class that is not in the list of classes: {min(unknown)!r}")
     images = ImageList(root, tuple(file for file, _ in rows), None, ())
@@ -79,13 +78,9 @@ def _cub(root: Path) -> Splits:
     files, training, labels = (_lines(root / name) for name in names)
     if not files.keys() == training.keys() == labels.keys():
         raise UsageError(f"{', '.join(names)} of {root} list different ids")
+    rows = {flag: [(file, file.split("/")[0]) for id_, file in files.items() if training[id_] == flag] for flag in "10"}
     classes = sorted({file.split("/")[0] for file in files.values()})
-
-    def split(flag: str) -> ImageList:
-        rows = [(file, file.split("/")[0]) for id_, file in files.items() if training[id_] == flag]
-        return _split(classes, root / "train_test_split.txt", root / "images", rows)
-
-    return Splits(split("1"), split("0"))
+    return Splits(*(_split(classes, root / names[1], root / "images", each) for each in rows.values()))
 
 
 def _matlab(file: Path, name: str) -> Any:
@@ -106,8 +101,7 @@ def _cars(root: Path) -> Splits:
         # the devkit's own test table has no labels: the one that has came separately
         with _reading(table, f"a table of files and their classes, which count from 1 to {len(classes)}"):
             numbered = dict(enumerate(classes, start=1))
-            files = map(str, annotations["fname"])
-            rows = [(file, numbered[int(number)]) for file, number in zip(files, annotations["class"], strict=True)]
+            rows = [(str(row["fname"]), numbered[int(row["class"])]) for row in annotations]
         return _split(classes, table, root / folder, rows)
 
     labels = "cars_test_annos_withlabels.mat"
@@ -118,11 +112,9 @@ def _cars(root: Path) -> Splits:
 def _aircraft(root: Path) -> Splits:
     with _reading(root / "variants.txt", "the list of classes"):
         classes = [line.strip() for line in read_text(root / "variants.txt").splitlines() if line.strip()]
-
-    def split(table: Path) -> ImageList:
-        return _split(classes, table, root / "images", [(f"{id_}.jpg", name) for id_, name in _lines(table).items()])
-
-    return Splits(split(root / "images_variant_trainval.txt"), split(root / "images_variant_test.txt"))
+    tables = root / "images_variant_trainval.txt", root / "images_variant_test.txt"
+    rows = ([(f"{id_}.jpg", name) for id_, name in _lines(table).items()] for table in tables)
+    return Splits(*(_split(classes, table, root / "images", each) for table, each in zip(tables, rows, strict=True)))
 
 
 def _inat(root: Path) -> Splits:

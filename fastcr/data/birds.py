@@ -72,10 +72,9 @@ PLANS = {
 
 
 class Species(NamedTuple):
-    """A class: its plan, the colours of its parts (keys of `COLOURS`), and its marks."""
+    """A class: its name, which begins with its plan, the colours of its parts (keys of `COLOURS`), and its marks."""
 
-    plan: str
-    epithet: str
+    name: str
     back: str
     wing: str
     crown: str
@@ -85,32 +84,32 @@ class Species(NamedTuple):
     marks: str = ""
 
     @property
-    def name(self) -> str:
-        """Folder name of the class, such as `finch-rosy`."""
-        return f"{self.plan}-{self.epithet}"
+    def plan(self) -> Plan:
+        """The body of its family."""
+        return PLANS[self.name.split("-")[0]]
 
 
 CLASSES = (
-    Species("finch", "redcap", "brown", "umber", "red", "buff", "cream", "horn", "streaks"),
-    Species("finch", "rosy", "grey", "slate", "grey", "rose", "white", "horn", "bars"),
-    Species("finch", "masked", "olive", "umber", "olive", "yellow", "yellow", "black", "mask"),
-    Species("finch", "spotted", "brown", "umber", "brown", "white", "cream", "orange", "spots ring"),
-    Species("warbler", "golden", "olive", "slate", "yellow", "yellow", "yellow", "black", "bars"),
-    Species("warbler", "bluecap", "olive", "blue", "blue", "white", "yellow", "black", "stripe"),
-    Species("warbler", "streaked", "grey", "slate", "black", "white", "white", "black", "streaks bars"),
-    Species("warbler", "rufous", "brown", "umber", "rust", "cream", "buff", "horn", "stripe"),
-    Species("jay", "azure", "blue", "blue", "blue", "white", "grey", "black", "bars collar"),
-    Species("jay", "blackhead", "blue", "slate", "black", "black", "blue", "black"),
-    Species("jay", "rusty", "rust", "umber", "rust", "white", "rose", "horn", "patch"),
-    Species("jay", "green", "green", "green", "blue", "black", "yellow", "black", "mask"),
-    Species("hawk", "barred", "slate", "slate", "slate", "white", "rust", "black", "barring"),
-    Species("hawk", "brown", "brown", "umber", "umber", "cream", "cream", "yellow", "streaks"),
-    Species("hawk", "pale", "grey", "grey", "white", "white", "white", "yellow", "stripe"),
-    Species("hawk", "hooded", "umber", "umber", "black", "white", "buff", "yellow", "spots mask"),
-    Species("kingfisher", "belted", "slate", "slate", "slate", "white", "white", "black", "collar bars"),
-    Species("kingfisher", "orange", "blue", "blue", "blue", "white", "orange", "black", "stripe"),
-    Species("kingfisher", "emerald", "green", "green", "green", "white", "rust", "black", "collar"),
-    Species("kingfisher", "pied", "black", "black", "black", "white", "white", "black", "spots patch"),
+    Species("finch-redcap", "brown", "umber", "red", "buff", "cream", "horn", "streaks"),
+    Species("finch-rosy", "grey", "slate", "grey", "rose", "white", "horn", "bars"),
+    Species("finch-masked", "olive", "umber", "olive", "yellow", "yellow", "black", "mask"),
+    Species("finch-spotted", "brown", "umber", "brown", "white", "cream", "orange", "spots ring"),
+    Species("warbler-golden", "olive", "slate", "yellow", "yellow", "yellow", "black", "bars"),
+    Species("warbler-bluecap", "olive", "blue", "blue", "white", "yellow", "black", "stripe"),
+    Species("warbler-streaked", "grey", "slate", "black", "white", "white", "black", "streaks bars"),
+    Species("warbler-rufous", "brown", "umber", "rust", "cream", "buff", "horn", "stripe"),
+    Species("jay-azure", "blue", "blue", "blue", "white", "grey", "black", "bars collar"),
+    Species("jay-blackhead", "blue", "slate", "black", "black", "blue", "black"),
+    Species("jay-rusty", "rust", "umber", "rust", "white", "rose", "horn", "patch"),
+    Species("jay-green", "green", "green", "blue", "black", "yellow", "black", "mask"),
+    Species("hawk-barred", "slate", "slate", "slate", "white", "rust", "black", "barring"),
+    Species("hawk-brown", "brown", "umber", "umber", "cream", "cream", "yellow", "streaks"),
+    Species("hawk-pale", "grey", "grey", "white", "white", "white", "yellow", "stripe"),
+    Species("hawk-hooded", "umber", "umber", "black", "white", "buff", "yellow", "spots mask"),
+    Species("kingfisher-belted", "slate", "slate", "slate", "white", "white", "black", "collar bars"),
+    Species("kingfisher-orange", "blue", "blue", "blue", "white", "orange", "black", "stripe"),
+    Species("kingfisher-emerald", "green", "green", "green", "white", "rust", "black", "collar"),
+    Species("kingfisher-pied", "black", "black", "black", "white", "white", "black", "spots patch"),
 )
 PATTERNS = ("spots", "streaks", "barring")
 _CIRCLE = np.array([(np.cos(angle), np.sin(angle)) for angle in np.arange(20) * np.pi / 10])
@@ -177,7 +176,7 @@ class Pen:
 
 def perched(draw: ImageDraw.ImageDraw, kind: Species, rng: Generator, unit: float, size: ArrayLike) -> tuple[Pen, Pen]:
     """Pens for the body and the head of a bird that is anywhere in the picture of `size`, but whole."""
-    plan = PLANS[kind.plan]
+    plan = kind.plan
     angle = np.radians(plan.tilt + rng.uniform(-14, 14))
     body = Pen(draw, (0, 0), unit, angle, plan.depth * rng.uniform(0.9, 1.12))
     neck, turn = rng.uniform(-0.04, 0.04, 2), 0.15 * angle + np.radians(rng.uniform(-14, 14))
@@ -191,9 +190,9 @@ def perched(draw: ImageDraw.ImageDraw, kind: Species, rng: Generator, unit: floa
 
 def draw_body(body: Pen, head: Pen, kind: Species, rng: Generator) -> None:
     """A bird of this species from back to front; `body` and `head` are pens in their frames."""
-    plan, tone, marks = PLANS[kind.plan], rng.uniform(0.88, 1.12), kind.marks.split()
+    plan, tone, marks = kind.plan, rng.uniform(0.88, 1.12), kind.marks.split()
     colours = kind.back, kind.wing, kind.belly, kind.throat, kind.crown, kind.bill
-    back, wing, belly, *of_head = (shade(COLOURS[each], tone * rng.uniform(0.94, 1.06)) for each in colours)
+    back, wing, belly, chin, crown, bill = (shade(COLOURS[each], tone * rng.uniform(0.94, 1.06)) for each in colours)
     dark, ink, pale = shade(wing, 0.6), shade(COLOURS["umber"], 0.7), COLOURS["white"]
     body.fill(plan.tail, wing, dark)
     for tip in plan.tail[1:-1]:
@@ -213,23 +212,18 @@ def draw_body(body: Pen, head: Pen, kind: Species, rng: Generator) -> None:
             body.line([(x + 0.03, -0.08), (x - 0.03, 0.11)], pale, 0.05)
     if "patch" in marks:
         body.dot((-0.08, 0), (0.15, 0.05), pale)
-    _draw_head(head, plan, marks, of_head, ink)
-
-
-def _draw_head(head: Pen, plan: Plan, marks: list[str], colours: list[Colour], ink: Colour) -> None:
-    throat, crown, bill = colours
     if plan.crest:
         head.fill(plan.crest, crown, shade(crown, 0.6))
     head.fill(plan.bill, bill, shade(bill, 0.55))
-    head.dot((0, 0), (1, 0.95), throat, shade(crown, 0.55))
+    head.dot((0, 0), (1, 0.95), chin, shade(crown, 0.55))
     head.fill(smooth([(-0.98, 0.25), (-0.75, -0.65), (0, -0.97), (0.75, -0.6), (0.92, -0.1), (0, -0.1)]), crown)
     if "collar" in marks:
-        head.line([(-0.95, 0.45), (-0.3, 0.95), (0.6, 0.85)], COLOURS["white"], 0.3)
+        head.line([(-0.95, 0.45), (-0.3, 0.95), (0.6, 0.85)], pale, 0.3)
     if "mask" in marks:
         head.fill(smooth([(1, -0.25), (0.2, -0.3), (-0.5, -0.1), (-0.3, 0.3), (0.9, 0.25)]), COLOURS["black"])
     if "stripe" in marks:
         head.line([(-0.95, 0.05), (0.9, -0.05)], ink, 0.22)
     if "ring" in marks:
-        head.dot((0.3, -0.1), (0.34, 0.34), COLOURS["white"])
+        head.dot((0.3, -0.1), (0.34, 0.34), pale)
     head.dot((0.3, -0.1), (0.2, 0.2), (20, 18, 20))
     head.dot((0.35, -0.16), (0.06, 0.06), (236, 236, 236))

@@ -7,14 +7,14 @@ DALI's decoder (`dali_views.py`).
 from __future__ import annotations
 
 from collections.abc import Generator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastcr.data.images import BadFiles
 from fastcr.data.pixel_cache import CachedImages
-from fastcr.data.views import MEAN, STD, Batch, Loading, ViewParameters, draw_parameters
+from fastcr.data.views import MEAN, STD, Batch, Loading, ViewParameters, Views, draw_parameters
 from fastcr.kernels.two_views import two_views
 
 
@@ -52,11 +52,11 @@ def cut_views(
     return Batch(first, second, send(indices))
 
 
-class CachedViews:
+@dataclass
+class CachedViews(Views):
     """Two views of each image of a cache."""
 
-    def __init__(self, images: CachedImages, loading: Loading, bad: BadFiles) -> None:
-        self.images, self.loading, self.bad = images, loading, bad
+    images: CachedImages
 
     def batches(self, start_step: int) -> Generator[Batch, None, None]:
         """Batches from `start_step` on, epoch after epoch, without end."""
@@ -65,18 +65,14 @@ class CachedViews:
             sizes, starts, pixels = images.sizes[indices], images.starts[indices], images.pixels
             table = view_table(draw_parameters(loading.seed, epoch, indices, sizes, loading.views))
             if pixels.device != loading.context.device:
-                pixels, starts = self._bring(starts, sizes[:, 1], table)
+                pixels, starts = self._bring(starts, sizes)
             yield cut_views(pixels, starts, sizes[:, 1], table, indices, loading)
 
-    def _bring(self, starts: np.ndarray, widths: np.ndarray, table: np.ndarray) -> tuple[Tensor, np.ndarray]:
-        """Copy the rows that the crops touch to the device; moves the crops' `top` in `table` to match."""
-        first = table[:, :, 0].min(1)
-        last = (table[:, :, 0] + table[:, :, 2]).max(1)
-        table[:, :, 0] -= first[:, None]
-        origins = starts + 3 * widths * first.astype(np.int64)
-        lengths = 3 * widths * (last - first).astype(np.int64)
+    def _bring(self, starts: np.ndarray, sizes: np.ndarray) -> tuple[Tensor, np.ndarray]:
+        """The images on the device, one after the other, and where each begins there."""
+        lengths = 3 * sizes.prod(1)
         ends = lengths.cumsum()
         pixels = torch.empty(int(ends[-1]), dtype=torch.uint8, device=self.loading.context.device)
-        for origin, length, end in zip(origins.tolist(), lengths.tolist(), ends.tolist(), strict=True):
-            pixels[end - length : end].copy_(self.images.pixels[origin : origin + length], non_blocking=True)
+        for start, length, end in zip(starts.tolist(), lengths.tolist(), ends.tolist(), strict=True):
+            pixels[end - length : end].copy_(self.images.pixels[start : start + length], non_blocking=True)
         return pixels, ends - lengths

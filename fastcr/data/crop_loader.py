@@ -77,13 +77,12 @@ class KeptCrops:
         """As `load_crops`."""
         key = *map(id, parts), image_size, tuple(map(tuple, batches))
         if key in self.kept:
-            return iter(self.kept[key])
-        crops, size = load_crops(parts, batches, image_size, context), 3 * image_size**2 * sum(map(len, batches))
-        return self._keep(key, crops) if size <= free_memory() // 8 else crops
-
-    def _keep(self, key: Any, crops: Iterator[Any]) -> Iterator[Any]:
-        found = []
-        for pixels, sizes, readable in crops:
-            found.append((pixels.clone(), sizes.clone(), readable))  # out of the memory shared with loader processes
-            yield found[-1]
-        self.kept[key] = found
+            yield from self.kept[key]
+            return
+        found, fits = [], 3 * image_size**2 * sum(map(len, batches)) <= free_memory() // 8
+        for pixels, sizes, readable in load_crops(parts, batches, image_size, context):
+            if fits:  # copied out of the memory shared with loader processes
+                found.append((pixels.clone(), sizes.clone(), readable))
+            yield pixels, sizes, readable
+        if fits:
+            self.kept[key] = found

@@ -9,8 +9,9 @@ from __future__ import annotations
 import io
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,8 @@ from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 
 from fastcr.data.cached_views import cut_views, view_table
-from fastcr.data.images import BadFiles, ImageList, orientation_of
-from fastcr.data.views import Batch, Loading, draw_parameters
+from fastcr.data.images import ImageList, orientation_of
+from fastcr.data.views import Batch, Views, draw_parameters
 
 END_OF_JPEG = b"\xff\xd9"
 AHEAD = 3  # steps: the one DALI is asked for, and those it may decode while that one is used
@@ -59,13 +60,12 @@ def read_encoded(images: ImageList, index: int, by_pil: bool) -> Encoded:
     return np.frombuffer(b"P6 %d %d 255\n" % rgb.size + rgb.tobytes(), dtype=np.uint8), bad
 
 
-class DaliViews:
+@dataclass
+class DaliViews(Views):
     """Two views of each image, decoded by DALI."""
 
-    def __init__(self, images: ImageList, loading: Loading, bad: BadFiles) -> None:
-        self.images, self.loading, self.bad = images, loading, bad
-        self._threads = ThreadPoolExecutor(max(loading.context.workers, 1))
-        self._undecodable: set[int] = set()  # PIL reads these: sound ends, broken insides, or more than DALI can
+    # PIL reads these: sound ends, broken insides, or more than DALI can
+    _undecodable: set[int] = field(default_factory=set)
 
     def batches(self, start_step: int) -> Generator[Batch, None, None]:
         """Batches from `start_step` on, epoch after epoch, without end."""
@@ -117,10 +117,10 @@ class DaliViews:
         )
 
     def _files(self, step: int) -> Iterator[list[np.ndarray]]:
-        for _, indices in self.loading.steps(len(self.images), step):
-            by_pil = [index in self._undecodable for index in indices.tolist()]
-            files = list(self._threads.map(partial(read_encoded, self.images), indices.tolist(), by_pil))
-            for _, bad in files:
-                for index in bad:
+        with ThreadPoolExecutor(max(self.loading.context.workers, 1)) as threads:
+            for _, indices in self.loading.steps(len(self.images), step):
+                by_pil = [index in self._undecodable for index in indices.tolist()]
+                files = list(threads.map(partial(read_encoded, self.images), indices.tolist(), by_pil))
+                for index in chain.from_iterable(bad for _, bad in files):
                     self.bad.note(index)
-            yield [data for data, _ in files]
+                yield [data for data, _ in files]

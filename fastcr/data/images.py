@@ -27,15 +27,11 @@ SUFFIXES = frozenset({
 Image.MAX_IMAGE_PIXELS = 250_000_000
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # of its 64 MB, editors fill more than 1 with one text
 warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)  # the image itself is read all the same
+_T = Image.Transpose
 TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}  # of EXIF's orientations
+    2: _T.FLIP_LEFT_RIGHT, 3: _T.ROTATE_180, 4: _T.FLIP_TOP_BOTTOM, 5: _T.TRANSPOSE, 6: _T.ROTATE_270,
+    7: _T.TRANSVERSE, 8: _T.ROTATE_90,
+}  # of EXIF's orientations  # fmt: skip
 FULL_SIZE = "fastcr full size"  # key of PIL's facts of an image
 
 

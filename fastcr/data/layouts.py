@@ -66,17 +66,14 @@ def _split_folders(root: Path, entries: Entries, notes: Notes) -> Splits | None:
     train = named["train"][0]
     if not tests and len(entries.folders) > 1 and not entries_of(root / train, Notes()).folders:
         return None  # a class of vehicles
-
     # the first that has labels, or else the first
     test = next((name for name in tests if entries_of(root / name, Notes()).folders), tests[0] if tests else None)
-    for name in (*entries.folders, *entries.images):
-        if name not in (train, test):
-            notes.add(BESIDE, root / name)
+    notes[BESIDE] += [root / name for name in (*entries.folders, *entries.images) if name not in (train, test)]
     images = [_class_folders(root / name, entries_of(root / name, notes), notes) for name in (train, test) if name]
-    return _alike(images[0], images[1] if test else None)
+    return _alike(*images)
 
 
-def _alike(train: ImageList, test: ImageList | None) -> Splits:
+def _alike(train: ImageList, test: ImageList | None = None) -> Splits:
     """The two splits with labels of the same classes, those of both together."""
     if test and train.labels is not None and test.labels is not None and train.classes != test.classes:
         classes = sorted({*train.classes, *test.classes})
@@ -89,15 +86,11 @@ def _alike(train: ImageList, test: ImageList | None) -> Splits:
 def _class_folders(root: Path, entries: Entries, notes: Notes) -> ImageList:
     """The images in the class folders of `root`, or else those directly in `root`, without labels."""
     found = {name: images for name in entries.folders if (images := images_below(root, name, notes))}
-    for name in entries.folders:
-        if name not in found:
-            notes.add(EMPTY, root / name)
-    for name in entries.others:
-        notes.add(OTHERS, root / name)
+    notes[EMPTY] += [root / name for name in entries.folders if name not in found]
+    notes[OTHERS] += [root / name for name in entries.others]
     if found and entries.images:
-        raise UsageError(
-            f"{root} holds images and also folders of images ({next(iter(found.values()))[0]!r}): keep one kind"
-        )
+        inside = next(iter(found.values()))[0]
+        raise UsageError(f"{root} holds images and also folders of images ({inside!r}): keep one kind")
     if found:
         # a Mac writes an accent as a letter of its own: the same name in another split need not be the same bytes
         composed = tuple(unicodedata.normalize("NFC", name) for name in found)

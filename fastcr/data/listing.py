@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,20 +26,19 @@ OTHERS = "left out: files whose ending is not that of an image"
 DEEPER = "counted for their class folder: images in folders within it"
 
 
-class Notes:
+class Notes(defaultdict[str, list[str | Path]]):
     """Paths by what is to be said of them; what is looked at twice counts once."""
 
     def __init__(self) -> None:
-        self.found = dict[str, dict[str, None]]()
-
-    def add(self, what: str, path: str | Path) -> None:
-        """Take note of a path."""
-        self.found.setdefault(what, {})[os.fspath(path)] = None
+        super().__init__(list)
 
     def lines(self, root: Path) -> tuple[str, ...]:
         """A line for each thing that was found, with an example below `root`."""
         lines = []
-        for what, paths in self.found.items():
+        for what, found in self.items():
+            paths = {os.fspath(path): None for path in found}
+            if not paths:
+                continue
             line = f"{what}: {len(paths):,}"
             if what != HIDDEN:
                 line += f", e.g. {os.path.relpath(next(iter(paths)), root)!r}"
@@ -63,15 +62,9 @@ def ending_of(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
-def split_in(name: str) -> str:
-    """The split that is a word of a shard's name: train, test or val; or nothing."""
-    found = SPLIT.search(name.lower())
-    return found[1] if found else ""
-
-
-def split_of(name: str) -> str:
-    """The split that a folder of this name holds: train, test or val; or nothing."""
-    found = SPLIT.fullmatch(name.lower())
+def split_of(name: str, *, among_words: bool = False) -> str:
+    """The split that a folder of this name holds, or a shard with it `among_words`: train, test or val; or nothing."""
+    found = (SPLIT.search if among_words else SPLIT.fullmatch)(name.lower())
     return found[1] if found else ""
 
 
@@ -82,14 +75,14 @@ def entries_of(folder: str | Path, notes: Notes) -> Entries:
         with os.scandir(folder) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
                 if entry.name[0] == "." or entry.name.casefold() in SYSTEM:
-                    notes.add(HIDDEN, entry.path)
+                    notes[HIDDEN].append(entry.path)
                 elif entry.is_dir():
                     found.folders.append(entry.name)
                 # a link that leads nowhere is listed too, to be named as unreadable; pipes are left out
                 elif entry.is_file() or not os.path.exists(entry.path):
                     (found.images if ending_of(entry.name) in SUFFIXES else found.others).append(entry.name)
     except OSError as error:
-        notes.add(UNREADABLE, f"{folder} ({error.strerror})")
+        notes[UNREADABLE].append(f"{folder} ({error.strerror})")
     return found
 
 
@@ -98,24 +91,20 @@ def images_below(root: Path, top: str, notes: Notes) -> list[str]:
 
     Links to folders are followed, but for those to a folder that they lie in, which would never end.
     """
-    found = []
+    found: list[str] = []
 
-    def walk(below: str, real: tuple[str, ...]) -> None:
+    def walk(below: str, above: frozenset[str]) -> None:
         folder = os.path.join(root, below)
-        if os.path.islink(folder):
-            target = os.path.realpath(folder)
-            if any(os.path.join(each, "").startswith(os.path.join(target, "")) for each in real):
-                return
-            real += (target,)
+        real = os.path.realpath(folder)
+        if real in above:
+            return
         entries = entries_of(folder, notes)
-        for name in entries.others:
-            notes.add(OTHERS, os.path.join(folder, name))
-        for name in entries.images:
-            found.append(f"{below}/{name}")
-            if below != top:
-                notes.add(DEEPER, os.path.join(folder, name))
+        notes[OTHERS] += [os.path.join(folder, name) for name in entries.others]
+        found.extend(f"{below}/{name}" for name in entries.images)
+        if below != top:
+            notes[DEEPER] += [os.path.join(folder, name) for name in entries.images]
         for name in entries.folders:
-            walk(f"{below}/{name}", (*real, os.path.realpath(folder)))
+            walk(f"{below}/{name}", above | {real})
 
-    walk(top, (os.path.realpath(root),))
+    walk(top, frozenset({os.path.realpath(root)}))
     return sorted(found)

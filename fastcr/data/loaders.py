@@ -7,7 +7,7 @@ import time
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -66,7 +66,7 @@ def make_views(config: Config, images: ImageList, context: Context) -> tuple[Vie
                 bad.note(index)
         seconds = time.perf_counter() - start
         context.say(f"decoded once: {images.pixels.numel() / GIB:.2f} GiB in {seconds:.1f} s")
-    views = Prefetched(loader_class(loader)(images, loading, bad), context.device)
+    views = Prefetched(images, loading, bad, loader_class(loader)(images, loading, bad))
     return views, replace(config, data=replace(data, loader=loader, cache=place))
 
 
@@ -122,19 +122,19 @@ def choose_loader(config: Config, place: str, context: Context) -> Loader:
     return "torch"
 
 
-class Prefetched:
-    """Makes each batch while the one before is used: in a thread, and with CUDA on a stream of its own.
+@dataclass
+class Prefetched(Views):
+    """Makes each batch of `source` while the one before is used: in a thread, and with CUDA on a stream of its own.
 
     On a CPU that thread computes on one core: its operations are small, and the step needs the others.
     """
 
-    def __init__(self, views: Views, device: torch.device) -> None:
-        self.views, self.device, self.images, self.bad = views, device, views.images, views.bad
+    source: Views
 
     def batches(self, start_step: int) -> Generator[Batch, None, None]:
         """Batches from `start_step` on, epoch after epoch, without end."""
-        batches = self.views.batches(start_step)
-        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        batches, device = self.source.batches(start_step), self.loading.context.device
+        stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
         def make() -> tuple[Batch, torch.cuda.Event | None]:
             with torch.cuda.stream(stream):
@@ -142,7 +142,7 @@ class Prefetched:
 
         with closing(batches), ThreadPoolExecutor(1) as thread:
             if stream:
-                thread.submit(torch.cuda.set_device, self.device).result()  # a thread begins on the first device
+                thread.submit(torch.cuda.set_device, device).result()  # a thread begins on the first device
             else:
                 cores = torch.get_num_threads()
                 thread.submit(torch.get_num_threads).result()  # the first call would undo what was set before
@@ -153,7 +153,7 @@ class Prefetched:
                 batch, made = future.result()
                 future = thread.submit(make)
                 if made:
-                    user = torch.cuda.current_stream(self.device)
+                    user = torch.cuda.current_stream(device)
                     user.wait_event(made)
                     for tensor in batch.tensors():  # their memory may be used again only after the step
                         tensor.record_stream(user)

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -29,25 +29,21 @@ from fastcr.runs.context import Context
 
 Place = Literal["device", "host", "disk"]
 PIXELS, LAYOUT = "pixels.u8", "layout.npz"  # files of --data.cache disk
+Layout = dict[str, np.ndarray]  # starts, sizes and broken, as in `CachedImages`
 FILTER = InterpolationMode.BICUBIC  # torchvision's for bytes, within a rounding of PIL's and ten times as fast
-
-
-class Layout(NamedTuple):
-    """Where each image lies among the pixels; for an unreadable one, where the next that can be read does."""
-
-    starts: np.ndarray  # int64 [n]: first byte of each image
-    sizes: np.ndarray  # int64 [n,2]: height, width
-    broken: np.ndarray  # int64: the unreadable images
 
 
 @dataclass(frozen=True)
 class CachedImages(ImageList):
-    """An image list with its pixels, images `[H,W,3]` one after the other, laid out as `Layout` says."""
+    """An image list with its pixels, images `[H,W,3]` one after the other.
+
+    Where an image is unreadable, `starts` and `sizes` are those of the next that can be read.
+    """
 
     pixels: Tensor = field(compare=False, repr=False)  # uint8 [bytes]
-    starts: np.ndarray = field(compare=False, repr=False)
-    sizes: np.ndarray = field(compare=False, repr=False)
-    broken: np.ndarray = field(compare=False, repr=False)
+    starts: np.ndarray = field(compare=False, repr=False)  # int64 [n]: first byte of each image
+    sizes: np.ndarray = field(compare=False, repr=False)  # int64 [n,2]: height, width
+    broken: np.ndarray = field(compare=False, repr=False)  # int64: the unreadable images
 
     def rgb(self, index: int, least: int = 0) -> Image.Image:
         """Image `index`, decoded; as large as it is here, whatever is enough."""
@@ -93,11 +89,11 @@ def fill(
         device, pinned = ("cpu", context.device.type == "cuda") if place == "host" else (context.device, False)
         pixels = torch.empty(total, dtype=torch.uint8, device=device, pin_memory=pinned)
         layout = decode(pixels)
-    return CachedImages(images.root, images.files, images.labels, images.classes, pixels, *layout)
+    return CachedImages(images.root, images.files, images.labels, images.classes, pixels, **layout)
 
 
 def _decode(images: ImageList, sizes: np.ndarray, side: int, context: Context, pixels: Tensor) -> Layout:
-    """Decode every image into `pixels`; returns starts, sizes and the unreadable ones."""
+    """Decode every image into `pixels`."""
     lengths = sizes.prod(1) * 3
     starts = np.cumsum(lengths) - lengths
 
@@ -123,7 +119,7 @@ def _decode(images: ImageList, sizes: np.ndarray, side: int, context: Context, p
         raise images.none_readable()
     # the next readable image, or the first one for those behind the last
     stand_in = readable[np.searchsorted(readable, np.arange(len(images))) % len(readable)]
-    return Layout(starts[stand_in], sizes[stand_in], np.flatnonzero(~np.array(done)))
+    return {"starts": starts[stand_in], "sizes": sizes[stand_in], "broken": np.flatnonzero(~np.array(done))}
 
 
 def _name(images: ImageList, sizes: np.ndarray, side: int) -> str:
@@ -147,7 +143,7 @@ def _on_disk(folder: Path, total: int, decode: Callable[[Tensor], Layout]) -> tu
                 with open(draft / PIXELS, "wb") as file:
                     os.posix_fallocate(file.fileno(), 0, total)  # a full disk says so now
                 pixels = np.memmap(draft / PIXELS, dtype=np.uint8, mode="r+")
-                np.savez(draft / LAYOUT, **decode(torch.from_numpy(pixels))._asdict())
+                np.savez(draft / LAYOUT, **decode(torch.from_numpy(pixels)))  # type: ignore[arg-type]
                 pixels.flush()
                 if not folder.exists():
                     draft.rename(folder)
@@ -155,7 +151,7 @@ def _on_disk(folder: Path, total: int, decode: Callable[[Tensor], Layout]) -> tu
             raise UsageError(f"cannot save the decoded images in {folder}: {error}") from None
     try:
         with np.load(folder / LAYOUT) as arrays:  # never as pickled objects
-            layout = Layout(**arrays)
+            layout = {name: arrays[name] for name in ("starts", "sizes", "broken")}
         # torch wants the memory writable; nothing is written to it
         pixels = np.memmap(folder / PIXELS, dtype=np.uint8, mode="c", shape=(total,))
     except Exception:  # numpy raises whatever the broken bytes lead it to

@@ -12,7 +12,9 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import tarfile
+from collections import defaultdict
 from dataclasses import dataclass, field
 from itertools import chain, groupby
 from pathlib import Path
@@ -21,33 +23,21 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from fastcr.data.images import SUFFIXES, ImageList, Splits
-from fastcr.data.listing import BESIDE, Entries, Notes, ending_of, split_in
+from fastcr.data.listing import BESIDE, Entries, Notes, ending_of, split_of
 from fastcr.errors import UsageError, one_line
 from fastcr.runs.context import progress
 
 BARE = "left out: samples in shards that hold no image"
+# hidden files, and those without an extension, are no part of a sample
+MEMBER = re.compile(r"(?P<key>(.*/)?[^/.]+)\.(?P<extension>[^/]*)", re.DOTALL)
 Label = int | str
 
 
-class Member(NamedTuple):
-    """A file in a shard."""
-
-    key: str  # what the members of a sample share
-    extension: str  # all that follows the first dot of its name
-    offset: int  # bytes from the start of the shard to its content
-    size: int  # bytes
-
-    @property
-    def name(self) -> str:
-        """As the shard has it."""
-        return f"{self.key}.{self.extension}"
-
-
 class Sample(NamedTuple):
-    """Members of a shard that share a key."""
+    """Members of a shard that share a key: what the shard says of its image, and the label; None for what it lacks."""
 
     key: str
-    image: Member | None
+    image: tarfile.TarInfo | None
     label: Label | None
 
 
@@ -55,21 +45,20 @@ class Sample(NamedTuple):
 class TarImages(ImageList):
     """Images in tar shards: `files` are `<shard>/<member>`, and image `i` is `size` bytes of its shard at `offset`."""
 
-    shards: tuple[str, ...]
-    extents: np.ndarray = field(compare=False)  # int64 [n,3]: shard, offset, size
+    extents: np.ndarray = field(compare=False)  # int64 [n,2]: offset, size
+    shards: tuple[str, ...] = field(repr=False)  # of each image
 
     def open(self, index: int) -> BinaryIO:
         """The encoded file of image `index`, in memory. Raises `OSError` where its shard is gone."""
-        shard, offset, size = self.extents[index].tolist()
+        offset, size = self.extents[index].tolist()
         # opened anew each time: nothing to share between threads or carry through a fork, and no limit on the shards
-        with open(os.path.join(self.root, self.shards[shard]), "rb", buffering=0) as file:
+        with open(os.path.join(self.root, self.shards[index]), "rb", buffering=0) as file:
             return io.BytesIO(os.pread(file.fileno(), size, offset))
 
     def stamp(self, index: int) -> str:
         """Text that changes when the shard of image `index` does. Raises `OSError` where it is gone."""
-        shard, offset, size = self.extents[index].tolist()
-        facts = os.stat(os.path.join(self.root, self.shards[shard]))
-        return f"{self.path(index)} {offset} {size} {facts.st_size} {facts.st_mtime_ns}"
+        facts = os.stat(os.path.join(self.root, self.shards[index]))
+        return f"{self.path(index)} {self.extents[index].tolist()} {facts.st_size} {facts.st_mtime_ns}"
 
 
 def read_shards(root: Path, inside: Entries, notes: Notes) -> Splits | None:
@@ -81,38 +70,31 @@ def read_shards(root: Path, inside: Entries, notes: Notes) -> Splits | None:
     names = [name for name in inside.others if ending_of(name) == ".tar"]
     if not names or inside.folders or inside.images:  # archives may lie beside what they were unpacked to
         return None
-    found = {split: [name for name in names if split_in(name) == split] for split in ("train", "test", "val", "")}
+    found = defaultdict[str, list[str]](list)
+    for name in names:
+        found[split_of(name, among_words=True)].append(name)
     train, test = found["train"], found["test"] or found["val"]
     if test and not train:
         raise UsageError(f"{root} has shards like {test[0]} but none named train")
-    splits = [split for split in (train or found[""], test) if split]
-    for name in names:
-        if not any(name in split for split in splits):
-            notes.add(BESIDE, root / name)
-    listed = {shard: list_samples(root / shard) for shard in progress([*chain(*splits)], "listing shards")}
+    train = train or found[""]
+    notes[BESIDE] += [root / name for name in names if name not in train + test]
+    listed = {shard: list_samples(root / shard) for shard in progress(train + test, "listing shards")}
     labels = {sample.label for sample in chain(*listed.values()) if sample.label is not None}
     classes = sorted(labels, key=lambda label: (isinstance(label, str), label))  # numbers by their value
-    images = [_images(root, split, listed, classes, notes) for split in splits]
+    images = [_images(root, {shard: listed[shard] for shard in split}, classes, notes) for split in (train, test)]
     return Splits(images[0], images[1] if test else None)
 
 
-def _images(
-    root: Path, shards: list[str], listed: dict[str, list[Sample]], classes: list[Label], notes: Notes
-) -> TarImages:
+def _images(root: Path, listed: dict[str, list[Sample]], classes: list[Label], notes: Notes) -> TarImages:
     """The images of one split, with their labels as positions in `classes` if they have any."""
-    files, extents, labels = [], [], []
-    for number, shard in enumerate(shards):
-        for key, image, label in listed[shard]:
-            if image is None:
-                notes.add(BARE, root / shard / key)
-                continue
-            files.append(f"{shard}/{image.name}")
-            extents.append((number, image.offset, image.size))
-            labels.append(label)
-    if not files:
+    found = [(shard, image, label) for shard, samples in listed.items() for _, image, label in samples if image]
+    notes[BARE] += [root / shard / key for shard, samples in listed.items() for key, image, _ in samples if not image]
+    if listed and not found:
         raise UsageError(f"no images in the shards of {root} (looked for {' '.join(sorted(SUFFIXES))})")
-    images = TarImages(root, tuple(files), None, (), tuple(shards), np.array(extents, dtype=np.int64))
-    return images.with_labels(labels, classes)
+    files = tuple(f"{shard}/{image.name}" for shard, image, _ in found)
+    extents = np.array([(image.offset_data, image.size) for _, image, _ in found], dtype=np.int64)
+    images = TarImages(root, files, None, (), extents, tuple(shard for shard, *_ in found))
+    return images.with_labels([label for *_, label in found], classes)
 
 
 def list_samples(shard: Path) -> list[Sample]:
@@ -120,24 +102,20 @@ def list_samples(shard: Path) -> list[Sample]:
 
     Raises `UsageError` if it is no whole, uncompressed tar, or if a dot within a key hides an image.
     """
-    members = []
+    samples = []
     try:
         with tarfile.open(shard, "r:") as tar:
-            for entry in tar:
-                name, dot, extension = entry.name.rpartition("/")[2].partition(".")
-                # no links, nor files with holes, whose size says nothing; what has no extension or is hidden is no part
-                if entry.isreg() and not entry.issparse() and name and dot:
-                    key = entry.name[: -len(extension) - 1]
-                    members.append(Member(key, extension, entry.offset_data, entry.size))
+            # no links, nor files with holes, whose size says nothing
+            files = [entry for entry in tar if entry.isreg() and not entry.issparse()]
     except Exception as error:  # tarfile raises whatever the broken bytes lead it to
         raise UsageError(f"{shard} is not a whole, uncompressed tar: {one_line(error)}") from None
-    samples = []
+    members = [(found, entry) for entry in files if (found := MEMBER.fullmatch(entry.name))]
     with open(shard, "rb", buffering=0) as file:
-        for key, group in groupby(members, lambda member: member.key):
-            parts = list(group)
-            image = next((part for part in parts if f".{part.extension.lower()}" in SUFFIXES), None)
-            dotted = [part.name for part in parts if ending_of(part.name) in SUFFIXES]
-            if dotted and image is None:
+        for key, group in groupby(members, lambda member: member[0]["key"]):
+            parts = {found["extension"]: entry for found, entry in group}
+            image = next((part for extension, part in parts.items() if f".{extension.lower()}" in SUFFIXES), None)
+            dotted = [part.name for part in parts.values() if ending_of(part.name) in SUFFIXES]
+            if dotted and not image:
                 raise UsageError(
                     f"{shard}: the key of {dotted[0]!r} ends at its first dot: write a dash for the dots in a key"
                 )
@@ -145,13 +123,12 @@ def list_samples(shard: Path) -> list[Sample]:
     return samples
 
 
-def _label(shard: BinaryIO, sample: list[Member]) -> Label | None:
+def _label(shard: BinaryIO, parts: dict[str, tarfile.TarInfo]) -> Label | None:
     """The label of a sample, from its `.cls` or else its `.json`; None where it has none."""
-    named = {part.extension: part for part in sample}
-    member = named.get("cls") or named.get("json")
+    member, is_number = parts.get("cls") or parts.get("json"), "cls" in parts
     if member is None:
         return None
-    text, is_number = os.pread(shard.fileno(), member.size, member.offset), member.extension == "cls"
+    text = os.pread(shard.fileno(), member.size, member.offset_data)
     try:
         label = int(text) if is_number else json.loads(text).get("label")
     except (ValueError, AttributeError, RecursionError):

@@ -141,19 +141,13 @@ def write_synthetic(
         return root
     if root.exists() and any(root.iterdir()):
         raise UsageError(f"{root} is not a complete synthetic set: remove it or name another folder")
-    try:
-        root.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot write the synthetic images to {root}: {error.strerror}") from None
+    root.parent.mkdir(parents=True, exist_ok=True)
     # drawn beside the final folder and renamed: a killed run leaves no half set, two runs at once do not meet
     with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as scratch:
         draft = Path(scratch, root.name)
         for file, (kind, seeds) in progress(images.items(), "drawing the synthetic birds", len(images)):
             (draft / file).parent.mkdir(parents=True, exist_ok=True)
             draw_bird(kind, np.random.default_rng(seeds)).save(draft / file, quality=90)
-        try:
+        if not complete():
             draft.rename(root)
-        except OSError:
-            if not complete():
-                raise
     return root

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import codecs
 import os
-from collections import Counter
 from pathlib import Path
 
 from fastcr.data.images import ImageList
@@ -16,17 +14,14 @@ def read_text(file: Path) -> str:
 
     Raises `OSError` if it cannot be read.
     """
-    data = file.read_bytes()
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return data.decode("utf-16", "replace").removeprefix("\ufeff")
-    return data.decode("utf-8-sig", "surrogateescape")
+    return file.read_bytes().decode("utf-8-sig", "surrogateescape")
 
 
 def read_list(file: Path) -> ImageList:
     """The images a text file names: on each line a path (from the file's own folder), then perhaps a tab and a label.
 
     Blank lines and lines that begin with `#` are skipped. Raises `UsageError` if the file is no text, or names no
-    images, some that are not there, or one twice.
+    images, or some that are not there.
     """
     try:
         text = read_text(file)
@@ -44,7 +39,4 @@ def read_list(file: Path) -> ImageList:
             f"{len(missing)} of the {len(paths)} images that {file} names are not there, e.g. {missing[0]!r} "
             "(each line: a path, then perhaps a tab and a label)"
         )
-    path, times = Counter(paths).most_common(1)[0]
-    if times > 1:
-        raise UsageError(f"{file} names {path!r} twice")
     return ImageList(file.parent, paths, None, ()).with_labels([label or None for label in labels], sorted({*labels}))

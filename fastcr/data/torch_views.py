@@ -10,10 +10,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fastcr.config import ViewsConfig
 from fastcr.data.cached_views import view_table
-from fastcr.data.images import BadFiles, ImageList
-from fastcr.data.views import Batch, Loading, ViewParameters, draw_parameters, normalise
+from fastcr.data.images import ImageList
+from fastcr.data.views import Batch, Loading, ViewParameters, Views, draw_parameters, normalise
 from fastcr.kernels.two_views import two_views
 from fastcr.runs.machine import batches_of, leave_signals, workers_that_fit
 
@@ -31,8 +30,8 @@ def cut_image(image: Image.Image, parameters: ViewParameters, size: int) -> Tens
 class _ViewDataset(Dataset[Sample]):
     """`(epoch, index)` to the two views of an image, uint8 `[2,S,S,3]`, and the images skipped as unreadable."""
 
-    def __init__(self, images: ImageList, size: int, seed: int, views: ViewsConfig) -> None:
-        self.images, self.size, self.seed, self.views = images, size, seed, views
+    def __init__(self, images: ImageList, loading: Loading) -> None:
+        self.images, self.size, self.seed, self.views = images, loading.image_size, loading.seed, loading.views
 
     def __getitem__(self, item: tuple[int, int]) -> Sample:
         epoch, index = item
@@ -46,18 +45,15 @@ def _collate(samples: list[Sample]) -> tuple[Tensor, list[int]]:
     return torch.stack([views for views, _ in samples], dim=1), [index for _, bad in samples for index in bad]
 
 
-class TorchViews:
+class TorchViews(Views):
     """Two views of each image, decoded and augmented by worker processes."""
-
-    def __init__(self, images: ImageList, loading: Loading, bad: BadFiles) -> None:
-        self.images, self.loading, self.bad = images, loading, bad
 
     def batches(self, start_step: int) -> Generator[Batch, None, None]:
         """Batches from `start_step` on, epoch after epoch, without end."""
         loading, context = self.loading, self.loading.context
         steps = loading.steps(len(self.images), start_step)
         loader = DataLoader(
-            _ViewDataset(self.images, loading.image_size, loading.seed, loading.views),
+            _ViewDataset(self.images, loading),
             batch_sampler=([(epoch, index) for index in indices.tolist()] for epoch, indices in steps),
             num_workers=workers_that_fit(context.workers, 2 * 3 * loading.batch_size * loading.image_size**2),
             collate_fn=_collate,

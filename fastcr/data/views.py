@@ -10,7 +10,7 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count, permutations
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,6 @@ from fastcr.config import ViewsConfig
 from fastcr.data.images import BadFiles, ImageList
 from fastcr.kernels.launch import Impl
 from fastcr.runs.context import Context
-from fastcr.runs.distributed import ALONE, Processes
 
 # what no setting changes of MoCo v2's augmentation, as torchvision names it
 CROP_RATIO = (3 / 4, 4 / 3)
@@ -56,8 +55,7 @@ class Batch(NamedTuple):
 
     first: Tensor
     second: Tensor
-    images: Tensor | None = None
-    """Indices of the images in the list, int64 `[B]`; None if no one needs them."""
+    images: Tensor | None = None  # int64 [B], their indices in the list; None if no one needs them
 
     def tensors(self) -> list[Tensor]:
         """Its tensors, without those that are None."""
@@ -81,33 +79,29 @@ class Loading:
     views: ViewsConfig = DEFAULT  # how they are drawn
 
     def steps(self, images: int, start: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Epoch and image indices `[batch_size]` of each step from `start` on, without end."""
+        """Epoch and image indices `[batch_size]` of each step from `start` on, without end.
+
+        The processes share one order: what they take together in a step is one batch of `batch_size * ranks`. The short
+        last batch of an epoch is dropped.
+        """
+        rank, together = self.context.processes.rank, self.batch_size * self.context.processes.ranks
         for step in count(start):
-            yield step_indices(images, self.batch_size, self.seed, step, self.context.processes)
+            epoch, position = divmod(step, images // together)
+            first = position * together + rank * self.batch_size
+            yield epoch, epoch_order(images, self.seed, epoch)[first : first + self.batch_size]
 
 
-class Views(Protocol):
-    """The contract of `TorchViews`, `DaliViews` and `CachedViews`."""
+@dataclass
+class Views:
+    """Two views of each image: what `TorchViews`, `DaliViews` and `CachedViews` are."""
 
-    images: ImageList
-    """The images that it makes views of; their decoded copies if there is a cache."""
+    images: ImageList  # their decoded copies if there is a cache
+    loading: Loading
     bad: BadFiles
 
     def batches(self, start_step: int) -> Generator[Batch, None, None]:
         """Batches from `start_step` on, epoch after epoch, without end."""
-        ...
-
-
-def step_indices(
-    images: int, batch_size: int, seed: int, step: int, processes: Processes = ALONE
-) -> tuple[int, np.ndarray]:
-    """Epoch and image indices `[batch_size]` of `step` in one process; the short last batch of an epoch is dropped.
-
-    The processes share one order: what they take together in a step is one batch of `batch_size * processes.ranks`.
-    """
-    epoch, position = divmod(step, images // (batch_size * processes.ranks))
-    start = (position * processes.ranks + processes.rank) * batch_size
-    return epoch, epoch_order(images, seed, epoch)[start : start + batch_size]
+        raise NotImplementedError
 
 
 @lru_cache(maxsize=2)
@@ -120,7 +114,9 @@ def draw_parameters(
     seed: int, epoch: int, indices: np.ndarray, sizes: np.ndarray, views: ViewsConfig = DEFAULT
 ) -> ViewParameters:
     """Augmentation parameters of images `indices` `[n]` with `sizes` `[n,2]` (height, width, pixels)."""
-    uniforms = np.stack([_uniforms(seed, epoch, int(index)) for index in indices])
+    # a counter-based generator, so that any image is drawn alone: `[2, 2 * CROP_TRIES + 12]` numbers in [0, 1)
+    generators = (np.random.Philox(key=seed, counter=[0, 0, int(index), epoch]) for index in indices)
+    uniforms = np.stack([np.random.Generator(each).random((2, 2 * CROP_TRIES + 12)) for each in generators])
     areas, ratios, rest = np.split(uniforms, [CROP_TRIES, 2 * CROP_TRIES], axis=2)
     top, left, jitter, *factors, order, grey, blur, sigma, flip = np.moveaxis(rest, 2, 0)
     sigma = _between(*BLUR_SIGMA, sigma)
@@ -141,12 +137,6 @@ def draw_parameters(
         window=(2 * np.ceil(BLUR_REACH * sigma) + 1).astype(np.int32),
         flip=(flip < FLIP_CHANCE) & moved,
     )
-
-
-def _uniforms(seed: int, epoch: int, index: int) -> np.ndarray:
-    """`[2, 2 * CROP_TRIES + 12]` numbers in [0, 1): a counter-based generator, so any image is drawn alone."""
-    generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, index, epoch]))
-    return generator.random((2, 2 * CROP_TRIES + 12))
 
 
 def _between(low: Any, high: Any, uniform: np.ndarray) -> np.ndarray:

@@ -122,7 +122,8 @@ class RationaleHead(nn.Module):
     @torch.no_grad()
     def effective_detectors(self, features: Tensor) -> Tensor:
         """exp(entropy of which detector wins a position), 1 (always the same) to K; a scalar."""
-        winners = self.responses(features).argmax(1).flatten()
+        responses = F.conv2d(features.float(), self.weight[:, :, None, None], self.bias)
+        winners = responses.argmax(1).flatten()
         share = torch.bincount(winners, minlength=len(self.bias)) / winners.numel()
         return torch.exp(-torch.xlogy(share, share).sum())
 

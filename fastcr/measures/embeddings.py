@@ -84,7 +84,7 @@ def _gathered(
     read, order = torch.tensor([i for share in shares for i in share]).sort()
 
     def together(rows: Tensor) -> Tensor:
-        parts = [part for part in processes.gather_rows(rows) if len(part)] or [rows]
+        parts = [part for part in processes.gather(rows) if len(part)] or [rows]
         return parts[0] if len(parts) == 1 else torch.cat(parts)[order]
 
     own = len(columns) - len(poolings)

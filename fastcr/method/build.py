@@ -76,13 +76,6 @@ class Training:
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"].fill_(rate * schedule.share_of_rate(step))
 
-    def gradient_norm(self) -> Tensor | None:
-        """Norm of the step's gradient, a scalar; None with loss scaling, whose gradients may overflow now and then."""
-        if self.scaler.is_enabled():
-            return None
-        gradients = [each.grad for each in trained(self.optimizer) if each.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients, foreach=True)
-
     def figures(self, loss: Tensor, losses: Losses) -> dict[str, float]:
         """Losses and the state of health of the embeddings and of a branch that is fitted; waits for the device."""
         # unit vectors that lie everywhere have a variance of nearly 1 in all; those of a collapsed encoder 0

@@ -1,7 +1,4 @@
-"""Files of a run, each replaced whole or not at all: `weights.safetensors` to use, `resume.pt` to resume the run.
-
-Both carry checksums: `resume.pt`, a zip archive, the CRC-32 of each of its parts; the other one over all of it.
-"""
+"""Files of a run, each replaced whole or not at all: `weights.safetensors` to use, `resume.pt` to resume the run."""
 
 from __future__ import annotations
 
@@ -11,11 +8,9 @@ import pickle
 import re
 import time
 import zipfile
-import zlib
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +45,11 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def save_weights(path: Path, state: dict[str, Tensor], facts: dict[str, Any]) -> None:
-    """Write `state` as safetensors with `facts` as JSON under the metadata key `fastcr`, and a checksum of both."""
+    """Write `state` as safetensors, with `facts` as JSON under the metadata key `fastcr`."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    # inside, for safetensors writes several keys in any order
-    metadata = {"fastcr": json.dumps(facts | {"crc32": checksum(tensors, facts)})}
     # safetensors' own save_file would make it readable to its owner only
-    write_whole(path, lambda file: file.write_bytes(safetensors.torch.save(tensors, metadata)))
+    content = safetensors.torch.save(tensors, {"fastcr": json.dumps(facts)})
+    write_whole(path, lambda file: file.write_bytes(content))
 
 
 def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -83,8 +77,8 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def facts_of(path: Path) -> dict[str, Any]:
     """What `save_weights` wrote into a file beside the weights; nothing for a file of another kind, or for none."""
-    with suppress(OSError, SafetensorError, UsageError), _opened(_file_of(path)) as file:
-        return _facts(path, file)
+    with suppress(UsageError):
+        return _read_safetensors(_file_of(path), with_tensors=False)[1]
     return {}
 
 
@@ -93,43 +87,19 @@ def _file_of(path: Path) -> Path:
     return next((file for name in IN_FOLDERS if (file := path / name).is_file()), path)
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """A safetensors file, opened by its number: safetensors takes no names that are not UTF-8."""
-    with open(path, "rb") as file, safe_open(f"/proc/self/fd/{file.fileno()}", "pt") as opened:
-        yield opened
-
-
-def _facts(path: Path, file: Any) -> dict[str, Any]:
-    """The facts in the metadata of a safetensors file; none for a file of another kind."""
-    with suppress(ValueError, RecursionError):
-        facts = json.loads((file.metadata() or {}).get("fastcr", "{}"))
-        if isinstance(facts, dict):
-            return facts
-    raise UsageError(f"{path} is broken: what it says of the encoder cannot be read")
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and facts of a safetensors file, compared with their checksum where it has one."""
+def _read_safetensors(path: Path, with_tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and facts of a safetensors file."""
     try:
-        with _opened(path) as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
-            facts = _facts(path, file)
+        # opened by its number, for safetensors takes no names that are not UTF-8
+        with open(path, "rb") as file, safe_open(f"/proc/self/fd/{file.fileno()}", "pt") as opened:
+            facts = dict(json.loads((opened.metadata() or {}).get("fastcr", "{}")))
+            tensors = {key: opened.get_tensor(key) for key in opened.keys() if with_tensors}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UsageError(f"{path} is not a whole safetensors file: {error}") from None
-    if facts.pop("crc32", None) not in (None, checksum(tensors, facts)):
-        raise UsageError(f"{path} is broken: it is not what was written (its checksum does not match)")
+    except (ValueError, TypeError, RecursionError):
+        raise UsageError(f"{path} is broken: what it says of the encoder cannot be read") from None
+    facts.pop("crc32", None)  # earlier versions wrote a checksum among them
     return tensors, facts
-
-
-def checksum(tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> str:
-    """CRC-32 of tensors on the CPU, their names, dtypes and shapes, and of the facts."""
-    crc = zlib.crc32(json.dumps(facts).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        crc = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), crc)
-        crc = zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy().data, crc)
-    return f"{crc:08x}"
 
 
 def tensors_in(content: Any, prefix: str = "", depth: int = 8) -> Iterator[tuple[str, Tensor]]:
@@ -147,8 +117,9 @@ def load_torch(path: Path) -> Any:
         with torch.serialization.safe_globals([Namespace]):  # the settings that others save beside their weights
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        reason = "it holds pickled code or is no checkpoint (only tensors are read)"
-        raise UsageError(f"{path} is refused: {reason}") from None
+        raise UsageError(
+            f"{path} is refused: it holds pickled code or is no checkpoint (only tensors are read)"
+        ) from None
     except Exception as error:  # broken bytes lead the unpickler anywhere
         raise UsageError(f"{path} is broken, or is no checkpoint ({type(error).__name__})") from None
 
@@ -160,9 +131,7 @@ def earlier(path: Path, saves: int) -> Path:
 
 def saves_of(path: Path) -> list[Path]:
     """The files, whole or not, that `save_resume` left of `path`, the newest first."""
-    numbers = [file.suffixes[0][1:] for file in path.parent.glob(f"{path.stem}.*{path.suffix}")]
-    files = [earlier(path, number) for number in (0, *sorted(int(each) for each in numbers if each.isdecimal()))]
-    return [file for file in files if file.is_file()]
+    return [file for saves in range(100) if (file := earlier(path, saves)).is_file()]
 
 
 def save_resume(path: Path, content: dict[str, Any], keep: int = 1) -> None:
@@ -203,7 +172,7 @@ def _read_resume(path: Path) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()  # torch itself does not check the checksums it writes
-    except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, NotImplementedError, ValueError) as error:
+    except Exception as error:  # broken bytes lead zipfile anywhere
         raise UsageError(f"{path} is broken: {error}") from None
     if broken:
         raise UsageError(f"{path} is broken: it is not what was written (the checksum of {broken} does not match)")
@@ -212,56 +181,29 @@ def _read_resume(path: Path) -> dict[str, Any]:
     return content
 
 
-def on_cpu(content: Any) -> Any:
-    """A copy of nested dicts and lists whose tensors are on the CPU, and stay as they are now."""
-    if isinstance(content, Tensor):
-        return content.detach().to("cpu", copy=True)
-    if isinstance(content, dict):
-        return {key: on_cpu(value) for key, value in content.items()}
-    return [on_cpu(value) for value in content] if isinstance(content, list | tuple) else content
-
-
 class Saver:
-    """Writes the checkpoints of a run in a background thread: training only waits for the copy of the tensors."""
+    """Writes the checkpoints of a run, `keep` of them, and says when the next one is due."""
 
     def __init__(self, folder: Path, facts: dict[str, Any], keep: int, minutes: float) -> None:
-        """Saves are due `minutes` after the last one; `keep` of them stay."""
         self.folder, self.facts, self.keep, self.minutes = folder, facts, keep, minutes
         self.saved_at = time.monotonic()
-        self.thread = ThreadPoolExecutor(1)
-        self.pending: Future[Any] = self.thread.submit(int)
 
     def save(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Begin to write both files as things are now; an earlier save is waited for."""
-        self.wait()
-        self.pending = self.thread.submit(self._write, on_cpu(weights), on_cpu(state))
+        """Write both files as things are now."""
+        # resume.pt last: what it has passed is there
+        save_weights(self.folder / "weights.safetensors", weights, self.facts)
+        save_resume(self.folder / "resume.pt", state, self.keep)
         self.saved_at = time.monotonic()
 
     def due(self) -> bool:
         """Whether the last save is long enough ago."""
         return time.monotonic() - self.saved_at >= 60 * self.minutes
 
-    def _write(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
-        # resume.pt last: what it has passed is there
-        save_weights(self.folder / "weights.safetensors", weights, self.facts)
-        save_resume(self.folder / "resume.pt", state, self.keep)
-
-    def check(self) -> None:
-        """Raise the `UsageError` of a save that has failed since."""
-        if self.pending.done():
-            self.pending.result()
-
-    def wait(self) -> None:
-        """Return when everything is on the disk. `UsageError` if that failed."""
-        self.pending.result()
-
 
 def random_states() -> dict[str, Any]:
     """State of torch's generators, CPU and CUDA (the only ones the training draws from; views are stateless)."""
-    return {
-        "cpu": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
 def set_random_states(states: dict[str, Any]) -> None:

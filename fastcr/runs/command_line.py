@@ -64,8 +64,6 @@ def parse(
 def _first_paragraph(box: str) -> str:
     """The first paragraph of one of tyro's error boxes, and the flag it suggests."""
     lines = [line.strip("│╭╮╰╯ ") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()]
-    if len(lines) > 1 and set(lines[1]) == {"-"}:  # where the terminal is not UTF-8 the title is a line of its own
-        del lines[1]
     paragraphs = re.split(r"\s[─-]{8,}", " ".join(lines[1:]))
     message = paragraphs[0].strip().rstrip(".")
     if guess := re.search(r"erhaps you meant.*?(--[\w.]+)", " ".join(paragraphs[1:])):
@@ -83,8 +81,8 @@ def one_line_errors(command: str) -> Iterator[None]:
         gc.freeze()  # the last search for garbage took a second
     try:
         yield
-    except BrokenPipeError:  # nobody reads what is printed
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left in the buffer would be an error at the end
+    except BrokenPipeError:  # nobody reads what is printed; what is left in the buffer would be an error at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         raise SystemExit(128 + signal.SIGPIPE) from None
     except (UsageError, OSError, RuntimeError) as error:  # OSError: a full disk, a folder taken away
         said = str(error)
@@ -118,13 +116,9 @@ def read_command_line(args: Sequence[str]) -> tuple[Config, Path | None]:
     else:
         args, default = split_preset(args)
     presets = "\n".join(f"  {name}: {(make.__doc__ or '').splitlines()[0]}" for name, make in PRESETS.items())
-    config = parse(
-        Config,
-        args,
-        default=default,
-        prog=f"{called('train')} [PRESET | --resume RUN]",
-        description=f"Train an image encoder and its attention on unlabelled images.\n\nPresets:\n{presets}",
-    )
+    what = f"Train an image encoder and its attention on unlabelled images.\n\nPresets:\n{presets}"
+    prog = f"{called('train')} [PRESET | --resume RUN]"
+    config = parse(Config, args, default=default, prog=prog, description=what)
     if not resume:
         return _with_own_weights(config, default), None
     if (config.run.seed, config.optim.batch_size) != (default.run.seed, default.optim.batch_size):

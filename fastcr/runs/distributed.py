@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -64,20 +62,6 @@ class Processes:
         dist.gather_object(value, values)
         return values or []
 
-    def gather_rows(self, rows: Tensor) -> list[Tensor]:
-        """The `rows` `[n,...]` of each process, on the CPU, in the first one; elsewhere nothing.
-
-        They may differ in number; none of them passes through a copy that holds them all.
-        """
-        shapes = self.gather(rows.shape)
-        if not self.first:
-            dist.send(rows.contiguous(), 0)
-            return []
-        others = [torch.empty(shape, dtype=rows.dtype) for shape in shapes[1:]]
-        for rank, part in enumerate(others, 1):
-            dist.recv(part, rank)
-        return [rows, *others]
-
     def most(self, *numbers: int) -> list[int]:
         """The largest of each number over the processes."""
         largest = torch.tensor(numbers, dtype=torch.int64)
@@ -125,76 +109,39 @@ class Processes:
 
 
 ALONE = Processes()
-JOIN = timedelta(minutes=10)  # for processes to find each other
 
 
 @contextlib.contextmanager
 def processes_of_torchrun(command: str, timeout: timedelta | None = None) -> Iterator[Processes]:
     """The processes that torchrun started, connected for as long as this lasts; `ALONE` without torchrun.
 
-    An error that all of them find is printed by one of them, as `<command>: error: ...`, with exit status 2. If a
-    process ends early, the others notice it at their next exchange on the CPU (every step has one), say so once, and
-    end with status 1. `timeout` is how long an exchange waits for the others (torch's default: 30 minutes).
+    An error that all of them find is printed by one of them, with exit status 2. If a process ends early, the others
+    notice it at their next exchange on the CPU (every step has one), say so as `<command>: error: ...`, and end with
+    status 1. `timeout` is how long an exchange waits for the others (torch's default: 30 minutes).
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "MASTER_ADDR" not in os.environ:
         yield ALONE
         return
     store, rank, ranks = next(dist.rendezvous("env://"))
-    store = _fresh(store, rank, ranks)
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    group = dist.PrefixStore("group", store)
-    dist.init_process_group(backend, store=group, rank=rank, world_size=ranks, timeout=timeout)
+    # torchrun keeps one store through its restarts, with the addresses of the processes that were there before
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
     try:
         yield Processes(rank, ranks, local_rank, local_ranks)
     except (UsageError, OSError) as error:
-        if not _said(store, str(error)):
-            raise
-        raise SystemExit(2) from None
+        with contextlib.suppress(RuntimeError):  # the store was in a process that ended
+            if store.add(f"said/{error}", 1) > 1:
+                raise SystemExit(2) from None
+        raise
     except RuntimeError as error:
         reason = one_line(error, 300)
         if not isinstance(error, dist.DistError) and "gloo" not in reason:  # gloo has no class of its own
             raise
-        lost = re.search("onnection (closed|reset|refused)", reason)
-        what = "another process of this job ended" if lost else f"the processes lost each other ({reason})"
-        if not _said(store, "lost"):
-            program = command.removeprefix("python -m ")  # as other mistakes are signed
-            print(f"{program}: error: {what}, so all of them end", file=sys.stderr)
+        program = command.removeprefix("python -m ")  # as other mistakes are signed
+        print(f"{program}: error: the processes of this job lost each other: {reason}", file=sys.stderr)
         raise SystemExit(1) from None
     finally:
         dist.destroy_process_group()  # however it ends: gloo's threads could abort an interpreter that shuts down
-
-
-def _fresh(store: dist.Store, rank: int, ranks: int) -> dist.Store:
-    """A part of `store` that only these processes use.
-
-    torchrun keeps one store through its restarts, with the addresses of the processes that were there before. So each
-    process asks under a name of its own, and the first process answers those that are there with a name for this start.
-    """
-    mine = f"{os.getpid()}-{time.time_ns()}"
-    store.set(f"fastcr/asks/{rank}", mine)
-    if rank:
-        answered = dist.PrefixStore(store.get(f"fastcr/answer/{mine}").decode(), store)
-        answered.set(f"here/{rank}", "")
-        return answered
-    name, deadline = f"fastcr/{mine}", time.monotonic() + JOIN.total_seconds()
-    missing = set(range(1, ranks))
-    while missing:
-        for other in sorted(missing):
-            if store.check([f"fastcr/asks/{other}"]):  # perhaps still one from before the restart, which does no harm
-                asked = store.get(f"fastcr/asks/{other}").decode()
-                store.set(f"fastcr/answer/{asked}", name)
-        missing = {other for other in missing if not store.check([f"{name}/here/{other}"])}
-        if missing and time.monotonic() > deadline:
-            raise UsageError(f"processes {', '.join(map(str, sorted(missing)))} of {ranks} did not come")
-        time.sleep(0.02)
-    return dist.PrefixStore(name, store)
-
-
-def _said(store: dist.Store, message: str) -> bool:
-    """Whether another process has said this before."""
-    try:
-        return store.add(f"said/{message}", 1) > 1
-    except (RuntimeError, dist.DistError):  # the store was in the process that ended
-        return False

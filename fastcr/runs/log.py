@@ -107,8 +107,8 @@ class RunLog:
         """Log an evaluation's scores, by names such as `knn/rationale/top1`, and the attention drawn over images."""
         if self.sinks:
             self.sinks.scalars(scores, step)
-        if self.sinks and attention:
-            self.sinks.image("attention", attention, step)
+            if attention:
+                self.sinks.image("attention", attention, step)
         for pooling in ("mean", "rationale"):  # the latter is shown where there is one
             names = {"rank1": f"retrieval/{pooling}/rank1", "knn": f"knn/{pooling}/top1"}
             self._show({shown: scores[name] for shown, name in names.items() if name in scores})
@@ -144,8 +144,8 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 def keep_records(path: Path, key: str, last: float) -> None:
     """Drop from a JSONL file the records whose `key` is beyond `last`, and a line cut off by a kill."""
     if path.exists():
-        numbered = [record for record in read_records(path) if isinstance(record.get(key), int | float)]
-        kept = [record for record in numbered if record[key] <= last]
+        records = read_records(path)
+        kept = [each for each in records if isinstance(each.get(key), int | float) and each[key] <= last]
         write_whole(path, lambda file: file.write_text("".join(json.dumps(record) + "\n" for record in kept)))
 
 

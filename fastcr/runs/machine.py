@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import signal
 import sys
@@ -11,7 +10,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,25 +80,18 @@ def _end_at_the_parents_word() -> None:
 def batches_of(loader: DataLoader[Any]) -> Iterator[Any]:
     """The batches of a loader. Its processes end with this generator; a `UsageError` in one of them is raised here."""
     iterator, failed = iter(loader), ""
-    end = partial(_end, getattr(iterator, "_workers", []))
-    atexit.register(end)  # if an error keeps this generator alive, torch would wait 5 s for each process
     try:
         yield from iterator
     except UsageError as error:
         failed = str(error)
-    finally:
-        atexit.unregister(end)
-        end()
+    finally:  # before torch ends them: it prints an error for a process that was forked by another thread
+        workers = getattr(iterator, "_workers", [])
+        for worker in workers:
+            worker.terminate()
+        for worker in workers:
+            worker.join(5)
     if failed:  # raised here, outside the handler: torch's error keeps a reference to the iterator
         raise UsageError(failed.rstrip().rpartition(f"{UsageError.__name__}: ")[2])
-
-
-def _end(workers: list[Any]) -> None:
-    for worker in workers:
-        worker.terminate()
-    # before torch ends them: it prints an error for a process that was forked by another thread
-    for worker in workers:
-        worker.join(5)
 
 
 def workers_that_fit(workers: int, batch: int) -> int:
@@ -109,10 +100,7 @@ def workers_that_fit(workers: int, batch: int) -> int:
     A container has 64 MB of it by default, and a loader process that finds it full hangs without a word.
     """
     shm = "/dev/shm"  # noqa: S108 (nothing is written there by this name)
-    try:
-        room = os.statvfs(shm)
-    except OSError:
-        return workers
+    room = os.statvfs(shm)
     free = room.f_bavail * room.f_frsize
     fit = min(workers, free // (3 * batch))
     if fit < workers:

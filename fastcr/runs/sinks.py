@@ -53,32 +53,27 @@ class Sinks:
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Log numbers by name."""
-        self._each(
-            TensorBoard=lambda writer: [writer.add_scalar(name, value, step) for name, value in values.items()],
-            wandb=lambda run: run.log(values, step=step),
-        )
+        self._attempt("TensorBoard", lambda writer: [writer.add_scalar(*each, step) for each in values.items()])
+        self._attempt("wandb", lambda run: run.log(values, step=step))
 
     def image(self, name: str, picture: Image.Image, step: int) -> None:
         """Log a picture."""
-        self._each(
-            TensorBoard=lambda writer: writer.add_image(name, np.array(picture), step, dataformats="HWC"),
-            wandb=lambda run: run.log({name: import_module("wandb").Image(picture)}, step=step),
-        )
+        pixels = np.array(picture)
+        self._attempt("TensorBoard", lambda writer: writer.add_image(name, pixels, step, dataformats="HWC"))
+        self._attempt("wandb", lambda run: run.log({name: import_module("wandb").Image(picture)}, step=step))
 
     def close(self, ended: bool) -> None:
         """Write what is left; `ended` says whether the run came to its end."""
-        self._each(TensorBoard=lambda writer: writer.close(), wandb=lambda run: run.finish(exit_code=int(not ended)))
-
-    def _each(self, **acts: Callable[[Any], object]) -> None:
-        for name in acts.keys() & self.open.keys():
-            self._attempt(name, acts[name])
+        self._attempt("TensorBoard", lambda writer: writer.close())
+        self._attempt("wandb", lambda run: run.finish(exit_code=int(not ended)))
 
     def _attempt(self, name: str, act: Callable[[Any], object]) -> None:
-        try:
-            act(self.open[name])
-        except Exception as error:  # whatever the library raises
-            del self.open[name]
-            self.context.say(f"warning: {name} failed, so nothing more is logged there: {one_line(error)}")
+        if name in self.open:
+            try:
+                act(self.open[name])
+            except Exception as error:  # whatever the library raises
+                del self.open[name]
+                self.context.say(f"warning: {name} failed, so nothing more is logged there: {one_line(error)}")
 
     def _open_wandb(self, folder: Path, config: Config) -> None:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")

@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import Tensor
 
 from fastcr.config import Config
-from fastcr.data import loaders, pixel_cache
+from fastcr.data import loaders
 from fastcr.data.cached_views import CachedViews
 from fastcr.data.crop_loader import load_crops
 from fastcr.data.images import BadFiles, ImageList
@@ -126,22 +126,6 @@ def test_the_disk_is_taken_up_again_until_a_file_changes(photos: ImageList, monk
     assert (picture(cached(photos, "disk"), 0) == (255, 0, 0)).all()
 
 
-def test_two_runs_may_fill_the_same_cache_at_once(photos: ImageList, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second starts and ends while the first decodes."""
-    decode, inner = pixel_cache._decode, []
-
-    def with_another_run(*args: Any) -> Any:
-        monkeypatch.setattr(pixel_cache, "_decode", decode)
-        inner.append(cached(photos, "disk"))
-        return decode(*args)
-
-    monkeypatch.setattr(pixel_cache, "_decode", with_another_run)
-    outer = cached(photos, "disk")
-    assert_same_pictures(outer, inner[0])
-    assert_same_pictures(outer, cached(photos))
-    assert len(list((photos.root.parent / "cache").iterdir())) == 1
-
-
 def test_a_full_disk_is_one_line_and_leaves_nothing(photos: ImageList, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -159,8 +143,6 @@ def test_nothing_readable_and_fail_are_errors(photos: ImageList, tmp_path: Path)
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(UsageError, match="none of the 2 images"):
         cached(ImageList(tmp_path, ("a.jpg", "b.jpg"), None, ()))
-    with pytest.raises(UsageError, match="none of the 2 images"):
-        ImageList(tmp_path, ("a.jpg", "b.jpg"), None, ()).rgb_or_next(1)
 
 
 def test_views_of_cached_pixels_are_those_of_the_files(photos: ImageList) -> None:
@@ -228,12 +210,12 @@ def sharded(
 
 def test_prefetched_batches_are_the_same_and_errors_come_through(photos: ImageList) -> None:
     plain = CachedViews(cached(photos), LOADING, BadFiles(photos, "skip"))
-    ahead = Prefetched(plain, CONTEXT.device)
+    ahead = Prefetched(plain.images, LOADING, plain.bad, plain)
     for ours, theirs in zip(islice(ahead.batches(1), 4), islice(plain.batches(1), 4), strict=True):
         assert torch.equal(ours.first, theirs.first)
     failing = TorchViews(photos, replace(LOADING, context=ALONE), BadFiles(photos, "fail"))
     with pytest.raises(UsageError, match=r"unreadable image .*05\.png"):
-        list(islice(Prefetched(failing, CONTEXT.device).batches(0), 4))
+        list(islice(Prefetched(photos, LOADING, failing.bad, failing).batches(0), 4))
 
 
 def test_a_thread_that_prefetches_takes_one_core_from_the_step_and_no_more(photos: ImageList) -> None:
@@ -248,8 +230,8 @@ def test_a_thread_that_prefetches_takes_one_core_from_the_step_and_no_more(photo
     cores = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        views = Prefetched(Watched(cached(photos), LOADING, BadFiles(photos, "skip")), CONTEXT.device)
-        list(islice(views.batches(0), 2))
+        watched = Watched(cached(photos), LOADING, BadFiles(photos, "skip"))
+        list(islice(Prefetched(photos, LOADING, watched.bad, watched).batches(0), 2))
         assert {threads for _, threads in seen} == {1}
         assert threading.current_thread().name not in {name for name, _ in seen}
         assert torch.get_num_threads() == 3
@@ -292,7 +274,6 @@ def test_where_the_pixels_go(monkeypatch: pytest.MonkeyPatch) -> None:
     ("flags", "message"),
     [
         (("--data.loader", "dali", "--data.cache", "host"), "does not go with --data.cache host: take fused or torch"),
-        (("--data.loader", "fused"), "--data.loader fused does not go with --data.cache off: take dali or torch"),
         (("--data.cache", "device"), "--data.cache device needs CUDA"),
         (("--data.cache", "host"), r"--data\.cache host: the decoded images take .* GiB and 0\.0 are free"),
     ],

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import stat
-import subprocess
-import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -93,6 +90,10 @@ TREES: dict[str, tuple[Callable[[Path], object] | tuple[str, ...], list[str], li
     "test without labels": (
         ("train/a/0.jpg", "val/a/1.jpg", "test/2.jpg"), ["train/a/0.jpg=a"], ["val/a/1.jpg=a"], {BESIDE: 1},
     ),
+    "other classes in test": (
+        ("train/crow/0.jpg", "train/robin/1.jpg", "test/robin/2.jpg", "test/wren/3.jpg"),
+        ["train/crow/0.jpg=crow", "train/robin/1.jpg=robin"], ["test/robin/2.jpg=robin", "test/wren/3.jpg=wren"], {},
+    ),
     "a class named train": (
         ("bus/0.jpg", "car/0.jpg", "train/0.jpg"), ["bus/0.jpg=bus", "car/0.jpg=car", "train/0.jpg=train"], [], {},
     ),
@@ -113,18 +114,7 @@ TREES: dict[str, tuple[Callable[[Path], object] | tuple[str, ...], list[str], li
         looping, ["crow/0.jpg=crow", "crow/wren/0.jpg=crow", "wren/0.jpg=wren", "wren/crow/0.jpg=wren"], [],
         {EMPTY: 1, DEEPER: 2},
     ),
-    "what programs keep of images": (
-        ("a/0.jpg", "a/0.jpg_original", "b/2.jpg", "b/2.jpg~"), ["a/0.jpg=a", "b/2.jpg=b"], [], {OTHERS: 2},
-    ),
     "folders without an image": (imageless, ["a/0.jpg=a"], [], {OTHERS: 1, EMPTY: 2}),
-    "accents of a Mac": (
-        ("train/cafe\u0301/0.jpg", "train/wren/1.jpg", "test/caf\u00e9/2.jpg"),
-        ["train/cafe\u0301/0.jpg=caf\u00e9", "train/wren/1.jpg=wren"], ["test/caf\u00e9/2.jpg=caf\u00e9"], {},
-    ),
-    "two accents in one folder": (
-        ("cafe\u0301/0.jpg", "caf\u00e9/1.jpg"),
-        ["cafe\u0301/0.jpg=cafe\u0301", "caf\u00e9/1.jpg=caf\u00e9"], [], {},
-    ),
 }  # fmt: skip
 
 
@@ -159,9 +149,7 @@ def tar(file: Path, *members: tuple[str, bytes]) -> None:
     ("shards", "train", "test", "beside"),
     [
         (["birds-train-0.tar", "birds-test-0.tar"], 1, 1, 0),
-        (["cub_train_0.tar", "cub_train_1.tar", "cub_val_0.tar"], 2, 1, 0),
         (["train.tar", "test.tar", "val.tar"], 1, 1, 1),
-        (["0-training.tar", "more.tar"], 1, 0, 1),
         (["contest-0.tar", "strain-0.tar"], 2, 0, 0),  # no word of the names
     ],
 )
@@ -177,26 +165,12 @@ def test_the_split_of_a_shard_is_a_word_of_its_name(
     assert splits.train.rgb(0).size == (8, 8)
 
 
-@pytest.mark.parametrize("name", ["v1.0.jpg", "0.image.jpg"])
-def test_a_dot_in_a_key_is_refused_where_it_hides_the_image(tmp_path: Path, name: str) -> None:
+def test_a_dot_in_a_key_is_refused_where_it_hides_the_image(tmp_path: Path) -> None:
     tar(tmp_path / "train-0.tar", ("0.seg.png", picture()), ("0.jpg", picture()))
     assert list_splits(tmp_path)[0].train.files == ("train-0.tar/0.jpg",)
-    tar(tmp_path / "train-1.tar", (name, picture()))
-    with pytest.raises(UsageError, match=rf"the key of '{name}' ends at its first dot"):
+    tar(tmp_path / "train-1.tar", ("v1.0.jpg", picture()))
+    with pytest.raises(UsageError, match=r"the key of 'v1.0.jpg' ends at its first dot"):
         list_splits(tmp_path)
-
-
-def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    plant(tmp_path, *BIRDS, "crow/deep/1.jpg")
-    (tmp_path / "crow" / "deep").chmod(0)
-    drop = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-dac_override,-dac_read_search"]
-    command = [*(drop if os.geteuid() == 0 else []), sys.executable, "-m", "fastcr.folders", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    (tmp_path / "crow" / "deep").chmod(stat.S_IRWXU)
-    if "setpriv" in done.stderr:
-        pytest.skip("cannot give up root's right to read everything")
-    assert "folders that cannot be read: 1, e.g. 'crow/deep (Permission denied)'" in done.stdout
-    assert done.returncode == 1
 
 
 def test_pictures_in_both_splits_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from fastcr.data import synthetic
 from fastcr.data.birds import Species
-from fastcr.data.synthetic import CLASSES, HEIGHT, WIDTHS, draw_bird, write_synthetic
+from fastcr.data.synthetic import CLASSES, draw_bird, write_synthetic
 from fastcr.errors import UsageError
 
 SMALL = {"train_per_class": 2, "test_per_class": 1}
@@ -22,21 +22,6 @@ def birds(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def contents(root: Path) -> dict[str, bytes]:
     return {str(file.relative_to(root)): file.read_bytes() for file in root.rglob("*") if file.is_file()}
-
-
-def test_tree_holds_every_class_of_both_splits_and_nothing_else(birds: Path) -> None:
-    names = {kind.name for kind in CLASSES}
-    assert {folder.name for folder in birds.iterdir()} == {"train", "test"}
-    for split, count in (("train", 2), ("test", 1)):
-        folders = list((birds / split).iterdir())
-        assert {folder.name for folder in folders} == names
-        for folder in folders:
-            assert sorted(file.name for file in folder.iterdir()) == [f"{i:04d}.jpg" for i in range(count)]
-    assert [folder.name for folder in birds.parent.iterdir()] == [birds.name]
-    for file in birds.glob("*/*/*.jpg"):
-        with Image.open(file) as picture:
-            assert (picture.format, picture.mode, picture.height) == ("JPEG", "RGB", HEIGHT)
-            assert WIDTHS[0] <= picture.width <= WIDTHS[1]
 
 
 def test_another_drawing_needs_another_version() -> None:

@@ -1,12 +1,10 @@
 """Files are replaced whole or not at all, through failures and kills, and come back as they were written."""
 
-import json
 import os
 import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +15,7 @@ import torch
 from safetensors import safe_open
 
 from fastcr.errors import UsageError
-from fastcr.runs import checkpoint
 from fastcr.runs.checkpoint import (
-    Saver,
     earlier,
     load_resume,
     load_weights,
@@ -37,30 +33,18 @@ def names(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed")])
-def test_failed_write_keeps_the_old_file_and_says_so(error: Exception, tmp_path: Path) -> None:
+def test_failed_write_keeps_the_old_file_and_says_so(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("old")
 
     def half(beside: Path) -> None:
         beside.write_text("ne")
-        raise error
+        raise RuntimeError("PytorchStreamWriter failed")
 
     with pytest.raises(UsageError, match=f"cannot save {file}: .*what was there before is untouched"):
         write_whole(file, half)
     assert file.read_text() == "old"
     assert names(tmp_path) == ["file"]
-
-
-def test_file_is_on_the_disk_before_it_takes_the_old_ones_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[str] = []
-    fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda file: [calls.append("fsync"), fsync(file)])
-    monkeypatch.setattr(os, "replace", lambda old, new: [calls.append("replace"), replace(old, new)])
-    write_whole(tmp_path / "file", lambda beside: beside.write_text("new"))
-    assert calls[:2] == ["fsync", "replace"]
 
 
 def test_weights_come_back_with_their_facts(tmp_path: Path) -> None:
@@ -84,10 +68,9 @@ def test_weights_come_back_with_their_facts(tmp_path: Path) -> None:
         assert loaded[key].dtype == expected.dtype
         assert not loaded[key].requires_grad
     with safe_open(file, "pt") as opened:
-        described = json.loads(opened.metadata()["fastcr"])
-        assert len(described.pop("crc32")) == 8
-        assert described == FACTS
         assert opened.get_tensor("bf16").dtype == torch.bfloat16  # stored as it was
+    save_weights(file, state, FACTS | {"crc32": "0a0a0a0a"})  # as earlier versions wrote it
+    assert load_weights(file)[1] == FACTS
 
 
 @pytest.mark.parametrize(
@@ -142,54 +125,6 @@ def test_a_damaged_save_is_noticed_and_the_one_before_is_taken(tmp_path: Path) -
         load_resume(path)
 
 
-def test_damaged_weights_are_noticed(tmp_path: Path) -> None:
-    path = tmp_path / "weights.safetensors"
-    tensors = {
-        "backbone.a": torch.randn(50, 20),
-        "b": torch.tensor(3),
-        "c": torch.zeros(0),
-        "h": torch.ones(3).bfloat16(),
-    }
-    save_weights(path, tensors, FACTS)
-    assert load_weights(path)[1] == FACTS
-    whole = path.read_bytes()
-    for old, new in ((b"[50,20]", b"[20,50]"), (whole[-8:], bytes(8)), (b"resnet18", b"resnet34")):
-        assert old in whole
-        path.write_bytes(whole.replace(old, new, 1))
-        with pytest.raises(UsageError, match="its checksum does not match"):
-            load_weights(path)
-
-
-def test_saving_goes_on_beside_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is saved is the state at the call, and the caller does not wait for the disk."""
-    saver, weights, may_write = Saver(tmp_path, {}, 1, 5.0), {"a": torch.zeros(3)}, threading.Event()
-    original = checkpoint.save_resume
-
-    def slow(*args: Any) -> None:
-        may_write.wait(60)
-        original(*args)
-
-    monkeypatch.setattr(checkpoint, "save_resume", slow)
-    saver.save(weights, {"step": 1, "model": weights, "list": [weights["a"], 5]})
-    weights["a"].fill_(7)
-    saver.check()
-    assert not (tmp_path / "resume.pt").exists()
-    may_write.set()
-    saver.wait()
-    state, _ = load_resume(tmp_path / "resume.pt")
-    assert (state["model"]["a"].tolist(), state["list"][0].tolist(), state["list"][1]) == ([0, 0, 0], [0, 0, 0], 5)
-    assert load_weights(tmp_path / "weights.safetensors")[0]["a"].tolist() == [0, 0, 0]
-
-
-def test_a_save_that_failed_is_told_of_soon(tmp_path: Path) -> None:
-    saver = Saver(tmp_path / "gone", {}, 1, 5.0)
-    saver.save({"a": torch.zeros(3)}, {"step": 1, "model": {}})
-    with pytest.raises(UsageError, match="cannot save"):
-        saver.wait()
-    with pytest.raises(UsageError, match="cannot save"):
-        saver.check()
-
-
 # The child imports once and forks a writer for each line it reads: a kill costs milliseconds, not an import of torch.
 # Every tensor of a file holds its generation, so that a mixture of two files would show.
 WRITERS = """
@@ -214,9 +149,7 @@ for first in map(int, sys.stdin):
 """
 
 
-@pytest.mark.parametrize(
-    "kills", [6, pytest.param(60, marks=pytest.mark.slow, id="sample"), pytest.param(400, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("kills", [6, pytest.param(400, marks=pytest.mark.slow)])
 def test_kill_while_saving_always_leaves_whole_files(kills: int, tmp_path: Path) -> None:
     delay = random.Random(0)
     command = [sys.executable, "-c", WRITERS, str(tmp_path)]

@@ -1,8 +1,6 @@
 """What a user gets for a mistake: one line that names the culprit, status 2, nothing lost; `--help`, presets, YAML."""
 
 import dataclasses
-import re
-import runpy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -41,20 +39,12 @@ def copied(finished: Path, tmp_path: Path) -> Path:
     ("args", "culprits"),
     [
         ("--optim.lrr 1", ("--optim.lrr", "did you mean --optim.lr?")),
-        ("--optim.lr abc", ("--optim.lr", "'abc'")),
         ("--data.loader fast", ("--data.loader", "'fast'", "'dali'", "'torch'")),
-        ("--model.backbone resnet19", ("--model.backbone", "'resnet19'", "'resnet18'")),
-        ("synthetic stray", ("stray",)),
         ("cub20", ("'cub20'", "did you mean cub200?")),
         ("qqq", ("'qqq'", *PRESETS)),
         ("--resume --run.steps 3", ("--resume needs a run folder",)),
         ("--resume auto", ("--resume auto needs --run.dir",)),
         ("--run.device cuda:99", ("--run.device cuda:99", "CUDA devices")),
-        ("--run.device gpu", ("--run.device", "'gpu'")),
-        (
-            "--moco.pooling rationale --rationale.enabled False",
-            ("--moco.pooling rationale needs the rationale branch",),
-        ),
     ],
 )
 def test_mistaken_arguments_of_train(args: str, culprits: tuple[str, ...], refused: Callable[..., str]) -> None:
@@ -87,12 +77,6 @@ def test_existing_run_is_not_overwritten(flat: Path, finished: Path, refused: Ca
     assert (finished / "weights.safetensors").stat().st_mtime_ns == before
 
 
-def test_run_folder_that_cannot_be_written(flat: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
-    (tmp_path / "file").write_text("")
-    for folder in (tmp_path / "file", tmp_path / "file" / "run"):  # permissions do not stop a test run by root
-        assert f"--run.dir {folder}" in refused(train.main, *ONE_STEP, "--data.root", flat, "--run.dir", folder)
-
-
 def test_resume_of_what_is_no_run(flat: Path, tmp_path: Path, finished: Path, refused: Callable[..., str]) -> None:
     assert f"no run folder {tmp_path / 'none'}" in refused(train.main, "--resume", tmp_path / "none")
     assert f"no run folder {finished / 'config.yaml'}" in refused(train.main, "--resume", finished / "config.yaml")
@@ -121,7 +105,6 @@ def test_broken_resume(
     ("text", "words"),
     [
         ("", "is broken"),
-        ("run: [", "is broken"),
         ("run:\n  nope: 1\n  gone: 2", "was made by another version of fastcr: unknown settings run.gone, run.nope"),
         ("optim:\n  lr: abc", "'abc'"),
     ],
@@ -137,10 +120,9 @@ def test_broken_config(text: str, words: str, copied: Path, refused: Callable[..
     ("make", "culprits"),
     [
         (lambda file: None, ("no weights file",)),
-        (lambda file: torch.save([1, 2], file), ("no dict of tensors",)),
         (lambda file: torch.save({"conv1.weight": torch.ones(64, 3, 7, 7)}, file), ("lacks", "allow_missing_weights")),
     ],
-    ids=["missing", "list", "incomplete"],
+    ids=["missing", "incomplete"],
 )
 def test_unusable_initial_weights(
     make: Callable[[Path], object], culprits: tuple[str, ...], flat: Path, tmp_path: Path, refused: Callable[..., str]
@@ -161,7 +143,6 @@ def test_mistaken_arguments_of_evaluate(
     assert "did you mean --data.root?" in refused(main, finished, "--data.rot", birds)
     assert f"{flat} is not a run folder: it has no config.yaml" in refused(main, flat)
     assert "--data.root" in refused(main, file)
-    assert f"{flat} has no labels" in refused(main, finished)
     assert f"{flat} has no labels" in refused(main, file, "--data.root", flat)
     (unsaved := tmp_path / "unsaved").mkdir()
     shutil.copyfile(finished / "config.yaml", unsaved / "config.yaml")
@@ -182,10 +163,9 @@ def facts(**facts: object) -> Callable[[Path], None]:
         (lambda file: safetensors.torch.save_file({"a": torch.ones(2)}, file), "no fastcr metadata"),
         (lambda file: safetensors.torch.save_file({"a": torch.ones(2)}, file, {"fastcr": "{"}), "cannot be read"),
         (facts(), "does not hold what its metadata says"),
-        (facts(last_stage="layer9"), "layer9"),
         (facts(detectors="many"), ""),
     ],
-    ids=["empty", "bare", "no json", "shapes", "stage", "detectors"],
+    ids=["empty", "bare", "no json", "shapes", "detectors"],
 )
 def test_unusable_weights_files(
     make: Callable[[Path], object], culprit: str, birds: Path, tmp_path: Path, refused: Callable[..., str]
@@ -229,7 +209,6 @@ def test_flags_override_the_preset_and_the_resumed_run(finished: Path) -> None:
     [
         ("auto", "cpu", True, torch.bfloat16),
         ("auto", "cpu", False, torch.float32),
-        ("auto", "cuda", False, torch.bfloat16),
         ("fp32", "cpu", True, torch.float32),
     ],
 )
@@ -238,9 +217,3 @@ def test_precision_is_what_the_processor_can_do(
 ) -> None:
     monkeypatch.setattr(machine, "multiplies_bf16", lambda: hardware)
     assert machine.pick_dtype(precision, torch.device(device)) == dtype
-
-
-@pytest.mark.skipif(not Path("/proc/cpuinfo").is_file(), reason="there is no /proc")
-def test_hardware_that_multiplies_bf16_is_what_the_kernel_lists() -> None:
-    itself = runpy.run_path(machine.__file__)["multiplies_bf16"]  # not what tests put in its place
-    assert itself() == bool(re.search(r"avx512_bf16|amx_tile", Path("/proc/cpuinfo").read_text()))

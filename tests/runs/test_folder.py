@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import time
@@ -11,15 +10,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from torch.utils.data import DataLoader, Dataset
 
 from fastcr.config import Config, DataConfig, RunConfig
 from fastcr.errors import UsageError
-from fastcr.runs.checkpoint import load_weights, save_weights
 from fastcr.runs.command_line import load_config, one_line_errors, read_command_line, save_config
 from fastcr.runs.folder import claim_folder, only_writer
-from fastcr.runs.machine import batches_of, cache_folder, leave_signals, workers_that_fit
+from fastcr.runs.machine import cache_folder, workers_that_fit
 from tests.shared import start, write_weights
 
 
@@ -62,15 +59,6 @@ def test_paths_of_a_run_hold_from_any_folder(tmp_path: Path, monkeypatch: pytest
     save_config(Config(data=data), tmp_path / "config.yaml")
     found = load_config(tmp_path / "config.yaml").data
     assert (found.root, found.cache_dir) == (tmp_path / "images", tmp_path / "cache")
-
-
-def test_weights_are_kept_in_folders_of_any_name(tmp_path: Path) -> None:
-    folder = tmp_path / os.fsdecode(b"caf\xe9")
-    folder.mkdir()
-    save_weights(folder / "weights.safetensors", {"a": torch.ones(2)}, {"size": 3})
-    state, facts = load_weights(folder / "weights.safetensors")
-    assert state["a"].tolist() == [1, 1]
-    assert facts == {"size": 3}
 
 
 def test_without_a_home_to_write_into_the_cache_is_temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,42 +116,6 @@ class Dies(Dataset[int]):
 
     def __len__(self) -> int:
         return 4
-
-
-class Mistaken(Dataset[int]):
-    """Its last item is an error that is the user's to mend."""
-
-    def __getitem__(self, index: int) -> int:
-        if index == 3:
-            raise UsageError("none can be read: 'a\nb'")
-        return index
-
-    def __len__(self) -> int:
-        return 4
-
-
-def test_an_error_of_a_loader_process_is_its_own_line_and_ends_the_others() -> None:
-    batches = batches_of(DataLoader(Mistaken(), num_workers=2, worker_init_fn=leave_signals))
-    with pytest.raises(UsageError, match=r"^none can be read: 'a\nb'$"):
-        list(batches)
-    assert multiprocessing.active_children() == []
-
-
-LEFT = """
-import atexit, multiprocessing
-from torch.utils.data import DataLoader
-from fastcr.runs.machine import batches_of, leave_signals
-atexit.register(lambda: print(multiprocessing.active_children()))  # the last one that runs
-batches = batches_of(DataLoader(range(1000), num_workers=2, worker_init_fn=leave_signals))
-next(batches)
-raise ValueError("of the main process, while the loader is in use")
-"""
-
-
-def test_a_process_that_ends_ends_its_loader_first() -> None:
-    said, errors = start("-c", LEFT, fresh=False).communicate(timeout=100)
-    assert said == "[]\n"  # torch would wait 5 s for each process of it
-    assert errors.endswith("ValueError: of the main process, while the loader is in use\n")
 
 
 def test_a_loader_process_that_dies_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

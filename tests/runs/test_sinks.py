@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from fastcr import train
-from fastcr.runs import sinks
 from tests.shared import SHORT, TINY, records
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -130,18 +129,3 @@ def test_a_sink_that_fails_is_one_line_and_the_run_continues(
     assert warnings == ["warning: TensorBoard failed, so nothing more is logged there: no route to anywhere"]
     assert errors == ""
     assert len(records(tmp_path / "run")) == 3
-
-
-def test_without_a_network_a_run_is_trained_without_wandb(
-    flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
-) -> None:
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "online")
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv("WANDB_API_KEY", 40 * "0")
-    monkeypatch.setattr(sinks, "SECONDS", 3)
-    args = [*TINY, "--data.root", flat, "--run.dir", tmp_path / "run", "--run.steps", "2", "--run.track", "wandb"]
-    train.main(list(map(str, args)))
-    (line,) = [line for line in capfd.readouterr().out.splitlines() if "warning" in line]
-    assert line.startswith("warning: wandb failed, so nothing more is logged there: ")
-    assert len(records(tmp_path / "run")) == 2

@@ -1,4 +1,4 @@
-"""What test_distributed.py has two processes do, and one alone: `python two_processes.py DATA CALM_WEIGHTS OUT`.
+"""What test_distributed.py has two processes do, and one alone: `python -m ... DATA CALM_WEIGHTS OUT`.
 
 The first process writes what came of it to OUT.
 """
@@ -49,17 +49,18 @@ def main() -> None:
         context = Context(processes=processes)
         config = settings(root, weights)
         results["losses"], training = losses_of(config, context, 20)
-        results["untrained"], _ = losses_of(settings(root, weights, lr=1e-9), context, 20)
+        if processes.ranks == 1:
+            results["untrained"], _ = losses_of(settings(root, weights, lr=1e-9), context, 8)
         moco = training.moco
         results["queues"] = processes.gather(moco.queue.tolist())
         results["position"] = moco.queue_position.item()
         parameters = torch.cat([parameter.flatten() for parameter in training.model.parameters()])
         results["weights"] = [weights.double().sum().item() for weights in processes.gather(parameters.detach())]
 
-        results["in parts"], _ = losses_of(settings(root, weights, accumulate=2), context, 5)
+        results["in parts"], _ = losses_of(settings(root, weights, accumulate=2), context, 3)
         of_the_batch = settings(root, weights, queue_size=0, cam_weights="common")
-        results["of the batch"], _ = losses_of(of_the_batch, context, 5)
-        results["local"], _ = losses_of(settings(root, weights, batchnorm="local"), context, 3)
+        results["of the batch"], _ = losses_of(of_the_batch, context, 3)
+        results["local"], _ = losses_of(settings(root, weights, batchnorm="local"), context, 2)
 
         test = read_splits(root).test
         assert test
