@@ -18,6 +18,7 @@ from fastcr.config import (
     ImagesConfig,
     KnnConfig,
     LinearConfig,
+    TunedConfig,
     WorkersConfig,
     number,
     tyro,
@@ -69,7 +70,7 @@ class EvaluateConfig:
     <name>-results.json."""
     data: EvaluateData = field(default_factory=EvaluateData)
     model: NamedModel = field(default_factory=NamedModel)
-    run: EncoderConfig = field(default_factory=EncoderConfig)
+    run: TunedConfig = field(default_factory=TunedConfig)
     knn: KnnConfig = field(default_factory=KnnConfig)
     linear: LinearConfig = field(default_factory=LinearConfig)
 
@@ -95,7 +96,7 @@ class EmbedConfig:
     """Subtract the mean of the folder's embeddings from each, and scale it to unit length again; fastcr search does the
     same to its queries."""
     data: WorkersConfig = field(default_factory=WorkersConfig)
-    run: EncoderConfig = field(default_factory=EncoderConfig)
+    run: TunedConfig = field(default_factory=TunedConfig)
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,8 @@ class ExportConfig:
     """File, or folder of hub, to write. Default: beside the weights (from the Hub: here), named after them."""
     pooling: Literal["mean", "attention", "gem", "feature-strength", "gaussian"] | None = None
     """torch and onnx: how the graph pools its embedding. Default: the attention, else the mean."""
+    tuned: float | None = number(None, 0, 1)
+    """Of a run folder: how far on the way from its initial weights (0) to its trained ones (1) the encoder is taken."""
     push: str | None = None
     """hub: also upload the folder to this repository, USER/NAME, with your own token."""
 

@@ -139,6 +139,9 @@ class OptimConfig:
     """Highest learning rate."""
     warmup: float = number(0.0, 0, 1)
     """Share of all steps in which the learning rate rises to --optim.lr; after them it falls along half a cosine."""
+    tuned: float = number(1.0, 0, 1, above=True)
+    """Where the saved encoder lies on the way from the initial weights (0) to the trained ones (1). Below 1 it
+    retrieves better among kinds that it was not trained on, and little worse among those that it was."""
     backbone_lr: float | None = number(None, 0)
     """Learning rate of the backbone; 0 with --model.batchnorm frozen leaves it unchanged. Default: --optim.lr."""
     momentum: float = number(0.9, 0, 1)
@@ -232,6 +235,15 @@ class EncoderConfig(DeviceConfig):
 
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Precision of the encoder; auto: bf16 where the device multiplies it in hardware, else fp32."""
+
+
+@dataclass(frozen=True)
+class TunedConfig(EncoderConfig):
+    """Where an encoder is run, and which one of those that a run folder holds."""
+
+    tuned: float | None = number(None, 0, 1)
+    """Of a run folder: how far on the way from its initial weights (0) to its trained ones (1) the encoder is taken.
+    Default: where it was saved (--optim.tuned of the training)."""
 
 
 @dataclass(frozen=True)

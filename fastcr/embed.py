@@ -94,7 +94,7 @@ def embed_folder(config: EmbedConfig, context: Context) -> None:
     weights = find_weights(config.source)
     out = config.out or Path(f"{config.folder.resolve().name}-embeddings")
     check_unused(out)
-    encoder = load(weights, context.device)
+    encoder = load(weights, context.device, tuned=config.run.tuned)
     if config.attention and encoder.branch is None:
         raise UsageError(f"{weights} has no branch for the attention, so there is no --attention to write")
     pooling = key_of(config.pooling, encoder)
@@ -102,6 +102,7 @@ def embed_folder(config: EmbedConfig, context: Context) -> None:
     parts, rows, digest = list_images(config.folder)
     base = config.folder if config.folder.is_dir() else config.folder.parent
     settings = f"pooling {wanted}, attention {config.attention}, centre {bool(config.centre)}, {context.dtype}"
+    settings += f", tuned {encoder.facts.get('tuned', 1.0)}"
     key = {
         "weights": hashlib.sha256(weights.read_bytes()).hexdigest(),
         "images": digest,

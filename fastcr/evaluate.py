@@ -23,10 +23,11 @@ from fastcr.encoders.encoder import Encoder, describe, find_weights
 from fastcr.encoders.hub import address_of
 from fastcr.encoders.weights import load_initial_weights
 from fastcr.errors import UsageError
-from fastcr.measures.evaluation import INITIAL, Classifiers, Evaluation, not_measured, test_images
+from fastcr.measures.evaluation import Classifiers, Evaluation, not_measured, test_images
 from fastcr.measures.localisation import read_objects
 from fastcr.measures.results import best_pooling
 from fastcr.output.evaluations import show, write_results
+from fastcr.runs.checkpoint import INITIAL
 from fastcr.runs.command_line import called, load_config, one_line_errors
 from fastcr.runs.context import Context
 from fastcr.runs.distributed import processes_of_torchrun
@@ -99,7 +100,7 @@ def main(args: Sequence[str] | None = None) -> None:
         context = Context.of(config.run.device, config.run.precision, config.data.workers, processes=processes)
         classifiers = Classifiers(config.knn, config.linear) if config.all else None
         objects = read_objects(config.data.boxes, images) if config.all or config.data.boxes else None
-        evaluation = Evaluation(splits, images, context, classifiers, objects)
+        evaluation = Evaluation(splits, images, context, classifiers, config.run.tuned, objects)
         results = measure(config, evaluation, weights)
         show(results, context, every=bool(config.all))
         if processes.first:

@@ -180,7 +180,7 @@ def main(args: Sequence[str] | None = None) -> None:
         out = config.out or folder_of(config.source) / (weights.stem + ENDINGS[config.format])
         if out.exists():
             raise UsageError(f"{out} is there already: name another --out")
-        encoder = load(weights)
+        encoder = load(weights, tuned=config.tuned)
         out.parent.mkdir(parents=True, exist_ok=True)
         if config.format == "safetensors":
             state = encoder.state_dict()

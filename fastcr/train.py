@@ -25,15 +25,16 @@ from fastcr.data.layouts import read_splits
 from fastcr.data.loaders import make_views
 from fastcr.data.synthetic import write_synthetic
 from fastcr.data.views import Views
-from fastcr.encoders.encoder import describe
+from fastcr.encoders.encoder import between, describe
 from fastcr.errors import UsageError, one_line
-from fastcr.measures.evaluation import HISTORY, INITIAL
+from fastcr.measures.evaluation import HISTORY
 from fastcr.measures.health import EncoderHealth, HealthWarnings
 from fastcr.method.build import Schedule, Training, build, check_settings, fit_sizes, trained
 from fastcr.method.start import begin
 from fastcr.method.step import Losses
 from fastcr.output.evaluations import TrainingEvaluation
 from fastcr.runs.checkpoint import (
+    INITIAL,
     Saver,
     check_unused,
     load_resume,
@@ -114,7 +115,8 @@ def train(
 def run_steps(run: Run, evaluation: TrainingEvaluation, log: RunLog, began: float) -> int:
     """The training loop; returns the number of the signal that ended it early, or 0."""
     config, training, schedule, processes = run.config, run.training, run.schedule, run.context.processes
-    saver = Saver(run.folder, describe(config), config.run.keep, config.run.save_minutes)
+    facts = describe(config) | ({"tuned": config.optim.tuned} if schedule.last else {})
+    saver = Saver(run.folder, facts, config.run.keep, config.run.save_minutes)
     health = RunHealth(run)
     due = Due(0, False, False, False)
     with StopSignal() as stop, closing(run.views.batches(run.start)) as batches:
@@ -265,7 +267,7 @@ def save(run: Run, saver: Saver, step: int) -> None:
 
     def write() -> None:
         state = {"step": step, **training.state(), "random": random, "images": fingerprint(run.splits.train)}
-        saver.save(training.encoder.state_dict(), state)
+        saver.save(between(run.folder / INITIAL, training.encoder.state_dict(), run.config.optim.tuned), state)
 
     processes.once(write)
 

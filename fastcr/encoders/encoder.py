@@ -31,7 +31,7 @@ from fastcr.encoders.hub import address_of, fetch
 from fastcr.encoders.rationale import RationaleHead
 from fastcr.encoders.released import ReleasedBranch, from_released_checkpoint, released_facts
 from fastcr.errors import UsageError, one_line
-from fastcr.runs.checkpoint import IN_FOLDERS, load_weights
+from fastcr.runs.checkpoint import IN_FOLDERS, INITIAL, load_weights
 from fastcr.runs.machine import pick_device
 
 Branch = RationaleHead | ReleasedBranch
@@ -163,10 +163,14 @@ def describe(config: Config) -> dict[str, Any]:
     }
 
 
-def load(path_or_run: str | os.PathLike[str], device: str | torch.device = "cpu") -> Encoder:
+def load(
+    path_or_run: str | os.PathLike[str], device: str | torch.device = "cpu", *, tuned: float | None = None
+) -> Encoder:
     """The encoder of a run folder, a weights file, a folder exported for the Hub, or an authors' released checkpoint.
 
-    `hf://OWNER/NAME`, or `hf://OWNER/NAME@REVISION`, is one on the Hub (extra `hub`).
+    `hf://OWNER/NAME`, or `hf://OWNER/NAME@REVISION`, is one on the Hub (extra `hub`). With `tuned`, it is that of a run
+    folder so far on the way from its initial weights (0) to its trained ones (1): half way is better for kinds that it
+    was not trained on (WiSE-FT, arXiv 2109.01903), the end for those that it was.
     No code in the file is run. `UsageError` if it is missing, broken or foreign, or `device` is not there.
     """
     where, file = pick_device(str(device)), find_weights(path_or_run)
@@ -174,6 +178,8 @@ def load(path_or_run: str | os.PathLike[str], device: str | torch.device = "cpu"
     if not facts:
         keys = ", ".join(sorted(state)[:3])
         raise UsageError(f"{file} was not written by fastcr.train (no fastcr metadata); its keys begin {keys}")
+    if tuned is not None and (share := tuned / facts.get("tuned", 1.0)) != 1:
+        state, facts = between(file.with_name(INITIAL), state, share), facts | {"tuned": tuned}
     try:
         _check(facts)
         backbone, channels = build_backbone(facts["backbone"], facts["last_stage"], stem_maxpool=facts["stem_maxpool"])
@@ -189,6 +195,20 @@ def load(path_or_run: str | os.PathLike[str], device: str | torch.device = "cpu"
         raise UsageError(f"{file} does not hold what {promised}: {one_line(error)}") from None
     encoder.to(device=where, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return encoder.requires_grad_(False).eval()
+
+
+def between(initial: Path, state: dict[str, Tensor], share: float) -> dict[str, Tensor]:
+    """Weights that far on the way from those in the file `initial` to `state`, and beyond it above 1."""
+    if share == 1:
+        return state
+    start, _ = load_weights(initial)
+    try:
+        return {
+            name: torch.lerp(start[name].to(value), value, share) if value.is_floating_point() else value
+            for name, value in state.items()
+        }
+    except (KeyError, RuntimeError) as error:
+        raise UsageError(f"{initial} holds other weights than the run ended with: {one_line(error)}") from None
 
 
 def find_weights(path_or_run: str | os.PathLike[str]) -> Path:

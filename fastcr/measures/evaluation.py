@@ -25,11 +25,11 @@ from fastcr.measures.poolings import without_training
 from fastcr.measures.results import Scores, Split, best_pooling, classifier_scores, less_mean, reranked
 from fastcr.measures.retrieval import Queries, retrieve_each
 from fastcr.method.ddt import ddt_axis
+from fastcr.runs.checkpoint import INITIAL, facts_of
 from fastcr.runs.context import Context
 from fastcr.runs.log import read_records
 
 HISTORY = "evaluations.jsonl"  # of a run: one object for each evaluation during training
-INITIAL = "init.safetensors"  # the weights it began with
 BEST = "best.safetensors"  # the weights of the best of them
 
 
@@ -72,6 +72,7 @@ class Evaluation:
     images: ImageList  # that the scores are of
     context: Context
     classifiers: Classifiers | None = None  # None: no kNN, no linear probes and no re-ranking
+    tuned: float | None = None  # of a run: how far on the way to its trained weights; None: where it was saved
     objects: Tensor | None = None  # boxes [N,4] in `images`
     load: KeptCrops = field(default_factory=KeptCrops, compare=False)  # every encoder is shown the same crops
 
@@ -123,15 +124,16 @@ class Evaluation:
         alone = len(test.labels) - len(queries["mean", False].images)
         return Measured(scores, alone, found.unreadable, queries)
 
-    def measure_file(self, path: Path, title: str) -> Measured:
-        """Every score of a weights file, which only the first process needs to have."""
-        return self.measure(self.context.processes.once(lambda: load(path)).to(self.context.device), title)
+    def measure_file(self, path: Path, title: str, tuned: float | None = None) -> Measured:
+        """Every score of a weights file, which only the first process needs to have; `tuned` as of `load`."""
+        encoder = self.context.processes.once(lambda: load(path, tuned=tuned))
+        return self.measure(encoder.to(self.context.device), title)
 
     def results(self, weights: Path, initial: Measured | None) -> dict[str, Any]:
         """Content of `results.json`: scores of `weights` beside those of the initial weights, and the best epoch."""
         unchanged = partial(filecmp.cmp, weights, weights.with_name(INITIAL), shallow=False)
         same = initial and self.context.processes.once(unchanged)
-        measured = initial if initial and same else self.measure_file(weights, "after training")
+        measured = initial if initial and same else self.measure_file(weights, "after training", self.tuned)
         results = self.described(measured)
         results["best"] = {"trained": best_pooling(measured.scores)}
         if initial is not None:
@@ -139,6 +141,8 @@ class Evaluation:
             results["best"]["baseline"] = best_pooling(initial.scores)
             if initial is not measured:
                 results["comparison"] = compare_best(initial, measured)
+        if self.tuned is None and self.context.processes.once(lambda: facts_of(weights)).get("tuned", 1) < 1:
+            results["end"] = self.measure_file(weights, "at the end of training", 1.0).scores
         if epoch := self.best(read_records(weights.parent / HISTORY)):
             kept = {"weights": BEST} if (weights.parent / BEST).is_file() else {}
             results["best_epoch"] = epoch | kept

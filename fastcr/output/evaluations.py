@@ -17,7 +17,6 @@ from fastcr.encoders.encoder import Encoder
 from fastcr.measures.evaluation import (
     BEST,
     HISTORY,
-    INITIAL,
     Classifiers,
     Evaluation,
     Measured,
@@ -27,7 +26,7 @@ from fastcr.measures.evaluation import (
 from fastcr.measures.poolings import SHOWN
 from fastcr.output.gallery import fixed_attention
 from fastcr.output.tables import results_tables
-from fastcr.runs.checkpoint import save_weights, write_whole
+from fastcr.runs.checkpoint import INITIAL, save_weights, write_whole
 from fastcr.runs.context import Context
 from fastcr.runs.log import read_records
 

@@ -13,6 +13,7 @@ from fastcr.output import sheets
 
 CHANCE = 0.05  # p value below which, and
 ERRORS = 2  # standard errors above which, a difference is said to be more than chance
+WAYS = {"expanded": "query expansion", "whitened": "whitened, expanded", "reciprocal": "k-reciprocal"}  # of re-ranking
 MAPS = {"attention": "attention", "average": "average map", "gaussian": "Gaussian", "uniform": "uniform map"}
 Sides = list[tuple[str, dict[str, Any]]]  # title and scores of the encoder before and after training
 
@@ -43,8 +44,9 @@ def _sides(results: dict[str, Any]) -> Sides:
     if "frozen_init" not in results:
         return [("", results)]
     before = ("before", results["frozen_init"])
-    untrained = results["retrieval"] == results["frozen_init"]["retrieval"]
-    return [before] if untrained else [before, ("after", results)]
+    if results["retrieval"] == results["frozen_init"]["retrieval"]:
+        return [before]
+    return [before, ("after", results), *([("end", results["end"])] if "end" in results else [])]
 
 
 def _table(title: str, first: str, sides: Sides, columns: Sequence[str], caption: str | None = None) -> Table:
@@ -72,7 +74,8 @@ def retrieval_table(results: dict[str, Any]) -> Table:
     sides = _sides(results)
     caption = "best: the pooling with the highest mAP on these images\nfastcr evaluate RUN --all shows every measure"
     if len(sides) > 1:
-        caption = f"before and after training; {caption}"
+        end = " (the encoder that was saved, which lies before the end)" if len(sides) > 2 else ""
+        caption = f"before and after training{end}; {caption}"
     title = f"{results['images']} images of {results['classes']} classes: retrieval, percent"
     table = _table(title, "pooling", sides, ("rank-1", "mAP"), caption)
     for name in ("mean", "rationale"):
@@ -120,6 +123,13 @@ def poolings_table(results: dict[str, Any]) -> Table:
                 best = row.items() <= best_pooling(part).items()
                 cells += [*ranks, "* " * best + precision]
             table.add_row(SHOWN.get(name, name), *cells)
+        table.add_section()
+    for name, ways in results.get("reranked", {}).items():  # of embeddings whose mean is subtracted
+        table.add_row(f"{SHOWN.get(name, name)}, re-ranked:")
+        for way in ways:
+            found = [part.get("reranked", {}).get(name, {}).get(way, {}) for _, part in sides]
+            cells = [cell for each in found for cell in _cells(each, "rank1", "rank5", "mAP")]
+            table.add_row(WAYS[way], *cells)
         table.add_section()
     return table
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastcr.errors import UsageError
 
+INITIAL = "init.safetensors"  # the weights a run began with
 IN_FOLDERS = ("weights.safetensors", "model.safetensors")  # of a run, and of the Hugging Face Hub's
 AVERAGED = re.compile(r"(?<![a-z])ema(?![a-z])")  # a moving average of the weights, beside them
 WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")  # of DistributedDataParallel and torch.compile
