@@ -143,7 +143,8 @@ def in_process(code: str, tmp_path: Path, address: str, token: str = TOKEN) -> s
     """What `code` prints, with the Hub at `address`."""
     place = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": token}
     less = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}  # the Hub's own storage has no stand-in
-    process = start("-c", f"import sys, fastcr, torch\nfrom fastcr import export\n{code}", **place, **less)
+    code = f"import sys, fastcr, torch\nfrom fastcr import export\n{code}"
+    process = start("-c", code, fresh=False, **place, **less)  # huggingface_hub reads them when it is imported
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     return output

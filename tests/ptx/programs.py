@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
-from tests.ptx.memory import GlobalMemory
-from tests.ptx.run import Launch, execute
+from tests.ptx.run import NOBODY_WROTE, Launch, execute
 
 HEAD = """
 .visible .entry f(.param .u64 .ptr .global .align 1 f_param_0, .param .u64 f_param_1, .param .u32 f_param_2)
@@ -27,14 +27,12 @@ HEAD = """
 
 def launched(
     body: str, given: np.ndarray, size: int, *, threads: int = 128, grid: tuple[int, ...] = (1,), shared: int = 1024,
-    number: int = 0, written: bool = True,
+    number: int = 0,
 ) -> tuple[Launch, np.ndarray]:  # fmt: skip
-    """Run a program on an array: what was found, and the `size` bytes of its output."""
-    data = np.ascontiguousarray(given).view(np.uint8).reshape(-1)
-    memory = GlobalMemory([(data, np.full(len(data), written)), (np.zeros(size, np.uint8), np.zeros(size, bool))])
-    arguments = [*memory.addresses, number]
-    result = execute(HEAD.format(threads=threads, body=body), grid, arguments, memory, shared)
-    return result, memory.contents(memory.addresses[1], size)
+    """Run a program on an array: what was found, and the `size` bytes of its output, which begins unwritten."""
+    data, out = torch.from_numpy(given.copy()), torch.full((size // 2,), NOBODY_WROTE, dtype=torch.int16)
+    result = execute(HEAD.format(threads=threads, body=body), grid, [data, out, number], shared)
+    return result, out.numpy().view(np.uint8)
 
 
 def kinds(result: Launch) -> set[str]:

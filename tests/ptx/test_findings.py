@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("triton")
 
 from tests.ptx.programs import kinds, launched
+from tests.ptx.run import NOBODY_WROTE
 
 # each thread hands its number to the thread 32 further on, through shared memory
 SHARED = """
@@ -140,16 +141,17 @@ def test_a_write_after_reads_of_several_warps_is_found_whichever_read_last(reads
 
 
 @pytest.mark.parametrize(
-    ("address", "value", "expected"),
-    [("[0]", "7", set()), ("[0]", "%lane", set()), ("[0]", "%t", {WARPS_CLASH}), ("[%rd1]", "%lane", {CLASH})],
+    ("store", "expected"),
+    [
+        ("shared.b64 [0], 7", set()),
+        ("shared.b64 [0], %lane", set()),
+        ("shared.b64 [0], %t", {WARPS_CLASH}),
+        ("global.b64 [%rd1], %lane", {CLASH}),
+    ],
 )
-def test_threads_may_write_one_address_of_shared_memory_where_all_warps_agree(
-    address: str, value: str, expected: set[str]
-) -> None:
-    space = "shared" if address == "[0]" else "global"
-    result, _ = launched(f"and.b32 %lane, %t, 31; st.{space}.b64 {address}, {value};", ROLLED, 8)
-    assert kinds(result) == expected
+def test_threads_may_write_one_address_of_shared_memory_where_all_warps_agree(store: str, expected: set[str]) -> None:
+    assert kinds(launched(f"and.b32 %lane, %t, 31; st.{store};", ROLLED, 8)[0]) == expected
 
 
 def test_reading_an_input_without_contents_is_found() -> None:
-    assert kinds(launched(SHARED, ROLLED, 1024, written=False)[0]) == {UNWRITTEN}
+    assert kinds(launched(SHARED, np.full(512, NOBODY_WROTE, np.int16), 1024)[0]) == {UNWRITTEN}

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from tests.ptx.block import ExecutionError, UnknownOpcodeError
+from tests.ptx.block import ExecutionError
 from tests.ptx.programs import kinds, launched
 
 
@@ -41,23 +41,18 @@ INT, UINT, LONG, FLOAT, HALF = np.int32, np.uint32, np.int64, np.float32, np.flo
 @pytest.mark.parametrize(
     ("code", "inputs", "dtype", "expected"),
     [
-        ("add.s32 %c, %a, %b;", I32, INT, np.add),
-        ("mad.lo.s32 %c, %a, %b, %a;", I32, INT, lambda a, b: a * b + a),
-        ("mul.wide.s32 %c, %a, %b;", I32, LONG, lambda a, b: a.astype(LONG) * b),
-        ("mad.wide.u32 %c, %a, %b, 7;", I32, np.uint64,
-         lambda a, b: a.view(UINT).astype(np.uint64) * b.view(UINT) + np.uint64(7)),
-        ("div.s32 %c, %a, %b;", I32, INT, lambda a, b: np.trunc(a / b)),
-        ("rem.s32 %c, %a, %b;", I32, INT, np.fmod),
-        ("min.s32 %c, %a, %b;", I32, INT, np.minimum),
-        ("neg.s32 %c, %a; not.b32 %c, %c;", I32, INT, lambda a, b: ~-a),
-        ("abs.s32 %c, %a;", I32, INT, lambda a, b: np.abs(a)),
-        ("and.b32 %c, %a, %b; xor.b32 %c, %c, %a;", I32, INT, lambda a, b: a & b ^ a),
+        ("add.s32 %c, %a, %b; mad.lo.s32 %c, %c, %b, %a; xor.b32 %c, %c, %a; neg.s32 %c, %c; not.b32 %c, %c;",
+         I32, INT, lambda a, b: ~-((a + b) * b + a ^ a)),
+        ("div.s32 %c, %a, %b; rem.s32 %d, %a, %b; min.s32 %c, %c, %d;", I32, INT,
+         lambda a, b: np.minimum(np.trunc(a / b), np.fmod(a, b))),
+        ("mul.wide.s32 %d, %a, %b; mad.wide.u32 %c, %a, %b, %d;", I32, np.uint64,
+         lambda a, b: a.view(UINT).astype(np.uint64) * b.view(UINT) + (a.astype(LONG) * b).view(np.uint64)),
         ("shl.b32 %c, %a, %b;", SHIFT, INT, lambda a, b: np.where(b < 32, a.astype(LONG) << b, 0)),
         ("shr.s32 %c, %a, %b;", SHIFT, INT, lambda a, b: a.astype(LONG) >> b),
         ("shr.u32 %c, %a, %b;", SHIFT, UINT, lambda a, b: a.view(UINT).astype(LONG) >> b),
-        ("bfe.u32 %c, %a, 5, 9;", I32, UINT, lambda a, b: a.view(UINT) >> 5 & 511),
-        ("popc.b32 %c, %a;", I32, UINT, lambda a, b: [bin(each).count("1") for each in a.view(UINT)]),
-        ("cvt.s64.s32 %c, %a;", I32, LONG, lambda a, b: a),
+        ("bfe.u32 %c, %a, 5, 9; popc.b32 %c, %c;", I32, UINT,
+         lambda a, b: [bin(each >> 5 & 511).count("1") for each in a.view(UINT)]),
+        ("bfe.s32 %c, %a, 5, 9; cvt.s64.s32 %c, %c;", I32, LONG, lambda a, b: a << 18 >> 23),
         ("setp.lt.u32 %p, %a, %b; not.pred %q, %p; @!%q mov.b32 %b, %a; mov.b32 %c, %b;", I32, UINT,
          lambda a, b: np.minimum(a.view(UINT), b.view(UINT))),
         ("mov.b32 {%x, %y}, %a; mov.b32 %c, {%y, %x};", I32, UINT,
@@ -66,10 +61,9 @@ INT, UINT, LONG, FLOAT, HALF = np.int32, np.uint32, np.int64, np.float32, np.flo
         ("shfl.sync.bfly.b32 %c, %a, 5, 31, -1;", I32, INT, lambda a, b: a[LANE ^ 5]),
         ("shfl.sync.idx.b32 %c, %a, 3, 31, -1;", I32, INT, lambda a, b: a[[3] * 32]),
         ("redux.sync.add.s32 %c, %a, -1;", I32, INT, lambda a, b: np.full(32, a.sum(dtype=INT))),
-        ("add.f32 %c, %a, 0f3FC00000;", F32, FLOAT, lambda a, b: a + FLOAT(1.5)),
-        ("mul.ftz.f32 %c, %a, %b;", F32, FLOAT, lambda a, b: np.where(np.abs(a) < 1e-38, FLOAT(0), a) * b),
-        ("div.full.f32 %c, %a, %b;", F32, FLOAT, np.divide),
-        ("max.f32 %c, %a, %b;", F32, FLOAT, np.fmax),
+        ("mul.ftz.f32 %c, %a, %b; add.f32 %c, %c, 0f3FC00000;", F32, FLOAT,
+         lambda a, b: np.where(np.abs(a) < 1e-38, FLOAT(0), a) * b + FLOAT(1.5)),
+        ("div.full.f32 %c, %a, %b; max.f32 %c, %c, %b;", F32, FLOAT, lambda a, b: np.fmax(a / b, b)),
         ("fma.rn.f32 %c, %a, %b, %a;", F32, FLOAT, lambda a, b: a.astype(float) * b + a),
         ("ex2.approx.f32 %c, %a;", F32, FLOAT, lambda a, b: np.exp2(a.astype(float))),
         ("sqrt.approx.ftz.f32 %c, %a;", np.abs(F32), FLOAT, lambda a, b: np.sqrt(np.where(a < 1e-38, 0, a))),
@@ -121,19 +115,17 @@ def test_loops_tables_parameters_and_the_grid() -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "error", "message"),
+    ("body", "message"),
     [
-        ("ret; tanh.approx.f32 %c, %a;", UnknownOpcodeError, "tanh.approx.f32"),  # even where it is not reached
-        ("setp.lt.s32 %p, %t, 5; @%p bra $a; $a: add.s32 %c, %t, 1;", ExecutionError, "threads of a block part ways"),
-        ("$a: bra $a;", ExecutionError, "has not ended"),
-        ("add.s32 %c, %t, %nothing;", ExecutionError, "%nothing was never written"),
-        ("bar.sync 1;", ExecutionError, "barriers of some warps"),
-        ("?!;", ValueError, r"not an instruction: '\?!' \(kernel.py:7\)"),
+        ("ret; tanh.approx.f32 %c, %a;", "tanh.approx.f32: no function"),  # even where it is not reached
+        ("setp.lt.s32 %p, %t, 5; @%p bra $a; $a: add.s32 %c, %t, 1;", "threads of a block part ways"),
+        ("$a: bra $a;", "has not ended"),
+        ("add.s32 %c, %t, %nothing;", "%nothing was never written"),
+        ("bar.sync 1;", "barriers of some warps"),
+        ("?!;", r"not an instruction: '\?!' \(kernel.py:7\)"),
     ],
 )
-def test_what_cannot_be_executed_ends_with_an_error(
-    body: str, error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_executed_ends_with_an_error(body: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.ptx.block.MOST", 1000)
-    with pytest.raises(error, match=message):
+    with pytest.raises((ExecutionError, ValueError), match=message):
         launched(body, LANE, 8)
