@@ -3,7 +3,6 @@
 Without a GPU they are tested under Triton's interpreter, which must be chosen before Triton is imported.
 """
 
-import importlib.util
 import os
 import shutil
 import sys
@@ -30,8 +29,6 @@ except ImportError:
     stand_in.settings.return_value = lambda test: test
     stand_in.given.return_value = pytest.mark.skip(reason="hypothesis is not installed")
     sys.modules["hypothesis"] = stand_in
-if not (importlib.util.find_spec("pytorch_metric_learning") and importlib.util.find_spec("sklearn")):
-    collect_ignore = ["measures/test_retrieval.py"]
 
 
 def pytest_report_header() -> str:

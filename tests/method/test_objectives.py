@@ -125,14 +125,6 @@ def test_a_step_trains_every_part_and_gradcam_is_of_what_the_table_says(objectiv
                    if name.startswith(part)), part  # fmt: skip
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_ten_steps_on_one_batch_lower_the_loss(objective: str) -> None:
-    training = prepared(objective, rationale=RationaleConfig(enabled=False))
-    training.fill_queue(iter([batch_of(seed=seed, images=range(100, 108)) for seed in (1, 2, 3)]))
-    losses = [float(training.step(batch_of())[0]) for _ in range(10)]
-    assert losses[-1] < losses[0]
-
-
 def test_the_queue_is_filled_with_the_initial_encoders_keys_and_knows_their_images() -> None:
     training = prepared("relational")
     batches = [batch_of(seed=seed, images=range(8 * seed, 8 * seed + 8)) for seed in range(4)]
