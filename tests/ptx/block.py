@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.ptx.memory import GlobalMemory, Groups, SharedMemory
+from tests.ptx.memory import GlobalMemory, SharedMemory
 from tests.ptx.parse import Address, Instruction, Operand, Program
 
 Values = NDArray[Any]
@@ -86,7 +86,7 @@ class Block:
         same |= {name: i for i, name in enumerate(program.parameters)}  # addresses for ld.param
         self.registers: dict[str, Values] = {name: np.full(self.threads, value, "u4") for name, value in same.items()}
         self.registers["%tid.x"] = thread.astype(np.uint32)
-        self.products = Groups()  # of wgmma
+        self.products: list[list[Any]] = [[]]  # of wgmma, by group
         self.running: dict[str, tuple[Values, Any]] = {}  # what the last product of a register will put into it
         self.step: Instruction
         self.mask = self.everyone = np.ones(self.threads, bool)  # threads that take part in a step

@@ -233,7 +233,7 @@ def copy(block: Block, to: Address, source: Address, size: str, *taken: Operand)
 
 @opcode(r"cp\.async\.commit_group", together=True)
 def commit_copies(block: Block) -> None:
-    block.shared.copies.commit()
+    block.shared.copies.append([])
 
 
 @opcode(r"cp\.async\.wait_group", together=True)

@@ -79,6 +79,40 @@ for target in (80, 90):
         assert not launches[0].findings, (M, N, K, TA, TB, launches[0].findings)
         print(target, *{name.partition(".")[0] for name in launches[0].executed})
 
+@triton.jit
+def operations(x, y, i, j, f, n, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    a, b, k, m = tl.load(x + at), tl.load(y + at), tl.load(i + at), tl.load(j + at)
+    order = tl.sum((k > 0).to(tl.int32))
+    tl.store(f + at, tl.exp2(a) / b - tl.sqrt(tl.abs(b)) + tl.maximum(a, b) * tl.where(a < b, a, -b))
+    tl.store(f + BLOCK + at, tl.floor(b * 9) + tl.ceil(a * 9) + (a * 99).to(tl.int32) + k.to(tl.float32) * 2.0**-9)
+    tl.store(f + 2 * BLOCK + at, (a * b).to(tl.bfloat16).to(tl.float32) + (a + b).to(tl.float16).to(tl.float32))
+    tl.store(f + 3 * BLOCK + at, tl.sum(a) + tl.max(b) + tl.where(a != a, 0.0, 1.0))
+    tl.store(n + at, (k << 3) + (k >> 2) + (m // (at + 3)) * k - m % (at + 3) + (k & m) - (k | m) + (k ^ m) + ~k)
+    tl.store(n + BLOCK + at, tl.minimum(k, m) * order + tl.abs(k) + (k.to(tl.uint32) >> 5).to(tl.int32))
+    tl.store(n + 2 * BLOCK + at, ((k.to(tl.int64) * m + k.to(tl.uint32) * 3) >> 9).to(tl.int32))
+
+for target in (80, 90):
+    a, b = torch.randn(2, 128)
+    k, m = torch.randint(-(2**30), 2**30, (2, 128), dtype=torch.int32)
+    with executed(target) as launches:
+        f, n = torch.empty(4, 128), torch.empty(3, 128, dtype=torch.int32)
+        operations[(1,)](a, b, k, m, f, n, BLOCK=128)
+    assert not launches[0].findings, launches[0].findings
+    by = torch.arange(128, dtype=torch.int32) + 3
+    quotient, wide, unsigned = torch.div(m, by, rounding_mode="trunc"), k.long(), k.long() % 2**32
+    torch.testing.assert_close(f, torch.stack([
+        torch.exp2(a) / b - b.abs().sqrt() + torch.maximum(a, b) * torch.where(a < b, a, -b),
+        (b * 9).floor() + (a * 9).ceil() + (a * 99).int() + k.float() * 2.0**-9,
+        (a * b).bfloat16().float() + (a + b).half().float(),
+        (a.sum() + b.max() + 1).expand(128),
+    ]))
+    assert torch.equal(n, torch.stack([
+        (k << 3) + (k >> 2) + quotient * k - (m - by * quotient) + (k & m) - (k | m) + (k ^ m) + ~k,
+        torch.minimum(k, m) * (k > 0).sum().int() + k.abs() + (unsigned >> 5).int(),
+        ((wide * m + unsigned * 3 % 2**32) >> 9).int(),
+    ]))
+
 import sys, types
 
 def check(name):
