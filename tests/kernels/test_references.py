@@ -58,6 +58,9 @@ def test_fit_and_pool_follow_their_equations(
     op: str, shape: tuple[int, ...], dtype: torch.dtype, target: Target, sign: CamKeeps
 ) -> None:
     arguments = draw(op, dtype, **dict(zip("BCSK", shape, strict=True)))
+    if op == MAPS[1]:  # relu leaves nothing of the second image: its target is uniform
+        arguments["features"].detach()[1:2].abs_()
+        arguments["gradient"][1:2].abs_().mul_(1 if sign == "match" else -1)
     if dtype == F64:
         arguments = fresh(op, arguments, Tensor.double)
     options: dict[str, Any] = {"temperature": TAU} | ({"target": target, "cam_keeps": sign} if op == MAPS[1] else {})
@@ -161,25 +164,6 @@ def test_finite_differences_agree_with_every_gradient() -> None:
     assert torch.autograd.gradcheck(
         lambda *inputs: rationale_fit(inputs[0], flat, *inputs[1:]).divergence, (features, detectors, bias)
     )
-
-
-@pytest.mark.parametrize("sign", SIGNS)
-def test_a_gradcam_of_zeros_gives_the_uniform_target_and_adds_nothing(sign: CamKeeps) -> None:
-    features, gradient, detectors, bias = draw("rationale_fit", B=4).values()
-    features = features.detach().abs().requires_grad_()
-    gradient[1] = gradient[1].abs() * (1 if sign == "match" else -1)  # relu leaves nothing of this image
-    gradient[2] = 0
-    for target in TARGETS:
-        fit = rationale_fit(features, gradient, detectors, bias, target=target, cam_keeps=sign)
-        torch.testing.assert_close(fit.target[1:3], torch.full((2, 20), 1 / 20, device=features.device))
-        (by_features,) = torch.autograd.grad(fit.divergence.sum(), features)
-        assert by_features.isfinite().all()
-        assert by_features[1:3].any()
-    for impl in ("torch", "triton"):
-        found = common_weights(features, gradient, cam_keeps=sign, impl=impl)
-        assert found.any()
-        torch.testing.assert_close(found, common_weights(features[[0, 3]], gradient[[0, 3]], cam_keeps=sign, impl=impl))
-        assert not common_weights(features[1:3], gradient[1:3], cam_keeps=sign, impl=impl).any()
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])

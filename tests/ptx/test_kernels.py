@@ -85,7 +85,7 @@ def operations(x, y, i, j, f, n, BLOCK: tl.constexpr):
     a, b, k, m = tl.load(x + at), tl.load(y + at), tl.load(i + at), tl.load(j + at)
     order = tl.sum((k > 0).to(tl.int32))
     tl.store(f + at, tl.exp2(a) / b - tl.sqrt(tl.abs(b)) + tl.maximum(a, b) * tl.where(a < b, a, -b))
-    tl.store(f + BLOCK + at, tl.floor(b * 9) + tl.ceil(a * 9) + (a * 99).to(tl.int32) + k.to(tl.float32) * 2.0**-9)
+    tl.store(f + BLOCK + at, tl.floor(b * 9) + tl.ceil(a * 9) + (a * 99).to(tl.int32) + tl.minimum(a, k * 2.0**-30))
     tl.store(f + 2 * BLOCK + at, (a * b).to(tl.bfloat16).to(tl.float32) + (a + b).to(tl.float16).to(tl.float32))
     tl.store(f + 3 * BLOCK + at, tl.sum(a) + tl.max(b) + tl.where(a != a, 0.0, 1.0))
     tl.store(n + at, (k << 3) + (k >> 2) + (m // (at + 3)) * k - m % (at + 3) + (k & m) - (k | m) + (k ^ m) + ~k)
@@ -103,7 +103,7 @@ for target in (80, 90):
     quotient, wide, unsigned = torch.div(m, by, rounding_mode="trunc"), k.long(), k.long() % 2**32
     torch.testing.assert_close(f, torch.stack([
         torch.exp2(a) / b - b.abs().sqrt() + torch.maximum(a, b) * torch.where(a < b, a, -b),
-        (b * 9).floor() + (a * 9).ceil() + (a * 99).int() + k.float() * 2.0**-9,
+        (b * 9).floor() + (a * 9).ceil() + (a * 99).int() + torch.minimum(a, k * 2.0**-30),
         (a * b).bfloat16().float() + (a + b).half().float(),
         (a.sum() + b.max() + 1).expand(128),
     ]))
