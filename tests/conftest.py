@@ -3,14 +3,10 @@
 Without a GPU they are tested under Triton's interpreter, which must be chosen before Triton is imported.
 """
 
-import importlib.util
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from importlib.machinery import ModuleSpec
 from pathlib import Path
-from unittest.mock import MagicMock
 
 import pytest
 
@@ -21,17 +17,6 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-
-# a machine with a GPU may have PyTorch and pytest but little else: what can be tested there is
-try:
-    import hypothesis  # noqa: F401
-except ImportError:
-    stand_in = MagicMock(__spec__=ModuleSpec("hypothesis", None))  # torch.compile looks for it
-    stand_in.settings.return_value = lambda test: test
-    stand_in.given.return_value = pytest.mark.skip(reason="hypothesis is not installed")
-    sys.modules["hypothesis"] = stand_in
-if not (importlib.util.find_spec("pytorch_metric_learning") and importlib.util.find_spec("sklearn")):
-    collect_ignore = ["measures/test_retrieval.py"]
 
 
 def pytest_report_header() -> str:

@@ -1,12 +1,8 @@
 """The branch in other people's training loops: its loss against the op, and the examples as a reader runs them."""
 
 import math
-import os
 import re
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,32 +11,32 @@ import torch.nn.functional as F
 from fastcr.config import RationaleConfig
 from fastcr.encoders.rationale import RationaleHead
 from fastcr.kernels.rationale_fit import rationale_fit
+from tests.shared import start
 
-ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def losses(example: str, steps: int, batch_size: int) -> list[tuple[float, float]]:
     """Contrast and fit loss of each step that an example prints."""
-    args = [ROOT / "examples" / example, "--device", "cpu", "--steps", str(steps), "--batch-size", str(batch_size)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *args], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"^embedding \[\d+, \d+\] attention \[\d+, 36\]$", done.stdout, re.MULTILINE), done.stdout
-    found = re.findall(r"^step \d+ contrast (\S+) fit (\S+)$", done.stdout, re.MULTILINE)
+    args = ["--device", "cpu", "--steps", steps, "--batch-size", batch_size]
+    process = start("-m", f"examples.{example}", *args, fresh=False)
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert re.search(r"^embedding \[\d+, \d+\] attention \[\d+, 36\]$", out, re.MULTILINE), out
+    found = re.findall(r"^step \d+ contrast (\S+) fit (\S+)$", out, re.MULTILINE)
     return [(float(contrast), float(fit)) for contrast, fit in found]
 
 
 @pytest.mark.slow
 def test_the_fit_loss_of_the_plain_loop_falls_sample() -> None:
-    printed = losses("plain_torch.py", 25, 16)
+    printed = losses("plain_torch", 25, 16)
     assert len(printed) == 25
     assert all(math.isfinite(value) for pair in printed for value in pair)
     fits = [fit for _, fit in printed]
     assert sum(fits[-5:]) < 0.7 * sum(fits[:5])  # without its gradient: 1.61, with it 0.48
 
 
-@pytest.mark.parametrize(("example", "needs"), [("with_lightly.py", "lightly"), ("with_timm.py", "timm")])
+@pytest.mark.parametrize(("example", "needs"), [("with_lightly", "lightly"), ("with_timm", "timm")])
 def test_the_other_loops_run(example: str, needs: str) -> None:
     if not find_spec(needs):
         pytest.skip(f"{needs} is not installed")

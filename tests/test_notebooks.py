@@ -40,18 +40,18 @@ def test_it_is_committed_as_it_ran_from_start_to_end(file: Path) -> None:
 
 
 @pytest.mark.slow
-@each_notebook
-def test_sample_runs_again(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", [pytest.param("frozen_search", id="sample"), "own_images"])
+def test_it_runs_again(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     pytest.importorskip("ipykernel")
     monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    notebook = nbformat.read(file, as_version=4)
+    notebook = nbformat.read(ROOT / "examples" / f"{name}.ipynb", as_version=4)
     before = [kinds(cell) for cell in code_cells(notebook)]
     nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert [kinds(cell) for cell in code_cells(notebook)] == before
     shown = "".join(each["data"].get("text/plain", "") for each in outputs(notebook) if "data" in each)
     (scores,) = re.findall(r"^│ (?:rationale|attention) +│(.*)│$", shown, re.MULTILINE)
     rank1 = [float(each.strip(" *")) for each in scores.split("│")][::2]  # before training, and after it; by chance 4
-    assert len(rank1) == (1 if file.stem == "frozen_search" else 2)
+    assert len(rank1) == (1 if name == "frozen_search" else 2)
     assert 15 < rank1[0] <= rank1[-1]

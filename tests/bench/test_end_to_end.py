@@ -41,6 +41,7 @@ def test_all_ways_are_told_the_same(tmp_path: Path) -> None:
                 assert found == (settings.batch, settings.epochs, settings.size, settings.workers, settings.backbone)
 
 
+@pytest.mark.slow  # the library takes seconds to import
 def test_libraries_score_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("pytorch_metric_learning")
     draw_embeddings(tmp_path / "e.npz", 200)

@@ -24,7 +24,7 @@ TINY = (
     "--model.weights", "none", "--optim.batch_size", "8", "--moco.queue_size", "20", "--moco.embedding_dim", "16",
     "--rationale.detectors", "4",
 )  # fmt: skip
-ROWS = ("bad", "untrained", "relational", "match-256-k1")
+ROWS = ("bad", "untrained", "match-256-k1")
 RESULTS = evidence.ROOT / "bench" / "results"
 
 
@@ -51,7 +51,7 @@ def content(out: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def finished(birds: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A study of four rows, one of which cannot be trained, with boxes; not to be changed."""
+    """A study of three rows, one of which cannot be trained, with boxes; not to be changed."""
     out = tmp_path_factory.mktemp("study")
     names = [f"test/{file.parent.name}/{file.name}" for file in (birds / "test").glob("*/*.jpg")]
     boxes = "path,left,top,right,bottom\n" + "".join(f"{name},0,0,0.5,1\n" for name in names)  # the left halves
@@ -64,24 +64,20 @@ def finished(birds: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_row_is_a_run_of_its_own_with_its_figures(finished: Path) -> None:
-    bad, untrained, relational, _ = content(finished)["runs"].values()
+    bad, untrained, matched = content(finished)["runs"].values()
     assert bad["status"] == "training failed"
     assert "the loss is not a finite number" in bad["error"]
-    results = json.loads((finished / "relational-seed0" / "results.json").read_text())
+    results = json.loads((finished / "match-256-k1-seed0" / "results.json").read_text())
     for section in ("retrieval", "knn"):
         for pooling, scores in results[section].items():
-            assert relational[section][pooling] == pytest.approx(scores, abs=1e-3)
-    assert relational["localisation"]["uniform"]["inside"] == pytest.approx(50, abs=1)
-    assert relational["last"]["step"] == 2
-    assert relational["facts"].keys() == {"torch", "commit", "device"}
+            assert matched[section][pooling] == pytest.approx(scores, abs=1e-3)
+    assert matched["localisation"]["uniform"]["inside"] == pytest.approx(50, abs=1)
+    assert matched["last"]["step"] == 2
+    assert matched["facts"].keys() == {"torch", "commit", "device"}
     assert untrained["last"] == {}
     assert str(finished) not in (finished / "evidence.json").read_text()
-
-
-def test_gradcam_is_that_of_the_run(finished: Path) -> None:
-    runs = content(finished)["runs"]
-    assert "gradcam" not in runs["untrained-seed0"]
-    found = runs["match-256-k1-seed0"]["gradcam"]
+    assert "gradcam" not in untrained
+    found = matched["gradcam"]
     assert found.keys() == {"score", "loss", "target"}
     assert found["target"].keys() >= {"inside", "pointing", "average inside", "gaussian inside"}
     assert all(0 <= value <= 100 for scores in found.values() for value in scores.values())
@@ -106,10 +102,10 @@ def test_what_is_there_is_not_run_again(
     # a failed training is made again once its folder is gone; a run that was stopped is in no evidence.json
     shutil.rmtree(out / "bad-seed0")
     study = content(out)
-    del study["runs"]["relational-seed0"]
+    del study["runs"]["match-256-k1-seed0"]
     (out / "evidence.json").write_text(json.dumps(study))
     evidence.study(again, TINY, Console(quiet=True))
-    assert began == ["bad-seed0", "relational-seed0"]
+    assert began == ["bad-seed0", "match-256-k1-seed0"]
     with pytest.raises(UsageError, match="begun with other common"):
         evidence.study(again, (*TINY, "--optim.lr", "1"), Console(quiet=True))
     monkeypatch.setitem(evidence.ROWS, "untrained", ("", "--run.steps 2"))
@@ -126,9 +122,9 @@ def test_a_stopped_training_is_resumed(finished: Path, tmp_path: Path, monkeypat
         return 2
 
     monkeypatch.setattr(evidence, "carry_out", carry_out)
-    half_done = shutil.copytree(finished / "relational-seed0", tmp_path / "relational-seed0")
+    half_done = shutil.copytree(finished / "match-256-k1-seed0", tmp_path / "match-256-k1-seed0")
     for folder in (tmp_path / "new", half_done):
-        evidence.make(evidence.Job("relational", 3, folder, finished, None, TINY))
+        evidence.make(evidence.Job("match-256-k1", 3, folder, finished, None, TINY))
     assert list(commands[0])[:3] == ["-m", "fastcr.train", "folder"]
     assert commands[1] == ["-m", "fastcr.train", "--resume", str(half_done)]
 

@@ -29,12 +29,12 @@ def run_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., di
 
     def run(seconds: float, **snippets: str) -> dict[str, Any]:
         monkeypatch.setattr(on_gpu, "LEAST", 0.0)
-        monkeypatch.setattr(on_gpu, "GRACE", 0.5)
+        monkeypatch.setattr(on_gpu, "GRACE", 1.0)
         stages = [
-            on_gpu.Stage(name, [sys.executable, "-c", snippet, str(tmp_path / name)], tmp_path / name)
+            on_gpu.Stage(name, [sys.executable, "-S", "-c", snippet, str(tmp_path / name)], tmp_path / name)
             for name, snippet in snippets.items()
         ]
-        returned = on_gpu.run_all(stages, tmp_path, time.monotonic() + 0.5 + seconds, {}, Console(quiet=True))
+        returned = on_gpu.run_all(stages, tmp_path, time.monotonic() + 1.0 + seconds, {}, Console(quiet=True))
         written = json.loads((tmp_path / "summary.json").read_text())["stages"]
         assert written == [each._asdict() for each in returned]
         return {each["stage"]: each for each in written}
@@ -146,13 +146,21 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_end_of_the_time_is_no_failu
     assert (results["steps"], results["pairs_per_second"]) == (20, 50)
 
 
-def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*SCRIPT, "--out", str(tmp_path)], env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("on_gpu: error: there is no GPU here")
-    assert done.stderr.count("\n") == 1
-    assert json.loads((tmp_path / "facts.json").read_text())["gpu"] is None
+def test_without_a_gpu_it_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = "import sys, pathlib; pathlib.Path(sys.argv[1]).write_text('{\"gpu\": null}')"
+    last = on_gpu.Stage("tune", [sys.executable, "-c", facts, str(tmp_path / "facts.json"), "tune"])
+    monkeypatch.setattr(on_gpu, "make_stages", lambda *_, **__: [last])
+    monkeypatch.setattr(on_gpu.signal, "signal", lambda *_: None)
+    for name in ("TRITON_INTERPRET", "PYTHONPATH"):  # which it changes
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    with pytest.raises(SystemExit) as stop:
+        on_gpu.main(["--out", str(tmp_path)])
+    said = capsys.readouterr()
+    assert (stop.value.code, said.out) == (2, "")
+    assert said.err.startswith("on_gpu: error: there is no GPU here")
+    assert said.err.count("\n") == 1
 
 
 @pytest.mark.slow
@@ -168,6 +176,7 @@ def test_a_sample_rehearsal_needs_neither_tyro_nor_the_other_optional_packages(t
     log = (tmp_path / "out" / "log.txt").read_text()
     assert done.returncode == 0, done.stdout + done.stderr + log
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["facts"]["gpu"] is None
     stages = summary["stages"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["log.txt", "summary.json", "tests.xml"]
     assert [(each["stage"], each["status"]) for each in stages] == [("tests", "passed"), ("training", "passed")]

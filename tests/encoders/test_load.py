@@ -98,29 +98,21 @@ def test_the_weights_file_comes_before_an_exported_one(weights: Path, tmp_path: 
         fastcr.load(tmp_path)
 
 
-@pytest.mark.parametrize("size", [(96, 128), (20, 37), (1, 1)])
-def test_the_transform_is_that_of_the_evaluation(size: tuple[int, int], encoder: Encoder, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("size", "mode"),
+    [((96, 128), "RGB"), ((20, 37), "RGB"), ((1, 1), "RGB"), ((50, 40), "P"), ((50, 40), "CMYK"), ((50, 40), "I;16")],
+)
+def test_the_transform_is_that_of_the_evaluation(
+    size: tuple[int, int], mode: str, encoder: Encoder, tmp_path: Path
+) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
-    Image.fromarray(noise).save(tmp_path / "noise.png")
-    same_as_the_evaluation(encoder, tmp_path / "noise.png")
-
-
-@pytest.mark.parametrize("mode", ["P", "CMYK", "I;16"])
-def test_the_transform_takes_pictures_of_any_mode(mode: str, encoder: Encoder, tmp_path: Path) -> None:
-    noise = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
-    if mode == "I;16":
-        picture = Image.fromarray(noise[:, :, 0].astype(np.uint16) * 257)
-    else:
-        picture = Image.fromarray(noise).convert(mode)
-    picture.save(tmp_path / "noise.tif")
-    assert Image.open(tmp_path / "noise.tif").mode == mode
-    same_as_the_evaluation(encoder, tmp_path / "noise.tif")
-
-
-def same_as_the_evaluation(encoder: Encoder, file: Path) -> None:
-    crop = _Crops(ImageList(file.parent, (file.name,), None, ()), 32)[0]
+    deep = Image.fromarray(noise[:, :, 0].astype(np.uint16) * 257)
+    file = tmp_path / "noise.tif"
+    (deep if mode == "I;16" else Image.fromarray(noise).convert(mode)).save(file)
+    crop = _Crops(ImageList(tmp_path, (file.name,), None, ()), 32)[0]
     assert crop is not None
     with Image.open(file) as picture:
+        assert picture.mode == mode
         pixels = encoder.transform(picture)
     torch.testing.assert_close(pixels, normalise(crop[0][None], torch.float32)[0], atol=1e-5, rtol=0)
 

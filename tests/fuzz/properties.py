@@ -95,8 +95,6 @@ def fuzzed(*, sample: int, count: int, **drawn: Any) -> Callable[[Callable[..., 
                 check(Path(folder), **values)
 
         inputs_of = given(values=st.fixed_dictionaries(drawn))
-        if isinstance(inputs_of, pytest.MarkDecorator):
-            return pytest.mark.slow(inputs_of(once))  # skipped, for hypothesis is not installed: see conftest.py
         how = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck), print_blob=True)
 
         @pytest.mark.slow

@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from fastcr.kernels.common_weights import common_weights
@@ -60,6 +58,9 @@ def test_fit_and_pool_follow_their_equations(
     op: str, shape: tuple[int, ...], dtype: torch.dtype, target: Target, sign: CamKeeps
 ) -> None:
     arguments = draw(op, dtype, **dict(zip("BCSK", shape, strict=True)))
+    if op == MAPS[1]:  # relu leaves nothing of the second image: its target is uniform
+        arguments["features"].detach()[1:2].abs_()
+        arguments["gradient"][1:2].abs_().mul_(1 if sign == "match" else -1)
     if dtype == F64:
         arguments = fresh(op, arguments, Tensor.double)
     options: dict[str, Any] = {"temperature": TAU} | ({"target": target, "cam_keeps": sign} if op == MAPS[1] else {})
@@ -165,25 +166,6 @@ def test_finite_differences_agree_with_every_gradient() -> None:
     )
 
 
-@pytest.mark.parametrize("sign", SIGNS)
-def test_a_gradcam_of_zeros_gives_the_uniform_target_and_adds_nothing(sign: CamKeeps) -> None:
-    features, gradient, detectors, bias = draw("rationale_fit", B=4).values()
-    features = features.detach().abs().requires_grad_()
-    gradient[1] = gradient[1].abs() * (1 if sign == "match" else -1)  # relu leaves nothing of this image
-    gradient[2] = 0
-    for target in TARGETS:
-        fit = rationale_fit(features, gradient, detectors, bias, target=target, cam_keeps=sign)
-        torch.testing.assert_close(fit.target[1:3], torch.full((2, 20), 1 / 20, device=features.device))
-        (by_features,) = torch.autograd.grad(fit.divergence.sum(), features)
-        assert by_features.isfinite().all()
-        assert by_features[1:3].any()
-    for impl in ("torch", "triton"):
-        found = common_weights(features, gradient, cam_keeps=sign, impl=impl)
-        assert found.any()
-        torch.testing.assert_close(found, common_weights(features[[0, 3]], gradient[[0, 3]], cam_keeps=sign, impl=impl))
-        assert not common_weights(features[1:3], gradient[1:3], cam_keeps=sign, impl=impl).any()
-
-
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_an_image_without_other_keys_has_no_loss(impl: Any) -> None:
     arguments = draw("relational")
@@ -192,18 +174,6 @@ def test_an_image_without_other_keys_has_no_loss(impl: Any) -> None:
     assert (loss[1], positive[1].any(), by["query"][1].any()) == (0, False, False)
     del arguments["images"], arguments["queue_images"]
     torch.testing.assert_close(loss[[0, 2]], relational(**arguments, impl="torch")[0][[0, 2]])
-
-
-@pytest.mark.parametrize("impl", ["torch", "triton"])
-def test_relu_does_not_hide_an_infinity(impl: Any) -> None:
-    features, gradient = draw("common_weights", C=6, S=6).values()
-    endless = gradient.clone()
-    endless[0, 3] = torch.inf  # no place has a negative slope, but a gradient of infinite length has no direction
-    assert common_weights(features.abs(), endless, cam_keeps="match", impl=impl).isnan().all()
-    features[0, 2, 1, 1] = torch.inf if gradient[0, 2] < 0 else -torch.inf  # GradCAM leaves it out: it stays there
-    found = common_weights(features, gradient, impl=impl)
-    assert found.isfinite().tolist() == [True, True, False, True, True, True]
-    assert found[2] == -features[0, 2, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -231,25 +201,3 @@ def test_pool_weight_gives_the_gradient_of_mean_pooling_and_fit_in_one_graph(
         results.append(torch.autograd.grad(loss, (leaf, head, detectors, bias)))
     for got, expected in zip(results[1], results[0], strict=True):
         assert_close(got, expected)
-
-
-@settings(max_examples=20, deadline=None)
-@given(shift=st.floats(-50, 50))
-def test_a_constant_added_to_every_bias_changes_nothing(shift: float) -> None:
-    for op in MAPS:
-        arguments = fresh(op, draw(op), Tensor.double)
-        torch.testing.assert_close(run(op, arguments | {"bias": arguments["bias"] + shift})[0], run(op, arguments)[0])
-
-
-@given(order=st.permutations(range(20)))
-@settings(max_examples=20, deadline=None)
-def test_maps_follow_a_permutation_of_positions(order: list[int]) -> None:
-    arguments = fresh("rationale_fit", draw("rationale_fit"), Tensor.double)
-    permuted = arguments | {"features": arguments["features"].flatten(2)[..., order].unflatten(2, (4, 5))}
-    fit, same = rationale_fit(**arguments), rationale_fit(**permuted)
-    torch.testing.assert_close(same.divergence, fit.divergence)
-    torch.testing.assert_close(same.attention, fit.attention[:, order])
-    torch.testing.assert_close(same.target, fit.target[:, order])
-    for each in (arguments, permuted):
-        del each["gradient"]
-    torch.testing.assert_close(rationale_pool(**permuted).pooled, rationale_pool(**arguments).pooled)

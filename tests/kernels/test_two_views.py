@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -60,16 +58,6 @@ def assert_as_exact_as_torch(arguments: dict[str, Tensor], size: int, dtype: tor
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_kernels_agree_with_the_reference(dtype: torch.dtype) -> None:
     assert_as_exact_as_torch(draw(SIZES, epoch=dtype == torch.float32)[0], 20, dtype)
-
-
-@settings(max_examples=3, deadline=None)
-@given(
-    sizes=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60)), min_size=1, max_size=2),
-    size=st.integers(8, 30),
-    seed=st.integers(0, 99),
-)
-def test_images_and_views_of_any_size(sizes: list[tuple[int, int]], size: int, seed: int) -> None:
-    assert_as_exact_as_torch(draw(sizes, seed)[0], size, torch.float32)
 
 
 def test_a_strong_reduction_takes_every_pixel_under_the_filter() -> None:

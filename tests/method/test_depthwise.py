@@ -63,16 +63,6 @@ def test_gradients_are_torchs(taps: Any, sides: Any, stride: Any, padding: Any) 
         torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
 
 
-def test_autograd_checks_them() -> None:
-    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 7, 6), (3, 1, 5, 5))]
-
-    def convolved(images: Tensor, weight: Tensor) -> Tensor:
-        with FastGradients():
-            return F.conv2d(images, weight, None, 2, 2, 1, 3)
-
-    assert torch.autograd.gradcheck(convolved, inputs)
-
-
 @pytest.mark.parametrize(
     ("convolution", "fast"),
     [

@@ -72,7 +72,8 @@ def test_parts_of_a_batch_add_up_to_the_whole(batch: Batch, stop_gradient: bool 
     moco, branch = small(bool(stop_gradient))
     given = branch if stop_gradient is not None else None
     whole, loss, losses = one_step(moco, given, batch)
-    split, total, merged = one_step(moco, given, batch, accumulate=parts)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)  # changes nothing but rounding
+    split, total, merged = one_step(moco, given, batch, accumulate=parts, scaler=scaler)
     assert not torch.equal(whole["0.backbone.0.weight"], moco.state_dict()["backbone.0.weight"])
     torch.testing.assert_close(split, whole, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(total, loss)
@@ -158,7 +159,7 @@ def test_steps_whose_gradient_overflows_are_left_out_from_the_first_on() -> None
     training = calm(build(config, context_of(config)))
     training.scaler.load_state_dict(training.scaler.state_dict() | {"scale": 2.0**100})
     before = copy.deepcopy([training.model.state_dict(), training.optimizer.state_dict()["state"]])
-    first = torch.randn(16, 3, 64, 64).to(DEVICE, torch.float16, memory_format=torch.channels_last)
+    first = torch.randn(4, 3, 32, 32).to(DEVICE, torch.float16, memory_format=torch.channels_last)
     for _ in range(3):
         loss, _ = training.step(Batch(first, first))
         assert loss.isfinite()
@@ -171,8 +172,10 @@ def test_steps_whose_gradient_overflows_are_left_out_from_the_first_on() -> None
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (CUDA or shutil.which("g++")), reason="torch.compile needs a C++ compiler")
-def test_fifty_compiled_steps_are_those_of_eager_sample(plain: Tensor) -> None:
-    assert_near(losses_of(settings_of(precision="fp32", compile=True)), plain, "fp32")
+def test_compiled_steps_are_those_of_eager_sample() -> None:
+    eager = settings_of(precision="fp32", compile=False)
+    compiled = replace(eager, run=replace(eager.run, compile=True))
+    assert_near(losses_of(compiled, 8), losses_of(eager, 8), "fp32")
 
 
 def test_nothing_in_a_step_asks_the_device_for_a_value(batch: Batch) -> None:

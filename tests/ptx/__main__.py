@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Sequence
 
 from tests.ptx import cases
-from tests.ptx.run import Launch, executed
+from tests.ptx.run import executed
 
-LINE = "{:<34} {:<6} {:<28} {:>12}  {:<8} {}"
+LINE = "{:<38} {:<6} {:<28} {:>12}  {:<8} {}"
 
 
 def table_of(name: str, target: int) -> bool:
@@ -22,21 +22,18 @@ def table_of(name: str, target: int) -> bool:
             cases.check(name)
         except Exception as error:
             wrong = f"{type(error).__name__}: {error}"
-    kernels: dict[str, Launch] = {}
-    for launch in launches:
-        before = kernels.setdefault(launch.kernel, Launch(launch.kernel, Counter(), Counter()))
-        before.findings.update(launch.findings)
-        before.executed.update(launch.executed)
-    result = "wrong" if wrong else "right"
-    for each in kernels.values() or [Launch("none", Counter(), Counter())]:
-        count = f"{each.executed.total():,}"
-        print(LINE.format(name, f"sm_{target}", each.kernel, count, result, len(each.findings) or "none"))
-        for finding, times in each.findings.items():
+    for kernel in dict.fromkeys(launch.kernel for launch in launches):
+        mine = [launch for launch in launches if launch.kernel == kernel]
+        count = sum(launch.executed.total() for launch in mine)
+        findings = sum((launch.findings for launch in mine), Counter[str]())
+        result = "wrong" if wrong else "right"
+        print(LINE.format(name, f"sm_{target}", kernel, f"{count:,}", result, len(findings) or "none"))
+        for finding, times in findings.items():
             print(f"    {times} x {finding}")
     if wrong:
-        print(f"    {wrong}")
+        print(f"{name}, sm_{target}: {wrong}")
     sys.stdout.flush()
-    return not wrong and not any(each.findings for each in kernels.values())
+    return not wrong and not any(launch.findings for launch in launches)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,21 +42,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m tests.ptx",
         description="Executes the compiled kernels of the cases in tests/ptx/cases.py on the CPU and prints for each "
         "whether its result is right and what was found: races, missing fences, accesses out of bounds.",
-        epilog="The exit status is 1 if anything is wrong. No GPU is needed. TRITON_INTERPRET must not be 1.",
+        epilog="The exit status is 1 if anything is wrong. No GPU is needed. TRITON_INTERPRET must not be 1. "
+        f"The cases: {'; '.join(cases.CASES)}.",
     )
     parser.add_argument("name", nargs="*", help="a case, or the beginning of the names of several; none: all cases")
     parser.add_argument("--target", type=int, nargs="+", choices=(80, 90), default=(80, 90), help="compute capability")
-    parser.add_argument("--list", action="store_true", help="print the names of the cases and end")
     options = parser.parse_args(arguments)
     names = [case for case in cases.CASES if not options.name or case.startswith(tuple(options.name))]
-    unknown = [name for name in options.name if not any(case.startswith(name) for case in names)]
-    if unknown:
-        parser.error(f"no case begins with {unknown[0]!r}; --list names them")
+    if unknown := [name for name in options.name if not any(case.startswith(name) for case in names)]:
+        parser.error(f"no case begins with {unknown[0]!r}; --help names them")
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 takes the place of Triton's compiler: unset it")
-    if options.list:
-        print(*names, sep="\n")
-        return 0
     print(LINE.format("case", "target", "kernel", "instructions", "result", "findings"))
     right = [table_of(name, target) for name in names for target in options.target]
     return 0 if all(right) else 1

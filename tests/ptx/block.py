@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import lru_cache, wraps
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.ptx.memory import GlobalMemory, Groups, SharedMemory
+from tests.ptx.memory import GlobalMemory, SharedMemory
 from tests.ptx.parse import Address, Instruction, Operand, Program
 
 Values = NDArray[Any]
@@ -24,11 +24,7 @@ TYPES = {
 TYPES["pred"] = np.dtype(bool)
 MOST = 20_000_000  # instructions of a block: a loop that never ends is found
 Handler = Callable[..., None]
-HANDLERS: list[tuple[re.Pattern[str], Handler]] = []
-
-
-class UnknownOpcodeError(NotImplementedError):
-    """Nothing here knows what this instruction does."""
+HANDLERS: list[tuple[re.Pattern[str], Handler, bool]] = []
 
 
 class ExecutionError(RuntimeError):
@@ -42,25 +38,19 @@ def opcode(pattern: str, together: bool = False) -> Callable[[Handler], Handler]
     """
 
     def register(handler: Handler) -> Handler:
-        @wraps(handler)
-        def checked(block: Block, *operands: Operand, **parts: str) -> None:
-            if together and block.some:
-                raise ExecutionError("threads of a block part ways here, which tests/ptx cannot follow")
-            handler(block, *operands, **parts)
-
-        HANDLERS.append((re.compile(pattern), checked))
+        HANDLERS.append((re.compile(pattern), handler, together))
         return handler
 
     return register
 
 
 @lru_cache(None)
-def handler_of(name: str) -> tuple[Handler, dict[str, str | None]]:
-    """What serves an opcode, and the parts of it that make a difference."""
-    for pattern, handler in HANDLERS:
+def handler_of(name: str) -> tuple[Handler, dict[str, str | None], bool]:
+    """What serves an opcode, the parts of it that make a difference, and whether it is for all threads together."""
+    for pattern, handler, together in HANDLERS:
         if found := pattern.fullmatch(name):
-            return handler, found.groupdict()
-    raise UnknownOpcodeError(f"{name}: no function in tests/ptx serves this opcode")
+            return handler, found.groupdict(), together
+    raise ExecutionError(f"{name}: no function in tests/ptx serves this opcode")
 
 
 def narrowed(values: Values) -> NDArray[np.uint16]:
@@ -82,7 +72,8 @@ class Block:
         self, program: Program, arguments: Sequence[int], place: Sequence[int], grid: Sequence[int],
         memory: GlobalMemory, shared: int,
     ) -> None:  # fmt: skip
-        self.program, self.arguments, self.memory, self.shared = program, arguments, memory, SharedMemory(shared)
+        self.program, self.memory, self.shared = program, memory, SharedMemory(shared)
+        self.arguments = np.array([each % 2**64 for each in arguments], np.uint64)
         self.memory.begin_block()
         self.memory.report = self.shared.report = self.report
         self.threads, thread = program.threads, np.arange(program.threads)
@@ -92,9 +83,10 @@ class Block:
         same = {"%tid.y": 0, "%tid.z": 0, "%ntid.x": self.threads, "global_smem": 0}
         same |= {f"%ctaid.{axis}": number for axis, number in zip("xyz", place, strict=True)}
         same |= {f"%nctaid.{axis}": number for axis, number in zip("xyz", grid, strict=True)}
+        same |= {name: i for i, name in enumerate(program.parameters)}  # addresses for ld.param
         self.registers: dict[str, Values] = {name: np.full(self.threads, value, "u4") for name, value in same.items()}
         self.registers["%tid.x"] = thread.astype(np.uint32)
-        self.products = Groups()  # of wgmma
+        self.products: list[list[Any]] = [[]]  # of wgmma, by group
         self.running: dict[str, tuple[Values, Any]] = {}  # what the last product of a register will put into it
         self.step: Instruction
         self.mask = self.everyone = np.ones(self.threads, bool)  # threads that take part in a step
@@ -103,10 +95,7 @@ class Block:
 
     def report(self, finding: str) -> None:
         """Count a finding at the instruction that runs."""
-        self.findings[f"{finding} ({self.step.opcode}, {self.where()})"] += 1
-
-    def where(self) -> str:
-        return self.step.source or f"instruction {self.next - 1}"
+        self.findings[f"{finding} ({self.step.opcode}, {self.step.source})"] += 1
 
     def run(self) -> None:
         """Execute the program from its start to its end."""
@@ -115,25 +104,23 @@ class Block:
             if self.next >= len(handlers):
                 return
             self.step = self.program.code[self.next]
-            handler, parts = handlers[self.next]
+            handler, parts, together = handlers[self.next]
             self.next += 1
-            try:
-                if not self.masked():
+            self.mask, self.some = self.everyone, False
+            if self.step.predicate:
+                self.mask = self.registers[self.step.predicate] ^ self.step.negated
+                self.some = not self.mask.all()
+                if not self.mask.any():
                     continue
-                self.executed[self.step.opcode] += 1
+            self.executed[self.step.opcode] += 1
+            try:
+                if together and self.some:
+                    raise ExecutionError("threads of a block part ways here, which tests/ptx cannot follow")
                 handler(self, *self.step.operands, **parts)
             except Exception as error:
-                where = f"{self.step.opcode} in {self.program.name}, {self.where()}"
+                where = f"{self.step.opcode} in {self.program.name}, {self.step.source}"
                 raise ExecutionError(f"{where}: {error!r}") from error
         raise ExecutionError(f"{self.program.name} has not ended after {MOST} instructions")
-
-    def masked(self) -> bool:
-        """Whether any thread takes part in this step."""
-        self.mask, self.some = self.everyone, False
-        if self.step.predicate:
-            self.mask = self.registers[self.step.predicate] ^ self.step.negated
-            self.some = not self.mask.all()
-        return bool(self.mask.any())
 
     def read(self, operand: Operand, kind: str) -> Values:
         """A value of each thread: of a register, or a constant; bf16 as fp32."""

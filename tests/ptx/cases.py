@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 from unittest import mock
 
 import torch
@@ -18,107 +19,87 @@ from tests.kernels import test_two_views as views
 from tests.kernels.harness import BF16, F16, F32, OPS, assert_as_exact_as_torch, draw
 
 PROGRAMS = 8  # of a launch, in place of hundreds: each then has several images, or several tiles of keys
-
-
-class Case(NamedTuple):
-    """An op at some sizes."""
-
-    check: Callable[[], None]  # values and gradients against fp64, within the tolerances of the other kernel tests
-    rows: set[str]  # of the launch settings that it is to use
-
-
-class Recorder(dict[str, Settings]):
-    """Rows of one kernel: remembers which are used, and makes few programs of many."""
-
-    used: set[str]
-
-    def __getitem__(self, row: str) -> Settings:
-        self.used.add(row)
-        settings = super().__getitem__(row)
-        return settings | {name: PROGRAMS for name in settings if name == "programs"}
+# images, channels, positions, detectors of the two ops with detectors, and options of `rationale_fit`; channels in
+# multiples of 16 are copied asynchronously, 90 positions are two tiles, the second one not full
+MAPS: list[tuple[torch.dtype, tuple[int, ...], dict[str, Any]]] = [
+    (BF16, (9, 256, 49, 32), {}),
+    (F16, (2, 70, 90, 5), {"target": "sum", "pool_weight": 0.5}),
+    (BF16, (2, 192, 90, 20), {"cam_keeps": "match"}),
+    (BF16, (9, 256, 49, 64), {}),
+    (BF16, (2, 192, 90, 128), {"target": "sum"}),
+    (F16, (2, 70, 49, 33), {"stop_gradient": True}),
+    (F32, (2, 128, 49, 32), {}),
+    (F32, (2, 64, 35, 64), {"target": "sum", "pool_weight": 0.5}),
+    (BF16, (3, 64, 1, 1), {}),
+]
+COMMON = [(BF16, 19, 256, 49), (F16, 9, 700, 15), (BF16, 9, 2100, 4), (F32, 9, 256, 49), (F32, 9, 700, 15)]
+COMMON += [(F32, 9, 2100, 4)]
+# queries, dimensions, keys in the queue
+QUEUES = {
+    "info_nce": [
+        *(
+            (BF16, 3, 256, 2000),
+            (BF16, 3, 512, 1000),
+            (BF16, 70, 256, 2000),
+            (BF16, 70, 64, 600),
+            (BF16, 70, 512, 1000),
+        ),
+        *((F16, 130, 128, 1500), (F16, 17, 100, 777)),
+        *((F32, 3, 128, 600), (F32, 3, 512, 300), (F32, 40, 128, 300), (F32, 20, 512, 150)),
+    ],
+    "relational": [
+        *((BF16, 3, 256, 1000), (F16, 5, 100, 333), (BF16, 3, 512, 600), (BF16, 40, 128, 600), (BF16, 40, 512, 300)),
+        *((F32, 3, 128, 300), (F32, 3, 512, 300), (F32, 20, 128, 300), (F32, 20, 512, 150)),
+    ],
+}
+Case = tuple[Callable[[], None], set[str]]  # compares with fp64, and the rows of the launch settings that it is to use
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[set[str]]:
-    """The rows of the launch settings that are used, as `kernel: row`."""
-    recorders = {kernel: Recorder(rows) for kernel, rows in TABLE.items()}
+def few_programs() -> Iterator[set[str]]:
+    """Launch few programs of many; the rows of the launch settings that are used, as `kernel: row`."""
     used: set[str] = set()
-    for recorder in recorders.values():
-        recorder.used = set()
-    with mock.patch.dict(TABLE, recorders):
+
+    class Rows(dict[str, Settings]):
+        def __getitem__(self, row: str) -> Settings:
+            used.add(next(f"{kernel}: {row}" for kernel, rows in TABLE.items() if rows is self))
+            settings = super().__getitem__(row)
+            return settings | {name: PROGRAMS for name in settings if name == "programs"}
+
+    with mock.patch.dict(TABLE, {kernel: Rows(rows) for kernel, rows in TABLE.items()}):
         yield used
-    used.update(f"{kernel}: {row}" for kernel, recorder in recorders.items() for row in recorder.used)
 
 
-def case(op: str, dtype: torch.dtype, options: dict[str, Any] | None = None, **sizes: int) -> Case:
+def of_op(op: str, dtype: torch.dtype, letters: str, numbers: tuple[int, ...], **options: Any) -> dict[str, Case]:
     """An op at the sizes of its docstring's letters."""
+    sizes = dict(zip(letters, numbers, strict=True))
+    name = " ".join((op, str(dtype).removeprefix("torch."), *(f"{letter}{size}" for letter, size in sizes.items())))
 
     def check() -> None:
-        assert_as_exact_as_torch(op, draw(op, dtype, **sizes), dtype, **options or {})
+        assert_as_exact_as_torch(op, draw(op, dtype, **sizes), dtype, **options)
 
-    return Case(check, {f"{kernel}: {row}" for kernel, row in OPS[op].rows(sizes, dtype).items()})
-
-
-def two_views(size: int, dtype: torch.dtype) -> Case:
-    def check() -> None:
-        views.assert_as_exact_as_torch(views.draw(views.SIZES)[0], size, dtype)
-
-    return Case(check, set())
+    return {name: (check, {f"{kernel}: {row}" for kernel, row in OPS[op].rows(sizes, dtype).items()})}
 
 
-def both(name: str, dtype: torch.dtype, options: dict[str, Any] | None = None, **sizes: int) -> dict[str, Case]:
-    """The two ops with detectors; `options` are of `rationale_fit`."""
-    return {
-        f"rationale_fit {name}": case("rationale_fit", dtype, options, **sizes),
-        f"rationale_pool {name}": case("rationale_pool", dtype, **sizes),
-    }
+def two_views(size: int, dtype: torch.dtype) -> None:
+    views.assert_as_exact_as_torch(views.draw(views.SIZES)[0], size, dtype)
 
 
-# channels in multiples of 16 are copied asynchronously; 90 positions are two tiles, the second one not full
-CASES: dict[str, Case] = {
-    **both("bf16 K32", BF16, B=9, C=256, S=49, K=32),
-    **both("fp16 K5 odd", F16, {"target": "sum", "pool_weight": 0.5}, B=2, C=70, S=90, K=5),
-    **both("bf16 K20 tiles", BF16, {"cam_keeps": "match"}, B=2, C=192, S=90, K=20),
-    **both("bf16 K64", BF16, B=9, C=256, S=49, K=64),
-    **both("bf16 K128 tiles", BF16, {"target": "sum"}, B=2, C=192, S=90, K=128),
-    **both("fp16 K33 odd", F16, {"stop_gradient": True}, B=2, C=70, S=49, K=33),
-    **both("fp32 K32", F32, B=2, C=128, S=49, K=32),
-    **both("fp32 K64 tiles", F32, {"target": "sum", "pool_weight": 0.5}, B=2, C=64, S=35, K=64),
-    **both("bf16 K1 one position", BF16, B=3, C=64, S=1, K=1),
-    "common_weights bf16 C256": case("common_weights", BF16, B=19, C=256, S=49),
-    "common_weights fp16 C700 odd": case("common_weights", F16, B=9, C=700, S=15),
-    "common_weights bf16 C2100": case("common_weights", BF16, B=9, C=2100, S=4),
-    "common_weights fp32 C256": case("common_weights", F32, B=9, C=256, S=49),
-    "common_weights fp32 C700": case("common_weights", F32, B=9, C=700, S=15),
-    "common_weights fp32 C2100": case("common_weights", F32, B=9, C=2100, S=4),
-    "info_nce bf16 B3 D256": case("info_nce", BF16, B=3, D=256, N=2000),
-    "info_nce bf16 B3 D512": case("info_nce", BF16, B=3, D=512, N=1000),
-    "info_nce bf16 B70 D256": case("info_nce", BF16, B=70, D=256, N=2000),
-    "info_nce bf16 B70 D64": case("info_nce", BF16, B=70, D=64, N=600),
-    "info_nce bf16 B70 D512": case("info_nce", BF16, B=70, D=512, N=1000),
-    "info_nce fp16 B130 D128": case("info_nce", F16, B=130, D=128, N=1500),
-    "info_nce fp16 B17 D100 odd": case("info_nce", F16, B=17, D=100, N=777),
-    "info_nce fp32 B3 D128": case("info_nce", F32, B=3, D=128, N=600),
-    "info_nce fp32 B3 D512": case("info_nce", F32, B=3, D=512, N=300),
-    "info_nce fp32 B40 D128": case("info_nce", F32, B=40, D=128, N=300),
-    "info_nce fp32 B20 D512": case("info_nce", F32, B=20, D=512, N=150),
-    "relational bf16 B3 D256": case("relational", BF16, B=3, D=256, N=1000),
-    "relational fp16 B5 D100 odd": case("relational", F16, B=5, D=100, N=333),
-    "relational bf16 B3 D512": case("relational", BF16, B=3, D=512, N=600),
-    "relational bf16 B40 D128": case("relational", BF16, B=40, D=128, N=600),
-    "relational bf16 B40 D512": case("relational", BF16, B=40, D=512, N=300),
-    "relational fp32 B3 D128": case("relational", F32, B=3, D=128, N=300),
-    "relational fp32 B3 D512": case("relational", F32, B=3, D=512, N=300),
-    "relational fp32 B20 D128": case("relational", F32, B=20, D=128, N=300),
-    "relational fp32 B20 D512": case("relational", F32, B=20, D=512, N=150),
-    "two_views bf16": two_views(16, BF16),
-    "two_views fp16 ragged": two_views(19, F16),
-    "two_views fp32": two_views(16, F32),
-}
+CASES: dict[str, Case] = {}
+for dtype, numbers, options in MAPS:
+    CASES |= of_op("rationale_fit", dtype, "BCSK", numbers, **options) | of_op("rationale_pool", dtype, "BCSK", numbers)
+for dtype, *sizes in COMMON:
+    CASES |= of_op("common_weights", dtype, "BCS", tuple(sizes))
+for op, shapes in QUEUES.items():
+    for dtype, *sizes in shapes:
+        CASES |= of_op(op, dtype, "BDN", tuple(sizes))
+for dtype, size in ((BF16, 16), (F16, 19), (F32, 16)):
+    CASES[f"two_views {dtype}".replace("torch.", "")] = partial(two_views, size, dtype), set()
 
 
 def check(name: str) -> None:
     """Run a case where `executed` is in force. `AssertionError`: values are wrong, or other rows are used."""
-    with mock.patch.object(launch, "INTERPRET", True), recorded() as used:  # the ops then take CPU tensors
-        CASES[name].check()
-    assert used == CASES[name].rows, f"it used the launch settings {sorted(used)}, not {sorted(CASES[name].rows)}"
+    compare, rows = CASES[name]
+    with mock.patch.object(launch, "INTERPRET", True), few_programs() as used:  # the ops then take CPU tensors
+        compare()
+    assert used == rows, f"it used the launch settings {sorted(used)}, not {sorted(rows)}"

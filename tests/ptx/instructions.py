@@ -24,10 +24,8 @@ def branch(block: Block, label: str) -> None:
 
 @opcode(r"brx\.idx(?:\.uni)?", together=True)
 def branch_by_table(block: Block, index: Operand, table: str) -> None:
-    values = np.unique(block.read(index, "u32"))
-    if len(values) > 1:
-        raise ExecutionError("threads of a block part ways here, which tests/ptx cannot follow")
-    block.next = block.program.labels[block.program.tables[table][int(values[0])]]
+    (value,) = set(block.read(index, "u32").tolist())  # of all threads
+    block.next = block.program.labels[block.program.tables[table][value]]
 
 
 @opcode(r"ret", together=True)
@@ -147,8 +145,6 @@ def move(block: Block, to: Operand, value: Operand, type: str) -> None:
         part = TYPES[type].itemsize * 8 // len(value)
         parts = [block.read(each, f"b{part}").astype(TYPES[type]) << (i * part) for i, each in enumerate(value)]
         block.write(to, np.bitwise_or.reduce(parts), type)
-    elif value in block.program.parameters:  # as an address that only ld.param reads: its number
-        block.write(to, np.full(block.threads, block.program.parameters.index(value)), type)
     else:
         block.write(to, block.read(value, type), type)
 
@@ -200,32 +196,26 @@ def reduce(block: Block, to: Operand, a: Operand, members: str, name: str, type:
 
 @opcode(rf"ld\.param\.(?P<type>{BITS}|{INTEGER}|f32)")
 def parameter(block: Block, to: Operand, address: Address, type: str) -> None:
-    names, arguments = block.program.parameters, np.array([each % 2**64 for each in block.arguments], np.uint64)
     if address.offset:
         raise ExecutionError("a part of a parameter")
-    if address.base in names:
-        values = np.full(block.threads, arguments[names.index(address.base)])
-    else:  # an address that `move` has made
-        values = arguments[block.read(address.base, "u64")]
+    values = block.arguments[block.read(address.base, "u32")]
     block.write(to, values.astype(f"u{TYPES[type].itemsize}").view(TYPES[type]), type)
 
 
-@opcode(rf"ld\.{SPACE}(?:\.v[24])?\.(?P<type>{BITS}|{INTEGER}|f32)")
-def load(block: Block, to: Operand, address: Address, space: str, type: str) -> None:
-    registers, size = to if isinstance(to, tuple) else (to,), TYPES[type].itemsize
-    active, memory = block.mask, block.shared if space == "shared" else block.memory
-    found = np.zeros((block.threads, size * len(registers)), np.uint8)
-    found[active] = memory.load(block.address(address, space)[active], found.shape[1], block.warp[active])
+@opcode(rf"(?P<way>ld|st)\.{SPACE}(?:\.v[24])?\.(?P<type>{BITS}|{INTEGER}|f32)")
+def access(block: Block, first: Operand, second: Operand, way: str, space: str, type: str) -> None:
+    operand, address = (first, second) if way == "ld" else (second, first)
+    assert isinstance(address, Address)
+    registers, active = operand if isinstance(operand, tuple) else (operand,), block.mask
+    memory, at, warp = block.memory if space == "global" else block.shared, block.address(address, space), block.warp
+    if way == "st":
+        values = np.stack([block.read(register, type) for register in registers], axis=1).view(np.uint8)
+        memory.store(at[active], values[active], warp[active])
+        return
+    found = np.zeros((block.threads, TYPES[type].itemsize * len(registers)), np.uint8)
+    found[active] = memory.load(at[active], found.shape[1], warp[active])
     for i, register in enumerate(registers):
         block.write(register, found.view(TYPES[type])[:, i], type)
-
-
-@opcode(rf"st\.{SPACE}(?:\.v[24])?\.(?P<type>{BITS}|{INTEGER}|f32)")
-def store(block: Block, address: Address, value: Operand, space: str, type: str) -> None:
-    registers = value if isinstance(value, tuple) else (value,)
-    active, memory = block.mask, block.shared if space == "shared" else block.memory
-    values = np.stack([block.read(register, type) for register in registers], axis=1).view(np.uint8)
-    memory.store(block.address(address, space)[active], values[active], block.warp[active])
 
 
 @opcode(r"cp\.async\.c[ag]\.shared(?:::cta)?\.global(?:\.L2::\w+)?")
@@ -241,14 +231,19 @@ def copy(block: Block, to: Address, source: Address, size: str, *taken: Operand)
     block.shared.copy(block.address(to, "shared")[active], values[active], block.warp[active])
 
 
-@opcode(r"(?P<name>cp\.async\.commit_group|cp\.async\.wait_group|fence\.proxy\.async(?:\.shared::cta)?)", together=True)
-def order_copies(block: Block, *groups: str, name: str) -> None:
-    if name.startswith("fence"):
-        block.shared.fence()
-    elif name.endswith("commit_group"):
-        block.shared.copies.commit()
-    else:
-        block.shared.wait_for_copies(int(groups[0]))
+@opcode(r"cp\.async\.commit_group", together=True)
+def commit_copies(block: Block) -> None:
+    block.shared.copies.append([])
+
+
+@opcode(r"cp\.async\.wait_group", together=True)
+def wait_for_copies(block: Block, groups: str) -> None:
+    block.shared.wait_for_copies(int(groups))
+
+
+@opcode(r"fence\.proxy\.async(?:\.shared::cta)?", together=True)
+def fence(block: Block) -> None:
+    block.shared.fence()
 
 
 @opcode(r"bar\.sync|barrier\.sync\.aligned", together=True)

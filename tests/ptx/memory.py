@@ -121,23 +121,12 @@ class GlobalMemory(Memory):
         return self.data[address - self.base :][:size]
 
 
-class Groups:
-    """What goes on while the threads do: commits make groups of it, which are waited for in their order."""
-
-    def __init__(self) -> None:
-        self.open: list[Any] = []
-        self.closed: list[list[Any]] = []
-
-    def commit(self) -> None:
-        self.closed.append(self.open)
-        self.open = []
-
-    def wait(self, remaining: int) -> list[Any]:
-        """What must have ended once all groups have but the last ones."""
-        ended = []
-        while len(self.closed) > remaining:
-            ended += self.closed.pop(0)
-        return ended
+def ended(groups: list[list[Any]], remaining: int) -> list[Any]:
+    """What must have ended once all groups but the last ones have, and the one that is not committed."""
+    count = max(len(groups) - 1 - remaining, 0)
+    done = [each for group in groups[:count] for each in group]
+    del groups[:count]
+    return done
 
 
 class SharedMemory(Memory):
@@ -149,7 +138,7 @@ class SharedMemory(Memory):
         super().__init__(size)
         self.in_flight, self.unfenced = (np.zeros(size + 1, bool) for _ in range(2))
         self.in_use = np.zeros(size + 1, np.int16)  # by how many operands of a wgmma
-        self.copies = Groups()
+        self.copies: list[list[Any]] = [[]]  # by group: a commit begins the next
 
     def check_read(self, index: Numbers, warp: Numbers) -> None:
         super().check_read(index, warp)
@@ -172,10 +161,10 @@ class SharedMemory(Memory):
         index = self.located(at, values.shape[1], "write")
         self.check_write(index, warp[:, None])
         self.in_flight[index] = True
-        self.copies.open.append((index, values, warp))
+        self.copies[-1].append((index, values, warp))
 
     def wait_for_copies(self, remaining: int) -> None:
-        for index, values, warp in self.copies.wait(remaining):
+        for index, values, warp in ended(self.copies, remaining):
             self.in_flight[index] = False
             self.put(index, values, warp)
 

@@ -8,10 +8,11 @@ from typing import NamedTuple
 ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\((.*?)\)\s*\.reqntid\s+(\d+)\s*\{", re.DOTALL)
 PARAMETER = re.compile(r"\.param\b[^,)]*?([\w$]+)\s*(?:,|$)")
 SOURCE = re.compile(r"([\w.]+:\d+):\d+\b")  # in Triton's comment after .loc: file, line and column
-LABEL = re.compile(r"([\w$]+)\s*:(?!:)\s*")
-STATEMENT = re.compile(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*)", re.DOTALL)
+TOKEN = re.compile(
+    r"\s*(?:(?P<loc>\.loc[^\n]*)|//[^\n]*|(?P<label>[\w$]+)\s*:(?!:)|\.branchtargets(?P<targets>[^;]*);|\.[a-z][^;\n]*;?|"
+    r"(?P<scope>[{}])|(?:@(?P<negated>!?)(?P<predicate>%\w+)\s+)?(?P<opcode>[a-z][\w.:]*)(?P<operands>[^;]*);)"
+)
 OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*")
-IGNORED = (".loc", ".file", ".section", ".pragma", ".reg")
 
 
 class Address(NamedTuple):
@@ -48,39 +49,26 @@ def parse(ptx: str) -> Program:
         raise ValueError("no .entry with .reqntid in this PTX")
     parameters = PARAMETER.findall(" ".join(entry[2].split()))
     program = Program(entry[1], int(entry[3]), parameters, [], {}, {})
-    depth, source, pending = 1, "", ""
-    for line in ptx[entry.end() :].splitlines():
-        if line.lstrip().startswith(".loc") and (lines := SOURCE.findall(line)):
+    depth, source, label, at = 1, "", "", entry.end()
+    while depth:
+        found = TOKEN.match(ptx, at)
+        if found is None:
+            raise ValueError(f"not an instruction: {ptx[at:].partition(';')[0].strip()!r} ({source})")
+        at = found.end()
+        if found["loc"] and (lines := SOURCE.findall(found["loc"])):
             source = " in ".join(dict.fromkeys((lines[0], lines[-1])))  # of an inlined function, and where it is called
-        text = line.partition("//")[0].strip()
-        if text.startswith(IGNORED):
-            continue
-        depth += text.count("{") - text.count("}")
-        if depth == 0:
-            break
-        pending += f" {text}"
-        while ";" in pending:
-            statement, _, pending = pending.partition(";")
-            _add(program, statement, source)
+        elif found["label"]:
+            label = found["label"]
+            program.labels[label] = len(program.code)
+        elif found["targets"]:
+            program.tables[label] = re.findall(r"[\w$]+", found["targets"])
+        elif found["scope"]:  # inline assembly may open and close some
+            depth += 1 if found["scope"] == "{" else -1
+        elif found["opcode"]:
+            operands = tuple(_operand(each.strip()) for each in OPERAND.findall(found["operands"]))
+            negated, predicate = bool(found["negated"]), found["predicate"] or ""
+            program.code.append(Instruction(found["opcode"], operands, predicate, negated, source))
     return program
-
-
-def _add(program: Program, statement: str, source: str) -> None:
-    statement = statement.strip().lstrip(" {}")  # scopes that inline assembly may open and close
-    while label := LABEL.match(statement):
-        statement = statement[label.end() :].lstrip(" {}")
-        if statement.startswith(".branchtargets"):
-            program.tables[label[1]] = re.findall(r"[\w$]+", statement.removeprefix(".branchtargets"))
-            return
-        program.labels[label[1]] = len(program.code)
-    if not statement:
-        return
-    found = STATEMENT.fullmatch(statement)
-    if found is None:
-        raise ValueError(f"not an instruction: {statement!r} ({source})")
-    negated, predicate, opcode, rest = found.groups()
-    operands = tuple(_operand(each.strip()) for each in OPERAND.findall(rest))
-    program.code.append(Instruction(opcode, operands, predicate or "", bool(negated), source))
 
 
 def _operand(text: str) -> Operand:

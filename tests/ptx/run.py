@@ -10,6 +10,7 @@ import contextlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -34,27 +35,6 @@ class Launch(NamedTuple):
     executed: Counter[str]  # instructions by opcode, of all blocks
 
 
-def execute(
-    ptx: str, grid: Sequence[int], arguments: Sequence[int | float], memory: GlobalMemory, shared: int
-) -> Launch:
-    """Run every block of a grid; `shared` bytes of memory each. Arguments are numbers and addresses in `memory`.
-
-    Raises `UnknownOpcodeError` for an instruction that nothing here serves, `ExecutionError` where it cannot go on.
-    """
-    program = parse(ptx)
-    bits = [int(np.float32(each).view(np.uint32)) if isinstance(each, float) else each for each in arguments]
-    bits += [0] * (len(program.parameters) - len(bits))  # Triton's own scratch memory
-    sizes = tuple(grid) + (1,) * (3 - len(grid))
-    result = Launch(program.name, Counter(), Counter())
-    for z, y, x in np.ndindex(sizes[::-1]):
-        block = Block(program, bits, (x, y, z), sizes, memory, shared)
-        with np.errstate(all="ignore"):
-            block.run()
-        result.findings.update(block.findings)
-        result.executed.update(block.executed)
-    return result
-
-
 def octets(tensor: Tensor) -> np.ndarray:
     """The bytes of a tensor's storage, which may hold more than the tensor; writing to them changes it."""
     return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()
@@ -76,37 +56,34 @@ def flat(values: Any) -> Iterator[Any]:
         yield from flat(value) if isinstance(value, tuple) else (value,)
 
 
-def launched(ptx: str, grid: Sequence[int], arguments: Sequence[Any], shared: int) -> Launch:
-    """Execute on copies of the tensors' storages, and copy them back."""
+def execute(ptx: str, grid: Sequence[int], arguments: Sequence[Any], shared: int) -> Launch:
+    """Run every block of a grid on tensors and numbers, with `shared` bytes of memory each.
+
+    Raises `ExecutionError` for an instruction that nothing here serves, and where it cannot go on.
+    """
     storages = {each.untyped_storage().data_ptr(): each for each in arguments if isinstance(each, Tensor)}
     memory = GlobalMemory([(octets(each), written(each)) for each in storages.values()])
     at = dict(zip(storages, memory.addresses, strict=True))
 
-    def passed(value: Any) -> int | float:
+    def bits(value: Any) -> int:
         if isinstance(value, Tensor):
             return at[value.untyped_storage().data_ptr()] + value.storage_offset() * value.itemsize
-        return value if isinstance(value, float) else int(value)
+        return int(np.float32(value).view(np.uint32) if isinstance(value, float) else value)
 
-    result = execute(ptx, grid, [passed(each) for each in arguments], memory, shared)
+    program = parse(ptx)
+    given = [bits(each) for each in arguments]
+    given += [0] * (len(program.parameters) - len(given))  # Triton's own scratch memory
+    sizes = tuple(grid) + (1,) * (3 - len(grid))
+    result = Launch(program.name, Counter(), Counter())
+    for z, y, x in np.ndindex(sizes[::-1]):
+        block = Block(program, given, (x, y, z), sizes, memory, shared)
+        with np.errstate(all="ignore"):
+            block.run()
+        result.findings.update(block.findings)
+        result.executed.update(block.executed)
     for pointer, each in storages.items():
         octets(each)[:] = memory.contents(at[pointer], len(octets(each)))
     return result
-
-
-class _Driver:
-    """Stands in for that of a GPU: what Triton's launcher asks before it compiles."""
-
-    def __init__(self, target: int) -> None:
-        self.target = triton.backends.compiler.GPUTarget("cuda", target, 32)
-
-    def get_current_device(self) -> int:
-        return self.target.arch  # Triton keeps what it has compiled by device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        return self.target
 
 
 def _unwritten(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -135,12 +112,17 @@ def executed(target: int, change: Callable[[str], str] = lambda ptx: ptx) -> Ite
         values = dict(zip(self.arg_names, args, strict=False)) | kwargs
         constant = [name for name, kind in compiled.src.signature.items() if kind == "constexpr"]
         arguments = list(flat(values[name] for name in self.arg_names if name not in constant))
-        launches.append(launched(change(compiled.asm["ptx"]), grid, arguments, compiled.metadata.shared))
+        launches.append(execute(change(compiled.asm["ptx"]), grid, arguments, compiled.metadata.shared))
 
+    device = SimpleNamespace(  # stands in for a GPU's driver: what Triton's launcher asks before it compiles
+        get_current_device=lambda: target,  # Triton keeps what it has compiled by device
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: triton.backends.compiler.GPUTarget("cuda", target, 32),
+    )
     driver = triton.runtime.driver
     with contextlib.ExitStack() as patches:
         patches.callback(setattr, driver, "_active", driver._active)
-        driver.set_active(_Driver(target))
+        driver.set_active(device)
         patches.enter_context(mock.patch.object(triton.runtime.jit.JITFunction, "run", run))
         for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
             patches.enter_context(mock.patch.object(owner, name, _unwritten(getattr(owner, name))))

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tests.ptx.block import Block, ExecutionError, Values, opcode, widened
-from tests.ptx.memory import Numbers
+from tests.ptx.memory import Numbers, ended
 from tests.ptx.parse import Address, Operand
 
 HALF = r"(?P<type>bf16|f16)"
@@ -129,16 +129,16 @@ def multiply_async(
         if add:
             values = values + (block.running[register][0] if register in block.running else block.read(register, "f32"))
         block.running[register] = values, this
-    block.products.open.append(this)
+    block.products[-1].append(this)
 
 
 @opcode(r"wgmma\.(?P<what>fence|commit_group|wait_group)\.sync\.aligned", together=True)
 def order_products(block: Block, *groups: str, what: str) -> None:
     if what == "commit_group":
-        block.products.commit()
-    for ended in block.products.wait(int(groups[0])) if what == "wait_group" else ():
-        for index in ended.operands:
+        block.products.append([])
+    for product in ended(block.products, int(groups[0])) if what == "wait_group" else ():
+        for index in product.operands:
             block.shared.release(index)
-        for register in ended.registers:
-            if block.running[register][1] is ended:  # no later product adds to it
+        for register in product.registers:
+            if block.running[register][1] is product:  # no later product adds to it
                 block.write(register, block.running.pop(register)[0], "f32")

@@ -4,10 +4,46 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
-from tests.ptx.programs import kinds, launched
+from tests.ptx.block import ExecutionError
+from tests.ptx.run import NOBODY_WROTE, Launch, execute
+
+HEAD = """
+.visible .entry f(.param .u64 .ptr .global .align 1 f_param_0, .param .u64 f_param_1, .param .u32 f_param_2)
+.reqntid {threads}
+{{
+    .loc 1 7 20 // kernel.py:7:20
+    ld.param.b64 %rd0, [f_param_0];
+    ld.param.b64 %rd1, [f_param_1];
+    ld.param.b32 %n, [f_param_2];
+    mov.u32 %t, %tid.x;
+    mul.wide.u32 %rd4, %t, 8;
+    add.s64 %rd2, %rd0, %rd4;  // this thread's own 8 bytes of the input, and of the output
+    add.s64 %rd3, %rd1, %rd4;
+    {body}
+    ret;
+}}
+"""
+
+
+def launched(
+    body: str, given: np.ndarray, size: int, *, threads: int = 128, grid: tuple[int, ...] = (1,), shared: int = 1024,
+    number: int = 0,
+) -> tuple[Launch, np.ndarray]:  # fmt: skip
+    """Run a program on an array: what was found, and the `size` bytes of its output, which begins unwritten."""
+    data, out = torch.from_numpy(given.copy()), torch.full((size // 2,), NOBODY_WROTE, dtype=torch.int16)
+    result = execute(HEAD.format(threads=threads, body=body), grid, [data, out, number], shared)
+    return result, out.numpy().view(np.uint8)
+
+
+def kinds(result: Launch) -> set[str]:
+    """What was found, without the places where."""
+    assert all("kernel.py:7)" in finding for finding in result.findings)
+    return {finding.partition(" (")[0] for finding in result.findings}
+
 
 # each thread hands its number to the thread 32 further on, through shared memory
 SHARED = """
@@ -140,16 +176,61 @@ def test_a_write_after_reads_of_several_warps_is_found_whichever_read_last(reads
 
 
 @pytest.mark.parametrize(
-    ("address", "value", "expected"),
-    [("[0]", "7", set()), ("[0]", "%lane", set()), ("[0]", "%t", {WARPS_CLASH}), ("[%rd1]", "%lane", {CLASH})],
+    ("store", "expected"),
+    [
+        ("shared.b64 [0], 7", set()),
+        ("shared.b64 [0], %lane", set()),
+        ("shared.b64 [0], %t", {WARPS_CLASH}),
+        ("global.b64 [%rd1], %lane", {CLASH}),
+    ],
 )
-def test_threads_may_write_one_address_of_shared_memory_where_all_warps_agree(
-    address: str, value: str, expected: set[str]
-) -> None:
-    space = "shared" if address == "[0]" else "global"
-    result, _ = launched(f"and.b32 %lane, %t, 31; st.{space}.b64 {address}, {value};", ROLLED, 8)
-    assert kinds(result) == expected
+def test_threads_may_write_one_address_of_shared_memory_where_all_warps_agree(store: str, expected: set[str]) -> None:
+    assert kinds(launched(f"and.b32 %lane, %t, 31; st.{store};", ROLLED, 8)[0]) == expected
 
 
 def test_reading_an_input_without_contents_is_found() -> None:
-    assert kinds(launched(SHARED, ROLLED, 1024, written=False)[0]) == {UNWRITTEN}
+    assert kinds(launched(SHARED, np.full(512, NOBODY_WROTE, np.int16), 1024)[0]) == {UNWRITTEN}
+
+
+def test_loops_tables_parameters_and_the_grid() -> None:
+    body = """
+        mov.b32 %sum, 0; mov.b32 %i, 0;
+    $loop:
+        add.s32 %sum, %sum, %i; add.s32 %i, %i, 1;
+        setp.lt.s32 %p, %i, %n;
+        @%p bra $loop;
+        $table: .branchtargets
+            $ten,
+            $twenty;
+        mov.u32 %x, %ctaid.x;
+        brx.idx %x, $table;
+    $twenty: { add.s32 %sum, %sum, 10; }
+    $ten: add.s32 %sum, %sum, 10;
+        mov.b64 %a, f_param_2; mov.b64 %b, f_param_1; setp.lt.u32 %p, %t, 7; selp.b64 %c, %a, %b, %p;
+        ld.param.b32 %d, [%c];
+        @%p add.s32 %sum, %sum, %d;
+        mov.u32 %y, %ctaid.y;
+        mul.wide.u32 %rd5, %x, 4; add.s64 %rd3, %rd3, %rd5;
+        mul.wide.u32 %rd5, %y, 256; add.s64 %rd3, %rd3, %rd5;
+        st.global.b32 [%rd3], %sum;"""
+    result, out = launched(body, ROLLED, 3 * 256, threads=32, grid=(2, 3), number=5)
+    assert kinds(result) == set()
+    expected = np.array([20, 30]) + 5 * (np.arange(32) < 7)[:, None]
+    np.testing.assert_array_equal(out.view(np.int32).reshape(3, 32, 2), np.stack([expected] * 3))
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("ret; tanh.approx.f32 %c, %a;", "tanh.approx.f32: no function"),  # even where it is not reached
+        ("setp.lt.s32 %p, %t, 5; @%p bra $a; $a: add.s32 %c, %t, 1;", "threads of a block part ways"),
+        ("$a: bra $a;", "has not ended"),
+        ("add.s32 %c, %t, %nothing;", "%nothing was never written"),
+        ("bar.sync 1;", "barriers of some warps"),
+        ("?!;", r"not an instruction: '\?!' \(kernel.py:7\)"),
+    ],
+)
+def test_what_cannot_be_executed_ends_with_an_error(body: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.ptx.block.MOST", 1000)
+    with pytest.raises((ExecutionError, ValueError), match=message):
+        launched(body, ROLLED, 8)
