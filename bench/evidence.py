@@ -1,7 +1,7 @@
 """`python bench/evidence.py --data.root DIR --out STUDY`: which choices make the method work, as a table of runs.
 
-A run is a row of `ROWS` with a seed. `fastcr.train`, `fastcr.evaluate` and `gradcam_inside.py`, each in a process of
-its own, write into the run folder STUDY/<row>-seed<N> and print into the .log beside it. What follows `--` goes to
+A run is a row of `ROWS` with a seed. `fastcr.train` and `fastcr.evaluate`, each in a process of its own,
+write into the run folder STUDY/<row>-seed<N> and print into the .log beside it. What follows `--` goes to
 every training, before the row's own flags: `... --out STUDY -- --optim.epochs 10 --data.image_size 112`.
 
 The same command resumes a study: a run that is in STUDY/evidence.json is not made again, and a training that was
@@ -39,7 +39,7 @@ from fastcr.runs.command_line import called, load_config, one_line_errors, parse
 ROOT = Path(__file__).resolve().parents[1]
 EVIDENCE = "evidence.json"
 Run = dict[str, Any]  # an entry of evidence.json, or the whole of it
-KEPT = ("retrieval", "retrieval_centred", "best", "knn", "localisation")  # of results.json
+KEPT = ("retrieval", "retrieval_centred", "reranked", "end", "best", "knn", "localisation")  # of results.json
 LAST = (  # of the last line of metrics.jsonl
     *("step", "contrast_loss", "fit_loss", "attention_entropy", "effective_detectors"),
     *("effective_rank", "kept_neighbours"),
@@ -127,7 +127,7 @@ def training(job: Job) -> list[str]:
 
 
 def measuring(job: Job) -> list[str]:
-    """Arguments that `fastcr.evaluate` and gradcam_inside.py share, for a run that has been trained."""
+    """Arguments of `fastcr.evaluate` for a run that has been trained."""
     config = load_config(job.folder / "config.yaml")
     workers = [] if config.data.workers is None else ["--data.workers", str(config.data.workers)]
     boxes = [] if job.boxes is None else ["--data.boxes", str(job.boxes)]
@@ -158,7 +158,7 @@ def carry_out(command: Sequence[str], log: Path) -> int:
 
 
 def make(job: Job) -> Run:
-    """Train, evaluate and look at the GradCAM; the run's entry of evidence.json."""
+    """Train and evaluate; the run's entry of evidence.json."""
     start, log = time.monotonic(), job.folder.with_name(f"{job.folder.name}.log")
     entry: Run = {"row": job.row, "seed": job.seed, "meaning": ROWS[job.row][0], "flags": ROWS[job.row][1].split()}
     entry["facts"] = facts()
@@ -168,10 +168,6 @@ def make(job: Job) -> Run:
         return entry | {"status": "training failed", "error": last_line(log)}
     if carry_out(["-m", "fastcr.evaluate", *measuring(job), "--all", "--linear.enabled", "False"], log):
         return entry | {"status": "measuring failed", "error": last_line(log)}
-    # GradCAM needs a head and a queue that have been trained, and boxes to lie in
-    gradcam = [str(ROOT / "bench" / "gradcam_inside.py"), *measuring(job)]
-    if job.boxes and job.row != "untrained" and carry_out(gradcam, log):
-        return entry | {"status": "GradCAM failed", "error": last_line(log)}
     seconds = None if resumed else round(time.monotonic() - start, 1)  # of a resumed run only the end was seen
     return entry | {"status": "finished", "seconds": seconds} | read_run(job.folder)
 
@@ -184,8 +180,7 @@ def read_run(folder: Path) -> Run:
     last = read(lines[-1]) if lines else {}  # there is no line where nothing was trained
     found = {key: results[key] for key in ("images", *KEPT) if key in results}
     found["last"] = {key: last[key] for key in LAST if key in last}
-    gradcam = folder / "gradcam.json"
-    return found | ({"gradcam": read(gradcam.read_text())} if gradcam.exists() else {})
+    return found
 
 
 def last_line(log: Path) -> str:

@@ -27,7 +27,7 @@ RETRIEVAL: dict[str, Column] = {
         *(("mAP", "retrieval", "mAP"), ("kNN", "knn", "top1")),
     )
     for pooling, place in (("mean", (section, "mean", key)), ("attention", (section, "rationale", key)))
-} | {"rank-1, average map": ("gradcam", "average map", "rank1", 1)}
+}
 OTHERS: dict[str, Column] = {
     f"{shown}, {name}": (*place, key, 1)
     for shown, key in (("rank-1", "rank1"), ("mAP", "mAP"))
@@ -37,7 +37,6 @@ OTHERS: dict[str, Column] = {
         ("DDT", ("retrieval", "ddt")),
         ("DDT, mean subtracted", ("retrieval_centred", "ddt")),
         ("attention, mean subtracted", ("retrieval_centred", "rationale")),
-        ("the head's output", ("gradcam", "head")),
         ("best pooling", ("best", "trained")),
         ("best without training", ("best", "baseline")),
     )
@@ -47,11 +46,6 @@ ATTENTION: dict[str, Column] = {
     "average map": ("localisation", "average", "inside", 1),
     "Gaussian": ("localisation", "gaussian", "inside", 1),
     "uniform": ("localisation", "uniform", "inside", 1),
-    "GradCAM target": ("gradcam", "target", "inside", 1),
-    "its average": ("gradcam", "target", "average inside", 1),
-    "its Gaussian": ("gradcam", "target", "gaussian inside", 1),
-    "GradCAM of the score": ("gradcam", "score", "inside", 1),
-    "GradCAM of the loss": ("gradcam", "loss", "inside", 1),
     "peak in the box": ("localisation", "attention", "pointing", 1),
     "average map's peak": ("localisation", "average", "pointing", 1),
     "Gaussian's peak": ("localisation", "gaussian", "pointing", 1),
@@ -69,7 +63,7 @@ TABLES = (  # title, columns, legend
     (
         "Retrieval and weighted kNN",
         RETRIEVAL,
-        "Average map: every picture is pooled with the average of the attention to all of them.",
+        "Leave-one-out on the test images; kNN votes among the training images.",
     ),
     (
         "Retrieval by other poolings",
@@ -82,9 +76,7 @@ TABLES = (  # title, columns, legend
         "Share of the attention in the object's box",
         ATTENTION,
         "Average map: the average of the attention to all pictures, laid on each of them. Gaussian: centred, with the "
-        "entropy of each picture's own map; it does not look at the picture. GradCAM is that of the trained encoder on "
-        "the test images: one half of it keeps the positions that raise the loss, the other those that lower it (that "
-        "raise the score); the target is what the attention is fitted to.",
+        "entropy of each picture's own map; it does not look at the picture.",
     ),
     ("End of the training", TRAINING, "Of the last batch that was logged; for the initial weights, of the first."),
 )

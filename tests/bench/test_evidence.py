@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from bench import evidence, evidence_table, gradcam_inside
+from bench import evidence, evidence_table
 from fastcr import evaluate, train
 from fastcr.errors import UsageError
 from fastcr.runs.command_line import read_command_line
@@ -35,7 +35,7 @@ def settings(birds: Path, out: Path, *rows: str, boxes: Path | None = None) -> e
 def in_process(command: Sequence[str], log: Path) -> int:
     """What a process of its own would do, without the seconds it takes to import torch."""
     mains = {"fastcr.train": train.main, "fastcr.evaluate": evaluate.main}
-    main, args = (mains[command[1]], command[2:]) if command[0] == "-m" else (gradcam_inside.main, command[1:])
+    main, args = mains[command[1]], command[2:]
     with log.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         try:
             main(args)
@@ -76,11 +76,6 @@ def test_every_row_is_a_run_of_its_own_with_its_figures(finished: Path) -> None:
     assert matched["facts"].keys() == {"torch", "commit", "device"}
     assert untrained["last"] == {}
     assert str(finished) not in (finished / "evidence.json").read_text()
-    assert "gradcam" not in untrained
-    found = matched["gradcam"]
-    assert found.keys() == {"score", "loss", "target"}
-    assert found["target"].keys() >= {"inside", "pointing", "average inside", "gaussian inside"}
-    assert all(0 <= value <= 100 for scores in found.values() for value in scores.values())
 
 
 def test_what_is_there_is_not_run_again(
