@@ -115,7 +115,7 @@ def train(
 def run_steps(run: Run, evaluation: TrainingEvaluation, log: RunLog, began: float) -> int:
     """The training loop; returns the number of the signal that ended it early, or 0."""
     config, training, schedule, processes = run.config, run.training, run.schedule, run.context.processes
-    facts = describe(config) | ({"tuned": config.optim.tuned} if schedule.last else {})
+    facts = describe(config) | ({"tuned": config.optim.tuned} if schedule.last and config.optim.tuned < 1 else {})
     saver = Saver(run.folder, facts, config.run.keep, config.run.save_minutes)
     health = RunHealth(run)
     due = Due(0, False, False, False)

@@ -64,6 +64,8 @@ def parse(
 def _first_paragraph(box: str) -> str:
     """The first paragraph of one of tyro's error boxes, and the flag it suggests."""
     lines = [line.strip("│╭╮╰╯ ") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()]
+    if len(lines) > 1 and set(lines[1]) == {"-"}:  # where the terminal is not UTF-8 the title is a line of its own
+        del lines[1]
     paragraphs = re.split(r"\s[─-]{8,}", " ".join(lines[1:]))
     message = paragraphs[0].strip().rstrip(".")
     if guess := re.search(r"erhaps you meant.*?(--[\w.]+)", " ".join(paragraphs[1:])):
