@@ -36,21 +36,24 @@ def begin(training: Training, images: ImageList, config: Config, context: Contex
     images, and the others take what it found. `UsageError` if no image can be read.
     """
     like_ddt = training.encoder.branch is not None and config.rationale.init == "ddt"
-    asked = like_ddt, config.moco.head == "linear", config.moco.objective != "infonce", config.model.weights != "none"
-    if not any(asked):
+    wanted = like_ddt or config.moco.head == "linear" or config.moco.objective != "infonce"
+    if not wanted and config.model.weights == "none":
         return None
-    state, sample = context.processes.once(partial(_look, training, images, config, context, like_ddt))
+    first = evenly(len(images), AXIS_IMAGES if wanted else SAMPLE)
+    state, sample = context.processes.once(partial(_look, training, images, first, config, context, like_ddt))
     training.model.load_state_dict(state, strict=False)
     return sample
 
 
 @torch.no_grad()
 def _look(
-    training: Training, images: ImageList, config: Config, context: Context, like_ddt: bool
+    training: Training, images: ImageList, first: list[int], config: Config, context: Context, like_ddt: bool
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """What `begin` sets, as entries of the model's state dict, and the sample's embeddings; all on the CPU."""
+    """What `begin` sets, as entries of the model's state dict, and the sample's embeddings; all on the CPU.
+
+    The `first` images are looked at together, then as many others as the queue has room for.
+    """
     moco, branch, count = training.moco, training.encoder.branch, len(images)
-    first = evenly(count, AXIS_IMAGES)
     with training.encoder.evaluating(), torch.compiler.set_stance("force_eager"):
         # these features are kept: the attention that pools them is known when all of them have been seen
         found = list(_features(training, images, first, context))
