@@ -83,9 +83,8 @@ class EmbedConfig:
     folder: tyro.conf.Positional[Path]
     """The images: whatever --data.root of the training takes. Training and test images alike are embedded."""
     out: Path | None = None
-    """Folder to write. Default: <name of the images' folder>-embeddings."""
-    format: Literal["safetensors", "npy"] = "safetensors"
-    """embeddings.safetensors, or a .npy file for each array (for numpy.load with mmap_mode)."""
+    """Folder to write: a .npy file for each array, images.csv, encoder.json. Default: <name of the images'
+    folder>-embeddings."""
     attention: bool = False
     """Also write the attention maps, fp16."""
     pooling: Pooling | None = None

@@ -19,6 +19,7 @@ QUICK = ("01", "02", "04", "05", "09", "10", "12", "14", "24", "30", "52")  # no
 MOVED = {
     "from fastcr.folders import read_rgb": "from fastcr.data.images import read_rgb",
     "from fastcr.embed_folder import main": "from fastcr.embed import main",
+    " --format npy ": " ",  # there is no other
 }
 GONE = {"50": "it makes the loaders by hand, as another version took them; tests/data/test_pixels.py compares them"}
 

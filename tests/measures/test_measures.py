@@ -17,7 +17,6 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from fastcr.config import KnnConfig, LinearConfig
-from fastcr.data.crops import centres_of, in_crop, in_image
 from fastcr.data.images import ImageList
 from fastcr.errors import UsageError
 from fastcr.measures.knn import accuracy, knn
@@ -145,18 +144,6 @@ def test_boxes_follow_the_pixels_through_resize_and_crop(
     assert (inside_x != by_box).float().mean() <= 2.1 / size  # a pixel on either edge
     by_box = (pixel[:, None] >= box[1]) & (pixel[:, None] <= box[3])
     assert (inside_y != by_box).float().mean() <= 2.1 / size
-
-
-@pytest.mark.parametrize(("height", "width"), [(120, 160), (333, 100)])
-def test_positions_of_a_map_are_found_in_the_image(height: int, width: int) -> None:
-    x = torch.linspace(0.5 / width, 1 - 0.5 / width, width).expand(height, width)
-    y = torch.linspace(0.5 / height, 1 - 0.5 / height, height)[:, None].expand(height, width)
-    image = TF.resize(torch.stack([x, y]), [64], antialias=True)
-    pixels = TF.center_crop(image, [56, 56])
-    found = in_image(centres_of(56, 56)[None], torch.tensor([[height, width]]), 56)
-    torch.testing.assert_close(found[0].T.view(2, 56, 56).float(), pixels, atol=0.5 / 64, rtol=0)
-    back = in_crop(found, torch.tensor([[height, width]]), 56)
-    torch.testing.assert_close(back[0], centres_of(56, 56))
 
 
 def test_localisation_by_hand() -> None:
