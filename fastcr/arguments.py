@@ -108,7 +108,7 @@ class SearchConfig:
     k: int = number(5, 1)
     """Nearest images of each."""
     out: Path = Path("search.html")
-    """A page (.html) or a sheet (.jpg, .png) of each image beside the nearest, with the attention."""
+    """A page (.html) of each image beside the nearest, with the attention."""
     encoder: Path | None = None
     """Where the run folder or weights file is now that the embeddings were made with (hf:// too). Default: where it
     was then."""
@@ -124,8 +124,8 @@ class VisualizeConfig:
     images: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Image files, or whatever --data.root of the training takes (its test images). Default: the run's own."""
     out: Path | None = None
-    """A page (.html) or a sheet (.jpg, .png). Default: attention.png beside the weights; of an encoder from the Hub,
-    in this folder."""
+    """A grid of pictures (.png), or a page with their names too (.html). Default: attention.png beside the weights; of
+    an encoder from the Hub, in this folder."""
     limit: int = number(24, 1)
     """Images shown, evenly spread over those there are."""
     run: DeviceConfig = field(default_factory=DeviceConfig)
@@ -139,10 +139,6 @@ class ReportConfig:
     """A run folder."""
     out: Path | None = None
     """The page (.html). Default: report.html in the run's folder."""
-    gallery: int = number(12, 0)
-    """Test images shown with their attention; 0: none."""
-    queries: int = number(6, 0)
-    """Test images shown with their nearest neighbours; 0: none. Without either, no image is read."""
     data: ImagesConfig = field(default_factory=ImagesConfig)
     run: EncoderConfig = field(default_factory=EncoderConfig)
 

@@ -20,7 +20,7 @@ from fastcr.encoders.encoder import load
 from fastcr.errors import UsageError
 from fastcr.measures.embeddings import embed
 from fastcr.output.gallery import attended, neighbours, read_pictures, spread
-from fastcr.output.sheets import PAGE, Chart, Section, check_out, write_sheet
+from fastcr.output.sheets import PAGE, Chart, Section, check_out, write_page
 from fastcr.output.tables import results_tables, text_of
 from fastcr.presets import PRESETS
 from fastcr.runs.command_line import called, load_config, one_line_errors
@@ -36,6 +36,7 @@ CURVES = {
     "effective_rank": "effective rank of the embeddings",
     "kept_neighbours": "share of the initial nearest neighbours that are kept",
 }  # of metrics.jsonl
+ATTENDED = 12  # images shown with their attention
 POINTS = 500  # of a curve, about: of longer ones every so many are drawn
 Record = Mapping[str, float]  # a line of metrics.jsonl
 
@@ -109,8 +110,6 @@ def curves_of(steps: Sequence[Record]) -> Section:
 def images_of(name: str, trained: Config, config: ReportConfig, context: Context) -> list[Section]:
     """The attention over images and their nearest neighbours, embedded by the run's weights as they are now."""
     weights, root = config.source / "weights.safetensors", config.data.root or trained.data.root
-    if not (config.gallery or config.queries):
-        return []
     if not weights.exists():
         return [Section("Images", "The run has not saved weights yet, so no images are shown.")]
     try:
@@ -126,30 +125,27 @@ def images_of(name: str, trained: Config, config: ReportConfig, context: Context
     shown = f"evenly spread over {len(images):,} {'test' if splits.test else 'training'} images of {data_name(root)}"
     lost = f" {len(found.unreadable)} of them cannot be read." if found.unreadable else ""
     sections = list[Section]()
-    if encoder.branch and config.gallery:
+    if encoder.branch:
         text = f"Images {shown}.{lost} Each map is warm where it is high, and is scaled to its own maximum."
-        places = [(images, index) for index in spread(found.kept.tolist(), config.gallery)]
+        places = [(images, index) for index in spread(found.kept.tolist(), ATTENDED)]
         pictures, _ = read_pictures(places, encoder.image_size)
         tiles = attended(list(pictures.values()), encoder, context)
         sections.append(Section("Attention", text, rows=[tiles]))
-    if config.queries:
-        pooling = "mean" if encoder.branch is None else "attention"
-        text = f"Queries {shown}, and the images that are most similar to each by the {pooling} embedding.{lost}"
-        marks = " ✓ is of the query's class, ✗ of another." if images.labels else ""
-        rows = neighbours(found, images, encoder.image_size, config.queries)
-        sections.append(Section("Nearest neighbours", f"{text} Below each is its cosine.{marks}", rows=rows))
-    return sections
+    pooling = "mean" if encoder.branch is None else "attention"
+    text = f"Queries {shown}, and the images that are most similar to each by the {pooling} embedding.{lost}"
+    rows = neighbours(found, images, encoder.image_size)
+    return [*sections, Section("Nearest neighbours", f"{text} Below each is its cosine.", rows=rows)]
 
 
 def write_report(config: ReportConfig, context: Context) -> Path:
     """Write the page and return where. `UsageError` for a run, images or a path that cannot be used."""
     out = config.out or config.source / "report.html"
     trained = load_config(config.source / "config.yaml")
-    check_out(out, [PAGE])
+    check_out(out, PAGE)
     name, steps = Path(os.path.abspath(config.source)).name, read_steps(config.source)
     sections = [settings_of(trained, steps), results_of(config.source, name), curves_of(steps)]
     sections += images_of(name, trained, config, context)
-    write_sheet(out, f"{name}: training on {data_name(trained.data.root)}", sections)
+    write_page(out, f"{name}: training on {data_name(trained.data.root)}", sections)
     return out
 
 

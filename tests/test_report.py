@@ -24,7 +24,6 @@ from tests.shared import TINY
 pytestmark = pytest.mark.usefixtures("one_thread")
 THREE_STEPS = [*TINY, "--run.steps", "3", "--optim.epochs", "8", "--moco.queue_size", "24"]
 CPU = ("--run.device", "cpu", "--data.workers", "0")
-BARE = ("--gallery", "0", "--queries", "0")
 RUN = "run <b>\"'&"
 
 
@@ -67,7 +66,7 @@ def change(run: Path, section: str, **values: Any) -> None:
 
 
 def test_page_of_a_run_shows_all_of_it(finished: Path, tmp_path: Path) -> None:
-    page = made(tmp_path, finished, "--gallery", 4, "--queries", 3)
+    page = made(tmp_path, finished)
     results = json.loads((finished / "results.json").read_text())
     for part in (results, results["frozen_init"]):
         for name, measure in product(("mean", "rationale"), ("rank1", "mAP")):
@@ -77,22 +76,22 @@ def test_page_of_a_run_shows_all_of_it(finished: Path, tmp_path: Path) -> None:
     assert "3 steps of 8 images, epoch 0.375 of 8" in page
     assert len(charts(page)) >= 4
     assert all(len(points) == 3 for points in charts(page))
-    assert page.count("attention over the image: ") == page.count('class="tile  pair"') == 4
-    assert page.count("<figcaption>query: ") == 3
-    assert page.count('class="tile right"') + page.count('class="tile wrong"') == 3 * 5
+    assert page.count("attention over the image: ") == page.count('class="tile pair"') == 12
+    assert page.count("<figcaption>query: ") == 6
+    assert page.count('class="tile"') == 6 * (1 + 5)
     assert len(page) < 5_000_000
 
 
 def test_settings_lose_their_folders(copied: Path, tmp_path: Path) -> None:
     change(copied, "model", weights="/home/somebody/secret/w.pt")
     change(copied, "data", cache_dir="/home/somebody/elsewhere/cache")
-    page = made(tmp_path, copied, *BARE)
+    page = made(tmp_path, copied)
     assert "--model.weights w.pt " in page
     assert not [word for word in ("somebody", "secret", "elsewhere") if word in page]
 
 
 def test_command_on_the_page_repeats_the_run(finished: Path, tmp_path: Path) -> None:
-    page = made(tmp_path, finished, *BARE)
+    page = made(tmp_path, finished)
     (command,) = [html.unescape(found) for found in re.findall("<pre><code>(.*)</code></pre>", page)]
     repeated, resume = read_command_line(shlex.split(command.removeprefix(called("train"))))
     own = load_config(finished / "config.yaml")
@@ -127,19 +126,19 @@ def test_images_that_are_gone_are_left_out(copied: Path, tmp_path: Path, capsys:
 
 def test_plain_moco_has_no_attention_to_show(birds: Path, tmp_path: Path) -> None:
     run = trained(tmp_path / "moco", birds, "--rationale.enabled", "False")
-    page = made(tmp_path, run, "--gallery", 2, "--queries", 1)
-    assert page.count("<figcaption>query: ") == 1
+    page = made(tmp_path, run)
+    assert page.count("<figcaption>query: ") == 6
     assert "by the mean embedding" in page
     assert "attention over the image" not in page
     assert "fit loss" not in page
 
 
 def test_a_report_lands_in_the_run_and_replaces_itself(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report.main([str(copied), *CPU, *BARE])
+    report.main([str(copied), *CPU])
     assert capsys.readouterr().out.strip() == f"report: {copied}/report.html"
     before = (copied / "report.html").read_bytes()
     (copied / "results.json").unlink()
-    report.main([str(copied), *CPU, *BARE])
+    report.main([str(copied), *CPU])
     assert (copied / "report.html").read_bytes() != before
 
 

@@ -1,4 +1,4 @@
-"""Images as evaluation sees them, with the attention over them, as tiles of a sheet."""
+"""Images as evaluation sees them, with the attention over them, as tiles of a page or a grid."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from fastcr.data.layouts import read_splits
 from fastcr.encoders.encoder import Encoder
 from fastcr.measures.embeddings import Embeddings
 from fastcr.measures.poolings import pooled
-from fastcr.output.sheets import Section, Tile, contact_sheet
+from fastcr.output.sheets import Tile, grid_of
 from fastcr.runs.context import Context
 
 FIXED = 12  # images whose attention is drawn during a training
-NEIGHBOURS = 5  # images found of each query of a report
+QUERIES, NEIGHBOURS = 6, 5  # queries of a report, and images found of each
 COLD, WARM, HOT = "#1b1044", "#e0483e", "#fdf3a0"  # colours of an attention map
 STRENGTH = 0.75  # how far the most attended position is covered
 Place = tuple[ImageList, int]  # an image of a list
@@ -104,9 +104,9 @@ def encode(
     return torch.cat(vectors), maps or [None] * len(pictures)
 
 
-def tile(caption: str, crop: Image.Image, attention: Tensor | None = None, mark: str = "") -> Tile:
+def tile(caption: str, crop: Image.Image, attention: Tensor | None = None) -> Tile:
     """An image, and beside it the attention over it if there is one."""
-    return Tile(caption, [crop] if attention is None else [crop, overlay(crop, attention)], mark)
+    return Tile(caption, [crop] if attention is None else [crop, overlay(crop, attention)])
 
 
 def attended(pictures: Sequence[Picture], encoder: Encoder, context: Context) -> list[Tile]:
@@ -115,30 +115,18 @@ def attended(pictures: Sequence[Picture], encoder: Encoder, context: Context) ->
     return [tile(each.name, each.crop, attention) for each, attention in zip(pictures, maps, strict=True)]
 
 
-def neighbours(found: Embeddings, images: ImageList, size: int, count: int) -> list[list[Tile]]:
-    """Queries evenly spread over the images embedded, each before those most similar to it, with their cosines.
-
-    Where there are labels, these are marked as right, of the query's class, or wrong.
-    """
+def neighbours(found: Embeddings, images: ImageList, size: int) -> list[list[Tile]]:
+    """Queries evenly spread over the images embedded, each before those most similar to it, with their cosines."""
     vectors = found.mean if found.rationale is None else found.rationale
-    kept, labels, rows = found.kept.tolist(), images.labels, list[list[Tile]]()
-    for query in spread(range(len(kept)), count):
+    kept, rows = found.kept.tolist(), list[list[Tile]]()
+    for query in spread(range(len(kept)), QUERIES):
         similarity = vectors @ vectors[query]
-        similarity[query] = -torch.inf
-        near = similarity.topk(min(NEIGHBOURS, len(kept) - 1)).indices.tolist()
-        pictures, _ = read_pictures([(images, kept[row]) for row in (query, *near)], size)
-        row = list[Tile]()
-        for other in (query, *near):
-            if (picture := pictures.get(images.path(kept[other]))) is None:
-                continue  # its file is gone since it was embedded
-            caption, mark = f"{similarity[other].item():.3f} {picture.name}", ""
-            if other == query:
-                caption = f"query: {picture.name}"
-            elif labels:
-                right = labels[kept[other]] == labels[kept[query]]
-                caption, mark = f"{'✓' if right else '✗'} {caption}", "right" if right else "wrong"
-            row.append(tile(caption, picture.crop, mark=mark))
-        rows.append(row)
+        similarity[query] = torch.inf  # it comes first, whatever is like it
+        near = similarity.topk(min(1 + NEIGHBOURS, len(kept))).indices.tolist()
+        pictures, _ = read_pictures([(images, kept[row]) for row in near], size)
+        said = ["query:", *(f"{cosine:.3f}" for cosine in similarity[near[1:]].tolist())]
+        shown = [(words, pictures.get(images.path(kept[row]))) for words, row in zip(said, near, strict=True)]
+        rows.append([tile(f"{words} {picture.name}", picture.crop) for words, picture in shown if picture])
     return rows
 
 
@@ -151,4 +139,4 @@ def fixed_attention(encoder: Encoder, images: ImageList, context: Context) -> Im
         return None
     with torch.compiler.set_stance("force_eager"), encoder.evaluating():
         tiles = attended(list(pictures.values()), encoder, context)
-    return contact_sheet([Section(rows=[tiles])])
+    return grid_of(tiles)
