@@ -117,7 +117,7 @@ def main(args: Sequence[str]) -> None:
         config = parse(GradcamConfig, args, prog=called("bench/gradcam_inside.py"), description=__doc__)
         root = config.data.root or load_config(config.source / "config.yaml").data.root or write_synthetic()
         images = test_images(read_splits(root))
-        objects = read_objects(config.data.boxes, images) if images else None
+        objects = read_objects(config.data.boxes, images) if images and config.data.boxes else None
         if images is None or objects is None:
             raise UsageError(f"{root} needs labels (class folders), and boxes (--data.boxes)")
         context = Context.of(config.run.device, "fp32", config.data.workers)

@@ -35,7 +35,7 @@ class EvaluateData(ImagesConfig):
 
     boxes: Path | None = None
     """Also measure how much of the attention lies in the objects' boxes: a CSV (path, left, top, right, bottom;
-    fractions or pixels), or the folder of CUB's archive. With --all, CUB's archive's own by default."""
+    fractions or pixels)."""
 
     image_size: int | None = number(None, 32)
     """Side of the square images, pixels, of an encoder by name; 224 if not given. Others have their own."""
