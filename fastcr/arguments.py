@@ -155,8 +155,6 @@ class ExportConfig:
     """File, or folder of hub, to write. Default: beside the weights (from the Hub: here), named after them."""
     pooling: Literal["mean", "attention", "gem", "feature-strength", "gaussian"] | None = None
     """torch and onnx: how the graph pools its embedding. Default: the attention, else the mean."""
-    push: str | None = None
-    """hub: also upload the folder to this repository, USER/NAME, with your own token."""
 
 
 @dataclass(frozen=True)
