@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from fastcr.arguments import ReportConfig, read_arguments
 from fastcr.config import Config
@@ -18,11 +18,11 @@ from fastcr.data.layouts import read_splits
 from fastcr.data.synthetic import write_synthetic
 from fastcr.encoders.encoder import load
 from fastcr.errors import UsageError
+from fastcr.export import training_settings
 from fastcr.measures.embeddings import embed
 from fastcr.output.gallery import attended, neighbours, read_pictures, spread
 from fastcr.output.sheets import PAGE, Chart, Section, check_out, write_page
 from fastcr.output.tables import results_tables, text_of
-from fastcr.presets import PRESETS
 from fastcr.runs.command_line import called, load_config, one_line_errors
 from fastcr.runs.context import Context
 from fastcr.runs.log import read_records
@@ -41,23 +41,6 @@ POINTS = 500  # of a curve, about: of longer ones every so many are drawn
 Record = Mapping[str, float]  # a line of metrics.jsonl
 
 
-def by_name(value: Any) -> str:
-    """A setting without the folders of the machine it was made on."""
-    return os.path.basename(os.path.normpath(value)) if os.sep in str(value) else str(value)
-
-
-def data_name(root: Path | None) -> str:
-    """The data set, by the name of its folder."""
-    return by_name(root.absolute()) if root else "drawn birds (synthetic)"
-
-
-def settings(config: Config) -> dict[str, str]:
-    """Every setting by its flag, but where the run lies."""
-    sections = {name: value for name, value in dataclasses.asdict(config).items() if name != "preset"}
-    flags = {f"--{name}.{key}": by_name(value) for name, keys in sections.items() for key, value in keys.items()}
-    return {flag: value for flag, value in flags.items() if flag != "--run.dir"}
-
-
 def read_steps(folder: Path) -> list[Record]:
     """What the run has logged of each step, without what cannot be drawn: NaN, and numbers beyond all bounds."""
 
@@ -70,17 +53,13 @@ def read_steps(folder: Path) -> list[Record]:
 
 
 def settings_of(config: Config, steps: Sequence[Record]) -> Section:
-    """How far the run has come, and the command that repeats it, with the settings that are not the preset's."""
-    usual = settings(PRESETS.get(config.preset, Config)())
-    own = {flag: value for flag, value in settings(config).items() if value != usual[flag]}
-    command = f"{called('train')} {shlex.join([config.preset, *chain.from_iterable(own.items())])}"
+    """How far the run has come, and its settings, without the paths of the machine it ran on."""
     said = "no step is logged yet" if config.optim.epochs else "no training (0 epochs)"
     if steps:
         epochs = f"epoch {steps[-1].get('epoch', 0):.3g} of {config.optim.epochs}"
         said = f"{steps[-1]['step']:,} steps of {config.optim.batch_size} images, {epochs}"
-    paths = "This command repeats the run. Folders and files go by their names: put your paths in."
-    about = f"The preset {config.preset} on {data_name(config.data.root)}: {said}. {paths}"
-    return Section("Settings", about, command)
+    code = yaml.safe_dump(training_settings(config), sort_keys=False)
+    return Section("Settings", f"The preset {config.preset}: {said}.", code)
 
 
 def results_of(folder: Path, name: str) -> Section:
@@ -118,23 +97,22 @@ def images_of(name: str, trained: Config, config: ReportConfig, context: Context
         if config.data.root:
             raise
         context.say(f"no images of {name} at hand: {error}")
-        where = "were not at hand when this page was made; --data.root says where they are"
-        return [Section("Images", f"The images ({data_name(root)}) {where}.")]
+        return [Section("Images", "They were not at hand when this page was made; --data.root says where they are.")]
     images, encoder = splits.test or splits.train, load(weights, context.device)
     found = embed(encoder, images, context, title=name)
-    shown = f"evenly spread over {len(images):,} {'test' if splits.test else 'training'} images of {data_name(root)}"
-    lost = f" {len(found.unreadable)} of them cannot be read." if found.unreadable else ""
-    sections = list[Section]()
+    shown = f"evenly spread over {len(images):,} {'test' if splits.test else 'training'} images"
+    shown += f", of which {len(found.unreadable)} cannot be read" if found.unreadable else ""
+    sections, pooling = list[Section](), "mean"
     if encoder.branch:
-        text = f"Images {shown}.{lost} Each map is warm where it is high, and is scaled to its own maximum."
+        pooling, text = (
+            "attention",
+            f"Images {shown}. Each map is warm where it is high, and is scaled to its own maximum.",
+        )
         places = [(images, index) for index in spread(found.kept.tolist(), ATTENDED)]
         pictures, _ = read_pictures(places, encoder.image_size)
-        tiles = attended(list(pictures.values()), encoder, context)
-        sections.append(Section("Attention", text, rows=[tiles]))
-    pooling = "mean" if encoder.branch is None else "attention"
-    text = f"Queries {shown}, and the images that are most similar to each by the {pooling} embedding.{lost}"
-    rows = neighbours(found, images, encoder.image_size)
-    return [*sections, Section("Nearest neighbours", f"{text} Below each is its cosine.", rows=rows)]
+        sections.append(Section("Attention", text, rows=[attended(list(pictures.values()), encoder, context)]))
+    text = f"Queries {shown}, and the images that are most similar to each by the {pooling} embedding, with the cosine."
+    return [*sections, Section("Nearest neighbours", text, rows=neighbours(found, images, encoder.image_size))]
 
 
 def write_report(config: ReportConfig, context: Context) -> Path:
@@ -145,7 +123,7 @@ def write_report(config: ReportConfig, context: Context) -> Path:
     name, steps = Path(os.path.abspath(config.source)).name, read_steps(config.source)
     sections = [settings_of(trained, steps), results_of(config.source, name), curves_of(steps)]
     sections += images_of(name, trained, config, context)
-    write_page(out, f"{name}: training on {data_name(trained.data.root)}", sections)
+    write_page(out, f"{name}: training on {training_settings(trained)['data']}", sections)
     return out
 
 
