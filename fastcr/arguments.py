@@ -85,8 +85,6 @@ class EmbedConfig:
     out: Path | None = None
     """Folder to write: a .npy file for each array, images.csv, encoder.json. Default: <name of the images'
     folder>-embeddings."""
-    attention: bool = False
-    """Also write the attention maps, fp16."""
     pooling: Pooling | None = None
     """How the positions of the feature map become one embedding; scda has twice as many dimensions. Default: both the
     attention's and the mean, of which fastcr search takes the attention's; the mean of an encoder without a branch."""

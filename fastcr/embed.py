@@ -21,7 +21,7 @@ from fastcr.arguments import EmbedConfig, read_arguments
 from fastcr.data.crop_loader import BATCH_SIZE, load_crops
 from fastcr.data.images import ImageList
 from fastcr.data.layouts import read_splits
-from fastcr.encoders.encoder import Encoder, find_weights, load
+from fastcr.encoders.encoder import find_weights, load
 from fastcr.errors import UsageError
 from fastcr.measures.poolings import key_of, pooled
 from fastcr.output.embeddings import IMAGES, PARTIAL, Job, check_unused
@@ -61,21 +61,6 @@ def batches_of(parts: Sequence[ImageList], done: int) -> list[list[int]]:
     return [batch for batch in every if batch[0] >= done]
 
 
-def encode(
-    pixels: Tensor, encoder: Encoder, context: Context, *, pooling: str | None, attention: bool
-) -> dict[str, Tensor]:
-    """Arrays of the images of a batch by the names of their files, on the CPU.
-
-    Without a `pooling` they are the mean and, of an encoder with a branch, the attention's embedding.
-    """
-    features, _ = encoder.of_crops(pixels.to(context.device, non_blocking=True), context.dtype)
-    mean, rationale, maps = encoder.pooled(features)
-    named = {pooling: pooled(features, encoder, pooling)} if pooling else {"mean": mean, "rationale": rationale}
-    if attention and maps is not None:
-        named["attention"] = maps.half()
-    return {name: array.cpu() for name, array in named.items() if array is not None}
-
-
 @torch.inference_mode()
 def embed_folder(config: EmbedConfig, context: Context) -> None:
     """Write the embeddings of every image under `config.folder`; resumes what a killed job left.
@@ -87,13 +72,11 @@ def embed_folder(config: EmbedConfig, context: Context) -> None:
     out = config.out or Path(f"{config.folder.resolve().name}-embeddings")
     check_unused(out)
     encoder = load(weights, context.device)
-    if config.attention and encoder.branch is None:
-        raise UsageError(f"{weights} has no branch for the attention, so there is no --attention to write")
     pooling = key_of(config.pooling, encoder)
-    wanted = pooling if config.pooling or config.centre else None
+    wanted = [pooling] if config.pooling or config.centre else sorted({"mean", pooling})
     parts, rows, digest = list_images(config.folder)
     base = config.folder if config.folder.is_dir() else config.folder.parent
-    settings = f"pooling {wanted}, attention {config.attention}, centre {bool(config.centre)}, {context.dtype}"
+    settings = f"pooling {wanted}, centre {bool(config.centre)}, {context.dtype}"
     key = {
         "weights": hashlib.sha256(weights.read_bytes()).hexdigest(),
         "images": digest,
@@ -114,7 +97,8 @@ def embed_folder(config: EmbedConfig, context: Context) -> None:
                 context.say(f"unreadable image {os.path.join(base, rows[image][0])!r}: left out")
             arrays = dict[str, Tensor]()
             if readable:
-                arrays = encode(pixels, encoder, context, pooling=wanted, attention=config.attention)
+                features, _ = encoder.of_crops(pixels.to(context.device, non_blocking=True), context.dtype)
+                arrays = {each: pooled(features, encoder, each).cpu() for each in wanted}
                 numbers = torch.tensor(batch)[readable]
                 arrays[IMAGES] = torch.cat([numbers[:, None], sizes.flip(1)], 1)  # sizes are height and width
             job.add(len(batch), arrays)

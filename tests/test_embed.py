@@ -88,12 +88,12 @@ def raising(error: BaseException) -> Callable[..., None]:
 
 @pytest.fixture(scope="module")
 def half(weights: Path, birds: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a job with --attention that was killed in its sixth batch; not to be changed."""
+    """The folder of a job that was killed in its sixth batch; not to be changed."""
     out, save = tmp_path_factory.mktemp("half") / "out", Job.save
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Job, "save", lambda job: save(job) if job.images <= 40 else raising(Killed())())
         with pytest.raises(Killed):
-            run(weights, birds, "--out", out, "--attention", "True")
+            run(weights, birds, "--out", out)
     return out
 
 
@@ -102,19 +102,17 @@ def test_rows_are_what_evaluation_computes_of_the_images_the_table_names(
     released: bool, birds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights = write_weights(tmp_path / "weights.safetensors", released=released)
-    run(weights, birds, "--out", tmp_path / "out", "--attention", "True")
+    run(weights, birds, "--out", tmp_path / "out")
     assert "96 images embedded (" in capsys.readouterr().out
-    names = {"attention.npy", "encoder.json", "images.csv", "mean.npy", "rationale.npy"}
+    names = {"encoder.json", "images.csv", "mean.npy", "rationale.npy"}
     assert contents(tmp_path / "out").keys() == names
     found, rows, first = arrays(tmp_path / "out"), table(tmp_path / "out"), 0
-    assert (found["attention"].shape, found["attention"].dtype) == ((96, 2, 2), torch.float16)
     for split, images in (("train", read_splits(birds).train), ("test", read_splits(birds).test)):
         assert images
         assert images.labels
         expected, part = computed(weights, images), slice(first, first + len(images))
         assert torch.equal(found["mean"][part], expected.mean)
         assert torch.equal(found["rationale"][part], expected.rationale)
-        assert torch.equal(found["attention"][part].flatten(1), expected.attention.half())
         assert {row["split"] for row in rows[part]} == {split}
         assert [row["path"] for row in rows[part]] == [f"{split}/{file}" for file in images.files]
         assert [row["label"] for row in rows[part]] == [images.classes[label] for label in images.labels]
@@ -142,15 +140,12 @@ def test_without_a_branch_there_is_the_mean_alone(birds: Path, tmp_path: Path, r
     assert {row["split"] for row in table(tmp_path / "out")} == {""}
     message = refused(command.main, plain, birds, "--out", tmp_path / "out", *CPU)
     assert "images.csv is there already: remove it, or name another --out" in message
-    message = refused(command.main, plain, birds, "--out", tmp_path / "more", "--attention", "True", *CPU)
-    assert "no branch for the attention" in message
-    assert not (tmp_path / "more").exists()
 
 
 def test_killed_command_goes_on_and_gives_the_same_bytes(
     weights: Path, birds: Path, half: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, how = Path(shutil.copytree(half, tmp_path / "out")), ("--attention", "True")
+    out = Path(shutil.copytree(half, tmp_path / "out"))
     assert {entry.name for entry in out.iterdir()} == {"partial"}
 
     def all_but_the_last(path: Path, write: Callable[[Path], object]) -> None:
@@ -162,11 +157,11 @@ def test_killed_command_goes_on_and_gives_the_same_bytes(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(embeddings, "write_whole", all_but_the_last)
         with pytest.raises(Killed):
-            run(weights, birds, "--out", out, *how)
+            run(weights, birds, "--out", out)
     assert "resuming after 40 of 96 images" in capsys.readouterr().out
-    run(weights, birds, "--out", out, *how)
+    run(weights, birds, "--out", out)
     assert "resuming after 96 of 96 images" in capsys.readouterr().out
-    run(weights, birds, "--out", tmp_path / "whole", *how)
+    run(weights, birds, "--out", tmp_path / "whole")
     assert contents(out) == contents(tmp_path / "whole")
 
 
@@ -177,7 +172,7 @@ def test_a_job_that_cannot_go_on_says_why_and_stays_as_it_is(
 
     def said(weights: Path = weights, root: Path = birds) -> str:
         before = contents(out / "partial")
-        line = refused(command.main, weights, root, "--out", out, "--attention", "True", *CPU)
+        line = refused(command.main, weights, root, "--out", out, *CPU)
         assert contents(out / "partial") == before
         return line
 
@@ -201,11 +196,11 @@ def test_a_full_disk_is_one_line_and_costs_nothing(
     row = (out / "partial" / "mean").stat().st_size // 48  # the rows of 8 images after the 40 that count are there too
     resource.setrlimit(resource.RLIMIT_FSIZE, (60 * row, hard))
     try:
-        assert "File too large" in refused(command.main, weights, birds, "--out", out, "--attention", "True", *CPU)
+        assert "File too large" in refused(command.main, weights, birds, "--out", out, *CPU)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    run(weights, birds, "--out", out, "--attention", "True")
-    run(weights, birds, "--out", tmp_path / "whole", "--attention", "True")
+    run(weights, birds, "--out", out)
+    run(weights, birds, "--out", tmp_path / "whole")
     assert contents(out) == contents(tmp_path / "whole")
 
 

@@ -27,7 +27,7 @@ from fastcr.runs.checkpoint import write_whole
 Array = np.ndarray[Any, Any]
 POOLINGS = ("mean", "rationale", "gem", "norm", "gaussian", "scda")  # arrays of embeddings, as in results.json
 TABLE, ENCODER, PARTIAL, DONE = "images.csv", "encoder.json", "partial", "done.json"
-FINAL = (TABLE, *(f"{name}.npy" for name in (*POOLINGS, "attention")), ENCODER)
+FINAL = (TABLE, *(f"{name}.npy" for name in POOLINGS), ENCODER)
 COLUMNS = ("row", "path", "split", "label", "width", "height")  # of the table: path below the root; size in pixels
 IMAGES = "images"  # while it works: number, width and height of the image of each row
 PART_SECONDS = 5.0  # work that a kill may cost
