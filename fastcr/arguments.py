@@ -130,6 +130,14 @@ class VisualizeConfig:
 
 
 @dataclass(frozen=True)
+class ReportData:
+    """The images to show."""
+
+    root: Path | None = None
+    """Folder of images. Default: the one the run was trained on."""
+
+
+@dataclass(frozen=True)
 class ReportConfig:
     """A run as one HTML page."""
 
@@ -137,8 +145,8 @@ class ReportConfig:
     """A run folder."""
     out: Path | None = None
     """The page (.html). Default: report.html in the run's folder."""
-    data: ImagesConfig = field(default_factory=ImagesConfig)
-    run: EncoderConfig = field(default_factory=EncoderConfig)
+    data: ReportData = field(default_factory=ReportData)
+    run: DeviceConfig = field(default_factory=DeviceConfig)
 
 
 @dataclass(frozen=True)

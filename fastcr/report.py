@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from fastcr.arguments import ReportConfig, read_arguments
@@ -19,8 +20,7 @@ from fastcr.data.synthetic import write_synthetic
 from fastcr.encoders.encoder import load
 from fastcr.errors import UsageError
 from fastcr.export import training_settings
-from fastcr.measures.embeddings import embed
-from fastcr.output.gallery import attended, neighbours, read_pictures, spread
+from fastcr.output.gallery import attended, read_pictures, spread
 from fastcr.output.sheets import PAGE, Chart, Section, check_out, write_page
 from fastcr.output.tables import results_tables, text_of
 from fastcr.runs.command_line import called, load_config, one_line_errors
@@ -86,33 +86,27 @@ def curves_of(steps: Sequence[Record]) -> Section:
     return Section("Curves", "" if charts else "Nothing is logged yet.", charts=charts)
 
 
-def images_of(name: str, trained: Config, config: ReportConfig, context: Context) -> list[Section]:
-    """The attention over images and their nearest neighbours, embedded by the run's weights as they are now."""
+@torch.inference_mode()
+def images_of(name: str, trained: Config, config: ReportConfig, context: Context) -> Section:
+    """The attention over images, by the run's weights as they are now."""
     weights, root = config.source / "weights.safetensors", config.data.root or trained.data.root
     if not weights.exists():
-        return [Section("Images", "The run has not saved weights yet, so no images are shown.")]
+        return Section("Attention", "The run has not saved weights yet, so no images are shown.")
     try:
         splits = read_splits(root or write_synthetic())
     except UsageError as error:
         if config.data.root:
             raise
         context.say(f"no images of {name} at hand: {error}")
-        return [Section("Images", "They were not at hand when this page was made; --data.root says where they are.")]
+        return Section("Attention", "No images were at hand when this page was made; --data.root says where they are.")
     images, encoder = splits.test or splits.train, load(weights, context.device)
-    found = embed(encoder, images, context, title=name)
-    shown = f"evenly spread over {len(images):,} {'test' if splits.test else 'training'} images"
-    shown += f", of which {len(found.unreadable)} cannot be read" if found.unreadable else ""
-    sections, pooling = list[Section](), "mean"
-    if encoder.branch:
-        pooling, text = (
-            "attention",
-            f"Images {shown}. Each map is warm where it is high, and is scaled to its own maximum.",
-        )
-        places = [(images, index) for index in spread(found.kept.tolist(), ATTENDED)]
-        pictures, _ = read_pictures(places, encoder.image_size)
-        sections.append(Section("Attention", text, rows=[attended(list(pictures.values()), encoder, context)]))
-    text = f"Queries {shown}, and the images that are most similar to each by the {pooling} embedding, with the cosine."
-    return [*sections, Section("Nearest neighbours", text, rows=neighbours(found, images, encoder.image_size))]
+    if encoder.branch is None:
+        return Section("Attention", "The encoder has no branch for it.")
+    places = [(images, index) for index in spread(range(len(images)), ATTENDED)]
+    tiles = attended([*read_pictures(places, encoder.image_size)[0].values()], encoder, context)
+    text = f"Images evenly spread over {len(images):,} {'test' if splits.test else 'training'} images. "
+    text += "Each map is warm where it is high, and is scaled to its own maximum."
+    return Section("Attention", text, rows=[tiles])
 
 
 def write_report(config: ReportConfig, context: Context) -> Path:
@@ -121,8 +115,8 @@ def write_report(config: ReportConfig, context: Context) -> Path:
     trained = load_config(config.source / "config.yaml")
     check_out(out, PAGE)
     name, steps = Path(os.path.abspath(config.source)).name, read_steps(config.source)
-    sections = [settings_of(trained, steps), results_of(config.source, name), curves_of(steps)]
-    sections += images_of(name, trained, config, context)
+    sections = [settings_of(trained, steps), results_of(config.source, name), curves_of(steps),
+                images_of(name, trained, config, context)]  # fmt: skip
     write_page(out, f"{name}: training on {training_settings(trained)['data']}", sections)
     return out
 
@@ -131,7 +125,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Command line of `fastcr report`."""
     with one_line_errors("report"):
         config: ReportConfig = read_arguments("report", args)
-        context = Context.of(config.run.device, config.run.precision, config.data.workers)
+        context = Context.of(config.run.device, "fp32")
         context.say(f"report: {write_report(config, context)}")
 
 

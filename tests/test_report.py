@@ -21,7 +21,7 @@ from tests.shared import TINY
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 THREE_STEPS = [*TINY, "--run.steps", "3", "--optim.epochs", "8", "--moco.queue_size", "24"]
-CPU = ("--run.device", "cpu", "--data.workers", "0")
+CPU = ("--run.device", "cpu")
 RUN = "run <b>\"'&"
 
 
@@ -75,8 +75,6 @@ def test_page_of_a_run_shows_all_of_it(finished: Path, tmp_path: Path) -> None:
     assert len(charts(page)) >= 4
     assert all(len(points) == 3 for points in charts(page))
     assert page.count("attention over the image: ") == page.count('class="tile pair"') == 12
-    assert page.count("<figcaption>query: ") == 6
-    assert page.count('class="tile"') == 6 * (1 + 5)
     assert len(page) < 5_000_000
 
 
@@ -107,16 +105,15 @@ def test_a_run_in_progress_has_a_page(copied: Path, tmp_path: Path) -> None:
 def test_images_that_are_gone_are_left_out(copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     change(copied, "data", root=str(tmp_path / "gone"))
     page = made(tmp_path, copied)
-    assert "They were not at hand" in page
-    assert "<figcaption>query" not in page
+    assert "No images were at hand" in page
+    assert "<figure class" not in page
     assert f"no folder {tmp_path / 'gone'}" in capsys.readouterr().out
 
 
 def test_plain_moco_has_no_attention_to_show(birds: Path, tmp_path: Path) -> None:
     run = trained(tmp_path / "moco", birds, "--rationale.enabled", "False")
     page = made(tmp_path, run)
-    assert page.count("<figcaption>query: ") == 6
-    assert "by the mean embedding" in page
+    assert "The encoder has no branch" in page
     assert "attention over the image" not in page
     assert "fit loss" not in page
 

@@ -17,13 +17,11 @@ from fastcr.data.crops import centre_crop, enough
 from fastcr.data.images import SUFFIXES, ImageList
 from fastcr.data.layouts import read_splits
 from fastcr.encoders.encoder import Encoder
-from fastcr.measures.embeddings import Embeddings
 from fastcr.measures.poolings import pooled
 from fastcr.output.sheets import Tile, grid_of
 from fastcr.runs.context import Context
 
 FIXED = 12  # images whose attention is drawn during a training
-QUERIES, NEIGHBOURS = 6, 5  # queries of a report, and images found of each
 COLD, WARM, HOT = "#1b1044", "#e0483e", "#fdf3a0"  # colours of an attention map
 STRENGTH = 0.75  # how far the most attended position is covered
 Place = tuple[ImageList, int]  # an image of a list
@@ -113,21 +111,6 @@ def attended(pictures: Sequence[Picture], encoder: Encoder, context: Context) ->
     """Each image, and beside it the attention of an encoder with a branch."""
     maps = encode(pictures, encoder, context)[1]
     return [tile(each.name, each.crop, attention) for each, attention in zip(pictures, maps, strict=True)]
-
-
-def neighbours(found: Embeddings, images: ImageList, size: int) -> list[list[Tile]]:
-    """Queries evenly spread over the images embedded, each before those most similar to it, with their cosines."""
-    vectors = found.mean if found.rationale is None else found.rationale
-    kept, rows = found.kept.tolist(), list[list[Tile]]()
-    for query in spread(range(len(kept)), QUERIES):
-        similarity = vectors @ vectors[query]
-        similarity[query] = torch.inf  # it comes first, whatever is like it
-        near = similarity.topk(min(1 + NEIGHBOURS, len(kept))).indices.tolist()
-        pictures, _ = read_pictures([(images, kept[row]) for row in near], size)
-        said = ["query:", *(f"{cosine:.3f}" for cosine in similarity[near[1:]].tolist())]
-        shown = [(words, pictures.get(images.path(kept[row]))) for words, row in zip(said, near, strict=True)]
-        rows.append([tile(f"{words} {picture.name}", picture.crop) for words, picture in shown if picture])
-    return rows
 
 
 @torch.inference_mode()

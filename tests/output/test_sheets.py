@@ -1,7 +1,6 @@
 """Pages and grids: what is chosen, drawn and written; that no name breaks one, and that no other file is replaced."""
 
 import io
-import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,11 +10,8 @@ import pytest
 import torch
 from PIL import Image, ImageChops
 
-from fastcr.data.images import ImageList
-from fastcr.data.layouts import read_splits
 from fastcr.errors import UsageError
-from fastcr.measures.embeddings import Embeddings
-from fastcr.output.gallery import neighbours, overlay, spread
+from fastcr.output.gallery import overlay, spread
 from fastcr.output.sheets import (
     GAP,
     GENERATOR,
@@ -122,29 +118,6 @@ def test_only_files_of_fastcr_are_replaced(ending: str, tmp_path: Path) -> None:
     ):
         with pytest.raises(UsageError, match=message):
             check_out(out, PAGE, GRID)
-
-
-@pytest.fixture
-def images(birds: Path) -> ImageList:
-    test = read_splits(birds).test
-    assert test is not None
-    return test
-
-
-def test_neighbours_are_the_most_similar(images: ImageList) -> None:
-    # angles of the images kept; images 0 and 1 are of one class, 2 and 3 of the next
-    kept, angles = [0, 1, 2, 3, 31], torch.tensor([0.0, 0.3, 0.1, 0.9, 0.85])
-    vectors = torch.stack([angles.cos(), angles.sin()], 1)
-    found = Embeddings(vectors, None, None, torch.zeros(5, 2, dtype=torch.int64), torch.tensor(kept), [])
-    rows = neighbours(found, images, 32)
-    assert images.labels is not None
-    names = [images.classes[images.labels[index]] for index in kept]
-    assert len(rows) == 5
-    for position, (query, *near) in enumerate(rows):
-        others = sorted(set(range(5)) - {position}, key=lambda at: abs(angles[at] - angles[position]).item())
-        assert query.caption == f"query: {names[position]}"
-        for tile, at in zip(near, others, strict=True):
-            assert tile.caption == f"{math.cos(angles[at] - angles[position]):.3f} {names[at]}"
 
 
 def test_overlay_is_warm_where_the_image_is_attended() -> None:
