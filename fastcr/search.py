@@ -94,9 +94,7 @@ def search(config: SearchConfig, context: Context) -> None:
         raise UsageError(f"none of the {len(images)} images can be read")
     made_with = os.path.join(*Path(stored.facts["weights"]).parts[-2:])
     shown = SHOWN.get(pooling, pooling) + (", mean subtracted" if stored.mean is not None else "")
-    text = (
-        f"By the embeddings of {made_with} (pooling: {shown}). Below each image are its cosine, its label and its file."
-    )
+    text = f"By the embeddings of {made_with} ({shown}). Below each image are its cosine, its label and its file."
     if encoder.branch is not None:
         text += " The map beside it is warm where the attention is high, and is scaled to its own maximum."
     write_page(config.out, f"Nearest of {len(stored.rows):,} images", [Section(text=text), *sections])

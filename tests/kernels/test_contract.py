@@ -96,15 +96,6 @@ def test_gradients_go_where_they_are_asked_for_and_nowhere_else(op: str, impl: s
     assert {name for name, each in arguments.items() if each.grad is not None} == set(LEARNS[op])
 
 
-def test_without_pool_weight_stop_gradient_leaves_the_features_alone() -> None:
-    arguments = draw("rationale_fit")
-    for impl in IMPLS:
-        stopped, plain = (run("rationale_fit", arguments, impl=impl, stop_gradient=stop)[1] for stop in (True, False))
-        assert not stopped.pop("features").any()
-        assert plain.pop("features").any()
-        torch.testing.assert_close(stopped, plain, rtol=1e-6, atol=1e-6)
-
-
 @pytest.mark.parametrize("op", NAMES)
 def test_an_enclosing_autocast_changes_nothing(op: str) -> None:
     arguments = draw(op)

@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from fastcr.kernels.common_weights import common_weights
@@ -231,25 +229,3 @@ def test_pool_weight_gives_the_gradient_of_mean_pooling_and_fit_in_one_graph(
         results.append(torch.autograd.grad(loss, (leaf, head, detectors, bias)))
     for got, expected in zip(results[1], results[0], strict=True):
         assert_close(got, expected)
-
-
-@settings(max_examples=20, deadline=None)
-@given(shift=st.floats(-50, 50))
-def test_a_constant_added_to_every_bias_changes_nothing(shift: float) -> None:
-    for op in MAPS:
-        arguments = fresh(op, draw(op), Tensor.double)
-        torch.testing.assert_close(run(op, arguments | {"bias": arguments["bias"] + shift})[0], run(op, arguments)[0])
-
-
-@given(order=st.permutations(range(20)))
-@settings(max_examples=20, deadline=None)
-def test_maps_follow_a_permutation_of_positions(order: list[int]) -> None:
-    arguments = fresh("rationale_fit", draw("rationale_fit"), Tensor.double)
-    permuted = arguments | {"features": arguments["features"].flatten(2)[..., order].unflatten(2, (4, 5))}
-    fit, same = rationale_fit(**arguments), rationale_fit(**permuted)
-    torch.testing.assert_close(same.divergence, fit.divergence)
-    torch.testing.assert_close(same.attention, fit.attention[:, order])
-    torch.testing.assert_close(same.target, fit.target[:, order])
-    for each in (arguments, permuted):
-        del each["gradient"]
-    torch.testing.assert_close(rationale_pool(**permuted).pooled, rationale_pool(**arguments).pooled)
