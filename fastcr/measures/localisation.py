@@ -71,11 +71,8 @@ def objects_in_crop(boxes: Tensor, sizes: Tensor, image_size: int) -> Tensor:
 def covered(boxes: Tensor, side: int) -> Tensor:
     """Share `[N,side*side]` of each cell of a map that a box `[N,4]` of the crop covers."""
     edges = torch.arange(side, dtype=boxes.dtype) / side
-    along = []
-    for low, high in ((boxes[:, 0], boxes[:, 2]), (boxes[:, 1], boxes[:, 3])):
-        overlap = torch.minimum(high[:, None], edges + 1 / side) - torch.maximum(low[:, None], edges)
-        along.append(overlap.clamp_min(0) * side)
-    x, y = along
+    overlap = torch.minimum(boxes[:, 2:, None], edges + 1 / side) - torch.maximum(boxes[:, :2, None], edges)
+    x, y = (overlap.clamp_min(0) * side).unbind(1)
     return (y[:, :, None] * x[:, None, :]).flatten(1)
 
 
