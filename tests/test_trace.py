@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,12 @@ def test_the_trace_opens_and_names_the_phases(folder: Path) -> None:
     assert {name: names.count(name) for name in ("waiting for data", *PHASES)} == dict.fromkeys(
         ("waiting for data", *PHASES), 2
     )
+
+
+def test_a_mistake_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "preset cub200 needs --data.root, the folder of its images" in refused(trace.main, "cub200")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_trace_is_not_overwritten(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

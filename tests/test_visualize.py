@@ -10,12 +10,14 @@ from PIL import Image, ImageChops
 
 from fastcr import visualize
 from fastcr.config import Config, DataConfig, RationaleConfig
+from fastcr.data.crop_loader import load_crops
 from fastcr.data.layouts import read_splits
 from fastcr.data.views import normalise
 from fastcr.encoders.encoder import load
 from fastcr.output.gallery import as_evaluated, overlay, spread
 from fastcr.output.sheets import GAP
 from fastcr.runs.command_line import save_config
+from fastcr.runs.context import Context
 from tests.shared import write_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -30,6 +32,16 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(*args: object) -> None:
     visualize.main([*map(str, args), "--run.device", "cpu"])
+
+
+@pytest.mark.parametrize("size", [(200, 150), (60, 90)])
+def test_crop_is_that_of_evaluation(size: tuple[int, int], tmp_path: Path) -> None:
+    Image.effect_noise(size, 90).convert("RGB").save(tmp_path / "noise.png")
+    images = read_splits(tmp_path).train
+    found = as_evaluated(images.rgb(0), SIDE)
+    ((pixels, _, _),) = load_crops([images], [[0]], SIDE, Context())
+    assert found.size == (SIDE, SIDE)
+    assert found.tobytes() == bytes(pixels.flatten().tolist())
 
 
 def test_each_picture_of_a_run_stands_beside_its_attention(weights: Path, birds: Path, tmp_path: Path) -> None:

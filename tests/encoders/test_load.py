@@ -105,6 +105,18 @@ def test_the_transform_is_that_of_the_evaluation(size: tuple[int, int], encoder:
     same_as_the_evaluation(encoder, tmp_path / "noise.png")
 
 
+@pytest.mark.parametrize("mode", ["P", "CMYK", "I;16"])
+def test_the_transform_takes_pictures_of_any_mode(mode: str, encoder: Encoder, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    if mode == "I;16":
+        picture = Image.fromarray(noise[:, :, 0].astype(np.uint16) * 257)
+    else:
+        picture = Image.fromarray(noise).convert(mode)
+    picture.save(tmp_path / "noise.tif")
+    assert Image.open(tmp_path / "noise.tif").mode == mode
+    same_as_the_evaluation(encoder, tmp_path / "noise.tif")
+
+
 def same_as_the_evaluation(encoder: Encoder, file: Path) -> None:
     crop = _Crops(ImageList(file.parent, (file.name,), None, ()), 32)[0]
     assert crop is not None

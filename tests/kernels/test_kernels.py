@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.kernels.harness import (
     BF16,
@@ -143,6 +145,22 @@ def test_queries_keys_and_queue_may_differ_in_dtype(op: str, wide: str) -> None:
     assert_as_exact_as_torch(op, arguments, BF16)
 
 
+@pytest.mark.usefixtures("poisoned")
+@settings(max_examples=5, deadline=None)
+@given(shape=st.tuples(*(st.integers(low, high) for low, high in ((0, 3), (1, 70), (1, 80), (1, 128)))))
+def test_maps_of_any_shape(shape: tuple[int, ...]) -> None:
+    for op in (*MAPS, "common_weights"):
+        assert_as_exact_as_torch(op, draw(op, **dict(zip("BCSK", shape, strict=True))), F32)
+
+
+@pytest.mark.usefixtures("poisoned")
+@settings(max_examples=5, deadline=None)
+@given(shape=st.tuples(st.integers(0, 20), st.integers(1, 70), st.integers(1, 300)))
+def test_queues_of_any_shape(shape: tuple[int, int, int]) -> None:
+    for op in QUEUED:
+        assert_as_exact_as_torch(op, draw(op, **dict(zip("BDN", shape, strict=True))), F32)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_two_runs_give_the_same_bits(op: str) -> None:
     for dtype in (F32, BF16):
@@ -158,3 +176,13 @@ def test_a_query_that_is_its_key_at_one_temperature_is_left_alone(dtype: torch.d
     arguments["query"] = arguments["key"].clone().requires_grad_()
     assert other.abs().max() > 0.1
     assert run("relational", arguments, **same)[1]["query"].abs().max() == 0
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_pool_weight_with_stop_gradient_is_mean_pooling(dtype: torch.dtype) -> None:
+    arguments = draw("rationale_fit", dtype)
+    gradients = run("rationale_fit", arguments, impl="triton", pool_weight=0.5, stop_gradient=True)[1]
+    by_pooled = (arguments["gradient"] * (0.5 / 20)).to(dtype)[:, :, None, None].expand_as(arguments["features"])
+    torch.testing.assert_close(gradients["features"], by_pooled)
+    plain = run("rationale_fit", arguments, impl="triton")[1]
+    torch.testing.assert_close(gradients["detectors"], plain["detectors"], rtol=0, atol=0)
