@@ -36,7 +36,7 @@ class EvaluateData(ImagesConfig):
 
     boxes: Path | None = None
     """Also measure how much of the attention lies in the objects' boxes: a CSV (path, left, top, right, bottom;
-    fractions or pixels), or the folder of CUB's archive. With --all, CUB's archive's own by default."""
+    fractions or pixels)."""
 
     image_size: int | None = number(None, 32)
     """Side of the square images, pixels, of an encoder by name; 224 if not given. Others have their own."""
@@ -84,11 +84,10 @@ class EmbedConfig:
     folder: tyro.conf.Positional[Path]
     """The images: whatever --data.root of the training takes. Training and test images alike are embedded."""
     out: Path | None = None
-    """Folder to write. Default: <name of the images' folder>-embeddings."""
-    format: Literal["safetensors", "npy"] = "safetensors"
-    """embeddings.safetensors, or a .npy file for each array (for numpy.load with mmap_mode)."""
-    attention: bool = False
-    """Also write the attention maps, fp16."""
+    """Folder to write: a .npy file for each array, images.csv, encoder.json. Default: <name of the images'
+    folder>-embeddings."""
+    format: Literal["npy"] = "npy"
+    """NumPy's files, which numpy.load maps into memory (mmap_mode)."""
     pooling: Pooling | None = None
     """How the positions of the feature map become one embedding; scda has twice as many dimensions. Default: both the
     attention's and the mean, of which fastcr search takes the attention's; the mean of an encoder without a branch."""
@@ -110,7 +109,7 @@ class SearchConfig:
     k: int = number(5, 1)
     """Nearest images of each."""
     out: Path = Path("search.html")
-    """A page (.html) or a sheet (.jpg, .png) of each image beside the nearest, with the attention."""
+    """A page (.html) of each image beside the nearest, with the attention."""
     encoder: Path | None = None
     """Where the run folder or weights file is now that the embeddings were made with (hf:// too). Default: where it
     was then."""
@@ -126,11 +125,19 @@ class VisualizeConfig:
     images: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Image files, or whatever --data.root of the training takes (its test images). Default: the run's own."""
     out: Path | None = None
-    """A page (.html) or a sheet (.jpg, .png). Default: attention.png beside the weights; of an encoder from the Hub,
-    in this folder."""
+    """A grid of pictures (.png), or a page with their names too (.html). Default: attention.png beside the weights; of
+    an encoder from the Hub, in this folder."""
     limit: int = number(24, 1)
     """Images shown, evenly spread over those there are."""
     run: DeviceConfig = field(default_factory=DeviceConfig)
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """The images to show."""
+
+    root: Path | None = None
+    """Folder of images. Default: the one the run was trained on."""
 
 
 @dataclass(frozen=True)
@@ -141,12 +148,8 @@ class ReportConfig:
     """A run folder."""
     out: Path | None = None
     """The page (.html). Default: report.html in the run's folder."""
-    gallery: int = number(12, 0)
-    """Test images shown with their attention; 0: none."""
-    queries: int = number(6, 0)
-    """Test images shown with their nearest neighbours; 0: none. Without either, no image is read."""
-    data: ImagesConfig = field(default_factory=ImagesConfig)
-    run: EncoderConfig = field(default_factory=EncoderConfig)
+    data: ReportData = field(default_factory=ReportData)
+    run: DeviceConfig = field(default_factory=DeviceConfig)
 
 
 @dataclass(frozen=True)
@@ -163,8 +166,6 @@ class ExportConfig:
     """torch and onnx: how the graph pools its embedding. Default: the attention, else the mean."""
     tuned: float | None = number(None, 0, 1)
     """Of a run folder: how far on the way from its initial weights (0) to its trained ones (1) the encoder is taken."""
-    push: str | None = None
-    """hub: also upload the folder to this repository, USER/NAME, with your own token."""
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,12 @@ from torch import Tensor
 
 from fastcr.arguments import EmbedConfig, read_arguments
 from fastcr.data.crop_loader import BATCH_SIZE, load_crops
-from fastcr.data.crops import centres_of, in_image
 from fastcr.data.images import ImageList
 from fastcr.data.layouts import read_splits
-from fastcr.encoders.encoder import Encoder, find_weights, load
+from fastcr.encoders.encoder import find_weights, load
 from fastcr.errors import UsageError
 from fastcr.measures.poolings import key_of, pooled
-from fastcr.output.embeddings import Job, check_unused
+from fastcr.output.embeddings import IMAGES, PARTIAL, Job, check_unused
 from fastcr.runs.command_line import one_line_errors
 from fastcr.runs.context import Context
 from fastcr.runs.folder import only_writer
@@ -62,28 +61,6 @@ def batches_of(parts: Sequence[ImageList], done: int) -> list[list[int]]:
     return [batch for batch in every if batch[0] >= done]
 
 
-def encode(
-    pixels: Tensor, sizes: Tensor, encoder: Encoder, context: Context, *, pooling: str | None, attention: bool
-) -> tuple[dict[str, Tensor], list[list[float | None]]]:
-    """Arrays of the images of a batch by the names of their files, on the CPU, and the peaks of their attention.
-
-    Without a `pooling` the arrays are the mean and, of an encoder with a branch, the attention's embedding. A peak is
-    x and y of the centre of the position that is attended most, fractions of the image; None without a branch.
-    `sizes` `[B,2]` are height and width of the images in pixels.
-    """
-    features, _ = encoder.of_crops(pixels.to(context.device, non_blocking=True), context.dtype)
-    mean, rationale, maps = encoder.pooled(features)
-    named = {pooling: pooled(features, encoder, pooling)} if pooling else {"mean": mean, "rationale": rationale}
-    peaks: list[list[float | None]] = [[None, None] for _ in sizes]
-    if maps is not None:
-        centres = centres_of(*features.shape[2:])[maps.flatten(1).argmax(1).cpu()]
-        found = in_image(centres[:, None], sizes, encoder.image_size)[:, 0]
-        peaks = [[round(each, 4) for each in peak] for peak in found.tolist()]
-        if attention:
-            named["attention"] = maps.half()
-    return {name: array.cpu() for name, array in named.items() if array is not None}, peaks
-
-
 @torch.inference_mode()
 def embed_folder(config: EmbedConfig, context: Context) -> None:
     """Write the embeddings of every image under `config.folder`; resumes what a killed job left.
@@ -95,20 +72,18 @@ def embed_folder(config: EmbedConfig, context: Context) -> None:
     out = config.out or Path(f"{config.folder.resolve().name}-embeddings")
     check_unused(out)
     encoder = load(weights, context.device, tuned=config.run.tuned)
-    if config.attention and encoder.branch is None:
-        raise UsageError(f"{weights} has no branch for the attention, so there is no --attention to write")
     pooling = key_of(config.pooling, encoder)
-    wanted = pooling if config.pooling or config.centre else None
+    wanted = [pooling] if config.pooling or config.centre else sorted({"mean", pooling})
     parts, rows, digest = list_images(config.folder)
     base = config.folder if config.folder.is_dir() else config.folder.parent
-    settings = f"pooling {wanted}, attention {config.attention}, centre {bool(config.centre)}, {context.dtype}"
+    settings = f"pooling {wanted}, centre {bool(config.centre)}, {context.dtype}"
     settings += f", tuned {encoder.facts.get('tuned', 1.0)}"
     key = {
         "weights": hashlib.sha256(weights.read_bytes()).hexdigest(),
         "images": digest,
         "settings": f"{settings}, {BATCH_SIZE} images a batch",
     }
-    partial = out / "partial"
+    partial = out / PARTIAL
     partial.mkdir(parents=True, exist_ok=True)
     with only_writer(partial), encoder.evaluating():
         job = Job(partial, key)
@@ -121,12 +96,13 @@ def embed_folder(config: EmbedConfig, context: Context) -> None:
         for batch, (pixels, sizes, readable) in zip(batches, shown, strict=True):
             for image in sorted(set(batch) - {batch[place] for place in readable}):
                 context.say(f"unreadable image {os.path.join(base, rows[image][0])!r}: left out")
-            arrays, table = dict[str, Tensor](), list[Sequence[object]]()
+            arrays = dict[str, Tensor]()
             if readable:
-                arrays, peaks = encode(pixels, sizes, encoder, context, pooling=wanted, attention=config.attention)
-                for place, (high, wide), peak in zip(readable, sizes.tolist(), peaks, strict=True):
-                    table.append((*rows[batch[place]], wide, high, *peak))
-            job.add(len(batch), arrays, table)
+                features, _ = encoder.of_crops(pixels.to(context.device, non_blocking=True), context.dtype)
+                arrays = {each: pooled(features, encoder, each).cpu() for each in wanted}
+                numbers = torch.tensor(batch)[readable]
+                arrays[IMAGES] = torch.cat([numbers[:, None], sizes.flip(1)], 1)  # sizes are height and width
+            job.add(len(batch), arrays)
         if not job.rows:
             shutil.rmtree(partial)
             raise UsageError(f"none of the {len(rows)} images under {config.folder} can be read")
@@ -137,7 +113,7 @@ def embed_folder(config: EmbedConfig, context: Context) -> None:
             "settings": key["settings"],
             "pooling": pooling,
         }
-        job.finish(out, config.format, facts, centre=bool(config.centre))
+        job.finish(out, rows, facts, centre=bool(config.centre))
     speed = (job.rows - first) / (time.monotonic() - began)
     left_out = f", {len(rows) - job.rows:,} unreadable left out" if job.rows < len(rows) else ""
     context.say(f"{job.rows:,} images embedded{left_out} ({speed:,.0f} images/s)")

@@ -99,7 +99,7 @@ def main(args: Sequence[str] | None = None) -> None:
             raise UsageError(f"{root} has {not_measured(splits)}, so nothing can be measured")
         context = Context.of(config.run.device, config.run.precision, config.data.workers, processes=processes)
         classifiers = Classifiers(config.knn, config.linear) if config.all else None
-        objects = read_objects(config.data.boxes, images) if config.all or config.data.boxes else None
+        objects = read_objects(config.data.boxes, images) if config.data.boxes else None
         evaluation = Evaluation(splits, images, context, classifiers, config.run.tuned, objects)
         results = measure(config, evaluation, weights)
         show(results, context, every=bool(config.all))

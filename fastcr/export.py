@@ -3,13 +3,13 @@
 safetensors  torchvision's or timm's names for the backbone, `branch.*` for the branch
 torch        a graph for `torch.export.load`, any batch; the facts in its extra file `fastcr.json`
 onnx         opset 18, plain operators, any batch; the facts in its metadata
-hub          a folder for the Hugging Face Hub: weights and model card; `--push REPO` uploads it
+hub          a folder for the Hugging Face Hub: weights and model card; `hf upload` sends it there
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
+import importlib.util
 import io
 import json
 import os
@@ -27,7 +27,6 @@ from fastcr import __version__
 from fastcr.arguments import ExportConfig, read_arguments
 from fastcr.config import Config
 from fastcr.encoders.encoder import Encoder, find_weights, folder_of, load
-from fastcr.encoders.hub import reason
 from fastcr.errors import UsageError, one_line
 from fastcr.measures.poolings import key_of, pooled
 from fastcr.output.tables import best_line, retrieval_table, text_of
@@ -35,7 +34,7 @@ from fastcr.runs.checkpoint import save_weights, write_whole
 from fastcr.runs.command_line import load_config, one_line_errors
 from fastcr.runs.context import Context
 
-OPSET = 18
+OPSET, ONNX = 18, ("onnx", "onnxscript")  # and the packages that write it
 ENDINGS = {"safetensors": "-export.safetensors", "torch": ".pt2", "onnx": ".onnx", "hub": "-hub"}
 
 
@@ -93,16 +92,16 @@ def write_graph(encoder: Encoder, out: Path, format: str, pooling: str | None) -
     write_whole(out, lambda file: file.write_bytes(content))
 
 
-def write_hub(encoder: Encoder, out: Path, run: Path | None, repo: str | None) -> None:
+def write_hub(encoder: Encoder, out: Path, run: Path) -> None:
     """Write the folder, whole or not at all: `model.safetensors`, `config.json`, `README.md` (the card).
 
-    Settings and results are those of the folder `run`, if there are any; of paths only the last name is kept.
+    Settings and results are those of the folder `run`, if it has any; of paths only the last name is kept.
     `UsageError` if they are broken.
     """
-    told: dict[str, Any] = {"name": repo or out.name, "facts": encoder.facts, "repo": repo, "version": __version__}
-    if run and (run / "config.yaml").is_file():
+    told: dict[str, Any] = {"name": out.name, "facts": encoder.facts, "version": __version__}
+    if (run / "config.yaml").is_file():
         told["settings"] = yaml.safe_dump(training_settings(load_config(run / "config.yaml")), sort_keys=False)
-    if run and (run / "results.json").is_file():
+    if (run / "results.json").is_file():
         told["results"] = results_of(run / "results.json")
     card = Template(Path(__file__).with_name("model_card.md.jinja").read_text(encoding="utf-8")).render(told)
     # the Hub counts a download by this file
@@ -137,46 +136,15 @@ def results_of(file: Path) -> str:
     return "\n".join([f"{data}, {table.caption}:", "", *lines, "", verdict])
 
 
-def push(folder: Path, repo: str) -> str:
-    """Upload `folder` to the Hub, into a repository that is made if need be; returns its address.
-
-    `UsageError` for whatever keeps it from there.
-    """
-    from huggingface_hub import HfApi
-
-    try:
-        api = HfApi()
-        address = str(api.create_repo(repo, exist_ok=True))
-        api.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"Exported by fastcr {__version__}")
-    except Exception as error:  # as in `fetch`
-        later = f"later: hf upload {repo} {folder}"
-        raise UsageError(f"{folder} is written, but not pushed to {repo}: {reason(error)}; {later}") from None
-    return address
-
-
-def check(config: ExportConfig) -> None:
-    """`UsageError` for settings that do not go together, a package that is missing, or no token to push with."""
-    if config.push and config.format != "hub":
-        raise UsageError("--push goes with --format hub")
-    if config.pooling and config.format not in ("torch", "onnx"):
-        raise UsageError("--pooling goes with --format torch and onnx: the others hold weights, not a graph")
-    packages = ["onnx", "onnxscript"] if config.format == "onnx" else ["huggingface_hub"] if config.push else []
-    try:
-        for package in packages:
-            importlib.import_module(package)
-    except ImportError as error:
-        extra = "hub" if config.push else "onnx"
-        raise UsageError(f'this export needs {error.name}: pip install "fastcr[{extra}]"') from None
-    if config.push and not importlib.import_module("huggingface_hub").get_token():
-        raise UsageError("--push needs your Hugging Face token: run hf auth login, or set HF_TOKEN")
-
-
 def main(args: Sequence[str] | None = None) -> None:
     """Command line of `fastcr export`."""
     with one_line_errors("export"):
         config: ExportConfig = read_arguments("export", args)
-        check(config)
-        weights, context = find_weights(config.source), Context()
+        if config.pooling and config.format not in ("torch", "onnx"):
+            raise UsageError("--pooling goes with --format torch and onnx: the others hold weights, not a graph")
+        if config.format == "onnx" and (lacking := [each for each in ONNX if importlib.util.find_spec(each) is None]):
+            raise UsageError(f'this export needs {lacking[0]}: pip install "fastcr[onnx]"')
+        weights = find_weights(config.source)
         out = config.out or folder_of(config.source) / (weights.stem + ENDINGS[config.format])
         if out.exists():
             raise UsageError(f"{out} is there already: name another --out")
@@ -187,12 +155,10 @@ def main(args: Sequence[str] | None = None) -> None:
             usual = {name.removeprefix("backbone.").removeprefix("timm."): state[name] for name in state}
             save_weights(out, usual, encoder.facts)
         elif config.format == "hub":
-            write_hub(encoder, out, config.source if config.source.is_dir() else None, config.push)
+            write_hub(encoder, out, config.source)
         else:
             write_graph(encoder, out, config.format, config.pooling)
-        context.say(f"exported: {out}")
-        if config.push:
-            context.say(f"pushed: {push(out, config.push)}")
+        Context().say(f"exported: {out}")
 
 
 if __name__ == "__main__":

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
+
+import torch
+import yaml
 
 from fastcr.arguments import ReportConfig, read_arguments
 from fastcr.config import Config
@@ -18,11 +19,10 @@ from fastcr.data.layouts import read_splits
 from fastcr.data.synthetic import write_synthetic
 from fastcr.encoders.encoder import load
 from fastcr.errors import UsageError
-from fastcr.measures.embeddings import embed
-from fastcr.output.gallery import attended, neighbours, read_pictures, spread
-from fastcr.output.sheets import PAGE, Chart, Section, check_out, write_sheet
+from fastcr.export import training_settings
+from fastcr.output.gallery import attended, read_pictures, spread
+from fastcr.output.sheets import PAGE, Chart, Section, check_out, write_page
 from fastcr.output.tables import results_tables, text_of
-from fastcr.presets import PRESETS
 from fastcr.runs.command_line import called, load_config, one_line_errors
 from fastcr.runs.context import Context
 from fastcr.runs.log import read_records
@@ -36,25 +36,9 @@ CURVES = {
     "effective_rank": "effective rank of the embeddings",
     "kept_neighbours": "share of the initial nearest neighbours that are kept",
 }  # of metrics.jsonl
+ATTENDED = 12  # images shown with their attention
 POINTS = 500  # of a curve, about: of longer ones every so many are drawn
 Record = Mapping[str, float]  # a line of metrics.jsonl
-
-
-def by_name(value: Any) -> str:
-    """A setting without the folders of the machine it was made on."""
-    return os.path.basename(os.path.normpath(value)) if os.sep in str(value) else str(value)
-
-
-def data_name(root: Path | None) -> str:
-    """The data set, by the name of its folder."""
-    return by_name(root.absolute()) if root else "drawn birds (synthetic)"
-
-
-def settings(config: Config) -> dict[str, str]:
-    """Every setting by its flag, but where the run lies."""
-    sections = {name: value for name, value in dataclasses.asdict(config).items() if name != "preset"}
-    flags = {f"--{name}.{key}": by_name(value) for name, keys in sections.items() for key, value in keys.items()}
-    return {flag: value for flag, value in flags.items() if flag != "--run.dir"}
 
 
 def read_steps(folder: Path) -> list[Record]:
@@ -69,17 +53,13 @@ def read_steps(folder: Path) -> list[Record]:
 
 
 def settings_of(config: Config, steps: Sequence[Record]) -> Section:
-    """How far the run has come, and the command that repeats it, with the settings that are not the preset's."""
-    usual = settings(PRESETS.get(config.preset, Config)())
-    own = {flag: value for flag, value in settings(config).items() if value != usual[flag]}
-    command = f"{called('train')} {shlex.join([config.preset, *chain.from_iterable(own.items())])}"
+    """How far the run has come, and its settings, without the paths of the machine it ran on."""
     said = "no step is logged yet" if config.optim.epochs else "no training (0 epochs)"
     if steps:
         epochs = f"epoch {steps[-1].get('epoch', 0):.3g} of {config.optim.epochs}"
         said = f"{steps[-1]['step']:,} steps of {config.optim.batch_size} images, {epochs}"
-    paths = "This command repeats the run. Folders and files go by their names: put your paths in."
-    about = f"The preset {config.preset} on {data_name(config.data.root)}: {said}. {paths}"
-    return Section("Settings", about, command)
+    code = yaml.safe_dump(training_settings(config), sort_keys=False)
+    return Section("Settings", f"The preset {config.preset}: {said}.", code)
 
 
 def results_of(folder: Path, name: str) -> Section:
@@ -106,50 +86,38 @@ def curves_of(steps: Sequence[Record]) -> Section:
     return Section("Curves", "" if charts else "Nothing is logged yet.", charts=charts)
 
 
-def images_of(name: str, trained: Config, config: ReportConfig, context: Context) -> list[Section]:
-    """The attention over images and their nearest neighbours, embedded by the run's weights as they are now."""
+@torch.inference_mode()
+def images_of(name: str, trained: Config, config: ReportConfig, context: Context) -> Section:
+    """The attention over images, by the run's weights as they are now."""
     weights, root = config.source / "weights.safetensors", config.data.root or trained.data.root
-    if not (config.gallery or config.queries):
-        return []
     if not weights.exists():
-        return [Section("Images", "The run has not saved weights yet, so no images are shown.")]
+        return Section("Attention", "The run has not saved weights yet, so no images are shown.")
     try:
         splits = read_splits(root or write_synthetic())
     except UsageError as error:
         if config.data.root:
             raise
         context.say(f"no images of {name} at hand: {error}")
-        where = "were not at hand when this page was made; --data.root says where they are"
-        return [Section("Images", f"The images ({data_name(root)}) {where}.")]
+        return Section("Attention", "No images were at hand when this page was made; --data.root says where they are.")
     images, encoder = splits.test or splits.train, load(weights, context.device)
-    found = embed(encoder, images, context, title=name)
-    shown = f"evenly spread over {len(images):,} {'test' if splits.test else 'training'} images of {data_name(root)}"
-    lost = f" {len(found.unreadable)} of them cannot be read." if found.unreadable else ""
-    sections = list[Section]()
-    if encoder.branch and config.gallery:
-        text = f"Images {shown}.{lost} Each map is warm where it is high, and is scaled to its own maximum."
-        places = [(images, index) for index in spread(found.kept.tolist(), config.gallery)]
-        pictures, _ = read_pictures(places, encoder.image_size)
-        tiles = attended(list(pictures.values()), encoder, context)
-        sections.append(Section("Attention", text, rows=[tiles]))
-    if config.queries:
-        pooling = "mean" if encoder.branch is None else "attention"
-        text = f"Queries {shown}, and the images that are most similar to each by the {pooling} embedding.{lost}"
-        marks = " ✓ is of the query's class, ✗ of another." if images.labels else ""
-        rows = neighbours(found, images, encoder.image_size, config.queries)
-        sections.append(Section("Nearest neighbours", f"{text} Below each is its cosine.{marks}", rows=rows))
-    return sections
+    if encoder.branch is None:
+        return Section("Attention", "The encoder has no branch for it.")
+    places = [(images, index) for index in spread(range(len(images)), ATTENDED)]
+    tiles = attended([*read_pictures(places, encoder.image_size)[0].values()], encoder, context)
+    text = f"Images evenly spread over {len(images):,} {'test' if splits.test else 'training'} images. "
+    text += "Each map is warm where it is high, and is scaled to its own maximum."
+    return Section("Attention", text, rows=[tiles])
 
 
 def write_report(config: ReportConfig, context: Context) -> Path:
     """Write the page and return where. `UsageError` for a run, images or a path that cannot be used."""
     out = config.out or config.source / "report.html"
     trained = load_config(config.source / "config.yaml")
-    check_out(out, [PAGE])
+    check_out(out, PAGE)
     name, steps = Path(os.path.abspath(config.source)).name, read_steps(config.source)
-    sections = [settings_of(trained, steps), results_of(config.source, name), curves_of(steps)]
-    sections += images_of(name, trained, config, context)
-    write_sheet(out, f"{name}: training on {data_name(trained.data.root)}", sections)
+    sections = [settings_of(trained, steps), results_of(config.source, name), curves_of(steps),
+                images_of(name, trained, config, context)]  # fmt: skip
+    write_page(out, f"{name}: training on {training_settings(trained)['data']}", sections)
     return out
 
 
@@ -157,7 +125,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Command line of `fastcr report`."""
     with one_line_errors("report"):
         config: ReportConfig = read_arguments("report", args)
-        context = Context.of(config.run.device, config.run.precision, config.data.workers)
+        context = Context.of(config.run.device, "fp32")
         context.say(f"report: {write_report(config, context)}")
 
 

@@ -19,7 +19,7 @@ from fastcr.errors import UsageError
 from fastcr.measures.poolings import SHOWN
 from fastcr.output.embeddings import Neighbour, Stored, read_stored
 from fastcr.output.gallery import encode, list_images, read_pictures, tile
-from fastcr.output.sheets import Section, Tile, check_out, write_sheet
+from fastcr.output.sheets import PAGE, Section, Tile, check_out, write_page
 from fastcr.runs.command_line import one_line_errors
 from fastcr.runs.context import Context
 
@@ -68,7 +68,7 @@ def search(config: SearchConfig, context: Context) -> None:
     """Print the nearest images of each, and draw them; `UsageError` for embeddings or images that cannot be used."""
     if not config.images:
         raise UsageError("name an IMAGE to search for, or a folder of them")
-    check_out(config.out)
+    check_out(config.out, PAGE)
     images, stored = list_images(config.images), read_stored(config.embeddings)
     encoder = encoder_of(stored, config.encoder, context.device)
     pooling = stored.facts["pooling"]
@@ -94,12 +94,10 @@ def search(config: SearchConfig, context: Context) -> None:
         raise UsageError(f"none of the {len(images)} images can be read")
     made_with = os.path.join(*Path(stored.facts["weights"]).parts[-2:])
     shown = SHOWN.get(pooling, pooling) + (", mean subtracted" if stored.mean is not None else "")
-    text = (
-        f"By the embeddings of {made_with} (pooling: {shown}). Below each image are its cosine, its label and its file."
-    )
+    text = f"By the embeddings of {made_with} ({shown}). Below each image are its cosine, its label and its file."
     if encoder.branch is not None:
         text += " The map beside it is warm where the attention is high, and is scaled to its own maximum."
-    write_sheet(config.out, f"Nearest of {len(stored.rows):,} images", [Section(text=text), *sections])
+    write_page(config.out, f"Nearest of {len(stored.rows):,} images", [Section(text=text), *sections])
     if missing:
         where = f"under {stored.facts['root']}, so they are not drawn"
         context.say(f"{missing:,} of the nearest images are no longer {where}")

@@ -15,14 +15,14 @@ from fastcr.data.synthetic import write_synthetic
 from fastcr.encoders.encoder import find_weights, folder_of, load
 from fastcr.errors import UsageError
 from fastcr.output.gallery import attended, list_images, read_pictures, spread
-from fastcr.output.sheets import Section, check_out, write_sheet
+from fastcr.output.sheets import GRID, PAGE, Section, check_out, write_grid, write_page
 from fastcr.runs.command_line import load_config, one_line_errors
 from fastcr.runs.context import Context
 
 
 @torch.inference_mode()
 def visualize(config: VisualizeConfig, context: Context) -> None:
-    """Write the sheet or the page; see the module's first lines.
+    """Write the grid or the page; see the module's first lines.
 
     Raises `UsageError` for weights without a branch, or if there is no image to show.
     """
@@ -30,7 +30,7 @@ def visualize(config: VisualizeConfig, context: Context) -> None:
     if not sources and not config.source.is_dir():
         raise UsageError("a weights file needs an IMAGE or a FOLDER of them after it")
     out = config.out or folder_of(config.source) / "attention.png"
-    check_out(out)
+    check_out(out, GRID, PAGE)
     sources = sources or (load_config(config.source / "config.yaml").data.root or write_synthetic(),)
     encoder = load(weights, context.device)
     if encoder.branch is None:
@@ -40,7 +40,10 @@ def visualize(config: VisualizeConfig, context: Context) -> None:
         raise UsageError(f"none of the {len(reasons)} images can be read: {reasons[0]}")
     tiles = attended(list(pictures.values()), encoder, context)
     text = "Each map is warm where the attention is high, and is scaled to its own maximum."
-    write_sheet(out, f"Attention of {weights.name}", [Section(text=text, rows=[tiles])])
+    if out.suffix.lower() == GRID:
+        write_grid(out, tiles)
+    else:
+        write_page(out, f"Attention of {weights.name}", [Section(text=text, rows=[tiles])])
     for reason in reasons:
         context.say(f"left out: {reason}")
     context.say(out)

@@ -123,7 +123,7 @@ def bash_completion() -> str:
         ("train cub200 --optim.backbone_l", "--optim.backbone_lr"),
         ("train --resu", "--resume"),
         ("train --data.loader fu", "fused"),
-        ("embed run images --format n", "npy"),
+        ("export run --format o", "onnx"),
     ],
 )
 def test_bash_completes_commands_presets_flags_and_values(words: str, found: str, tmp_path: Path) -> None:

@@ -1,11 +1,11 @@
 """Embeddings in files: the numbers evaluation computes, each row the image the table names; kills cost nothing."""
 
 import csv
-import errno
 import hashlib
 import io
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -17,8 +17,6 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
-from safetensors import safe_open
-from safetensors.torch import load_file
 
 import fastcr
 from fastcr import embed as command
@@ -61,6 +59,10 @@ def table(folder: Path) -> list[dict[str, str]]:
     return rows
 
 
+def arrays(folder: Path) -> dict[str, torch.Tensor]:
+    return {file.stem: torch.from_numpy(np.load(file)) for file in folder.glob("*.npy")}
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {entry.name: entry.read_bytes() for entry in folder.iterdir()}
 
@@ -86,12 +88,12 @@ def raising(error: BaseException) -> Callable[..., None]:
 
 @pytest.fixture(scope="module")
 def half(weights: Path, birds: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a job with --attention that was killed in its sixth batch; not to be changed."""
+    """The folder of a job that was killed in its sixth batch; not to be changed."""
     out, save = tmp_path_factory.mktemp("half") / "out", Job.save
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Job, "save", lambda job: save(job) if job.images <= 40 else raising(Killed())())
         with pytest.raises(Killed):
-            run(weights, birds, "--out", out, "--attention", "True")
+            run(weights, birds, "--out", out)
     return out
 
 
@@ -100,19 +102,17 @@ def test_rows_are_what_evaluation_computes_of_the_images_the_table_names(
     released: bool, birds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights = write_weights(tmp_path / "weights.safetensors", released=released)
-    run(weights, birds, "--out", tmp_path / "out", "--attention", "True")
+    run(weights, birds, "--out", tmp_path / "out")
     assert "96 images embedded (" in capsys.readouterr().out
-    assert contents(tmp_path / "out").keys() == {"embeddings.safetensors", "encoder.json", "images.csv"}
-    assert len({file.stat().st_mode for file in (tmp_path / "out").iterdir()}) == 1  # not the owner's alone
-    found, rows, first = load_file(tmp_path / "out" / "embeddings.safetensors"), table(tmp_path / "out"), 0
-    assert (found["attention"].shape, found["attention"].dtype) == ((96, 2, 2), torch.float16)
+    names = {"encoder.json", "images.csv", "mean.npy", "rationale.npy"}
+    assert contents(tmp_path / "out").keys() == names
+    found, rows, first = arrays(tmp_path / "out"), table(tmp_path / "out"), 0
     for split, images in (("train", read_splits(birds).train), ("test", read_splits(birds).test)):
         assert images
         assert images.labels
         expected, part = computed(weights, images), slice(first, first + len(images))
         assert torch.equal(found["mean"][part], expected.mean)
         assert torch.equal(found["rationale"][part], expected.rationale)
-        assert torch.equal(found["attention"][part].flatten(1), expected.attention.half())
         assert {row["split"] for row in rows[part]} == {split}
         assert [row["path"] for row in rows[part]] == [f"{split}/{file}" for file in images.files]
         assert [row["label"] for row in rows[part]] == [images.classes[label] for label in images.labels]
@@ -120,42 +120,32 @@ def test_rows_are_what_evaluation_computes_of_the_images_the_table_names(
     assert first == len(rows)
     for row in rows[::10]:
         assert Image.open(birds / row["path"]).size == (int(row["width"]), int(row["height"]))
-    with safe_open(tmp_path / "out" / "embeddings.safetensors", "pt") as file:
-        facts = json.loads(file.metadata()["fastcr"])
+    facts = json.loads((tmp_path / "out" / "encoder.json").read_text())
     assert (facts["backbone"], facts["image_size"]) == ("resnet18", 32)
 
 
-def test_numpy_files_hold_the_same_and_so_do_those_of_worker_processes(
+def test_files_of_worker_processes_are_the_same(
     weights: Path, birds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    run(weights, birds, "--attention", "True")
-    more = ["--out", str(tmp_path / "npy"), "--format", "npy", "--attention", "True", "--data.workers", "2"]
-    command.main([str(weights), str(birds), "--run.device", "cpu", *more])
-    expected = load_file(tmp_path / f"{birds.name}-embeddings" / "embeddings.safetensors")  # the default of --out
-    assert contents(tmp_path / "npy").keys() == {f"{name}.npy" for name in expected} | {"encoder.json", "images.csv"}
-    for name, array in expected.items():
-        mapped = np.load(tmp_path / "npy" / f"{name}.npy", mmap_mode="r")
-        assert mapped.dtype == array.numpy().dtype
-        assert np.array_equal(mapped, array.numpy())
+    run(weights, birds)
+    command.main([str(weights), str(birds), "--out", "out", "--run.device", "cpu", "--data.workers", "2"])
+    assert contents(tmp_path / "out") == contents(tmp_path / f"{birds.name}-embeddings")  # the default of --out
 
 
 def test_without_a_branch_there_is_the_mean_alone(birds: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     plain = write_weights(tmp_path / "plain.safetensors", RationaleConfig(enabled=False))
     run(plain, birds / "test", "--out", tmp_path / "out")
-    assert load_file(tmp_path / "out" / "embeddings.safetensors").keys() == {"mean"}
-    assert {(row["split"], row["peak_x"]) for row in table(tmp_path / "out")} == {("", "")}
-    message = refused(command.main, plain, birds, "--out", tmp_path / "out", "--format", "npy", *CPU)
+    assert arrays(tmp_path / "out").keys() == {"mean"}
+    assert {row["split"] for row in table(tmp_path / "out")} == {""}
+    message = refused(command.main, plain, birds, "--out", tmp_path / "out", *CPU)
     assert "images.csv is there already: remove it, or name another --out" in message
-    message = refused(command.main, plain, birds, "--out", tmp_path / "more", "--attention", "True", *CPU)
-    assert "no branch for the attention" in message
-    assert not (tmp_path / "more").exists()
 
 
 def test_killed_command_goes_on_and_gives_the_same_bytes(
     weights: Path, birds: Path, half: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, how = Path(shutil.copytree(half, tmp_path / "out")), ("--attention", "True")
+    out = Path(shutil.copytree(half, tmp_path / "out"))
     assert {entry.name for entry in out.iterdir()} == {"partial"}
 
     def all_but_the_last(path: Path, write: Callable[[Path], object]) -> None:
@@ -167,23 +157,22 @@ def test_killed_command_goes_on_and_gives_the_same_bytes(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(embeddings, "write_whole", all_but_the_last)
         with pytest.raises(Killed):
-            run(weights, birds, "--out", out, *how)
+            run(weights, birds, "--out", out)
     assert "resuming after 40 of 96 images" in capsys.readouterr().out
-    run(weights, birds, "--out", out, *how)
+    run(weights, birds, "--out", out)
     assert "resuming after 96 of 96 images" in capsys.readouterr().out
-    run(weights, birds, "--out", tmp_path / "whole", *how)
+    run(weights, birds, "--out", tmp_path / "whole")
     assert contents(out) == contents(tmp_path / "whole")
 
 
 def test_a_job_that_cannot_go_on_says_why_and_stays_as_it_is(
-    weights: Path, birds: Path, half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+    weights: Path, birds: Path, half: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     out, root = Path(shutil.copytree(half, tmp_path / "out")), Path(shutil.copytree(birds, tmp_path / "birds"))
-    first, *_, last = sorted((out / "partial").glob("*.npz"))
 
     def said(weights: Path = weights, root: Path = birds) -> str:
         before = contents(out / "partial")
-        line = refused(command.main, weights, root, "--out", out, "--attention", "True", *CPU)
+        line = refused(command.main, weights, root, "--out", out, *CPU)
         assert contents(out / "partial") == before
         return line
 
@@ -191,14 +180,28 @@ def test_a_job_that_cannot_go_on_says_why_and_stays_as_it_is(
     assert f"{out}/partial was begun with other weights: remove that folder" in said(weights=other)
     next((root / "test").glob("*/*.jpg")).touch()
     assert f"{out}/partial was begun with other images: remove that folder" in said(root=root)
-    with monkeypatch.context() as patch:
-        patch.setattr(np, "savez", raising(OSError(errno.ENOSPC, "No space left on device")))
-        assert "No space left on device" in said()
+    first = out / "partial" / "mean"
     whole = first.read_bytes()
-    last.write_bytes(whole[:-100])
-    assert f"{last} is broken" in said()
+    first.write_bytes(whole[: 39 * len(whole) // 48])  # 40 images are done, the rows of 8 more are written
+    assert f"{out}/partial is broken" in said()
     first.unlink()
-    assert f"{out}/partial is broken (it lacks a part): remove that folder" in said()
+    assert f"{out}/partial is broken" in said()
+
+
+def test_a_full_disk_is_one_line_and_costs_nothing(
+    weights: Path, birds: Path, half: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    out = Path(shutil.copytree(half, tmp_path / "out"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    row = (out / "partial" / "mean").stat().st_size // 48  # the rows of 8 images after the 40 that count are there too
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60 * row, hard))
+    try:
+        assert "File too large" in refused(command.main, weights, birds, "--out", out, *CPU)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    run(weights, birds, "--out", out)
+    run(weights, birds, "--out", tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole")
 
 
 def test_another_process_at_it_is_noticed(
@@ -229,7 +232,7 @@ def test_unreadable_images_are_named_counted_and_left_out(
     kept = [index for index in range(32) if index not in broken]
     assert [row["path"] for row in table(tmp_path / "out")] == [files[index] for index in kept]
     expected = computed(weights, read_splits(birds / "test").train)
-    found = load_file(tmp_path / "out" / "embeddings.safetensors")
+    found = arrays(tmp_path / "out")
     torch.testing.assert_close(found["mean"], expected.mean[kept], atol=1e-5, rtol=0)
     torch.testing.assert_close(found["rationale"], expected.rationale[kept], atol=1e-5, rtol=0)
 
@@ -260,21 +263,21 @@ def test_the_pooling_that_is_asked_for_is_written_alone(
     asked: str, name: str, weights: Path, birds: Path, tmp_path: Path
 ) -> None:
     run(weights, birds / "test", "--out", tmp_path / "out", "--pooling", asked)
-    found, facts = (tmp_path / "out" / each for each in ("embeddings.safetensors", "encoder.json"))
-    assert load_file(found).keys() == {name}
+    found = arrays(tmp_path / "out")
+    assert found.keys() == {name}
     expected = computed(weights, read_splits(birds / "test").train)
     by_name = {"rationale": expected.rationale, **expected.others}
-    torch.testing.assert_close(load_file(found)[name], by_name[name], atol=1e-6, rtol=0)
-    assert json.loads(facts.read_text())["pooling"] == name
+    torch.testing.assert_close(found[name], by_name[name], atol=1e-6, rtol=0)
+    assert json.loads((tmp_path / "out" / "encoder.json").read_text())["pooling"] == name
 
 
 def test_the_mean_of_the_folder_is_subtracted_and_kept(weights: Path, birds: Path, tmp_path: Path) -> None:
-    run(weights, birds, "--out", tmp_path / "plain", "--format", "npy", "--pooling", "scda")
+    run(weights, birds, "--out", tmp_path / "plain", "--pooling", "scda")
     run(weights, birds, "--out", tmp_path / "out", "--pooling", "scda", "--centre")
     plain = np.load(tmp_path / "plain" / "scda.npy").astype(np.float64)
     mean = plain.mean(0)
     expected = (plain - mean) / np.linalg.norm(plain - mean, axis=1, keepdims=True)
-    found = load_file(tmp_path / "out" / "embeddings.safetensors")["scda"].numpy()
+    found = arrays(tmp_path / "out")["scda"].numpy()
     assert found.dtype == np.float32
     assert np.allclose(found, expected, atol=1e-5)
     facts = json.loads((tmp_path / "out" / "encoder.json").read_text())

@@ -7,6 +7,7 @@ import math
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -269,15 +270,12 @@ def test_a_resnet_by_name_and_weights_is_that_encoder(birds: Path, tmp_path: Pat
     torch.save(backbone.state_dict(), tmp_path / "backbone.pt")
     root = ["--data.root", str(birds), *CPU, "--all", "--linear.epochs", "1"]
     evaluate.main([str(plain), *root, "--out", str(tmp_path / "file.json")])
-    named = [
-        "--model.weights",
-        str(tmp_path / "backbone.pt"),
-        "--model.last_stage",
-        "layer3",
-        "--data.image_size",
-        "32",
-    ]
-    evaluate.main(["resnet18", *named, *root, "--out", str(tmp_path / "name.json")])
+    named = {
+        "--model.weights": str(tmp_path / "backbone.pt"),
+        "--model.last_stage": "layer3",
+        "--data.image_size": "32",
+    }
+    evaluate.main(["resnet18", *chain.from_iterable(named.items()), *root, "--out", str(tmp_path / "name.json")])
     of_file, of_name = (json.loads((tmp_path / f"{kind}.json").read_text()) for kind in ("file", "name"))
     for section in ("retrieval", "retrieval_centred", "knn", "linear", "few_label"):
         assert of_name[section] == of_file[section]

@@ -1,4 +1,4 @@
-"""Search: the nearest are the nearest, whatever the format; the encoder is the same one; nothing is overwritten."""
+"""Search: the nearest are the nearest, the encoder is the same one; nothing is overwritten."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = ("--run.device", "cpu", "--run.precision", "fp32")
 
 
-def embedded(weights: Path, root: Path, out: Path, format: str = "npy") -> Path:
-    embed.main([*map(str, (weights, root, "--out", out, "--format", format)), *CPU, "--data.workers", "0"])
+def embedded(weights: Path, root: Path, out: Path) -> Path:
+    embed.main([*map(str, (weights, root, "--out", out)), *CPU, "--data.workers", "0"])
     return out
 
 
@@ -35,7 +35,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(weights: Path, birds: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The drawn birds embedded as npy; not to be changed."""
+    """The drawn birds embedded; not to be changed."""
     return embedded(weights, birds, tmp_path_factory.mktemp("whole") / "out")
 
 
@@ -60,20 +60,18 @@ def found(output: str) -> list[tuple[str, str, str]]:
     return [(similarity, label.strip(), path) for similarity, label, path in rows]
 
 
-@pytest.mark.parametrize("format", ["safetensors", "npy"])
 def test_the_nearest_are_the_most_similar(
-    format: str, weights: Path, whole: Path, birds: Path, query: Path, capsys: pytest.CaptureFixture[str]
+    weights: Path, whole: Path, birds: Path, query: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = whole if format == "npy" else embedded(weights, birds, Path("out"), format)
     encoder = fastcr.load(weights)
     with torch.inference_mode():
         own = encoder(encoder.transform(Image.open(query))[None]).embedding[0]
     vectors = np.load(whole / "rationale.npy")
     similarity, places = (torch.from_numpy(vectors) @ own).topk(7)
-    with open(out / "images.csv", newline="") as file:
+    with open(whole / "images.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     expected = [(rows[i]["label"], rows[i]["path"]) for i in places.tolist()]
-    run(out / "images.csv", query, "--k", "7")  # a file of the folder names it too
+    run(whole / "images.csv", query, "--k", "7")  # a file of the folder names it too
     shown = found(capsys.readouterr().out)
     assert [each[1:] for each in shown] == expected
     assert [float(each[0]) for each in shown] == pytest.approx(similarity.tolist(), abs=1e-4)
@@ -151,11 +149,10 @@ def test_pictures_that_are_gone_are_counted(
     assert Path("search.html").read_text().count("<figure") == 1 + 10 - gone
 
 
-@pytest.mark.parametrize(("format", "name"), [("safetensors", "embeddings.safetensors"), ("npy", "rationale.npy")])
 def test_broken_embeddings_are_refused_in_a_line(
-    format: str, name: str, weights: Path, flat: Path, query: Path, tmp_path: Path, refused: Callable[..., str]
+    weights: Path, flat: Path, query: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
-    out = embedded(weights, flat, tmp_path / "out", format)
+    out, name = embedded(weights, flat, tmp_path / "out"), "rationale.npy"
     whole, facts = (out / name).read_bytes(), json.loads((out / "encoder.json").read_text())
     for content in (whole[:-1000], b"no embeddings"):
         (out / name).write_bytes(content)

@@ -123,7 +123,7 @@ def place(birds: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     cpu = ["--data.workers", "0", "--run.device", "cpu"]
     commands = [
         ("train", [*ONE_STEP, "--data.root", root, "--run.dir", run, "--data.workers", "1", "--data.cache", "disk"]),
-        ("report", [run, *cpu]),
+        ("report", [run, "--run.device", "cpu"]),
         ("visualize", [run, "--run.device", "cpu"]),
         ("embed", [run, root, "--out", out, *cpu]),
         ("search", [out, root, "--out", out / "search.html", "--run.device", "cpu"]),

@@ -15,14 +15,14 @@ from fastcr.data.layouts import read_splits
 from fastcr.data.views import normalise
 from fastcr.encoders.encoder import load
 from fastcr.output.gallery import as_evaluated, overlay, spread
-from fastcr.output.sheets import GAP, LINE
+from fastcr.output.sheets import GAP
 from fastcr.runs.command_line import save_config
 from fastcr.runs.context import Context
 from tests.shared import write_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIDE, TILE = 112, 2 * 112 + GAP
-ROW = SIDE + LINE + GAP
+ROW = SIDE + GAP
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +63,8 @@ def test_each_picture_of_a_run_stands_beside_its_attention(weights: Path, birds:
         assert shown.tobytes() == crop.tobytes()
         over = sheet.crop((left + SIDE, top, left + 2 * SIDE, top + SIDE))
         assert max(high for _, high in ImageChops.difference(over, overlay(crop, attention[0])).getextrema()) <= 2
+    run(tmp_path, "--limit", 8, "--out", tmp_path / "attention.html")
+    assert (tmp_path / "attention.html").read_text().count("attention over the image: ") == 8
 
 
 def test_unreadable_images_are_named_and_left_out(

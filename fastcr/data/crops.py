@@ -31,28 +31,17 @@ def centre_crop(image: Image.Image, size: int) -> Tensor:
     return TF.center_crop(crop, [size, size]).permute(1, 2, 0)
 
 
-def _resized(sizes: Tensor, image_size: int) -> tuple[Tensor, Tensor]:
-    """Width and height `[N,2]` of the resized images, and the left and upper edge `[N,2]` of their squares, pixels."""
-    height, width = sizes.double().unbind(1)
-    # torchvision's rounding: the longer side down to a whole pixel, the crop's corner to the nearest
-    scale = _shorter_side(image_size) / torch.minimum(height, width)
-    resized = torch.stack([(width * scale + 1e-9).floor(), (height * scale + 1e-9).floor()], 1)
-    return resized, torch.from_numpy(np.round((resized - image_size).numpy() / 2))
-
-
 def in_crop(points: Tensor, sizes: Tensor, image_size: int) -> Tensor:
     """Points `[N,P,2]` (x, y), fractions of the image, as fractions of the square that `centre_crop` cuts.
 
     `sizes` `[N,2]` are the images' (height, width) in pixels, `image_size` is the side of the square.
     """
-    resized, corner = _resized(sizes, image_size)
+    height, width = sizes.double().unbind(1)
+    # torchvision's rounding: the longer side down to a whole pixel, the crop's corner to the nearest
+    scale = _shorter_side(image_size) / torch.minimum(height, width)
+    resized = torch.stack([(width * scale + 1e-9).floor(), (height * scale + 1e-9).floor()], 1)
+    corner = torch.from_numpy(np.round((resized - image_size).numpy() / 2))
     return (points * resized[:, None] - corner[:, None]) / image_size
-
-
-def in_image(points: Tensor, sizes: Tensor, image_size: int) -> Tensor:
-    """The way back of `in_crop`: fractions of the square to fractions of the image."""
-    resized, corner = _resized(sizes, image_size)
-    return (points * image_size + corner[:, None]) / resized[:, None]
 
 
 def centres_of(high: int, wide: int) -> Tensor:

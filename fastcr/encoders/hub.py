@@ -49,6 +49,4 @@ def reason(error: Exception) -> str:
         return "no such repository, or it is private: hf auth login"
     if isinstance(error, errors.RevisionNotFoundError):
         return "there is no such revision"
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    refused = {401: "the Hub does not take your token", 403: "your token does not allow it"}
-    return refused.get(status) or one_line(error)  # type: ignore[arg-type]
+    return one_line(error)

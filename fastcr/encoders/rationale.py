@@ -42,18 +42,9 @@ class _Attended(torch.autograd.Function):
 class RationaleHead(nn.Module):
     """Detectors `weight [K,C]`, `bias [K]` (1x1 convolutions): fitted to GradCAM in training, pooled with afterwards.
 
-    In a training loop of any contrastive loss:
-
-        head = RationaleHead(512)                                # channels of the encoder's last feature map
-        features = encoder(images)                               # [B,C,H,W]
-        pooled = features.mean((2, 3))                           # [B,C], what the projection head takes
-        projected = projection(pooled)                           # [B,D]; `key` [B,D] has unit length
-        loss = contrast_loss(projected, key, ...) + head.loss(features, pooled, projected, key)
-        embedding, attention = head.pool(features)               # afterwards, for retrieval
-
-    `settings` are fields of `RationaleConfig` (detectors, temperature, target, cam_keeps, cam_weights, stop_gradient),
-    which may be given whole instead, as `config`; `impl` chooses the kernels: "auto", "torch" or "triton". Of several
-    `processes` that share a batch, all take part in its common channel weights.
+    The README shows it in a training loop. `settings` are fields of `RationaleConfig` (detectors, temperature, target,
+    cam_keeps, cam_weights, stop_gradient), which may be given whole instead, as `config`; `impl` chooses the kernels:
+    "auto", "torch" or "triton". Of several `processes` that share a batch, all take part in its common channel weights.
     """
 
     def __init__(

@@ -62,17 +62,15 @@ def from_released_checkpoint(state: dict[str, Tensor]) -> dict[str, Tensor]:
     Key encoders, queues, heads, predictors and the unused masked head are left out.
     Raises `UsageError` if `state` is neither.
     """
-    branch = {"conv16.weight": "branch.conv.weight"}
-    branch |= {f"bn16.{name}": f"branch.norm.{name}" for name in ("weight", "bias", "running_mean", "running_var")}
-    branch["bn16.num_batches_tracked"] = "branch.norm.num_batches_tracked"
     if "conv16.weight" not in state:
         raise UsageError(f"not a released checkpoint (no conv16.weight); its keys begin {', '.join(sorted(state)[:3])}")
     encoder = "encoder_q." if any(key.startswith("encoder_q.") for key in state) else "online_encoder.0."
-    names = {
-        key: f"backbone.{torchvision_name(key.removeprefix(encoder))}"
-        for key in state
-        if key.startswith(encoder) and not key.startswith(f"{encoder}fc.")
-    }
-    if not names:
+    found = {}
+    for key, value in state.items():
+        if key.startswith(encoder) and not key.startswith(f"{encoder}fc."):
+            found[f"backbone.{torchvision_name(key.removeprefix(encoder))}"] = value
+        elif key == "conv16.weight" or key.startswith("bn16."):
+            found[key.replace("conv16.", "branch.conv.").replace("bn16.", "branch.norm.")] = value
+    if not any(key.startswith("backbone.") for key in found):
         raise UsageError(f"not a released checkpoint (no encoder); its keys begin {', '.join(sorted(state)[:3])}")
-    return {new: state[old] for old, new in (names | branch).items() if old in state}
+    return found

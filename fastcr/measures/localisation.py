@@ -15,24 +15,21 @@ from fastcr.data.images import ImageList
 from fastcr.data.text_lists import read_text
 from fastcr.errors import UsageError
 
-CUB_BOXES = "bounding_boxes.txt"
 SLACK = 1.05  # fractions above it are none: a box may be drawn a little beyond the image
 
 
-def read_objects(source: Path | None, images: ImageList) -> Tensor | None:
-    """Boxes `[N,4]` of `images`, left, top, right, bottom, from a CSV, or from the tables of the CUB-200-2011 archive.
+def read_objects(source: Path, images: ImageList) -> Tensor:
+    """Boxes `[N,4]` of `images`, left, top, right, bottom, from a CSV with the columns path and these.
 
-    `source` is a CSV with the columns path, left, top, right, bottom, in fractions of width and height, or in pixels;
-    its paths are those of the list's files, or these below the folder of their split (`test/<class>/a.jpg`). Or it is
-    the archive's folder. None: that of `images`, if they are the archive's; else nothing is known. A box that is not
-    known is NaN.
+    They are in fractions of width and height, or in pixels; paths are those of the list's files, or these below the
+    folder of their split (`test/<class>/a.jpg`). A box that is not known is NaN.
     Raises `UsageError` for anything else, for boxes that are none, or if no image has a box.
     """
-    archive = source or images.root.parent
-    if source is None and not (archive / CUB_BOXES).is_file():
-        return None
     try:
-        boxes = _cub_boxes(archive) if archive.is_dir() else _csv_boxes(archive)
+        table = csv.DictReader(io.StringIO(read_text(source), newline=""), skipinitialspace=True)
+        boxes = {
+            _plain(row["path"]): [float(row[side]) for side in ("left", "top", "right", "bottom")] for row in table
+        }
         names = [_plain(name) for name in images.files]
         found = [boxes.get(f"{images.root.name}/{name}") or boxes.get(name) or [math.nan] * 4 for name in names]
         known = torch.tensor(found, dtype=torch.float64)
@@ -44,27 +41,10 @@ def read_objects(source: Path | None, images: ImageList) -> Tensor | None:
         if beyond.any() and not beyond.all():
             raise ValueError(f"{int(beyond.sum())} of {len(beyond)} are in pixels, the others in fractions")
     except KeyError as error:
-        raise UsageError(f"{archive} holds no boxes: there is no {error}") from None
+        raise UsageError(f"{source} holds no boxes: there is no {error}") from None
     except (OSError, ValueError, TypeError, AttributeError, csv.Error) as error:
-        raise UsageError(f"{archive} holds no boxes: {error}") from None
+        raise UsageError(f"{source} holds no boxes: {error}") from None
     return known
-
-
-def _csv_boxes(source: Path) -> dict[str, list[float]]:
-    """The box of each path."""
-    table = csv.DictReader(io.StringIO(read_text(source), newline=""), skipinitialspace=True)
-    return {_plain(row["path"]): [float(row[side]) for side in ("left", "top", "right", "bottom")] for row in table}
-
-
-def _cub_boxes(folder: Path) -> dict[str, list[float]]:
-    """The box of each path in the archive's tables, which give left, top, width and height in pixels."""
-    files = dict(line.split(None, 1) for line in read_text(folder / "images.txt").splitlines() if line.strip())
-    boxes = {}
-    for line in read_text(folder / CUB_BOXES).splitlines():
-        number, *box = line.split()
-        left, top, width, height = map(float, box)
-        boxes[_plain(files[number])] = [left, top, left + width, top + height]
-    return boxes
 
 
 def _plain(path: str) -> str:
@@ -91,11 +71,8 @@ def objects_in_crop(boxes: Tensor, sizes: Tensor, image_size: int) -> Tensor:
 def covered(boxes: Tensor, side: int) -> Tensor:
     """Share `[N,side*side]` of each cell of a map that a box `[N,4]` of the crop covers."""
     edges = torch.arange(side, dtype=boxes.dtype) / side
-    along = []
-    for low, high in ((boxes[:, 0], boxes[:, 2]), (boxes[:, 1], boxes[:, 3])):
-        overlap = torch.minimum(high[:, None], edges + 1 / side) - torch.maximum(low[:, None], edges)
-        along.append(overlap.clamp_min(0) * side)
-    x, y = along
+    overlap = torch.minimum(boxes[:, 2:, None], edges + 1 / side) - torch.maximum(boxes[:, :2, None], edges)
+    x, y = (overlap.clamp_min(0) * side).unbind(1)
     return (y[:, :, None] * x[:, None, :]).flatten(1)
 
 

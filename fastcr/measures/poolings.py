@@ -102,7 +102,9 @@ def pooled(features: Tensor, encoder: Encoder, pooling: str, mean: Tensor | None
 
     `pooling` is a name that `key_of` gives.
     """
-    found = encoder.pooled(features).rationale if pooling == "rationale" else OF_FEATURES[pooling](features)
-    assert found is not None  # `key_of` has seen to it
-    unit = F.normalize(found.float(), dim=1)
+    if pooling == "rationale":
+        unit = encoder.pooled(features).rationale
+        assert unit is not None  # `key_of` has seen to it
+    else:
+        unit = F.normalize(OF_FEATURES[pooling](features).float(), dim=1)
     return unit if mean is None else F.normalize(unit - mean.to(unit.device), dim=1)

@@ -1,45 +1,42 @@
-"""The files of `fastcr embed`: parts while it works, then the finished files; and what `fastcr search` reads of them.
+"""The files of `fastcr embed`: plain rows while it works, then the finished files; and what `fastcr search` reads.
 
-A killed job resumes after its last part. Row i of every array is row i of `images.csv`; `encoder.json` says which
-encoder they are of, and how its features were pooled.
+Row i of every array is row i of `images.csv`; `encoder.json`, which is written last, says which encoder they are of and
+how its features were pooled. A killed job goes on after the rows that `partial/done.json` counts.
 """
 
 from __future__ import annotations
 
 import csv
-import io
 import json
 import os
 import shutil
 import time
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.lib.format import dtype_to_descr, write_array_header_1_0
-from safetensors.torch import save_file
+from numpy.lib.format import header_data_from_array_1_0, write_array_header_1_0
 from torch import Tensor
 
 from fastcr.errors import UsageError, one_line
-from fastcr.runs.checkpoint import load_weights, write_whole
+from fastcr.runs.checkpoint import write_whole
 
 Array = np.ndarray[Any, Any]
 POOLINGS = ("mean", "rationale", "gem", "norm", "gaussian", "scda")  # arrays of embeddings, as in results.json
-TABLE, ENCODER, TENSORS = "images.csv", "encoder.json", "embeddings.safetensors"
-FINAL = (TABLE, TENSORS, *(f"{name}.npy" for name in (*POOLINGS, "attention")), ENCODER)
-# of the table: path below the root; size in pixels; the attention's peak in fractions of the image. What is not known
-# is empty.
-COLUMNS = ("row", "path", "split", "label", "width", "height", "peak_x", "peak_y")
+TABLE, ENCODER, PARTIAL, DONE = "images.csv", "encoder.json", "partial", "done.json"
+FINAL = (TABLE, *(f"{name}.npy" for name in POOLINGS), ENCODER)
+COLUMNS = ("row", "path", "split", "label", "width", "height")  # of the table: path below the root; size in pixels
+IMAGES = "images"  # while it works: number, width and height of the image of each row
 PART_SECONDS = 5.0  # work that a kill may cost
+PART_ROWS = 1024  # in memory at once, as the finished files are written
 ANEW = "remove that folder to begin anew, or name another --out"
 
 
 class Job:
-    """Embeddings that are not finished: parts in a folder, each written whole, that a later process resumes after.
+    """Embeddings that are not finished: a file of rows for each array, which a later process goes on with.
 
     Attributes:
         images, rows: how many images are done, and how many of those could be read.
@@ -50,124 +47,92 @@ class Job:
 
         `UsageError` if the folder is broken or of another job.
         """
-        self.folder, self.key = folder, key
-        self.images, self.rows = 0, 0
-        self.parts = sorted(folder.glob("*.npz"))
-        self.waiting, self.table = list[dict[str, Tensor]](), io.StringIO()
-        self.saved_at = time.monotonic()
-        if self.parts:
-            if self.parts[-1] != self._part(len(self.parts) - 1):
-                raise UsageError(f"{folder} is broken (it lacks a part): {ANEW}")
-            begun = self._about(self.parts[-1])
-            if other := [name for name in key if begun["key"].get(name) != key[name]]:
-                raise UsageError(f"{folder} was begun with other {' and other '.join(other)}: {ANEW}")
-            self.images, self.rows = begun["images"], begun["rows"]
-
-    def _part(self, number: int) -> Path:
-        return self.folder / f"{number:06d}.npz"
-
-    def _read(self, part: Path, name: str) -> Array:
+        self.folder, self.key, self.saved_at = folder, key, time.monotonic()
+        self.images, self.rows, self.kinds = 0, 0, dict[str, list[Any]]()  # dtype and shape of a row, by array
+        if not (folder / DONE).exists():
+            return
         try:
-            with np.load(part) as content:
-                return content[name]
-        except (OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, zipfile.BadZipFile) as error:
-            raise UsageError(f"{part} is broken ({one_line(error)}): {ANEW}") from None
+            begun = json.loads((folder / DONE).read_text())
+            other = [name for name in key if begun["key"].get(name) != key[name]]
+            self.images, self.rows, self.kinds = begun["images"], begun["rows"], begun["arrays"]
+            for name in self.kinds:
+                self._read(name)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UsageError(f"{folder} is broken ({one_line(error)}): {ANEW}") from None
+        if other:
+            raise UsageError(f"{folder} was begun with other {' and other '.join(other)}: {ANEW}")
 
-    def _about(self, part: Path) -> dict[str, Any]:
-        """What the job is of, the names of its arrays, and how much was done after this part."""
-        about: dict[str, Any] = json.loads(str(self._read(part, "about")))
-        return about
+    def _read(self, name: str) -> Array:
+        """The rows of an array, mapped from their file. `ValueError` if it lacks some."""
+        dtype, *shape = self.kinds[name]
+        return np.memmap(self.folder / name, dtype, "r", shape=(self.rows, *shape))
 
-    def add(self, images: int, arrays: dict[str, Tensor], table: Sequence[Sequence[object]]) -> None:
-        """Add a batch of so many images: the rows of those that could be read, `[R,...]` on the CPU and in the table.
+    def add(self, images: int, arrays: dict[str, Tensor]) -> None:
+        """Add a batch of so many images: the rows of those that could be read, `[R,...]` on the CPU.
 
-        `UsageError` if they cannot be written; the command resumes once there is room on the disk.
+        `IMAGES` is among the arrays. Where they cannot be written, the command resumes once there is room on the disk.
         """
-        lines = csv.writer(self.table, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")  # every text is quoted
-        lines.writerows((self.rows + i, *row) for i, row in enumerate(table))
-        self.images, self.rows = self.images + images, self.rows + len(table)
-        if arrays:
-            self.waiting.append(arrays)
+        for name, array in arrays.items():
+            rows = array.contiguous().numpy()
+            self.kinds[name] = [rows.dtype.str, *rows.shape[1:]]
+            (self.folder / name).touch()
+            with (self.folder / name).open("rb+") as file:
+                file.seek(self.rows * rows[0].nbytes)
+                file.write(rows.data)
+        self.images, self.rows = self.images + images, self.rows + len(arrays.get(IMAGES, ()))
         if time.monotonic() - self.saved_at >= PART_SECONDS:
             self.save()
 
     def save(self) -> None:
-        """Write what was added since the last part as the next one."""
-        if not self.waiting:
-            return
-        content: dict[str, Any] = {name: torch.cat([each[name] for each in self.waiting]) for name in self.waiting[0]}
-        about = {"key": self.key, "arrays": [*content], "images": self.images, "rows": self.rows}
-        content["about"] = json.dumps(about)
-        content["table"] = np.frombuffer(self.table.getvalue().encode(errors="surrogateescape"), np.uint8)
-        part = self._part(len(self.parts))
-        _write(part, lambda opened: np.savez(opened, **content))
-        self.parts.append(part)
-        self.waiting, self.table, self.saved_at = [], io.StringIO(), time.monotonic()
+        """Note that what was added is on the disk."""
+        for name in self.kinds:
+            with (self.folder / name).open("rb") as file:
+                os.fsync(file.fileno())
+        about = {"key": self.key, "images": self.images, "rows": self.rows, "arrays": self.kinds}
+        write_whole(self.folder / DONE, lambda file: file.write_text(json.dumps(about)))
+        self.saved_at = time.monotonic()
 
-    def _rows(self, name: str, mean: Array | None) -> Iterator[Any]:
-        """Content of the .npy file of an array of all parts; with a `mean`, its rows less that, of unit length."""
-        for part in self.parts:
-            rows = self._read(part, name)
-            if part == self.parts[0]:
-                shape, header = (self.rows, *rows.shape[1:]), io.BytesIO()
-                facts = {"descr": dtype_to_descr(rows.dtype), "fortran_order": False, "shape": shape}
-                write_array_header_1_0(header, facts)
-                yield header.getvalue()
-            if mean is not None:
-                rows = rows - mean
-                rows /= np.linalg.norm(rows, axis=1, keepdims=True).clip(1e-12)
-            yield rows.data
+    def finish(self, out: Path, names: Sequence[Sequence[str]], facts: dict[str, Any], *, centre: bool = False) -> None:
+        """Write the final files, each whole or not at all, no array ever in memory as a whole; remove the others.
 
-    def _join(self, name: str, mean: Array | None = None) -> Array:
-        """An array of all parts, as `_rows`, mapped from a new file."""
-        joined = self.folder / f"{name}.npy"
-        _write(joined, lambda opened: opened.writelines(self._rows(name, mean)))
-        return np.load(joined, mmap_mode="r+")
-
-    def finish(
-        self, folder: Path, format: Literal["safetensors", "npy"], facts: dict[str, Any], *, centre: bool = False
-    ) -> None:
-        """Write the final files, each whole or not at all and the table last; remove the parts.
-
-        No array is ever in memory as a whole. `facts` are those of the encoder; its "pooling" names the array of the
-        embeddings. With `centre` these are less their mean, which becomes the fact "subtracted".
+        `names` are path, split and label of every image, `facts` those of the encoder; its "pooling" names the array
+        of the embeddings. With `centre` these are less their mean, which becomes the fact "subtracted".
         """
         self.save()
-        arrays = {name: self._join(name) for name in self._about(self.parts[-1])["arrays"]}
-        if centre:
-            mean = arrays[facts["pooling"]].mean(axis=0, dtype=np.float64).astype(np.float32)
-            arrays[facts["pooling"]] = self._join(facts["pooling"], mean)
-            facts = facts | {"subtracted": mean.tolist()}
-        if format == "npy":
-            for name in arrays:
-                os.replace(self.folder / f"{name}.npy", folder / f"{name}.npy")
-        else:
-            made = self.folder / TENSORS  # save_file, if it is killed, leaves a scratch file beside it
-            tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-            save_file(tensors, made, {"fastcr": json.dumps(facts)})
-            shutil.copymode(self.parts[0], made)  # save_file makes it readable to its owner only
-            write_whole(folder / TENSORS, lambda file: os.replace(made, file))
-        write_whole(folder / ENCODER, lambda file: file.write_text(json.dumps(facts, indent=2) + "\n"))
-        head = ",".join(f'"{name}"' for name in COLUMNS).encode() + b"\n"
-        lines = (self._read(part, "table").data for part in self.parts)
-        _write(folder / TABLE, lambda opened: opened.writelines(chain([head], lines)))
+        for name in (name for name in self.kinds if name != IMAGES):
+            rows, mean = self._read(name), None
+            if centre and name == facts["pooling"]:
+                mean = rows.mean(axis=0, dtype=np.float64).astype(np.float32)
+                facts = facts | {"subtracted": mean.tolist()}
+            write_whole(out / f"{name}.npy", partial(_write_array, rows=rows, mean=mean))
+        write_whole(out / TABLE, partial(_write_table, names=names, images=self._read(IMAGES)))
+        write_whole(out / ENCODER, lambda file: file.write_text(json.dumps(facts, indent=2) + "\n"))
         shutil.rmtree(self.folder)
 
 
-def _write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
-    """Have `fill` write a file, whole or not at all."""
+def _write_array(file: Path, rows: Array, mean: Array | None) -> None:
+    """Write rows, with a `mean` less that and of unit length."""
+    with file.open("wb") as opened:
+        write_array_header_1_0(opened, header_data_from_array_1_0(rows))
+        for first in range(0, len(rows), PART_ROWS):
+            part = rows[first : first + PART_ROWS]
+            if mean is not None:
+                part = part - mean
+                part /= np.linalg.norm(part, axis=1, keepdims=True).clip(1e-12)
+            opened.write(part.data)
 
-    def write(file: Path) -> None:
-        with file.open("wb") as opened:
-            fill(opened)
 
-    write_whole(path, write)
+def _write_table(file: Path, names: Sequence[Sequence[str]], images: Array) -> None:
+    with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as text:
+        lines = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")  # every text is quoted
+        lines.writerow(COLUMNS)
+        lines.writerows((row, *names[image], *size) for row, (image, *size) in enumerate(images.tolist()))
 
 
 def check_unused(folder: Path) -> None:
     """`UsageError` if the folder holds embeddings already, and they are not those of a job that was killed."""
-    found = [name for name in FINAL if (folder / name).exists()]
-    if found and (TABLE in found or not (folder / "partial").exists()):
+    found, begun = [name for name in FINAL if (folder / name).exists()], folder / PARTIAL
+    if found and not (begun / DONE).exists() and (ENCODER in found or not begun.exists()):
         raise UsageError(f"{folder / found[0]} is there already: remove it, or name another --out")
 
 
@@ -199,9 +164,9 @@ class Stored(NamedTuple):
 def read_stored(source: Path) -> Stored:
     """The embeddings in the folder `source`, or in that of the file. `UsageError` where there are none, or broken."""
     folder = source if source.is_dir() else source.parent
-    if not source.exists() or not any((folder / name).is_file() for name in FINAL if name not in (TABLE, ENCODER)):
-        raise UsageError(f"no embeddings at {source}: name a folder that fastcr embed wrote")
     reading = folder / ENCODER
+    if not source.exists() or not reading.is_file():
+        raise UsageError(f"no embeddings at {source}: name a folder that fastcr embed wrote")
     try:
         facts = json.loads(reading.read_text())
         named = ("weights", "weights_sha256", "root")
@@ -210,17 +175,13 @@ def read_stored(source: Path) -> Stored:
         reading = folder / TABLE
         with reading.open(newline="", encoding="utf-8", errors="surrogateescape") as text:
             rows = [(row["path"], row["label"]) for row in csv.DictReader(text)]
-        reading = folder / TENSORS
-        if reading.is_file():
-            vectors = load_weights(reading)[0][facts["pooling"]]
-        else:
-            reading = folder / f"{facts['pooling']}.npy"
-            vectors = torch.from_numpy(np.load(reading))
+        reading = folder / f"{facts['pooling']}.npy"
+        vectors = torch.from_numpy(np.load(reading))
         if vectors.ndim != 2 or vectors.dtype != torch.float32:
             raise ValueError("it holds no vectors in fp32")
         if len(vectors) != len(rows) or not rows:
             raise ValueError(f"{len(vectors)} embeddings of {len(rows)} images")
         mean = torch.tensor(facts["subtracted"]).expand_as(vectors[0]) if "subtracted" in facts else None
-    except (OSError, EOFError, ValueError, TypeError, LookupError, RuntimeError, UsageError, csv.Error) as error:
+    except (OSError, EOFError, ValueError, TypeError, LookupError, RuntimeError, csv.Error) as error:
         raise UsageError(f"{reading} is missing or broken ({one_line(error)}): run fastcr embed again") from None
     return Stored(vectors, mean, rows, facts)

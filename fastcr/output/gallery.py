@@ -1,4 +1,4 @@
-"""Images as evaluation sees them, with the attention over them, as tiles of a sheet."""
+"""Images as evaluation sees them, with the attention over them, as tiles of a page or a grid."""
 
 from __future__ import annotations
 
@@ -17,13 +17,11 @@ from fastcr.data.crops import centre_crop, enough
 from fastcr.data.images import SUFFIXES, ImageList
 from fastcr.data.layouts import read_splits
 from fastcr.encoders.encoder import Encoder
-from fastcr.measures.embeddings import Embeddings
 from fastcr.measures.poolings import pooled
-from fastcr.output.sheets import Section, Tile, contact_sheet
+from fastcr.output.sheets import Tile, grid_of
 from fastcr.runs.context import Context
 
 FIXED = 12  # images whose attention is drawn during a training
-NEIGHBOURS = 5  # images found of each query of a report
 COLD, WARM, HOT = "#1b1044", "#e0483e", "#fdf3a0"  # colours of an attention map
 STRENGTH = 0.75  # how far the most attended position is covered
 Place = tuple[ImageList, int]  # an image of a list
@@ -104,42 +102,15 @@ def encode(
     return torch.cat(vectors), maps or [None] * len(pictures)
 
 
-def tile(caption: str, crop: Image.Image, attention: Tensor | None = None, mark: str = "") -> Tile:
+def tile(caption: str, crop: Image.Image, attention: Tensor | None = None) -> Tile:
     """An image, and beside it the attention over it if there is one."""
-    return Tile(caption, [crop] if attention is None else [crop, overlay(crop, attention)], mark)
+    return Tile(caption, [crop] if attention is None else [crop, overlay(crop, attention)])
 
 
 def attended(pictures: Sequence[Picture], encoder: Encoder, context: Context) -> list[Tile]:
     """Each image, and beside it the attention of an encoder with a branch."""
     maps = encode(pictures, encoder, context)[1]
     return [tile(each.name, each.crop, attention) for each, attention in zip(pictures, maps, strict=True)]
-
-
-def neighbours(found: Embeddings, images: ImageList, size: int, count: int) -> list[list[Tile]]:
-    """Queries evenly spread over the images embedded, each before those most similar to it, with their cosines.
-
-    Where there are labels, these are marked as right, of the query's class, or wrong.
-    """
-    vectors = found.mean if found.rationale is None else found.rationale
-    kept, labels, rows = found.kept.tolist(), images.labels, list[list[Tile]]()
-    for query in spread(range(len(kept)), count):
-        similarity = vectors @ vectors[query]
-        similarity[query] = -torch.inf
-        near = similarity.topk(min(NEIGHBOURS, len(kept) - 1)).indices.tolist()
-        pictures, _ = read_pictures([(images, kept[row]) for row in (query, *near)], size)
-        row = list[Tile]()
-        for other in (query, *near):
-            if (picture := pictures.get(images.path(kept[other]))) is None:
-                continue  # its file is gone since it was embedded
-            caption, mark = f"{similarity[other].item():.3f} {picture.name}", ""
-            if other == query:
-                caption = f"query: {picture.name}"
-            elif labels:
-                right = labels[kept[other]] == labels[kept[query]]
-                caption, mark = f"{'✓' if right else '✗'} {caption}", "right" if right else "wrong"
-            row.append(tile(caption, picture.crop, mark=mark))
-        rows.append(row)
-    return rows
 
 
 @torch.inference_mode()
@@ -151,4 +122,4 @@ def fixed_attention(encoder: Encoder, images: ImageList, context: Context) -> Im
         return None
     with torch.compiler.set_stance("force_eager"), encoder.evaluating():
         tiles = attended(list(pictures.values()), encoder, context)
-    return contact_sheet([Section(rows=[tiles])])
+    return grid_of(tiles)

@@ -1,7 +1,6 @@
-"""Sheets: pictures, tables and charts under headings, written as an HTML page or as one picture.
+"""Pages of pictures, tables and charts under headings, and grids of pictures.
 
-A page needs no other file: its pictures are in it, nothing is fetched, no script runs, and all text is escaped. A
-picture holds the headings and the tiles only.
+A page needs no other file: its pictures are in it, nothing is fetched, no script runs, and all text is escaped.
 """
 
 from __future__ import annotations
@@ -13,9 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from jinja2 import StrictUndefined, Template
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from torchvision.transforms.v2 import functional as TF
+from torchvision.utils import make_grid
 
 from fastcr.errors import UsageError
 from fastcr.runs.checkpoint import write_whole
@@ -24,9 +26,8 @@ GENERATOR = "fastcr, which may replace this file"  # in all that is written, so 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # no script is run, nothing is fetched
 # what no page may hold: control characters, and halves of characters from file names that are not UTF-8
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
-PAGE, PICTURES = ".html", (".jpg", ".jpeg", ".png")
-ROW = 6  # tiles side by side in a picture; a page has as many as there is room for
-LEAST_SIDE, GAP, LINE, FONT_SIZE = 112, 8, 20, 14  # of a picture, pixels
+PAGE, GRID = ".html", ".png"
+ROW, GAP = 6, 8  # tiles side by side in a grid, and pixels between them; a page has as many as there is room for
 SMALL = 144  # of the pictures on a page, pixels
 QUALITY = 82  # of JPEGs
 
@@ -36,7 +37,6 @@ class Tile(NamedTuple):
 
     caption: str
     images: Sequence[Image.Image]
-    mark: str = ""  # "right" or "wrong": the colour of its frame on a page
 
 
 class Table(NamedTuple):
@@ -55,7 +55,7 @@ class Chart(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A part of a sheet, in the order in which it is shown."""
+    """A part of a page, in the order in which it is shown."""
 
     heading: str = ""
     text: str = ""
@@ -65,8 +65,8 @@ class Section(NamedTuple):
     rows: Sequence[Sequence[Tile]] = ()
 
 
-def check_out(out: Path, endings: Sequence[str] = (PAGE, *PICTURES)) -> None:
-    """`UsageError` where no sheet with one of these endings can be written, or where another file would be lost."""
+def check_out(out: Path, *endings: str) -> None:
+    """`UsageError` where nothing with one of these endings can be written, or where another file would be lost."""
     if out.suffix.lower() not in endings:
         raise UsageError(f"--out {out} must end in {' or '.join(endings)}")
     if not out.parent.is_dir() or (not out.is_file() and (out.exists() or out.is_symlink())):
@@ -77,16 +77,23 @@ def check_out(out: Path, endings: Sequence[str] = (PAGE, *PICTURES)) -> None:
                 raise UsageError(f"{out} was not written by this command, so it is left as it is: name another --out")
 
 
-def write_sheet(out: Path, title: str, sections: Sequence[Section]) -> None:
-    """Write a page or a picture, as the ending of `out` says, whole or not at all."""
-    if out.suffix.lower() == PAGE:
-        page = html_page(title, sections)
-        write_whole(out, lambda file: file.write_text(page, encoding="utf-8"))
-        return
-    sheet, note = contact_sheet(sections), PngInfo()
+def write_page(out: Path, title: str, sections: Sequence[Section]) -> None:
+    """Write a page, whole or not at all."""
+    page = html_page(title, sections)
+    write_whole(out, lambda file: file.write_text(page, encoding="utf-8"))
+
+
+def write_grid(out: Path, tiles: Sequence[Tile]) -> None:
+    """Write a grid as PNG, whole or not at all."""
+    picture, note = grid_of(tiles), PngInfo()
     note.add_text("Software", GENERATOR)
-    kind = "PNG" if out.suffix.lower() == ".png" else "JPEG"  # each takes what is meant for it
-    write_whole(out, lambda file: sheet.save(file, kind, pnginfo=note, quality=QUALITY, comment=GENERATOR))
+    write_whole(out, lambda file: picture.save(file, "PNG", pnginfo=note))
+
+
+def grid_of(tiles: Sequence[Tile]) -> Image.Image:
+    """The pictures of tiles, all of one size and number, on white."""
+    pixels = [torch.cat([TF.pil_to_tensor(image) for image in tile.images], 2) for tile in tiles]
+    return TF.to_pil_image(make_grid(pixels, nrow=ROW, padding=GAP, pad_value=255))
 
 
 def html_page(title: str, sections: Sequence[Section]) -> str:
@@ -111,34 +118,3 @@ def polyline(points: Sequence[tuple[float, float]]) -> str:
     across, up = (right - left) or 1, (high - low) or 1
     shown = [f"{500 * (x - left) / across:.1f},{250 * (high - y) / up:.1f}" for x, y in points]
     return " ".join(shown if len(shown) > 1 else shown * 2)  # a line of one point would not be seen
-
-
-def contact_sheet(sections: Sequence[Section]) -> Image.Image:
-    """Headings and tiles on white; text is cut to the width of what it belongs to."""
-    parts = [[row[at : at + ROW] for row in section.rows for at in range(0, len(row), ROW)] for section in sections]
-    rows = [tiles for part in parts for tiles in part]
-    side = max(rows[0][0].images[0].width, LEAST_SIDE)
-    tile_width, row_height = side * max(len(tile.images) for tiles in rows for tile in tiles), side + LINE + GAP
-    width = GAP + max(map(len, rows)) * (tile_width + GAP)
-    height = GAP + len(rows) * row_height + LINE * sum(bool(section.heading) for section in sections)
-    sheet, top = Image.new("RGB", (width, height), "white"), GAP
-    for section, part in zip(sections, parts, strict=True):
-        if section.heading:
-            sheet.paste(line_of(section.heading, width - 2 * GAP), (GAP, top))
-            top += LINE
-        for tiles in part:
-            for column, tile in enumerate(tiles):
-                left = GAP + column * (tile_width + GAP)
-                for i, image in enumerate(tile.images):
-                    sheet.paste(image.resize((side, side), Image.Resampling.BICUBIC), (left + i * side, top))
-                sheet.paste(line_of(tile.caption, tile_width), (left, top + side))
-            top += row_height
-    return sheet
-
-
-def line_of(text: str, width: int) -> Image.Image:
-    """A line of text, cut at `width` pixels; what cannot be printed is escaped."""
-    shown = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text[:width])
-    line = Image.new("RGB", (width, LINE), "white")
-    ImageDraw.Draw(line).text((0, 2), shown, "black", ImageFont.load_default(FONT_SIZE))
-    return line

@@ -45,14 +45,6 @@ def test_features_are_torchvisions(name: str) -> None:
         assert torch.equal(features, expected[last_stage])
 
 
-def test_without_the_max_pool_the_map_is_twice_as_large() -> None:
-    images = torch.randn(1, 3, 64, 64)
-    pooled, unpooled = build_backbone("resnet18")[0], build_backbone("resnet18", stem_maxpool=False)[0]
-    assert list(pooled.state_dict()) == list(unpooled.state_dict())
-    assert pooled.eval()(images).shape == (1, 512, 2, 2)
-    assert unpooled.eval()(images).shape == (1, 512, 4, 4)
-
-
 def by_timm(name: str) -> tuple[nn.Module, int]:
     pytest.importorskip("timm")
     return build_backbone(name)

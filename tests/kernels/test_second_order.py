@@ -43,15 +43,6 @@ def test_so_it_does_by_the_features_of_the_fit() -> None:
     assert torch.autograd.gradgradcheck(*of_inputs("rationale_fit", arguments, impl="torch"))
 
 
-def test_so_it_does_where_an_image_has_no_other_key_or_detectors_no_bias() -> None:
-    arguments = fresh("relational", draw("relational", **SIZES), Tensor.double)
-    arguments["queue_images"][:] = 1
-    assert torch.autograd.gradgradcheck(*of_inputs("relational", arguments, impl="torch"))
-    arguments = fresh("rationale_pool", draw("rationale_pool", **SIZES), Tensor.double) | {"bias": None}
-    function, (features, detectors, _) = of_inputs("rationale_pool", arguments, impl="torch")
-    assert torch.autograd.gradgradcheck(lambda *inputs: function(*inputs, None), (features, detectors))
-
-
 @pytest.mark.parametrize("op", CASES)
 @pytest.mark.parametrize("by", ["backward", "grad"])
 def test_the_kernels_refuse_to_be_differentiated_twice(op: str, by: str) -> None:

@@ -17,7 +17,6 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from fastcr.config import KnnConfig, LinearConfig
-from fastcr.data.crops import centres_of, in_crop, in_image
 from fastcr.data.images import ImageList
 from fastcr.errors import UsageError
 from fastcr.measures.knn import accuracy, knn
@@ -86,7 +85,6 @@ def test_boxes_are_found_by_their_paths(tmp_path: Path) -> None:
     file = tmp_path / "boxes.csv"
     file.write_text("path,left,top,right,bottom\ntest/a/1.jpg,0.1,0.2,0.3,0.4\nb/2.jpg,0,0,1,1\n")
     found = read_objects(file, picture_list("a/1.jpg", "b/2.jpg", "b/3.jpg"))
-    assert found is not None
     torch.testing.assert_close(found[:2], torch.tensor([[0.1, 0.2, 0.3, 0.4], [0, 0, 1, 1]], dtype=torch.float64))
     assert found[2].isnan().all()
 
@@ -147,18 +145,6 @@ def test_boxes_follow_the_pixels_through_resize_and_crop(
     assert (inside_y != by_box).float().mean() <= 2.1 / size
 
 
-@pytest.mark.parametrize(("height", "width"), [(120, 160), (333, 100)])
-def test_positions_of_a_map_are_found_in_the_image(height: int, width: int) -> None:
-    x = torch.linspace(0.5 / width, 1 - 0.5 / width, width).expand(height, width)
-    y = torch.linspace(0.5 / height, 1 - 0.5 / height, height)[:, None].expand(height, width)
-    image = TF.resize(torch.stack([x, y]), [64], antialias=True)
-    pixels = TF.center_crop(image, [56, 56])
-    found = in_image(centres_of(56, 56)[None], torch.tensor([[height, width]]), 56)
-    torch.testing.assert_close(found[0].T.view(2, 56, 56).float(), pixels, atol=0.5 / 64, rtol=0)
-    back = in_crop(found, torch.tensor([[height, width]]), 56)
-    torch.testing.assert_close(back[0], centres_of(56, 56))
-
-
 def test_localisation_by_hand() -> None:
     attention = torch.zeros(3, 16)
     attention[0, 5] = 1  # row 1, column 1
@@ -189,27 +175,6 @@ def test_gaussians_have_the_entropy_asked_for(side: int) -> None:
     assert (grid.flatten(1).amax(1) == grid[:, side // 2, side // 2]).all()
 
 
-def cub_tables(root: Path) -> Path:
-    """An archive's tables for pictures of 200 x 100 and 100 x 200 pixels, and one more."""
-    root.mkdir(parents=True, exist_ok=True)
-    (root / "images.txt").write_text("1 a/1.jpg\n2 b/2.jpg\n7 b/3.jpg\n")
-    (root / "bounding_boxes.txt").write_text("1 50.0 25.0 100.0 50.0\n2 0.0 0.0 100.0 200.0\n")
-    return root
-
-
-def test_the_archives_own_tables_are_read_without_being_asked_for(tmp_path: Path) -> None:
-    images = ImageList(cub_tables(tmp_path / "CUB") / "images", ("a/1.jpg", "b/2.jpg", "b/3.jpg"), None, ())
-    for source in (None, tmp_path / "CUB"):
-        objects = read_objects(source, images)
-        assert objects is not None
-        assert objects[:2].tolist() == [[50, 25, 150, 75], [0, 0, 100, 200]]
-        assert objects[2].isnan().all()
-        sizes = torch.tensor([[100, 200], [200, 100], [50, 50]])
-        crop = objects_in_crop(objects, sizes, 112)  # the first becomes 256 x 128, then 112 x 112
-        torch.testing.assert_close(crop[0], torch.tensor([0, (32 - 8) / 112, 1, (96 - 8) / 112]).double())
-    assert read_objects(None, picture_list("a/1.jpg")) is None
-
-
 @pytest.mark.parametrize(
     ("text", "in_pixels"),
     [
@@ -221,7 +186,6 @@ def test_the_archives_own_tables_are_read_without_being_asked_for(tmp_path: Path
 def test_boxes_are_read_as_spreadsheets_write_them(tmp_path: Path, text: str, in_pixels: bool) -> None:
     (tmp_path / "boxes.csv").write_text(text, encoding="utf-8", newline="")
     objects = read_objects(tmp_path / "boxes.csv", ImageList(tmp_path, ("a/1.jpg",), None, ()))
-    assert objects is not None
     assert (objects > 1).any() == in_pixels
     box = objects / torch.tensor([100, 200, 100, 200]) if in_pixels else objects
     torch.testing.assert_close(box, torch.tensor([[0.1, 0.2, 0.3, 0.4]], dtype=torch.float64))

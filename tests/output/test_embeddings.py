@@ -4,11 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 
-
-@pytest.mark.parametrize(("format", "name"), [("safetensors", "embeddings.safetensors"), ("npy", "mean.npy")])
-def test_what_is_written_is_never_in_memory(format: str, name: str, tmp_path: Path) -> None:
+def test_what_is_written_is_never_in_memory(tmp_path: Path) -> None:
     """96 MB of rows in a process that may take 72 MB more than it has: NumPy copies 16 MB at a time."""
     code = f"""
 import resource, torch
@@ -22,8 +19,8 @@ taken = int(Path("/proc/self/status").read_text().split("VmData:")[1].split()[0]
 most = taken + 72 * 2**20
 resource.setrlimit(resource.RLIMIT_DATA, (most, most))
 for _ in range(count // 1000):
-    job.add(1000, {{"mean": rows}}, [("a.jpg", "", "", 5, 5, None, None)] * 1000)
-job.finish(folder, {format!r}, {{"pooling": "mean"}}, centre=True)
+    job.add(1000, {{"mean": rows, "images": torch.zeros(1000, 3, dtype=torch.int64)}})
+job.finish(folder, [("a.jpg", "", "")], {{"pooling": "mean"}}, centre=True)
 try:
     torch.rand(count, 2048)
 except RuntimeError:
@@ -32,4 +29,4 @@ except RuntimeError:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "no room for the rows\n"
     size = 12_000 * 2048 * 4
-    assert size < (tmp_path / name).stat().st_size < size + 1_000_000
+    assert size < (tmp_path / "mean.npy").stat().st_size < size + 1_000_000

@@ -1,8 +1,6 @@
-"""Sheets: what is chosen, drawn and written; that no name breaks a page, and that no other file is replaced."""
+"""Pages and grids: what is chosen, drawn and written; that no name breaks one, and that no other file is replaced."""
 
 import io
-import math
-import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,25 +10,23 @@ import pytest
 import torch
 from PIL import Image, ImageChops
 
-from fastcr.data.images import ImageList
-from fastcr.data.layouts import read_splits
 from fastcr.errors import UsageError
-from fastcr.measures.embeddings import Embeddings
-from fastcr.output.gallery import neighbours, overlay, spread
+from fastcr.output.gallery import overlay, spread
 from fastcr.output.sheets import (
     GAP,
     GENERATOR,
-    LINE,
+    GRID,
     PAGE,
     POLICY,
+    ROW,
     Chart,
     Section,
     Table,
     Tile,
     check_out,
     html_page,
-    line_of,
-    write_sheet,
+    write_grid,
+    write_page,
 )  # fmt: skip
 from tests.shared import decoded
 
@@ -67,7 +63,7 @@ class Page(HTMLParser):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_names_are_text_on_a_page_that_fetches_nothing(name: str) -> None:
-    tiles = [Tile(name, [RED, BLUE]), Tile(name, [RED], "right")]
+    tiles = [Tile(name, [RED, BLUE]), Tile(name, [RED])]
     section = Section(
         name, name, name, [Table(name, [name, name], [(name, name)])], [Chart(name, [(0, 3), (9, 1), (18, 2)])], [tiles]
     )
@@ -88,79 +84,40 @@ def test_names_are_text_on_a_page_that_fetches_nothing(name: str) -> None:
 
 def test_what_no_page_may_hold_is_replaced(tmp_path: Path) -> None:
     text = "a\x00b\x1b[1m caf\udce9 \ufffe"
-    write_sheet(tmp_path / "page.html", text, [Section(rows=[[Tile(text, [RED])]])])
+    write_page(tmp_path / "page.html", text, [Section(rows=[[Tile(text, [RED])]])])
     written = (tmp_path / "page.html").read_text()
     assert written.count(re.sub("[\x00-\x1f\ud800-\udfff\ufffe]", "\ufffd", text)) == 4
     assert re.search("[\x00-\x09\x0b-\x1f\ud800-\udfff\ufffe]", written) is None
 
 
-def test_a_picture_has_a_heading_over_rows_of_tiles(tmp_path: Path) -> None:
-    section = Section("heading", rows=[[Tile("two", [RED, BLUE]), Tile("b", [BLUE])], [Tile("c", [BLUE])]])
-    write_sheet(tmp_path / "sheet.png", "title", [Section(rows=[[Tile("a", [RED])]]), section])
-    sheet, row = Image.open(tmp_path / "sheet.png").convert("RGB"), 120 + LINE + GAP
-    assert sheet.size == (GAP + 2 * (240 + GAP), GAP + 3 * row + LINE)
-    places = {(0, 0): "red", (0, 1): "red", (120, 1): "blue", (240 + GAP, 1): "blue", (0, 2): "blue"}
-    for (left, number), colour in places.items():
-        found = sheet.getpixel((GAP + left + 60, GAP + number * row + LINE * (number > 0) + 60))
-        assert np.allclose(found, {"red": (255, 0, 0), "blue": (0, 0, 255)}[colour], atol=2)
-    assert np.asarray(sheet)[GAP + row : GAP + row + LINE].min() < 100  # the heading
+def test_a_grid_is_filled_row_by_row(tmp_path: Path) -> None:
+    write_grid(tmp_path / "grid.png", [Tile("", [RED, BLUE])] * ROW + [Tile("", [BLUE, RED])])
+    grid = Image.open(tmp_path / "grid.png")
+    assert grid.size == (GAP + ROW * (240 + GAP), GAP + 2 * (120 + GAP))
+    for left, row, colour in ((0, 0, "red"), (120, 0, "blue"), (240 + GAP, 0, "red"), (0, 1, "blue"), (120, 1, "red")):
+        place = (GAP + left + 60, GAP + row * (120 + GAP) + 60)
+        assert grid.getpixel(place) == {"red": (255, 0, 0), "blue": (0, 0, 255)}[colour]
+    assert grid.getpixel((GAP + 240 + GAP + 60, GAP + 120 + GAP + 60)) == (255, 255, 255)
 
 
-@pytest.mark.parametrize("ending", [".html", ".png", ".JPEG"])
+@pytest.mark.parametrize("ending", [PAGE, GRID])
 def test_only_files_of_fastcr_are_replaced(ending: str, tmp_path: Path) -> None:
-    own, other = tmp_path / f"own{ending}", tmp_path / f"other{ending}"
-    check_out(own)
-    write_sheet(own, "title", [Section(rows=[[Tile("a", [RED])]])])
-    assert GENERATOR.encode() in own.read_bytes()[:1000]
-    check_out(own)
+    own, other, tiles = tmp_path / f"own{ending}", tmp_path / f"other{ending}", [Tile("a", [RED])]
+    check_out(own, PAGE, GRID)
+    write_grid(own, tiles) if ending == GRID else write_page(own, "title", [Section(rows=[tiles])])
+    check_out(own, PAGE, GRID)
     for content in (b"<!DOCTYPE html>\n<p>fastcr", b"", (b"x" * 1000) + GENERATOR.encode()):
         other.write_bytes(content)
         with pytest.raises(UsageError, match="left as it is: name another --out"):
-            check_out(other)
+            check_out(other, PAGE, GRID)
     (tmp_path / f"link{ending}").symlink_to("nowhere")
     for out, message in (
         (tmp_path / f"link{ending}", "names no file in a folder"),
         (tmp_path / "nowhere" / f"a{ending}", "names no file in a folder"),
-        (tmp_path / "a.gif", "must end in .html or .jpg"),
+        (tmp_path / "a.gif", "must end in .html or .png"),
     ):
         with pytest.raises(UsageError, match=message):
-            check_out(out)
-    if ending != PAGE:
-        with pytest.raises(UsageError, match=r"must end in .html$"):
-            check_out(own, [PAGE])
-
-
-def test_a_line_is_cut_to_its_width_and_what_cannot_be_printed_is_escaped() -> None:
-    assert line_of("a\nb\x1b" + os.fsdecode(b"\xff"), 224) == line_of(r"a\nb\x1b\udcff", 224)
-    for text in ("W" * 100_000, "." * 100_000, "\n" * 100_000):
-        cut = line_of(text, 224)
-        assert cut.size == (224, LINE)
-        assert np.asarray(cut)[:, 200:].min() < 100
-
-
-@pytest.fixture
-def images(birds: Path) -> ImageList:
-    test = read_splits(birds).test
-    assert test is not None
-    return test
-
-
-def test_neighbours_are_the_most_similar_and_marked_by_their_class(images: ImageList) -> None:
-    # angles of the images kept; images 0 and 1 are of one class, 2 and 3 of the next, 31 is alone here
-    kept, angles = [0, 1, 2, 3, 31], torch.tensor([0.0, 0.3, 0.1, 0.9, 0.85])
-    vectors = torch.stack([angles.cos(), angles.sin()], 1)
-    found = Embeddings(vectors, None, None, torch.zeros(5, 2, dtype=torch.int64), torch.tensor(kept), [])
-    rows = neighbours(found, images, 32, 5)
-    assert images.labels is not None
-    names = [images.classes[images.labels[index]] for index in kept]
-    for position, (query, *near) in enumerate(rows):
-        others = sorted(set(range(5)) - {position}, key=lambda at: abs(angles[at] - angles[position]).item())
-        assert query.caption == f"query: {names[position]}"
-        for tile, at in zip(near, others, strict=True):
-            right = names[at] == names[position]
-            cosine = math.cos(angles[at] - angles[position])
-            assert tile.caption == f"{'✓' if right else '✗'} {cosine:.3f} {names[at]}"
-            assert tile.mark == ("right" if right else "wrong")
+            check_out(out, PAGE, GRID)
 
 
 def test_overlay_is_warm_where_the_image_is_attended() -> None:

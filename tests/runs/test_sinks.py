@@ -15,7 +15,7 @@ from fastcr import train
 from tests.shared import SHORT, TINY, records
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SHEET = (8 + 6 * (2 * 112 + 8), 8 + 2 * (112 + 20 + 8))  # two rows of six pairs
+SHEET = (8 + 6 * (2 * 32 + 8), 8 + 2 * (32 + 8))  # two rows of six pairs
 
 
 @pytest.fixture(autouse=True)
