@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import time
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,12 +21,9 @@ from fastcr.data.torch_views import TorchViews
 from fastcr.data.views import Batch, Loading, Views
 from fastcr.errors import UsageError
 from fastcr.runs.context import Context
-from fastcr.runs.machine import cache_folder, free_memory
+from fastcr.runs.machine import free_memory
 
 GIB = 2**30
-Loader = Literal["dali", "torch", "fused"]
-# the loaders that can read each cache
-READERS = {"device": ("fused",), "host": ("fused", "torch"), "disk": ("fused", "torch"), "off": ("dali", "torch")}
 
 
 def make_views(config: Config, images: ImageList, context: Context) -> tuple[Views, Config]:
@@ -35,85 +33,66 @@ def make_views(config: Config, images: ImageList, context: Context) -> tuple[Vie
     `UsageError` for what is not installed or has no room.
     """
     data, bad, processes = config.data, BadFiles(images, config.data.on_corrupt), context.processes
-    loading = Loading(
-        image_size=data.image_size,
-        batch_size=config.optim.batch_size // processes.ranks,
-        seed=config.run.seed,
-        context=context,
-        impl=config.run.kernels,
-        views=config.views,
-    )
+    batch_size = config.optim.batch_size // processes.ranks
+    loading = Loading(data.image_size, batch_size, config.run.seed, context, config.run.kernels, config.views)
     if not config.optim.epochs:  # no view will be asked for: nothing is decoded, and nothing settled
         return TorchViews(images, loading, bad), config
     place: Place | Literal["off"] = "off"
-    if data.loader != "dali" and data.cache != "off":
-        side = data.cache_side or 2 * data.image_size
-        sizes = measure(images, side, context)
-        place = choose_place(config, 3 * int(sizes.prod(1).sum()), context)
-    cache = place if data.cache == "auto" else data.cache
-    if data.loader not in ("auto", *READERS[cache]):
-        able = " or ".join(READERS[cache])
-        raise UsageError(f"--data.loader {data.loader} does not go with --data.cache {cache}: take {able}")
-    loader = choose_loader(config, place, context)
+    if data.loader == "auto" and data.cache != "off":
+        sizes = measure(images, 2 * data.image_size, context)
+        place = choose_place(data.cache, 3 * int(sizes.prod(1).sum()), context)
+    loader: Any = choose_loader(data.loader, context) if place == "off" else "cache"
     precision = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[context.dtype]
-    where = f"loader: {loader}; cache: {place}; device: {context.device}, {precision}"
-    context.say(f"{where}; {len(images)} training images")
-    if place != "off":
-        start, folder = time.perf_counter(), data.cache_dir or cache_folder()
+    pixels = f"loader: {loader}" if place == "off" else f"cache: {place}"
+    context.say(f"{pixels}; device: {context.device}, {precision}; {len(images)} training images")
+    if place == "off":
+        config = replace(config, data=replace(data, loader=loader, cache=place))
+    else:
+        config, start = replace(config, data=replace(data, cache=place)), time.perf_counter()
         with processes.local_first() if place == "disk" else nullcontext():  # the others find what one has written
-            images = fill(images, sizes, place, context, side=side, folder=folder)
+            images = fill(images, sizes, place, context, 2 * data.image_size)
             for index in images.broken.tolist():
                 bad.note(index)
         seconds = time.perf_counter() - start
         context.say(f"decoded once: {images.pixels.numel() / GIB:.2f} GiB in {seconds:.1f} s")
-    views = Prefetched(images, loading, bad, loader_class(loader)(images, loading, bad))
-    return views, replace(config, data=replace(data, loader=loader, cache=place))
+    return Prefetched(images, loading, bad, loader_class(loader)(images, loading, bad)), config
 
 
-def loader_class(loader: Loader) -> Any:
+def loader_class(loader: str) -> Any:
     """The class of a loader; DALI is imported only where it is asked for."""
     if loader == "dali":
         from fastcr.data.dali_views import DaliViews
 
         return DaliViews
-    return {"torch": TorchViews, "fused": CachedViews}[loader]
+    return {"torch": TorchViews, "cache": CachedViews}[loader]
 
 
-def choose_place(config: Config, size: int, context: Context) -> Place | Literal["off"]:
+def choose_place(asked: Any, size: int, context: Context) -> Place | Literal["off"]:
     """Where `size` bytes of decoded images go, as `--data.cache` asks; auto leaves ample room for everything else.
 
     Each of the processes of a machine keeps its own.
     """
-    device, processes = context.device, context.processes
-    cuda = device.type == "cuda"
-    room = {"device": torch.cuda.mem_get_info(device)[0] if cuda else 0, "host": free_memory() // processes.local_ranks}
-    room = {where: -processes.most(-size)[0] for where, size in room.items()}  # all choose alike, before any fills
-    asked = config.data.cache
-    if asked == "auto":
-        if cuda and config.data.loader != "torch" and size <= room["device"] / 4:
-            return "device"
-        if size <= room["host"] / 2:
-            return "host"
-        needs = f"the decoded images take {size / GIB:.1f} GiB, too much to keep in memory"
-        context.say(f"{needs} (--data.cache disk keeps them in a file)")
-        return "off"
-    if asked == "device" and not cuda:
-        raise UsageError("--data.cache device needs CUDA: take host or disk")
-    if asked in room and size > room[asked]:
-        raise UsageError(
-            f"--data.cache {asked}: the decoded images take {size / GIB:.1f} GiB and {room[asked] / GIB:.1f} are free: "
-            "take disk, or a smaller --data.cache_side"
-        )
-    return asked
-
-
-def choose_loader(config: Config, place: str, context: Context) -> Loader:
-    """The loader `--data.loader` asks for; auto takes the fastest that can serve."""
-    asked, cuda = config.data.loader, context.device.type == "cuda"
-    if asked in ("fused", "torch"):
+    cuda, processes = context.device.type == "cuda", context.processes
+    free = torch.cuda.mem_get_info(context.device)[0] if cuda else 0, free_memory() // processes.local_ranks
+    device, host = (-most for most in processes.most(*(-each for each in free)))  # all choose alike, before any fills
+    needs, room = f"the decoded images take {size / GIB:.1f} GiB", {"device": device, "host": host, "disk": math.inf}
+    if asked != "auto":
+        if size > room[asked]:
+            where = "on a CUDA device" if asked == "device" else "in main memory"
+            raise UsageError(f"--data.cache {asked}: {needs}, {room[asked] / GIB:.1f} are free {where}: take disk")
         return asked
-    if asked == "auto" and (place != "off" or not cuda):
-        return "torch" if place == "off" else "fused"
+    if cuda and size <= device / 4:
+        return "device"
+    if size <= host / 2:
+        return "host"
+    context.say(f"{needs}, too much to keep in memory (--data.cache disk keeps them in a file)")
+    return "off"
+
+
+def choose_loader(asked: str, context: Context) -> Literal["dali", "torch"]:
+    """What decodes images anew in each epoch, as `--data.loader` asks; auto: DALI on CUDA, where it is installed."""
+    if asked == "torch" or (asked == "auto" and context.device.type != "cuda"):
+        return "torch"
     if importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"):
         return "dali"
     if asked == "dali":

@@ -63,15 +63,13 @@ def test_pictures_are_the_right_way_up(tmp_path: Path, kind: str, orientation: i
 
 def first_views(loader: str, images: ImageList, size: int) -> torch.Tensor:
     """Both views `[2,B,3,size,size]` of all images, in one batch."""
-    source: ImageList = images
-    if loader == "fused":
-        source = fill(images, measure(images, 64, CONTEXT), "host", CONTEXT, side=64, folder=images.root)
+    source = fill(images, measure(images, 64, CONTEXT), "host", CONTEXT, 64) if loader == "cache" else images
     loading = Loading(size, len(images), 0, CONTEXT)
     batch = next(loader_class(loader)(source, loading, BadFiles(images, "fail")).batches(0))  # type: ignore[arg-type]
     return torch.stack([batch.first, batch.second])
 
 
-@pytest.mark.parametrize("loader", ["torch", "fused", "dali"])
+@pytest.mark.parametrize("loader", ["torch", "cache", "dali"])
 def test_every_loader_turns_them(tmp_path: Path, loader: str) -> None:
     if loader == "dali":
         pytest.importorskip("nvidia.dali")
@@ -126,7 +124,7 @@ def test_large_jpegs_are_decoded_smaller_and_look_the_same(tmp_path: Path, orien
     assert torch.equal(pixels[0].int(), crops[1])
     assert sizes.tolist() == [[601, 903]]
     for bound, size in ((60, [60, 90]), (700, [601, 903])):
-        cache = fill(images, measure(images, bound, CONTEXT), "host", CONTEXT, side=bound, folder=tmp_path)
+        cache = fill(images, measure(images, bound, CONTEXT), "host", CONTEXT, bound)
         assert cache.sizes.tolist() == [size]
 
 
