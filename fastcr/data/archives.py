@@ -51,7 +51,7 @@ def _images(folder: Path, rows: Rows, classes: list[str]) -> ImageList:
     if not rows:
         raise UsageError(f"the archive's tables name no images in {folder} for one of the splits")
     if outside := [file for file in files if os.path.isabs(file) or ".." in Path(file).parts]:
-        raise UsageError(f"the archive's tables name an image outside {folder}: {outside[0]!r}")
+        raise UsageError(f"a table of the archive names an image outside {folder}: {outside[0]!r}")
     if missing := [file for file in files if not os.path.isfile(folder / file)]:
         counted = f"{len(missing)} of the {len(rows)} images that the archive's tables name"
         raise UsageError(f"{counted} are not in {folder}, e.g. {missing[0]!r}")

@@ -7,14 +7,14 @@ DALI's decoder (`dali_views.py`).
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastcr.data.images import BadFiles
 from fastcr.data.pixel_cache import CachedImages
-from fastcr.data.views import MEAN, STD, Batch, Loading, ViewParameters, Views, draw_parameters
+from fastcr.data.views import MEAN, STD, Batch, Loading, ViewParameters, draw_parameters
 from fastcr.kernels.two_views import two_views
 
 
@@ -52,27 +52,16 @@ def cut_views(
     return Batch(first, second, send(indices))
 
 
-@dataclass
-class CachedViews(Views):
-    """Two views of each image of a cache."""
-
-    images: CachedImages
-
-    def batches(self, start_step: int) -> Generator[Batch, None, None]:
-        """Batches from `start_step` on, epoch after epoch, without end."""
-        images, loading = self.images, self.loading
-        for epoch, indices in loading.steps(len(images), start_step):
-            sizes, starts, pixels = images.sizes[indices], images.starts[indices], images.pixels
-            table = view_table(draw_parameters(loading.seed, epoch, indices, sizes, loading.views))
-            if pixels.device != loading.context.device:
-                pixels, starts = self._bring(starts, sizes)
-            yield cut_views(pixels, starts, sizes[:, 1], table, indices, loading)
-
-    def _bring(self, starts: np.ndarray, sizes: np.ndarray) -> tuple[Tensor, np.ndarray]:
-        """The images on the device, one after the other, and where each begins there."""
-        lengths = 3 * sizes.prod(1)
-        ends = lengths.cumsum()
-        pixels = torch.empty(int(ends[-1]), dtype=torch.uint8, device=self.loading.context.device)
-        for start, length, end in zip(starts.tolist(), lengths.tolist(), ends.tolist(), strict=True):
-            pixels[end - length : end].copy_(self.images.pixels[start : start + length], non_blocking=True)
-        return pixels, ends - lengths
+def cached_views(images: CachedImages, loading: Loading, bad: BadFiles, start: int) -> Generator[Batch, None, None]:
+    """Batches from step `start` on, from the pixels of a cache."""
+    for epoch, indices in loading.steps(len(images), start):
+        sizes, starts, pixels = images.sizes[indices], images.starts[indices], images.pixels
+        table = view_table(draw_parameters(loading.seed, epoch, indices, sizes, loading.views))
+        if pixels.device != loading.context.device:  # bring them there, one after the other
+            lengths = 3 * sizes.prod(1)
+            begins = lengths.cumsum() - lengths
+            pixels = torch.empty(int(lengths.sum()), dtype=torch.uint8, device=loading.context.device)
+            for at, length, begin in zip(starts.tolist(), lengths.tolist(), begins.tolist(), strict=True):
+                pixels[begin : begin + length].copy_(images.pixels[at : at + length], non_blocking=True)
+            starts = begins
+        yield cut_views(pixels, starts, sizes[:, 1], table, indices, loading)

@@ -5,20 +5,21 @@ from __future__ import annotations
 import importlib.util
 import math
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 
 from fastcr.config import Config
-from fastcr.data.cached_views import CachedViews
+from fastcr.data.cached_views import cached_views
 from fastcr.data.images import BadFiles, ImageList
 from fastcr.data.pixel_cache import Place, fill, measure
-from fastcr.data.torch_views import TorchViews
-from fastcr.data.views import Batch, Loading, Views
+from fastcr.data.torch_views import torch_views
+from fastcr.data.views import Batch, Batches, Loading, Views
 from fastcr.errors import UsageError
 from fastcr.runs.context import Context
 from fastcr.runs.machine import free_memory
@@ -36,7 +37,7 @@ def make_views(config: Config, images: ImageList, context: Context) -> tuple[Vie
     batch_size = config.optim.batch_size // processes.ranks
     loading = Loading(data.image_size, batch_size, config.run.seed, context, config.run.kernels, config.views)
     if not config.optim.epochs:  # no view will be asked for: nothing is decoded, and nothing settled
-        return TorchViews(images, loading, bad), config
+        return Views(images, bad, partial(torch_views, images, loading, bad)), config
     place: Place | Literal["off"] = "off"
     if data.loader == "auto" and data.cache != "off":
         sizes = measure(images, 2 * data.image_size, context)
@@ -55,16 +56,17 @@ def make_views(config: Config, images: ImageList, context: Context) -> tuple[Vie
                 bad.note(index)
         seconds = time.perf_counter() - start
         context.say(f"decoded once: {images.pixels.numel() / GIB:.2f} GiB in {seconds:.1f} s")
-    return Prefetched(images, loading, bad, loader_class(loader)(images, loading, bad)), config
+    source = partial(loader_of(loader), images, loading, bad)
+    return Views(images, bad, partial(prefetched, source, context.device)), config
 
 
-def loader_class(loader: str) -> Any:
-    """The class of a loader; DALI is imported only where it is asked for."""
-    if loader == "dali":
-        from fastcr.data.dali_views import DaliViews
+def loader_of(name: str) -> Callable[..., Generator[Batch, None, None]]:
+    """The function that makes the batches; DALI is imported only where it is asked for."""
+    if name == "dali":
+        from fastcr.data.dali_views import dali_views
 
-        return DaliViews
-    return {"torch": TorchViews, "cache": CachedViews}[loader]
+        return dali_views
+    return torch_views if name == "torch" else cached_views
 
 
 def choose_place(asked: Any, size: int, context: Context) -> Place | Literal["off"]:
@@ -101,39 +103,33 @@ def choose_loader(asked: str, context: Context) -> Literal["dali", "torch"]:
     return "torch"
 
 
-@dataclass
-class Prefetched(Views):
-    """Makes each batch of `source` while the one before is used: in a thread, and with CUDA on a stream of its own.
+def prefetched(source: Batches, device: torch.device, start: int) -> Generator[Batch, None, None]:
+    """Batches of `source`, each made while the one before is used: in a thread, and on CUDA on a stream of its own.
 
     On a CPU that thread computes on one core: its operations are small, and the step needs the others.
     """
+    batches = source(start)
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    source: Views
+    def make() -> tuple[Batch, torch.cuda.Event | None]:
+        with torch.cuda.stream(stream):
+            return next(batches), stream.record_event() if stream else None
 
-    def batches(self, start_step: int) -> Generator[Batch, None, None]:
-        """Batches from `start_step` on, epoch after epoch, without end."""
-        batches, device = self.source.batches(start_step), self.loading.context.device
-        stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-        def make() -> tuple[Batch, torch.cuda.Event | None]:
-            with torch.cuda.stream(stream):
-                return next(batches), stream.record_event() if stream else None
-
-        with closing(batches), ThreadPoolExecutor(1) as thread:
-            if stream:
-                thread.submit(torch.cuda.set_device, device).result()  # a thread begins on the first device
-            else:
-                cores = torch.get_num_threads()
-                thread.submit(torch.get_num_threads).result()  # the first call would undo what was set before
-                thread.submit(torch.set_num_threads, 1).result()
-                torch.set_num_threads(cores)  # what threads to come begin with
+    with closing(batches), ThreadPoolExecutor(1) as thread:
+        if stream:
+            thread.submit(torch.cuda.set_device, device).result()  # a thread begins on the first device
+        else:
+            cores = torch.get_num_threads()
+            thread.submit(torch.get_num_threads).result()  # the first call would undo what was set before
+            thread.submit(torch.set_num_threads, 1).result()
+            torch.set_num_threads(cores)  # what threads to come begin with
+        future = thread.submit(make)
+        while True:
+            batch, made = future.result()
             future = thread.submit(make)
-            while True:
-                batch, made = future.result()
-                future = thread.submit(make)
-                if made:
-                    user = torch.cuda.current_stream(device)
-                    user.wait_event(made)
-                    for tensor in batch.tensors():  # their memory may be used again only after the step
-                        tensor.record_stream(user)
-                yield batch
+            if made:
+                user = torch.cuda.current_stream(device)
+                user.wait_event(made)
+                for tensor in batch.tensors():  # their memory may be used again only after the step
+                    tensor.record_stream(user)
+            yield batch

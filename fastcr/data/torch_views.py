@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastcr.data.cached_views import view_table
-from fastcr.data.images import ImageList
-from fastcr.data.views import Batch, Loading, ViewParameters, Views, draw_parameters, normalise
+from fastcr.data.images import BadFiles, ImageList
+from fastcr.data.views import Batch, Loading, ViewParameters, draw_parameters, normalise
 from fastcr.kernels.two_views import two_views
 from fastcr.runs.machine import batches_of, leave_signals, workers_that_fit
 
@@ -45,25 +45,20 @@ def _collate(samples: list[Sample]) -> tuple[Tensor, list[int]]:
     return torch.stack([views for views, _ in samples], dim=1), [index for _, bad in samples for index in bad]
 
 
-class TorchViews(Views):
-    """Two views of each image, decoded and augmented by worker processes."""
-
-    def batches(self, start_step: int) -> Generator[Batch, None, None]:
-        """Batches from `start_step` on, epoch after epoch, without end."""
-        loading, context = self.loading, self.loading.context
-        steps = loading.steps(len(self.images), start_step)
-        loader = DataLoader(
-            _ViewDataset(self.images, loading),
-            batch_sampler=([(epoch, index) for index in indices.tolist()] for epoch, indices in steps),
-            num_workers=workers_that_fit(context.workers, 2 * 3 * loading.batch_size * loading.image_size**2),
-            collate_fn=_collate,
-            pin_memory=context.device.type == "cuda",
-            worker_init_fn=leave_signals,
-        )
-        numbers = (indices for _, indices in loading.steps(len(self.images), start_step))
-        for (pixels, bad), indices in zip(batches_of(loader), numbers, strict=False):
-            for index in bad:
-                self.bad.note(index)
-            first, second = pixels.to(context.device, non_blocking=True)
-            images = torch.from_numpy(indices).to(context.device)
-            yield Batch(normalise(first, context.dtype), normalise(second, context.dtype), images)
+def torch_views(images: ImageList, loading: Loading, bad: BadFiles, start: int) -> Generator[Batch, None, None]:
+    """Batches from step `start` on, decoded and augmented by worker processes."""
+    context, steps = loading.context, loading.steps(len(images), start)
+    loader = DataLoader(
+        _ViewDataset(images, loading),
+        batch_sampler=([(epoch, index) for index in indices.tolist()] for epoch, indices in steps),
+        num_workers=workers_that_fit(context.workers, 2 * 3 * loading.batch_size * loading.image_size**2),
+        collate_fn=_collate,
+        pin_memory=context.device.type == "cuda",
+        worker_init_fn=leave_signals,
+    )
+    for (pixels, unreadable), (_, indices) in zip(batches_of(loader), loading.steps(len(images), start), strict=False):
+        for index in unreadable:
+            bad.note(index)
+        first, second = pixels.to(context.device, non_blocking=True)
+        numbers = torch.from_numpy(indices).to(context.device)
+        yield Batch(normalise(first, context.dtype), normalise(second, context.dtype), numbers)

@@ -8,6 +8,7 @@ import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,17 +22,17 @@ from torch import Tensor
 
 from fastcr.config import Config
 from fastcr.data import loaders
-from fastcr.data.cached_views import CachedViews
+from fastcr.data.cached_views import cached_views
 from fastcr.data.crop_loader import load_crops
 from fastcr.data.images import BadFiles, ImageList
 from fastcr.data.layouts import read_splits
-from fastcr.data.loaders import Prefetched, choose_place, loader_class, make_views
+from fastcr.data.loaders import choose_place, loader_of, make_views, prefetched
 from fastcr.data.pixel_cache import CachedImages, bounded_size, fill, measure
-from fastcr.data.torch_views import TorchViews
+from fastcr.data.torch_views import torch_views
 from fastcr.data.views import STD, Loading
 from fastcr.errors import UsageError
 from fastcr.runs.command_line import parse
-from fastcr.runs.context import Context
+from fastcr.runs.context import CPU, Context
 from fastcr.runs.distributed import Processes
 
 CONTEXT = Context(workers=2, console=Console(quiet=True))
@@ -156,8 +157,8 @@ def test_views_of_cached_pixels_are_those_of_the_files_but_for_rounding(photos: 
 def test_rows_are_brought_to_a_device_that_lacks_them(photos: ImageList) -> None:
     cache = cached(photos)
     elsewhere = replace(cache, pixels=_Elsewhere(cache.pixels))
-    whole, parts = (CachedViews(images, LOADING, BadFiles(photos, "skip")) for images in (cache, elsewhere))
-    for a, b in zip(islice(whole.batches(0), 4), islice(parts.batches(0), 4), strict=True):
+    whole, parts = (cached_views(images, LOADING, BadFiles(photos, "skip"), 0) for images in (cache, elsewhere))
+    for a, b in zip(islice(whole, 4), islice(parts, 4), strict=True):
         assert torch.equal(torch.stack(a[:2]), torch.stack(b[:2]))
 
 
@@ -194,35 +195,29 @@ def sharded(
         context = replace(CONTEXT, processes=Processes(rank, ranks), workers=2 * (loader != "torch"))
         loading = replace(LOADING, batch_size=batch_size, context=context)
         source = cached(images) if loader == "cache" else images
-        views = loader_class(loader)(source, loading, BadFiles(images, "skip"))  # type: ignore[arg-type]
-        found.append([torch.stack(batch[:2]) for batch in islice(views.batches(start), count)])
+        batches = loader_of(loader)(source, loading, BadFiles(images, "skip"), start)
+        found.append([torch.stack(batch[:2]) for batch in islice(batches, count)])
     return found
 
 
 def test_prefetched_batches_are_the_same_and_errors_come_through(photos: ImageList) -> None:
-    plain = CachedViews(cached(photos), LOADING, BadFiles(photos, "skip"))
-    ahead = Prefetched(plain.images, LOADING, plain.bad, plain)
-    for ours, theirs in zip(islice(ahead.batches(1), 4), islice(plain.batches(1), 4), strict=True):
+    plain = partial(cached_views, cached(photos), LOADING, BadFiles(photos, "skip"))
+    for ours, theirs in zip(islice(prefetched(plain, CPU, 1), 4), islice(plain(1), 4), strict=True):
         assert torch.equal(ours.first, theirs.first)
-    failing = TorchViews(photos, replace(LOADING, context=ALONE), BadFiles(photos, "fail"))
+    failing = partial(torch_views, photos, replace(LOADING, context=ALONE), BadFiles(photos, "fail"))
     with pytest.raises(UsageError, match=r"unreadable image .*05\.png"):
-        list(islice(Prefetched(photos, LOADING, failing.bad, failing).batches(0), 4))
+        list(islice(prefetched(failing, CPU, 0), 4))
 
 
-def test_a_thread_that_prefetches_takes_one_core_from_the_step_and_no_more(photos: ImageList) -> None:
-    seen = []
-
-    class Watched(CachedViews):
-        def batches(self, start_step: int) -> Any:
-            for batch in super().batches(start_step):
-                seen.append((threading.current_thread().name, torch.get_num_threads()))
-                yield batch
+def test_a_thread_that_prefetches_takes_one_core_from_the_step_and_no_more() -> None:
+    def watched(start: int) -> Any:
+        while True:
+            yield threading.current_thread().name, torch.get_num_threads()
 
     cores = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        watched = Watched(cached(photos), LOADING, BadFiles(photos, "skip"))
-        list(islice(Prefetched(photos, LOADING, watched.bad, watched).batches(0), 2))
+        seen: list[Any] = list(islice(prefetched(watched, CPU, 0), 2))
         assert {threads for _, threads in seen} == {1}
         assert threading.current_thread().name not in {name for name, _ in seen}
         assert torch.get_num_threads() == 3

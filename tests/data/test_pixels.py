@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as TF
 from fastcr.data.crop_loader import load_crops
 from fastcr.data.crops import centre_crop, enough
 from fastcr.data.images import BadFiles, ImageList, full_size, read_rgb
-from fastcr.data.loaders import loader_class
+from fastcr.data.loaders import loader_of
 from fastcr.data.pixel_cache import fill, measure
 from fastcr.data.views import Loading
 from fastcr.runs.context import Context
@@ -65,7 +65,7 @@ def first_views(loader: str, images: ImageList, size: int) -> torch.Tensor:
     """Both views `[2,B,3,size,size]` of all images, in one batch."""
     source = fill(images, measure(images, 64, CONTEXT), "host", CONTEXT, 64) if loader == "cache" else images
     loading = Loading(size, len(images), 0, CONTEXT)
-    batch = next(loader_class(loader)(source, loading, BadFiles(images, "fail")).batches(0))  # type: ignore[arg-type]
+    batch = next(loader_of(loader)(source, loading, BadFiles(images, "fail"), 0))
     return torch.stack([batch.first, batch.second])
 
 
