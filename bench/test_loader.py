@@ -21,7 +21,7 @@ from rich.console import Console
 from bench.end_to_end import draw_photos
 from bench.torchvision_views import torchvision_view
 from fastcr.config import Config, DataConfig, OptimConfig
-from fastcr.data.cached_views import cut_views, view_table
+from fastcr.data.cutting import cut_views, view_table
 from fastcr.data.images import ImageList
 from fastcr.data.layouts import read_splits
 from fastcr.data.loaders import make_views

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from fastcr.data.images import ImageList, Splits
-from fastcr.data.text_lists import read_text
+from fastcr.data.listing import read_text
 from fastcr.errors import UsageError
 
 Rows = list[tuple[str, str]]  # files and the names of their classes

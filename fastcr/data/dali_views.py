@@ -17,7 +17,7 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 
-from fastcr.data.cached_views import cut_views, view_table
+from fastcr.data.cutting import cut_views, view_table
 from fastcr.data.images import BadFiles, ImageList, orientation_of
 from fastcr.data.views import Batch, Loading, draw_parameters
 

@@ -15,10 +15,9 @@ from typing import Any, Literal
 import torch
 
 from fastcr.config import Config
-from fastcr.data.cached_views import cached_views
+from fastcr.data.cutting import cached_views, torch_views
 from fastcr.data.images import BadFiles, ImageList
 from fastcr.data.pixel_cache import Place, fill, measure
-from fastcr.data.torch_views import torch_views
 from fastcr.data.views import Batch, Batches, Loading, Views
 from fastcr.errors import UsageError
 from fastcr.runs.context import Context

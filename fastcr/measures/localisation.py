@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastcr.data.crops import centres_of, in_crop
 from fastcr.data.images import ImageList
-from fastcr.data.text_lists import read_text
+from fastcr.data.listing import read_text
 from fastcr.errors import UsageError
 
 CUB_BOXES = "bounding_boxes.txt"

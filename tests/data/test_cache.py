@@ -22,13 +22,12 @@ from torch import Tensor
 
 from fastcr.config import Config
 from fastcr.data import loaders
-from fastcr.data.cached_views import cached_views
 from fastcr.data.crop_loader import load_crops
+from fastcr.data.cutting import cached_views, torch_views
 from fastcr.data.images import BadFiles, ImageList
 from fastcr.data.layouts import read_splits
 from fastcr.data.loaders import choose_place, loader_of, make_views, prefetched
 from fastcr.data.pixel_cache import CachedImages, bounded_size, fill, measure
-from fastcr.data.torch_views import torch_views
 from fastcr.data.views import STD, Loading
 from fastcr.errors import UsageError
 from fastcr.runs.command_line import parse

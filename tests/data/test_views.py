@@ -20,9 +20,9 @@ from torchvision.transforms import v2
 
 from fastcr.config import ViewsConfig
 from fastcr.data.crops import centre_crop
+from fastcr.data.cutting import cut_image
 from fastcr.data.images import BadFiles, ImageList
 from fastcr.data.loaders import loader_of
-from fastcr.data.torch_views import cut_image
 from fastcr.data.views import (
     CROP_RATIO,
     DEFAULT,
