@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from fastcr.data.images import BadFiles, ImageList
 from fastcr.data.pixel_cache import CachedImages
 from fastcr.data.views import MEAN, STD, Batch, Loading, ViewParameters, draw_parameters, normalise
 from fastcr.kernels.two_views import two_views
-from fastcr.runs.machine import batches_of, leave_signals, workers_that_fit
+from fastcr.runs.machine import load_batches
 
 Sample = tuple[Tensor, list[int]]
 
@@ -100,16 +100,10 @@ def _collate(samples: list[Sample]) -> tuple[Tensor, list[int]]:
 
 def torch_views(images: ImageList, loading: Loading, bad: BadFiles, start: int) -> Generator[Batch, None, None]:
     """Batches from step `start` on, decoded and augmented by worker processes."""
-    context, steps = loading.context, loading.steps(len(images), start)
-    loader = DataLoader(
-        _ViewDataset(images, loading),
-        batch_sampler=([(epoch, index) for index in indices.tolist()] for epoch, indices in steps),
-        num_workers=workers_that_fit(context.workers, 2 * 3 * loading.batch_size * loading.image_size**2),
-        collate_fn=_collate,
-        pin_memory=context.device.type == "cuda",
-        worker_init_fn=leave_signals,
-    )
-    for (pixels, unreadable), (_, indices) in zip(batches_of(loader), loading.steps(len(images), start), strict=False):
+    context, size = loading.context, 2 * 3 * loading.batch_size * loading.image_size**2
+    items = ([(epoch, index) for index in indices.tolist()] for epoch, indices in loading.steps(len(images), start))
+    loaded = load_batches(_ViewDataset(images, loading), items, _collate, context.workers, size, context.device)
+    for (pixels, unreadable), (_, indices) in zip(loaded, loading.steps(len(images), start), strict=False):
         for index in unreadable:
             bad.note(index)
         first, second = pixels.to(context.device, non_blocking=True)
