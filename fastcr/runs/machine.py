@@ -35,7 +35,7 @@ def pick_device(name: str, local_rank: int = 0, local_ranks: int = 1) -> torch.d
         return torch.device("cpu")
     device, there = torch.device("cuda", int(number or local_rank)), torch.cuda.device_count()
     if max(device.index, local_ranks - 1) >= there or (numbered and local_ranks > 1):
-        each = f", and each of {local_ranks} processes needs one: take cuda" if local_ranks > 1 else ""
+        each = f", and each of {local_ranks} processes takes its own" if local_ranks > 1 else ""
         raise UsageError(f"--run.device {name}: this machine has {there} CUDA devices{each}")
     torch.cuda.set_device(device)  # where kernels are launched
     return device

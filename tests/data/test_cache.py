@@ -195,7 +195,10 @@ def sharded(
         loading = replace(LOADING, batch_size=batch_size, context=context)
         source = cached(images) if loader == "cache" else images
         batches = loader_of(loader)(source, loading, BadFiles(images, "skip"), start)
-        found.append([torch.stack(batch[:2]) for batch in islice(batches, count)])
+        taken = [*islice(batches, count)]
+        steps = islice(loading.steps(len(images), start), count)
+        assert [batch.images.tolist() for batch in taken] == [indices.tolist() for _, indices in steps]
+        found.append([torch.stack(batch[:2]) for batch in taken])
     return found
 
 

@@ -171,17 +171,6 @@ def test_normalise_is_torchvisions() -> None:
     assert normalise(pixels, torch.bfloat16).dtype == torch.bfloat16
 
 
-@BOTH
-def test_batches_are_reproducible_and_resume_anywhere(photos: ImageList, make: Make) -> None:
-    whole = take(make(photos), 0, 4)  # 3 steps an epoch: into the second one
-    assert whole[0].shape == (2, 6, 3, 48, 48)
-    assert whole[0][0].is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(take(make(photos), 2, 2)[1], whole[3])
-    assert not torch.equal(take(make(photos, seed=4), 0, 1)[0], whole[0])
-    for step, batch in zip(range(1, 5), make(photos).batches(1), strict=False):
-        assert batch.images.tolist() == next(LOADING.steps(20, step))[1].tolist()
-
-
 def test_dali_and_torchvision_give_the_same_views(photos: ImageList) -> None:
     """The same pixels but for rounding between operations; and so the same statistics."""
     levels = torch.tensor(STD)[:, None, None] * 255
