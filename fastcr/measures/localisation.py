@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastcr.data.archives import read_text
 from fastcr.data.crops import centres_of, in_crop
 from fastcr.data.images import ImageList
-from fastcr.data.listing import read_text
 from fastcr.errors import UsageError
 
 CUB_BOXES = "bounding_boxes.txt"
