@@ -74,13 +74,13 @@ def choose_place(asked: Any, size: int, context: Context) -> Place | Literal["of
     Each of the processes of a machine keeps its own.
     """
     cuda, processes = context.device.type == "cuda", context.processes
-    free = torch.cuda.mem_get_info(context.device)[0] if cuda else 0, free_memory() // processes.local_ranks
-    device, host = (-most for most in processes.most(*(-each for each in free)))  # all choose alike, before any fills
+    mine = torch.cuda.mem_get_info(context.device)[0] if cuda else 0, free_memory() // processes.local_ranks
+    device, host = (-most for most in processes.most(*(-each for each in mine)))  # all choose alike, before any fills
     needs, room = f"the decoded images take {size / GIB:.1f} GiB", {"device": device, "host": host, "disk": math.inf}
     if asked != "auto":
         if size > room[asked]:
-            where = "on a CUDA device" if asked == "device" else "in main memory"
-            raise UsageError(f"--data.cache {asked}: {needs}, {room[asked] / GIB:.1f} are free {where}: take disk")
+            free = f"{room[asked] / GIB:.1f} are free there" if cuda or asked == "host" else "there is no CUDA device"
+            raise UsageError(f"--data.cache {asked}: {needs}, and {free}: take disk")
         return asked
     if cuda and size <= device / 4:
         return "device"
