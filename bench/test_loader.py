@@ -21,7 +21,7 @@ from rich.console import Console
 from bench.end_to_end import draw_photos
 from bench.torchvision_views import torchvision_view
 from fastcr.config import Config, DataConfig, OptimConfig
-from fastcr.data.cached_views import cut_views, view_table
+from fastcr.data.cutting import cut_views, view_table
 from fastcr.data.images import ImageList
 from fastcr.data.layouts import read_splits
 from fastcr.data.loaders import make_views
@@ -49,18 +49,26 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> ImageList:
 @pytest.mark.parametrize(
     ("loader", "cache"),
     [
-        *(("torch", "off"), ("dali", "off"), ("torch", "host"), ("torch", "disk")),
-        *(("fused", "device"), ("fused", "host"), ("fused", "disk")),
+        *(("torch", "off"), ("dali", "off")),
+        *(("auto", "device"), ("auto", "host"), ("auto", "disk")),
     ],
 )
 def test_loader(
-    benchmark: Any, finished: Any, device: torch.device, photos: ImageList, tmp_path: Path, loader: str, cache: str
+    benchmark: Any,
+    finished: Any,
+    device: torch.device,
+    photos: ImageList,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    loader: str,
+    cache: str,
 ) -> None:
     if loader == "dali":
         pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
     if cache == "device" and device.type == "cpu":
         pytest.skip("needs a GPU")
-    data = DataConfig(loader=loader, cache=cache, cache_dir=tmp_path)  # type: ignore[arg-type]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    data = DataConfig(loader=loader, cache=cache)  # type: ignore[arg-type]
     config = Config(data=data, optim=OptimConfig(batch_size=BATCH))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     start = time.perf_counter()

@@ -49,8 +49,6 @@ class RunConfig:
     """Epochs between two evaluations during training; 0: only at the end."""
     save_minutes: float = number(5.0, 0)
     """Minutes between two saves of resume.pt; 0: after every step."""
-    keep: int = number(2, 1)
-    """How many saves are kept: resume.pt, the one before as resume.1.pt, and so on."""
     track: Literal["none", "wandb"] = "none"
     """wandb: also log to Weights & Biases (extra wandb), whose own environment variables say where."""
 
@@ -61,14 +59,10 @@ class DataConfig:
 
     root: Path | None = None
     """Folder of images; docs/data.md lists the layouts. Default: the embedded set of drawn birds."""
-    loader: Literal["auto", "dali", "torch", "fused"] = "auto"
-    """fused: views cut from the cache, on CUDA by one kernel; auto: fused; without a cache dali on CUDA, else torch."""
     cache: Literal["auto", "device", "host", "disk", "off"] = "auto"
     """Where decoded images are kept: on the GPU, in main memory, in a file, or nowhere; auto: where they easily fit."""
-    cache_side: int | None = number(None, 1)
-    """Shorter side, in pixels, to which larger images are reduced in the cache. Default: twice --data.image_size."""
-    cache_dir: Path | None = None
-    """Folder of --data.cache disk. Default: fastcr in the user's cache folder."""
+    loader: Literal["auto", "dali", "torch"] = "auto"
+    """What decodes the images anew in each epoch instead; auto, without a cache: dali on CUDA, else torch."""
     image_size: int = number(224, 32)
     """Side of the square views, pixels."""
     workers: int | None = number(None, 0)

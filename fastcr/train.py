@@ -35,6 +35,7 @@ from fastcr.method.step import Losses
 from fastcr.output.evaluations import TrainingEvaluation
 from fastcr.runs.checkpoint import (
     INITIAL,
+    RESUME,
     Saver,
     check_unused,
     load_resume,
@@ -116,7 +117,7 @@ def run_steps(run: Run, evaluation: TrainingEvaluation, log: RunLog, began: floa
     """The training loop; returns the number of the signal that ended it early, or 0."""
     config, training, schedule, processes = run.config, run.training, run.schedule, run.context.processes
     facts = describe(config) | ({"tuned": config.optim.tuned} if schedule.last and config.optim.tuned < 1 else {})
-    saver = Saver(run.folder, facts, config.run.keep, config.run.save_minutes)
+    saver = Saver(run.folder, facts, config.run.save_minutes)
     health = RunHealth(run)
     due = Due(0, False, False, False)
     with StopSignal() as stop, closing(run.views.batches(run.start)) as batches:
@@ -222,7 +223,7 @@ def open_run(config: Config, resume: Path | None, context: Context, folders: Exi
     views, config = make_views(config, splits.train, context)
     folder = processes.once(partial(claim_folder, config, resume, folders))
     context.say(f"run folder: {folder}")
-    start = restore(folder / "resume.pt", training, images, context) if resume else 0
+    start = restore(folder, training, images, context) if resume else 0
     sample = begin(training, views.images, config, context) if resume is None else None
     training.moco.keep_frozen(context.dtype)
     if processes.first:
@@ -238,24 +239,24 @@ def fingerprint(images: ImageList) -> int:
     return zlib.crc32("\n".join(images.files).encode(errors="surrogateescape"))
 
 
-def restore(path: Path, training: Training, images: int, context: Context) -> int:
+def restore(folder: Path, training: Training, images: int, context: Context) -> int:
     """Restore the newest whole save; returns the step after which it was made.
 
     `images` is the fingerprint of today's images. Only the first process reads the file. The number of processes may
     differ from before; then random draws of the model itself, such as dropout, differ too.
     """
     processes = context.processes
-    state, file = processes.once(partial(load_resume, path))
-    if file != path:
-        context.say(f"{path} is missing or broken: resuming from {file.name}, step {state['step']}")
+    state, file = processes.once(partial(load_resume, folder))
+    if file.name != RESUME[0]:
+        context.say(f"{folder / RESUME[0]} is missing or broken: resuming from {file.name}, step {state['step']}")
     if state.get("images") != images:
-        raise UsageError(f"{path}: the training images are not those of this run: files came, went or moved")
+        raise UsageError(f"{file}: the training images are not those of this run: files came, went or moved")
     try:
         training.load_state(state)
         if processes.rank < len(state["random"]):
             set_random_states(state["random"][processes.rank])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{path} does not fit the settings of this run: {one_line(error)}") from None
+        raise UsageError(f"{file} does not fit the settings of this run: {one_line(error)}") from None
     return state["step"]
 
 

@@ -122,7 +122,7 @@ def bash_completion() -> str:
         ("train cub200-p", "cub200-paper"),
         ("train cub200 --optim.backbone_l", "--optim.backbone_lr"),
         ("train --resu", "--resume"),
-        ("train --data.loader fu", "fused"),
+        ("train --data.loader da", "dali"),
         ("export run --format o", "onnx"),
     ],
 )

@@ -111,7 +111,7 @@ def test_what_cannot_be_trained_on_is_refused_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
     refused: Callable[..., str],
 ) -> None:
-    line = refused(train.main, *run_of(images, *prepare(images, monkeypatch)))
+    line = refused(train.main, *run_of(images, "--data.loader", "auto", *prepare(images, monkeypatch)))
     assert all(word.format(images=images) in line for word in words), line
     assert not (images.parent / "run").exists()
 

@@ -172,7 +172,7 @@ def test_the_hub_folder_loads_and_its_card_says_what_was_measured(
 def test_nothing_for_the_hub_names_a_path_of_this_machine(run: Path, tmp_path: Path) -> None:
     copied = Path(shutil.copytree(run, tmp_path / "copied"))
     config = yaml.safe_load((copied / "config.yaml").read_text())
-    config["model"]["weights"], config["data"]["cache_dir"] = "/home/someone/trunk.pth", "/home/someone/cache"
+    config["model"]["weights"], config["data"]["root"] = "/home/someone/trunk.pth", "/home/someone/pictures"
     (copied / "config.yaml").write_text(yaml.safe_dump(config))
     results = json.loads((copied / "results.json").read_text())
     results["best_epoch"] = {"folder": "/home/someone/birds"}

@@ -80,7 +80,7 @@ def test_page_of_a_run_shows_all_of_it(finished: Path, tmp_path: Path) -> None:
 
 def test_settings_lose_their_folders(copied: Path, tmp_path: Path) -> None:
     change(copied, "model", weights="/home/somebody/secret/w.pt")
-    change(copied, "data", cache_dir="/home/somebody/elsewhere/cache")
+    change(copied, "run", dir="/home/somebody/elsewhere/run")
     page = made(tmp_path, copied)
     assert "weights: w.pt\n" in page
     assert not [word for word in ("somebody", "secret", "elsewhere") if word in page]

@@ -30,6 +30,7 @@ from tests.shared import ROOT, TINY, Trap
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ONE_STEP = [*TINY, "--run.steps", "1"]
+TO_DISK = ("--data.loader", "auto", "--data.cache", "disk")
 CLASS, FILE = "<script>alert(1)", "\"><img src=x onerror=alert('2')>&amp;.jpg"
 
 
@@ -45,10 +46,13 @@ def test_settings_with_python_objects_are_refused(tmp_path: Path, refused: Calla
     assert not trap.exists()
 
 
-def test_pickled_objects_in_the_cache_are_refused(flat: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
-    args = [*ONE_STEP, "--data.root", flat, "--data.cache", "disk", "--data.cache_dir", tmp_path / "cache"]
+def test_pickled_objects_in_the_cache_are_refused(
+    flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    args = [*ONE_STEP, "--data.root", flat, *TO_DISK]
     train.main([*map(str, args), "--run.dir", str(tmp_path / "first")])
-    (index,) = (tmp_path / "cache").glob("*/layout.npz")
+    (index,) = (tmp_path / "cache").glob("*/*/layout.npz")
     np.savez(index, starts=np.array([Trap(tmp_path / "trap")]), sizes=np.zeros(1), broken=np.zeros(1))
     _ = np.load(index, allow_pickle=True)["starts"]
     (tmp_path / "trap").rmdir()
@@ -122,7 +126,7 @@ def place(birds: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (place / name).mkdir()
     cpu = ["--data.workers", "0", "--run.device", "cpu"]
     commands = [
-        ("train", [*ONE_STEP, "--data.root", root, "--run.dir", run, "--data.workers", "1", "--data.cache", "disk"]),
+        ("train", [*ONE_STEP, "--data.root", root, "--run.dir", run, "--data.workers", "1", *TO_DISK]),
         ("report", [run, "--run.device", "cpu"]),
         ("visualize", [run, "--run.device", "cpu"]),
         ("embed", [run, root, "--out", out, *cpu]),

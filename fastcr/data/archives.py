@@ -1,4 +1,4 @@
-"""The original archives of four data sets, recognised by what the root holds: their tables to labelled splits.
+"""Images that a table names: a list in a text file, or the archive of one of four data sets, known by what it holds.
 
 | archive | recognised by | training images | test images |
 |---|---|---|---|
@@ -14,16 +14,48 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastcr.data.images import ImageList, Splits
-from fastcr.data.text_lists import read_text
 from fastcr.errors import UsageError
+
+Rows = list[tuple[str, str]]  # files and the names of their classes
+
+
+def read_text(file: Path) -> str:
+    """The text of `file`, with or without a byte order mark; what is no UTF-8 is kept as `surrogateescape` does.
+
+    Raises `OSError` if it cannot be read.
+    """
+    return file.read_bytes().decode("utf-8-sig", "surrogateescape")
+
+
+def read_list(file: Path) -> ImageList:
+    """The images a text file names: on each line a path (from the file's own folder), then perhaps a tab and a label.
+
+    Blank lines and lines that begin with `#` are skipped. Raises `UsageError` if the file is no text, or names no
+    images, or some that are not there.
+    """
+    try:
+        text = read_text(file)
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read: {error.strerror}") from None
+    if "\0" in text:
+        raise UsageError(f"{file} is neither a folder of images or tar shards nor a text file that lists images")
+    lines = [line.rstrip("\r") for line in text.split("\n") if line.strip() and line[0] != "#"]
+    if not lines:
+        raise UsageError(f"{file} names no images")
+    rows = sorted((path, label.strip()) for path, _, label in (line.partition("\t") for line in lines))
+    paths, labels = zip(*rows, strict=True)
+    if missing := [path for path in paths if not os.path.isfile(os.path.join(file.parent, path))]:
+        raise UsageError(
+            f"{len(missing)} of the {len(paths)} images that {file} names are not there, e.g. {missing[0]!r} "
+            "(each line: a path, then perhaps a tab and a label)"
+        )
+    return ImageList(file.parent, paths, None, ()).with_labels([label or None for label in labels], sorted({*labels}))
 
 
 def read_archive(root: Path) -> Splits | None:
@@ -31,104 +63,94 @@ def read_archive(root: Path) -> Splits | None:
 
     Raises `UsageError` if a table is missing or broken, or names images that are not there.
     """
-    for mark, read in ARCHIVES.items():
-        # exists() would take a pipe, and its reader wait for ever
-        if (root / mark).is_file() or (root / mark).is_dir():
-            return read(root)
-    return None
-
-
-def _split(classes: Iterable[str], table: Path, root: Path, rows: Iterable[tuple[str, str]]) -> ImageList:
-    """The images below `root` that `table` names: `rows` are files and the names of their classes.
-
-    Raises `UsageError` if some lie elsewhere or nowhere, or in none of the `classes`.
-    """
-    rows, classes = sorted(rows), tuple(classes)
-    if not rows:
-        raise UsageError(f"{table} names no images for one of the splits")
-    if outside := [file for file, _ in rows if os.path.isabs(file) or ".." in Path(file).parts]:
-        raise UsageError(f"{table} names an image outside {root}: {outside[0]!r}")
-    if missing := [file for file, _ in rows if not os.path.isfile(root / file)]:
-        counted = f"{len(missing)} of the {len(rows)} images"
-        raise UsageError(f"{counted} that {table} names are not in {root}, e.g. {missing[0]!r}")
-    if unknown := {name for _, name in rows} - {*classes}:
-        raise UsageError(f"{table} names a class that is not in the list of classes: {min(unknown)!r}")
-    images = ImageList(root, tuple(file for file, _ in rows), None, ())
-    return images.with_labels([name for _, name in rows], classes)
-
-
-@contextmanager
-def _reading(file: Path, what: str) -> Iterator[None]:
-    """Whatever a reader raises about a table becomes the one line that it is missing, or is not `what`."""
+    # exists() would take a pipe, and its reader wait for ever
+    read = next((read for mark, read in ARCHIVES.items() if (root / mark).is_file() or (root / mark).is_dir()), None)
+    if read is None:
+        return None
+    tables = _Tables(root)
     try:
-        yield
-    except Exception:  # readers raise whatever the broken bytes lead them to
-        raise UsageError(f"{file} is missing or is not {what}") from None
-
-
-def _lines(file: Path) -> dict[str, str]:
-    """A table of lines `<image id> <value>`; the value may hold spaces."""
-    with _reading(file, "a table of '<image id> <value>'"):
-        pairs = (line.split(None, 1) for line in read_text(file).splitlines() if line.strip())
-        return {id_: value.strip() for id_, value in pairs}
-
-
-def _cub(root: Path) -> Splits:
-    names = ("images.txt", "train_test_split.txt", "image_class_labels.txt")
-    files, training, labels = (_lines(root / name) for name in names)
-    if not files.keys() == training.keys() == labels.keys():
-        raise UsageError(f"{', '.join(names)} of {root} list different ids")
-    rows = {flag: [(file, file.split("/")[0]) for id_, file in files.items() if training[id_] == flag] for flag in "10"}
-    classes = sorted({file.split("/")[0] for file in files.values()})
-    return Splits(*(_split(classes, root / names[1], root / "images", each) for each in rows.values()))
-
-
-def _matlab(file: Path, name: str) -> Any:
-    """Variable `name` of a MATLAB file, an array."""
-    try:
-        from scipy.io import loadmat
+        classes, (train_folder, train), (test_folder, test) = read(tables)
     except ImportError:
         raise UsageError('the tables of Stanford Cars need scipy: pip install "fastcr[archives]"') from None
-    with _reading(file, f"the archive's MATLAB file with {name!r}"):
-        return np.atleast_1d(loadmat(file, variable_names=[name], squeeze_me=True)[name])
+    except Exception:  # readers raise whatever the broken bytes lead them to
+        raise UsageError(f"{tables.last} is missing, or is not the table that this archive has there") from None
+    return Splits(_images(root / train_folder, train, classes), _images(root / test_folder, test, classes))
 
 
-def _cars(root: Path) -> Splits:
-    classes = [*map(str, _matlab(root / "devkit" / "cars_meta.mat", "class_names"))]
+def _images(folder: Path, rows: Rows, classes: list[str]) -> ImageList:
+    """The images of a split. Raises `UsageError` if some lie elsewhere or nowhere, or in none of the `classes`."""
+    files, names = [file for file, _ in sorted(rows)], [name for _, name in sorted(rows)]
+    if not rows:
+        raise UsageError(f"the archive's tables name no images in {folder} for one of the splits")
+    if outside := [file for file in files if os.path.isabs(file) or ".." in Path(file).parts]:
+        raise UsageError(f"a table of the archive names an image outside {folder}: {outside[0]!r}")
+    if missing := [file for file in files if not os.path.isfile(folder / file)]:
+        counted = f"{len(missing)} of the {len(rows)} images that the archive's tables name"
+        raise UsageError(f"{counted} are not in {folder}, e.g. {missing[0]!r}")
+    if unknown := {*names} - {*classes}:
+        raise UsageError(f"a class of {folder} is not in the list of classes: {min(unknown)!r}")
+    return ImageList(folder, tuple(files), None, ()).with_labels(names, classes)
 
-    def split(folder: str, table: Path) -> ImageList:
-        annotations = _matlab(table, "annotations")
-        # the devkit's own test table has no labels: the one that has came separately
-        with _reading(table, f"a table of files and their classes, which count from 1 to {len(classes)}"):
-            numbered = dict(enumerate(classes, start=1))
-            rows = [(str(row["fname"]), numbered[int(row["class"])]) for row in annotations]
-        return _split(classes, table, root / folder, rows)
 
+class _Tables:
+    """The tables of an archive; `last` is the one that was opened last, and so the one that is broken."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = self.last = root
+
+    def lines(self, name: str) -> list[str]:
+        self.last = self.root / name
+        return [line.strip() for line in read_text(self.last).splitlines() if line.strip()]
+
+    def pairs(self, name: str) -> dict[str, str]:
+        """Lines `<image id> <value>`; the value may hold spaces."""
+        return dict(line.split(None, 1) for line in self.lines(name))
+
+    def matlab(self, name: str, variable: str) -> Any:
+        """A variable of a MATLAB file, an array."""
+        from scipy.io import loadmat
+
+        self.last = self.root / name
+        return np.atleast_1d(loadmat(self.last, variable_names=[variable], squeeze_me=True)[variable])
+
+
+def _cub(tables: _Tables) -> Any:
+    files, flags = tables.pairs("images.txt"), tables.pairs("train_test_split.txt")
+    if files.keys() != flags.keys():
+        raise KeyError
+    rows = {flag: [(file, file.split("/")[0]) for id_, file in files.items() if flags[id_] == flag] for flag in "10"}
+    return sorted({file.split("/")[0] for file in files.values()}), *(("images", each) for each in rows.values())
+
+
+def _cars(tables: _Tables) -> Any:
+    classes = [*map(str, tables.matlab("devkit/cars_meta.mat", "class_names"))]
+    numbered = dict(enumerate(classes, start=1))
+    # the devkit's own test table has no labels: the one that has came separately
     labels = "cars_test_annos_withlabels.mat"
-    test = root / labels if (root / labels).is_file() else root / "devkit" / labels
-    return Splits(split("cars_train", root / "devkit" / "cars_train_annos.mat"), split("cars_test", test))
+    test = labels if (tables.root / labels).is_file() else f"devkit/{labels}"
+    found = []
+    for folder, name in (("cars_train", "devkit/cars_train_annos.mat"), ("cars_test", test)):
+        rows = tables.matlab(name, "annotations")
+        found.append((folder, [(str(row["fname"]), numbered[int(row["class"])]) for row in rows]))
+    return classes, *found
 
 
-def _aircraft(root: Path) -> Splits:
-    with _reading(root / "variants.txt", "the list of classes"):
-        classes = [line.strip() for line in read_text(root / "variants.txt").splitlines() if line.strip()]
-    tables = root / "images_variant_trainval.txt", root / "images_variant_test.txt"
-    rows = ([(f"{id_}.jpg", name) for id_, name in _lines(table).items()] for table in tables)
-    return Splits(*(_split(classes, table, root / "images", each) for table, each in zip(tables, rows, strict=True)))
+def _aircraft(tables: _Tables) -> Any:
+    files = [tables.pairs(f"images_variant_{split}.txt") for split in ("trainval", "test")]
+    rows = ([(f"{id_}.jpg", name) for id_, name in each.items()] for each in files)
+    return tables.lines("variants.txt"), *(("images", each) for each in rows)
 
 
-def _inat(root: Path) -> Splits:
-    def read(file: Path) -> tuple[list[str], list[tuple[str, str]]]:
-        with _reading(file, "iNaturalist's table of images, annotations and categories"):
-            content = json.loads(file.read_bytes())
-            names = {row["id"]: str(row["name"]) for row in sorted(content["categories"], key=lambda row: row["id"])}
-            files = {row["id"]: str(row["file_name"]) for row in content["images"]}
-            rows = [(files[row["image_id"]], names[row["category_id"]]) for row in content["annotations"]]
-            return [*names.values()], rows
-
-    files = root / "train2019.json", root / "val2019.json"
-    (classes, train), (_, test) = map(read, files)
-    return Splits(_split(classes, files[0], root, train), _split(classes, files[1], root, test))
+def _inat(tables: _Tables) -> Any:
+    found = []
+    for split in ("train", "val"):
+        tables.last = tables.root / f"{split}2019.json"
+        content = json.loads(tables.last.read_bytes())
+        names = {row["id"]: str(row["name"]) for row in sorted(content["categories"], key=lambda row: row["id"])}
+        files = {row["id"]: str(row["file_name"]) for row in content["images"]}
+        rows = [(files[row["image_id"]], names[row["category_id"]]) for row in content["annotations"]]
+        found.append(([*names.values()], rows))
+    return found[0][0], *((".", rows) for _, rows in found)
 
 
 # by what the root of each holds

@@ -17,15 +17,11 @@ Colour = tuple[int, ...]
 Points = Sequence[tuple[float, float]]
 
 
-def hex_colours(values: str) -> list[Colour]:
-    """RGB colours of six hexadecimal digits each."""
-    return [tuple(bytes.fromhex(value)) for value in values.split()]
-
-
-_NAMES = "black slate grey white umber brown rust buff cream yellow orange red rose olive green blue horn"
-_VALUES = """26262a 4e5862 8e9296 e8e8e4 4c3a2a 80603e a8562c d8b47c ecdcb4 e6c83c e08a2c c4342e d88a8e 75793e 3e7a4e
-    3c66a8 c8aa86"""
-COLOURS = dict(zip(_NAMES.split(), hex_colours(_VALUES), strict=True))
+_COLOURS = """black=26262a slate=4e5862 grey=8e9296 white=e8e8e4 umber=4c3a2a brown=80603e rust=a8562c buff=d8b47c
+    cream=ecdcb4 yellow=e6c83c orange=e08a2c red=c4342e rose=d88a8e olive=75793e green=3e7a4e blue=3c66a8 horn=c8aa86"""
+COLOURS: dict[str, Colour] = {
+    name: tuple(bytes.fromhex(value)) for name, _, value in (pair.partition("=") for pair in _COLOURS.split())
+}
 
 
 class Plan(NamedTuple):
@@ -41,75 +37,56 @@ class Plan(NamedTuple):
 
 
 PLANS = {
-    "finch": Plan(
-        -22, 1.12, (0.36, -0.27), 0.2,
-        bill=[(0.8, -0.65), (1.75, 0.15), (0.8, 0.7)],
-        tail=[(-0.4, -0.08), (-0.86, -0.1), (-0.78, 0.02), (-0.86, 0.14), (-0.4, 0.14)],
-    ),
-    "warbler": Plan(
-        -8, 0.85, (0.42, -0.2), 0.165,
-        bill=[(0.8, -0.22), (2.1, 0.12), (0.8, 0.3)],
-        tail=[(-0.4, -0.06), (-0.9, -0.3), (-0.95, -0.16), (-0.4, 0.12)],
-    ),
-    "jay": Plan(
-        -30, 0.9, (0.42, -0.3), 0.19,
-        bill=[(0.8, -0.35), (1.5, -0.25), (2, 0.2), (0.8, 0.45)],
-        tail=[(-0.36, -0.08), (-1.05, -0.18), (-1.2, -0.02), (-1.18, 0.14), (-1, 0.24), (-0.36, 0.12)],
-        crest=[(0.5, -0.8), (-1, -2), (-1.6, -1.7), (-0.9, -0.1)],
-    ),
-    "hawk": Plan(
-        -58, 1.05, (0.46, -0.16), 0.19,
-        bill=[(0.7, -0.6), (1.45, -0.5), (1.75, 0.35), (1.6, 0.75), (1.25, 0.35), (0.7, 0.5)],
-        tail=[(-0.36, -0.1), (-1.05, -0.12), (-1.05, 0.1), (-0.36, 0.14)],
-    ),
-    "kingfisher": Plan(
-        -38, 0.95, (0.36, -0.28), 0.24,
-        bill=[(0.8, -0.35), (3.1, 0.1), (0.8, 0.45)],
-        tail=[(-0.36, -0.08), (-0.7, -0.08), (-0.7, 0.12), (-0.36, 0.14)],
-        crest=[(0.6, -0.75), (-0.2, -1.5), (-0.5, -1.15), (-1.1, -1.4), (-1, -0.95), (-1.5, -0.8), (-0.9, 0)],
-    ),
+    "finch": Plan(-22, 1.12, (0.36, -0.27), 0.2, [(0.8, -0.65), (1.75, 0.15), (0.8, 0.7)],
+                  [(-0.4, -0.08), (-0.86, -0.1), (-0.78, 0.02), (-0.86, 0.14), (-0.4, 0.14)]),
+    "warbler": Plan(-8, 0.85, (0.42, -0.2), 0.165, [(0.8, -0.22), (2.1, 0.12), (0.8, 0.3)],
+                    [(-0.4, -0.06), (-0.9, -0.3), (-0.95, -0.16), (-0.4, 0.12)]),
+    "jay": Plan(-30, 0.9, (0.42, -0.3), 0.19, [(0.8, -0.35), (1.5, -0.25), (2, 0.2), (0.8, 0.45)],
+                [(-0.36, -0.08), (-1.05, -0.18), (-1.2, -0.02), (-1.18, 0.14), (-1, 0.24), (-0.36, 0.12)],
+                [(0.5, -0.8), (-1, -2), (-1.6, -1.7), (-0.9, -0.1)]),
+    "hawk": Plan(-58, 1.05, (0.46, -0.16), 0.19,
+                 [(0.7, -0.6), (1.45, -0.5), (1.75, 0.35), (1.6, 0.75), (1.25, 0.35), (0.7, 0.5)],
+                 [(-0.36, -0.1), (-1.05, -0.12), (-1.05, 0.1), (-0.36, 0.14)]),
+    "kingfisher": Plan(-38, 0.95, (0.36, -0.28), 0.24, [(0.8, -0.35), (3.1, 0.1), (0.8, 0.45)],
+                       [(-0.36, -0.08), (-0.7, -0.08), (-0.7, 0.12), (-0.36, 0.14)],
+                       [(0.6, -0.75), (-0.2, -1.5), (-0.5, -1.15), (-1.1, -1.4), (-1, -0.95), (-1.5, -0.8), (-0.9, 0)]),
 }  # fmt: skip
 
 
 class Species(NamedTuple):
-    """A class: its name, which begins with its plan, the colours of its parts (keys of `COLOURS`), and its marks."""
+    """A class: its name, the body of its family, the colours of its parts (keys of `COLOURS`), and its marks."""
 
     name: str
-    back: str
-    wing: str
-    crown: str
-    throat: str
-    belly: str
-    bill: str
-    marks: str = ""
-
-    @property
-    def plan(self) -> Plan:
-        """The body of its family."""
-        return PLANS[self.name.split("-")[0]]
+    plan: Plan
+    colours: list[str]  # of back, wing, belly, throat, crown and bill, in the order they are drawn from `rng`
+    marks: list[str]
 
 
-CLASSES = (
-    Species("finch-redcap", "brown", "umber", "red", "buff", "cream", "horn", "streaks"),
-    Species("finch-rosy", "grey", "slate", "grey", "rose", "white", "horn", "bars"),
-    Species("finch-masked", "olive", "umber", "olive", "yellow", "yellow", "black", "mask"),
-    Species("finch-spotted", "brown", "umber", "brown", "white", "cream", "orange", "spots ring"),
-    Species("warbler-golden", "olive", "slate", "yellow", "yellow", "yellow", "black", "bars"),
-    Species("warbler-bluecap", "olive", "blue", "blue", "white", "yellow", "black", "stripe"),
-    Species("warbler-streaked", "grey", "slate", "black", "white", "white", "black", "streaks bars"),
-    Species("warbler-rufous", "brown", "umber", "rust", "cream", "buff", "horn", "stripe"),
-    Species("jay-azure", "blue", "blue", "blue", "white", "grey", "black", "bars collar"),
-    Species("jay-blackhead", "blue", "slate", "black", "black", "blue", "black"),
-    Species("jay-rusty", "rust", "umber", "rust", "white", "rose", "horn", "patch"),
-    Species("jay-green", "green", "green", "blue", "black", "yellow", "black", "mask"),
-    Species("hawk-barred", "slate", "slate", "slate", "white", "rust", "black", "barring"),
-    Species("hawk-brown", "brown", "umber", "umber", "cream", "cream", "yellow", "streaks"),
-    Species("hawk-pale", "grey", "grey", "white", "white", "white", "yellow", "stripe"),
-    Species("hawk-hooded", "umber", "umber", "black", "white", "buff", "yellow", "spots mask"),
-    Species("kingfisher-belted", "slate", "slate", "slate", "white", "white", "black", "collar bars"),
-    Species("kingfisher-orange", "blue", "blue", "blue", "white", "orange", "black", "stripe"),
-    Species("kingfisher-emerald", "green", "green", "green", "white", "rust", "black", "collar"),
-    Species("kingfisher-pied", "black", "black", "black", "white", "white", "black", "spots patch"),
+_CLASSES = """
+    finch-redcap       brown umber cream  buff   red    horn   streaks
+    finch-rosy         grey  slate white  rose   grey   horn   bars
+    finch-masked       olive umber yellow yellow olive  black  mask
+    finch-spotted      brown umber cream  white  brown  orange spots ring
+    warbler-golden     olive slate yellow yellow yellow black  bars
+    warbler-bluecap    olive blue  yellow white  blue   black  stripe
+    warbler-streaked   grey  slate white  white  black  black  streaks bars
+    warbler-rufous     brown umber buff   cream  rust   horn   stripe
+    jay-azure          blue  blue  grey   white  blue   black  bars collar
+    jay-blackhead      blue  slate blue   black  black  black
+    jay-rusty          rust  umber rose   white  rust   horn   patch
+    jay-green          green green yellow black  blue   black  mask
+    hawk-barred        slate slate rust   white  slate  black  barring
+    hawk-brown         brown umber cream  cream  umber  yellow streaks
+    hawk-pale          grey  grey  white  white  white  yellow stripe
+    hawk-hooded        umber umber buff   white  black  yellow spots mask
+    kingfisher-belted  slate slate white  white  slate  black  collar bars
+    kingfisher-orange  blue  blue  orange white  blue   black  stripe
+    kingfisher-emerald green green rust   white  green  black  collar
+    kingfisher-pied    black black white  white  black  black  spots patch
+"""
+CLASSES = tuple(
+    Species(name, PLANS[name.split("-")[0]], rest[:6], rest[6:])
+    for name, *rest in map(str.split, _CLASSES.strip().splitlines())
 )
 PATTERNS = ("spots", "streaks", "barring")
 _CIRCLE = np.array([(np.cos(angle), np.sin(angle)) for angle in np.arange(20) * np.pi / 10])
@@ -190,9 +167,10 @@ def perched(draw: ImageDraw.ImageDraw, kind: Species, rng: Generator, unit: floa
 
 def draw_body(body: Pen, head: Pen, kind: Species, rng: Generator) -> None:
     """A bird of this species from back to front; `body` and `head` are pens in their frames."""
-    plan, tone, marks = kind.plan, rng.uniform(0.88, 1.12), kind.marks.split()
-    colours = kind.back, kind.wing, kind.belly, kind.throat, kind.crown, kind.bill
-    back, wing, belly, chin, crown, bill = (shade(COLOURS[each], tone * rng.uniform(0.94, 1.06)) for each in colours)
+    plan, tone, marks = kind.plan, rng.uniform(0.88, 1.12), kind.marks
+    back, wing, belly, chin, crown, bill = (
+        shade(COLOURS[each], tone * rng.uniform(0.94, 1.06)) for each in kind.colours
+    )
     dark, ink, pale = shade(wing, 0.6), shade(COLOURS["umber"], 0.7), COLOURS["white"]
     body.fill(plan.tail, wing, dark)
     for tip in plan.tail[1:-1]:

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, Dataset
+from torch.utils.data import ConcatDataset, Dataset
 
 from fastcr.data.crops import centre_crop, enough
 from fastcr.data.images import ImageList, full_size
 from fastcr.data.pixel_cache import CachedImages
 from fastcr.runs.context import Context
-from fastcr.runs.machine import batches_of, free_memory, leave_signals, workers_that_fit
+from fastcr.runs.machine import free_memory, load_batches
 
 BATCH_SIZE = 128
 Crop = tuple[Tensor, tuple[int, int]]
@@ -54,15 +54,7 @@ def load_crops(
     most = max(map(len, batches), default=1)
     workers = 0 if all(isinstance(images, CachedImages) for images in parts) else context.workers
     dataset: ConcatDataset[Crop | None] = ConcatDataset([_Crops(images, image_size) for images in parts])
-    loader = DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=workers_that_fit(workers, 3 * most * image_size**2),
-        collate_fn=collate,
-        pin_memory=context.device.type == "cuda",
-        worker_init_fn=leave_signals,
-    )
-    return batches_of(loader)
+    return load_batches(dataset, batches, collate, workers, 3 * most * image_size**2, context.device)
 
 
 class KeptCrops:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import io
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
 from itertools import chain, islice
 from typing import Any
 
@@ -19,9 +17,9 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 
-from fastcr.data.cached_views import cut_views, view_table
-from fastcr.data.images import ImageList, orientation_of
-from fastcr.data.views import Batch, Views, draw_parameters
+from fastcr.data.cutting import cut_views, view_table
+from fastcr.data.images import BadFiles, ImageList, orientation_of
+from fastcr.data.views import Batch, Loading, draw_parameters
 
 END_OF_JPEG = b"\xff\xd9"
 AHEAD = 3  # steps: the one DALI is asked for, and those it may decode while that one is used
@@ -60,67 +58,49 @@ def read_encoded(images: ImageList, index: int, by_pil: bool) -> Encoded:
     return np.frombuffer(b"P6 %d %d 255\n" % rgb.size + rgb.tobytes(), dtype=np.uint8), bad
 
 
-@dataclass
-class DaliViews(Views):
-    """Two views of each image, decoded by DALI."""
-
-    # PIL reads these: sound ends, broken insides, or more than DALI can
-    _undecodable: set[int] = field(default_factory=set)
-
-    def batches(self, start_step: int) -> Generator[Batch, None, None]:
-        """Batches from `start_step` on, epoch after epoch, without end."""
-        loading, device = self.loading, self.loading.context.device
-        step, pipeline = start_step, self._pipeline(start_step)
-        stream = used = None
+def dali_views(images: ImageList, loading: Loading, bad: BadFiles, start: int) -> Generator[Batch, None, None]:
+    """Batches from step `start` on, decoded by DALI."""
+    device, undecodable = loading.context.device, set[int]()  # PIL reads these: broken, or more than DALI can
+    pipeline = pipeline_from(start, images, loading, bad, undecodable)
+    stream = used = None
+    for step, (epoch, indices) in enumerate(loading.steps(len(images), start), start):
+        if device.type == "cuda":
+            stream = torch.cuda.current_stream(device)
+        if used:
+            used.synchronize()  # DALI may overwrite the last batch from here on
         while True:
-            if device.type == "cuda":
-                stream = torch.cuda.current_stream(device)
-            if used:
-                used.synchronize()  # DALI may overwrite the last batch from here on
             try:
-                (images,) = pipeline.run(stream)
+                (found,) = pipeline.run(stream)
+                break
             except RuntimeError:
-                ahead = islice(loading.steps(len(self.images), step), AHEAD)
-                indices = {index for _, batch in ahead for index in batch.tolist()} - self._undecodable
-                if not indices:
+                ahead = islice(loading.steps(len(images), step), AHEAD)
+                doubtful = {index for _, batch in ahead for index in batch.tolist()} - undecodable
+                if not doubtful:
                     raise
                 # those that PIL cannot read either, which it names; or else all that DALI had before it
-                self._undecodable |= {index for index in indices if self.images.rgb_or_next(index)[1]} or indices
-                pipeline = self._pipeline(step)
-                continue
-            batch = self._cut(step, images)
-            if stream:
-                used = stream.record_event()
-            yield batch
-            step += 1
-
-    def _cut(self, step: int, images: Any) -> Batch:
-        """The views of the images of `step`, which DALI has decoded."""
-        loading = self.loading
-        epoch, indices = next(loading.steps(len(self.images), step))
-        pixels = [torch.from_dlpack(image) for image in images]
+                undecodable |= {index for index in doubtful if images.rgb_or_next(index)[1]} or doubtful
+                pipeline = pipeline_from(step, images, loading, bad, undecodable)
+        pixels = [torch.from_dlpack(image) for image in found]
         sizes = np.array([image.shape[:2] for image in pixels])
         lengths = 3 * sizes.prod(1)
         table = view_table(draw_parameters(loading.seed, epoch, indices, sizes, loading.views))
         in_a_row = torch.cat([image.flatten() for image in pixels])
-        return cut_views(in_a_row, lengths.cumsum() - lengths, sizes[:, 1], table, indices, loading)
+        batch = cut_views(in_a_row, lengths.cumsum() - lengths, sizes[:, 1], table, indices, loading)
+        used = stream.record_event() if stream else None
+        yield batch
 
-    def _pipeline(self, step: int) -> Any:
-        device = self.loading.context.device
-        gpu = device.type == "cuda"
-        return decoded(
-            self._files(step),
-            "mixed" if gpu else "cpu",
-            batch_size=self.loading.batch_size,
-            num_threads=max(self.loading.context.workers, 1),
-            device_id=(device.index or 0) if gpu else None,
-        )
 
-    def _files(self, step: int) -> Iterator[list[np.ndarray]]:
-        with ThreadPoolExecutor(max(self.loading.context.workers, 1)) as threads:
-            for _, indices in self.loading.steps(len(self.images), step):
-                by_pil = [index in self._undecodable for index in indices.tolist()]
-                files = list(threads.map(partial(read_encoded, self.images), indices.tolist(), by_pil))
-                for index in chain.from_iterable(bad for _, bad in files):
-                    self.bad.note(index)
-                yield [data for data, _ in files]
+def pipeline_from(step: int, images: ImageList, loading: Loading, bad: BadFiles, by_pil: set[int]) -> Any:
+    """DALI's pipeline, from this step on; what is in `by_pil` is decoded by PIL."""
+    device, threads = loading.context.device, max(loading.context.workers, 1)
+
+    def files() -> Iterator[list[np.ndarray]]:
+        with ThreadPoolExecutor(threads) as pool:
+            for _, indices in loading.steps(len(images), step):
+                read = list(pool.map(lambda index: read_encoded(images, index, index in by_pil), indices.tolist()))
+                for index in chain.from_iterable(unreadable for _, unreadable in read):
+                    bad.note(index)
+                yield [data for data, _ in read]
+
+    decoder, number = ("mixed", device.index or 0) if device.type == "cuda" else ("cpu", None)
+    return decoded(files(), decoder, batch_size=loading.batch_size, num_threads=threads, device_id=number)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 import warnings
@@ -81,11 +80,8 @@ class ImageList:
 
     def rgb(self, index: int, least: int = 0) -> Image.Image:
         """Decode image `index`, as `read_rgb`. Raises `OSError` for whatever is not a whole image."""
-        try:
-            data = self.read(index)
-        except OSError as error:
-            raise OSError(f"{self.path(index)!r} cannot be read: {error.strerror or error}") from error
-        return read_rgb(io.BytesIO(data), self.path(index), least)
+        with self.open(index) as file:
+            return read_rgb(file, self.path(index), least)
 
     def rgb_or_next(self, index: int) -> tuple[Image.Image, list[int]]:
         """Image `index`, or the next readable one after it; and the indices skipped as unreadable.
@@ -184,13 +180,11 @@ class BadFiles:
         self.files: list[str] = []
 
     def note(self, index: int) -> None:
-        """Record image `index` as unreadable. Raises `UsageError` under `fail`, or when all images are."""
+        """Record image `index` as unreadable. Raises `UsageError` under `fail`."""
         path = self.images.path(index)
         if path in self.files:
             return
         self.files.append(path)
         if self.on_corrupt == "fail":
             raise UsageError(f"unreadable image {path!r} (--data.on_corrupt skip uses the next one instead)")
-        if len(self.files) == len(self.images):
-            raise self.images.none_readable()
         print(f"fastcr: unreadable image {path!r}: its neighbour is used instead", file=sys.stderr)

@@ -5,7 +5,7 @@
 - a flat folder of images without labels (also as `train/` and `test/`);
 - a folder of tar shards (`shards.py`);
 - any of these in a folder that lies alone in the root, as some archives unpack;
-- a text file that lists images (`text_lists.py`), with or without labels.
+- a text file that lists images (`archives.py`), with or without labels.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ import sys
 import unicodedata
 from pathlib import Path
 
-from fastcr.data.archives import read_archive
+from fastcr.data.archives import read_archive, read_list
 from fastcr.data.images import SUFFIXES, ImageList, Splits
 from fastcr.data.listing import BESIDE, EMPTY, OTHERS, Entries, Notes, ending_of, entries_of, images_below, split_of
 from fastcr.data.shards import read_shards
-from fastcr.data.text_lists import read_list
 from fastcr.errors import UsageError
 
 NESTED = 3  # folders that lie alone in one another

@@ -36,16 +36,14 @@ class Notes(defaultdict[str, list[str | Path]]):
         """A line for each thing that was found, with an example below `root`."""
         lines = []
         for what, found in self.items():
-            paths = {os.fspath(path): None for path in found}
-            if not paths:
-                continue
-            line = f"{what}: {len(paths):,}"
-            if what != HIDDEN:
-                line += f", e.g. {os.path.relpath(next(iter(paths)), root)!r}"
-            if what == OTHERS:
-                endings = Counter(ending_of(path) or "none" for path in paths).most_common(5)
-                line += f" (by ending: {', '.join(f'{ending} {count}' for ending, count in endings)})"
-            lines.append(line)
+            if paths := [*dict.fromkeys(os.fspath(path) for path in found)]:
+                line = f"{what}: {len(paths):,}"
+                if what != HIDDEN:
+                    line += f", e.g. {os.path.relpath(paths[0], root)!r}"
+                if what == OTHERS:
+                    endings = Counter(ending_of(path) or "none" for path in paths).most_common(5)
+                    line += f" (by ending: {', '.join(f'{ending} {count}' for ending, count in endings)})"
+                lines.append(line)
         return tuple(lines)
 
 

@@ -26,6 +26,7 @@ from torchvision.transforms.v2 import functional as TF
 from fastcr.data.images import ImageList, full_size, upright_size
 from fastcr.errors import UsageError
 from fastcr.runs.context import Context
+from fastcr.runs.machine import cache_folder
 
 Place = Literal["device", "host", "disk"]
 PIXELS, LAYOUT = "pixels.u8", "layout.npz"  # files of --data.cache disk
@@ -72,10 +73,8 @@ def measure(images: ImageList, side: int, context: Context) -> np.ndarray:
     return np.array(found, dtype=np.int64)
 
 
-def fill(
-    images: ImageList, sizes: np.ndarray, place: Place, context: Context, *, side: int, folder: Path
-) -> CachedImages:
-    """Decode every image, or take up what an earlier run left in `folder`; `sizes` as `measure` found them for `side`.
+def fill(images: ImageList, sizes: np.ndarray, place: Place, context: Context, side: int) -> CachedImages:
+    """Decode every image, or take up what an earlier run left on disk; `sizes` as `measure` found them for `side`.
 
     Raises `UsageError` if no image can be read, or if the disk is full.
     """
@@ -84,7 +83,7 @@ def fill(
     total = 3 * int(sizes.prod(1).sum())
     decode = partial(_decode, images, sizes, side, context)
     if place == "disk":
-        pixels, layout = _on_disk(folder / _name(images, sizes, side), total, decode)
+        pixels, layout = _on_disk(cache_folder() / _name(images, sizes, side), total, decode)
     else:
         device, pinned = ("cpu", context.device.type == "cuda") if place == "host" else (context.device, False)
         pixels = torch.empty(total, dtype=torch.uint8, device=device, pin_memory=pinned)

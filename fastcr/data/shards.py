@@ -18,7 +18,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from itertools import chain, groupby
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 
@@ -31,14 +31,7 @@ BARE = "left out: samples in shards that hold no image"
 # hidden files, and those without an extension, are no part of a sample
 MEMBER = re.compile(r"(?P<key>(.*/)?[^/.]+)\.(?P<extension>[^/]*)", re.DOTALL)
 Label = int | str
-
-
-class Sample(NamedTuple):
-    """Members of a shard that share a key: what the shard says of its image, and the label; None for what it lacks."""
-
-    key: str
-    image: tarfile.TarInfo | None
-    label: Label | None
+Sample = tuple[str, tarfile.TarInfo | None, Label | None]  # key, image and label: members of a shard that share the key
 
 
 @dataclass(frozen=True)
@@ -79,7 +72,7 @@ def read_shards(root: Path, inside: Entries, notes: Notes) -> Splits | None:
     train = train or found[""]
     notes[BESIDE] += [root / name for name in names if name not in train + test]
     listed = {shard: list_samples(root / shard) for shard in progress(train + test, "listing shards")}
-    labels = {sample.label for sample in chain(*listed.values()) if sample.label is not None}
+    labels = {label for _, _, label in chain(*listed.values()) if label is not None}
     classes = sorted(labels, key=lambda label: (isinstance(label, str), label))  # numbers by their value
     images = [_images(root, {shard: listed[shard] for shard in split}, classes, notes) for split in (train, test)]
     return Splits(images[0], images[1] if test else None)
@@ -102,7 +95,7 @@ def list_samples(shard: Path) -> list[Sample]:
 
     Raises `UsageError` if it is no whole, uncompressed tar, or if a dot within a key hides an image.
     """
-    samples = []
+    samples: list[Sample] = []
     try:
         with tarfile.open(shard, "r:") as tar:
             # no links, nor files with holes, whose size says nothing
@@ -116,10 +109,9 @@ def list_samples(shard: Path) -> list[Sample]:
             image = next((part for extension, part in parts.items() if f".{extension.lower()}" in SUFFIXES), None)
             dotted = [part.name for part in parts.values() if ending_of(part.name) in SUFFIXES]
             if dotted and not image:
-                raise UsageError(
-                    f"{shard}: the key of {dotted[0]!r} ends at its first dot: write a dash for the dots in a key"
-                )
-            samples.append(Sample(key, image, _label(file, parts) if image else None))
+                why = f"the key of {dotted[0]!r} ends at its first dot"
+                raise UsageError(f"{shard}: {why}: write a dash for the dots in a key")
+            samples.append((key, image, _label(file, parts) if image else None))
     return samples
 
 

@@ -12,7 +12,7 @@ from numpy.random import Generator
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
-from fastcr.data.birds import CLASSES, COLOURS, PATTERNS, Pen, Species, draw_body, hex_colours, perched, shade, smooth
+from fastcr.data.birds import CLASSES, COLOURS, PATTERNS, Pen, Species, draw_body, perched, shade, smooth
 from fastcr.errors import UsageError
 from fastcr.runs.context import progress
 from fastcr.runs.machine import cache_folder
@@ -21,13 +21,13 @@ VERSION = 2  # part of the cache folder's name: raise it whenever a drawn image 
 TRAIN, TEST = 60, 30  # images of each species
 WIDTHS, HEIGHT, SUPERSAMPLING = (128, 152), 128, 2
 SCENES = (  # a colour ramp, the grid of the finest noise (columns, rows), the weight of the vertical gradient
-    (hex_colours("70a4d8 bed6e8 f6eede"), (7, 5), 0.7),  # sky
-    (hex_colours("e8aa7e f0cea0 969cbe"), (5, 9), 0.8),  # dusk
-    (hex_colours("223e24 567e3a b0be68"), (16, 12), 0.2),  # foliage
-    (hex_colours("603c28 a8703e e8ba70"), (14, 12), 0.2),  # autumn wood
-    (hex_colours("28586c 5c96a4 bed8d4"), (4, 30), 0.5),  # water
-    (hex_colours("c4ce96 96a852 5c7436"), (34, 4), 0.4),  # reeds
-    (hex_colours("4c4a48 8a8680 c8c4ba"), (12, 16), 0.3),  # rock
+    ("70a4d8 bed6e8 f6eede", (7, 5), 0.7),  # sky
+    ("e8aa7e f0cea0 969cbe", (5, 9), 0.8),  # dusk
+    ("223e24 567e3a b0be68", (16, 12), 0.2),  # foliage
+    ("603c28 a8703e e8ba70", (14, 12), 0.2),  # autumn wood
+    ("28586c 5c96a4 bed8d4", (4, 30), 0.5),  # water
+    ("c4ce96 96a852 5c7436", (34, 4), 0.4),  # reeds
+    ("4c4a48 8a8680 c8c4ba", (12, 16), 0.3),  # rock
 )
 
 
@@ -41,7 +41,9 @@ def _scene(rng: Generator, size: tuple[int, int]) -> NDArray[np.float64]:
     ramp, cells, slope = SCENES[rng.integers(len(SCENES))]
     field = (1 - slope) * 0.65 * _noise(rng, (4, 3), size) + (0.47 - 0.35 * slope) * _noise(rng, cells, size) - 0.06
     field = field + slope * np.linspace(rng.uniform(-0.2, 0.2), rng.uniform(0.8, 1.2), size[1])[:, None]
-    return np.stack([np.interp(field, (0, 0.5, 1), channel) for channel in zip(*ramp, strict=True)], -1)
+    return np.stack(
+        [np.interp(field, (0, 0.5, 1), channel) for channel in zip(*map(bytes.fromhex, ramp.split()), strict=True)], -1
+    )
 
 
 def _backdrop(rng: Generator, size: tuple[int, int]) -> Image.Image:

@@ -6,7 +6,7 @@ loader or a resume, and a loader holds no state beyond the step it is at.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count, permutations
@@ -91,17 +91,16 @@ class Loading:
             yield epoch, epoch_order(images, self.seed, epoch)[first : first + self.batch_size]
 
 
+Batches = Callable[[int], Generator[Batch, None, None]]  # from a step on, epoch after epoch, without end
+
+
 @dataclass
 class Views:
-    """Two views of each image: what `TorchViews`, `DaliViews` and `CachedViews` are."""
+    """Two views of each image, and the images found unreadable so far."""
 
     images: ImageList  # their decoded copies if there is a cache
-    loading: Loading
     bad: BadFiles
-
-    def batches(self, start_step: int) -> Generator[Batch, None, None]:
-        """Batches from `start_step` on, epoch after epoch, without end."""
-        raise NotImplementedError
+    batches: Batches
 
 
 @lru_cache(maxsize=2)

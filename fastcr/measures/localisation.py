@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastcr.data.archives import read_text
 from fastcr.data.crops import centres_of, in_crop
 from fastcr.data.images import ImageList
-from fastcr.data.text_lists import read_text
 from fastcr.errors import UsageError
 
 SLACK = 1.05  # fractions above it are none: a box may be drawn a little beyond the image

@@ -22,6 +22,7 @@ from torch import Tensor
 from fastcr.errors import UsageError
 
 INITIAL = "init.safetensors"  # the weights a run began with
+RESUME = ("resume.pt", "resume.1.pt")  # of a run folder: the newest save, and the one before
 IN_FOLDERS = ("weights.safetensors", "model.safetensors")  # of a run, and of the Hugging Face Hub's
 AVERAGED = re.compile(r"(?<![a-z])ema(?![a-z])")  # a moving average of the weights, beside them
 WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")  # of DistributedDataParallel and torch.compile
@@ -125,43 +126,37 @@ def load_torch(path: Path) -> Any:
         raise UsageError(f"{path} is broken, or is no checkpoint ({type(error).__name__})") from None
 
 
-def earlier(path: Path, saves: int) -> Path:
-    """Where what `path` held so many saves ago is kept: `resume.1.pt` of `resume.pt`; 0 is `path` itself."""
-    return path.with_name(f"{path.stem}.{saves}{path.suffix}") if saves else path
+def saves_of(folder: Path) -> list[Path]:
+    """The files, whole or not, that `save_resume` left in a run folder, the newest first."""
+    return [file for name in RESUME if (file := folder / name).is_file()]
 
 
-def saves_of(path: Path) -> list[Path]:
-    """The files, whole or not, that `save_resume` left of `path`, the newest first."""
-    return [file for saves in range(100) if (file := earlier(path, saves)).is_file()]
-
-
-def save_resume(path: Path, content: dict[str, Any], keep: int = 1) -> None:
-    """Write what a run needs to resume bit for bit; the last `keep - 1` earlier saves are kept as well."""
-    for saves in reversed(range(1, keep)):
-        newer, older = earlier(path, saves - 1), earlier(path, saves)
-        if newer.exists():
-            older.unlink(missing_ok=True)
-            try:
-                older.hardlink_to(newer)  # so that there is a whole `path` all the time
-            except OSError:  # a file system without links
-                newer.replace(older)
-    write_whole(path, lambda file: torch.save(content, file))
+def save_resume(folder: Path, content: dict[str, Any]) -> None:
+    """Write what a run needs to resume bit for bit; what was written there before is kept under the second name."""
+    newest, before = (folder / name for name in RESUME)
+    if newest.exists():
+        before.unlink(missing_ok=True)
+        try:
+            before.hardlink_to(newest)  # so that there is a whole newest save all the time
+        except OSError:  # a file system without links
+            newest.replace(before)
+    write_whole(newest, lambda file: torch.save(content, file))
 
 
 def check_unused(folder: Path) -> None:
     """`UsageError` if the folder already holds a run; asked before anything is loaded or decoded."""
-    if saves_of(folder / "resume.pt"):
+    if saves_of(folder):
         raise UsageError(f"{folder} already holds a run: resume it with --resume {folder}, or choose another --run.dir")
 
 
-def load_resume(path: Path) -> tuple[dict[str, Any], Path]:
+def load_resume(folder: Path) -> tuple[dict[str, Any], Path]:
     """The newest whole content that `save_resume` wrote there, and the file it is from.
 
     `UsageError` if there is none: what is wrong with the newest.
     """
-    found = saves_of(path)
+    found = saves_of(folder)
     if not found:
-        raise UsageError(f"{path.parent} has no {path.name}: the run stopped before its first save")
+        raise UsageError(f"{folder} has no {RESUME[0]}: the run stopped before its first save")
     for file in found:
         with suppress(UsageError):
             return _read_resume(file), file
@@ -183,17 +178,17 @@ def _read_resume(path: Path) -> dict[str, Any]:
 
 
 class Saver:
-    """Writes the checkpoints of a run, `keep` of them, and says when the next one is due."""
+    """Writes the checkpoints of a run, and says when the next one is due."""
 
-    def __init__(self, folder: Path, facts: dict[str, Any], keep: int, minutes: float) -> None:
-        self.folder, self.facts, self.keep, self.minutes = folder, facts, keep, minutes
+    def __init__(self, folder: Path, facts: dict[str, Any], minutes: float) -> None:
+        self.folder, self.facts, self.minutes = folder, facts, minutes
         self.saved_at = time.monotonic()
 
     def save(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Write both files as things are now."""
         # resume.pt last: what it has passed is there
         save_weights(self.folder / "weights.safetensors", weights, self.facts)
-        save_resume(self.folder / "resume.pt", state, self.keep)
+        save_resume(self.folder, state)
         self.saved_at = time.monotonic()
 
     def due(self) -> bool:

@@ -164,7 +164,7 @@ def _without_resume(args: Sequence[str]) -> tuple[list[str], Path | None]:
             raise UsageError("--resume auto needs --run.dir, the folder to look for the run in")
         from fastcr.runs.checkpoint import saves_of  # imports torch, which help and mistakes do without
 
-        if not saves_of(Path(named.folder) / "resume.pt"):
+        if not saves_of(Path(named.folder)):
             return others, None
         if others and not others[0].startswith("-"):
             del others[0]  # the preset: config.yaml has what came of it

@@ -30,8 +30,6 @@ SHOWN = {  # metric: its name and format
     "effective_detectors": ("detectors", "{:.1f}"),
     "effective_rank": ("dimensions in use", "{:.0f}"),
     "kept_neighbours": ("neighbours kept", "{:.0%}"),
-    "rank1": ("rank-1", "{:.1f} %"),
-    "knn": ("kNN", "{:.1f} %"),
 }
 PACE = 600  # seconds of a run, evaluations included, by whose pace the rest is estimated
 OF_THE_MOMENT = ("images_per_second", "data_wait")  # worth a look while a run goes on, not a line of its log
@@ -101,7 +99,8 @@ class RunLog:
         if self.sinks:
             numbers = {name: value for name, value in record.items() if name not in ("step", "epoch")}
             self.sinks.scalars(numbers, record["step"])
-        self._show(record)
+        self.shown |= record
+        self.status.plain = describe(self.shown)
 
     def evaluated(self, step: int, scores: dict[str, float], attention: Image.Image | None) -> None:
         """Log an evaluation's scores, by names such as `knn/rationale/top1`, and the attention drawn over images."""
@@ -109,13 +108,6 @@ class RunLog:
             self.sinks.scalars(scores, step)
             if attention:
                 self.sinks.image("attention", attention, step)
-        for pooling in ("mean", "rationale"):  # the latter is shown where there is one
-            names = {"rank1": f"retrieval/{pooling}/rank1", "knn": f"knn/{pooling}/top1"}
-            self._show({shown: scores[name] for shown, name in names.items() if name in scores})
-
-    def _show(self, record: dict[str, Any]) -> None:
-        self.shown |= record
-        self.status.plain = describe(self.shown)
 
     def epoch_done(self, record: dict[str, Any], epoch: int) -> None:
         """Leave a line behind for a finished epoch."""

@@ -8,13 +8,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from fastcr.errors import UsageError
 
@@ -33,11 +33,9 @@ def pick_device(name: str, local_rank: int = 0, local_ranks: int = 1) -> torch.d
         raise UsageError(f"--run.device must be auto, cpu, cuda or cuda:N, got {name!r}")
     if kind == "cpu":
         return torch.device("cpu")
-    if numbered and local_ranks > 1:
-        raise UsageError(f"--run.device {name}: {local_ranks} processes need a device each; take cuda")
     device, there = torch.device("cuda", int(number or local_rank)), torch.cuda.device_count()
-    if max(device.index, local_ranks - 1) >= there:
-        each = f", and each of {local_ranks} processes needs one" if local_ranks > 1 else ""
+    if max(device.index, local_ranks - 1) >= there or (numbered and local_ranks > 1):
+        each = f", and each of {local_ranks} processes takes its own" if local_ranks > 1 else ""
         raise UsageError(f"--run.device {name}: this machine has {there} CUDA devices{each}")
     torch.cuda.set_device(device)  # where kernels are launched
     return device
@@ -60,7 +58,7 @@ def pick_workers(workers: int | None, local_ranks: int = 1) -> int:
     return max(len(os.sched_getaffinity(0)) // local_ranks, 1) if workers is None else workers
 
 
-def leave_signals(worker: int) -> None:
+def _leave_signals(worker: int) -> None:
     """In a loader process: leave signals that go to a whole job (Ctrl-C, a scheduler's SIGTERM) to the main process.
 
     The main process still needs batches until it has saved. Then it ends its loader processes with its own SIGTERM.
@@ -77,19 +75,32 @@ def _end_at_the_parents_word() -> None:
     os._exit(0)
 
 
-def batches_of(loader: DataLoader[Any]) -> Iterator[Any]:
-    """The batches of a loader. Its processes end with this generator; a `UsageError` in one of them is raised here."""
+def load_batches(
+    dataset: Dataset[Any], batches: Iterable[Any], collate: Any, workers: int, size: int, device: torch.device
+) -> Iterator[Any]:
+    """What `collate` makes of the items of each batch, about `size` bytes; `workers` processes load them.
+
+    The processes end with this generator; a `UsageError` in one of them is raised here.
+    """
+    loader = DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers_that_fit(workers, size),
+        collate_fn=collate,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_leave_signals,
+    )
     iterator, failed = iter(loader), ""
     try:
         yield from iterator
     except UsageError as error:
         failed = str(error)
     finally:  # before torch ends them: it prints an error for a process that was forked by another thread
-        workers = getattr(iterator, "_workers", [])
-        for worker in workers:
-            worker.terminate()
-        for worker in workers:
-            worker.join(5)
+        processes = getattr(iterator, "_workers", [])
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join(5)
     if failed:  # raised here, outside the handler: torch's error keeps a reference to the iterator
         raise UsageError(failed.rstrip().rpartition(f"{UsageError.__name__}: ")[2])
 

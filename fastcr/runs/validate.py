@@ -39,7 +39,9 @@ def _conflicts(config: Config) -> dict[str, bool]:
     """What settings must be true of each other, by the message that says so."""
     data, optim, moco = config.data, config.optim, config.moco
     return {
-        "--data.cache_side must be at least --data.image_size": (data.cache_side or math.inf) >= data.image_size,
+        f"--data.loader {data.loader} decodes anew in each epoch: it goes with --data.cache off": (
+            data.loader == "auto" or data.cache in ("auto", "off")
+        ),
         "--optim.momentum must be below 1": optim.momentum < 1,
         "--optim.accumulate must divide --optim.batch_size into parts of at least 2": (
             optim.accumulate <= optim.batch_size // 2 and optim.batch_size % optim.accumulate == 0

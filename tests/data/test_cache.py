@@ -8,6 +8,7 @@ import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,17 +22,16 @@ from torch import Tensor
 
 from fastcr.config import Config
 from fastcr.data import loaders
-from fastcr.data.cached_views import CachedViews
 from fastcr.data.crop_loader import load_crops
+from fastcr.data.cutting import cached_views, torch_views
 from fastcr.data.images import BadFiles, ImageList
 from fastcr.data.layouts import read_splits
-from fastcr.data.loaders import Prefetched, choose_place, loader_class, make_views
+from fastcr.data.loaders import choose_place, loader_of, make_views, prefetched
 from fastcr.data.pixel_cache import CachedImages, bounded_size, fill, measure
-from fastcr.data.torch_views import TorchViews
 from fastcr.data.views import STD, Loading
 from fastcr.errors import UsageError
 from fastcr.runs.command_line import parse
-from fastcr.runs.context import Context
+from fastcr.runs.context import CPU, Context
 from fastcr.runs.distributed import Processes
 
 CONTEXT = Context(workers=2, console=Console(quiet=True))
@@ -40,8 +40,9 @@ LOADING = Loading(image_size=32, batch_size=4, seed=3, context=CONTEXT, impl="to
 
 
 @pytest.fixture
-def photos(tmp_path: Path) -> ImageList:
+def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ImageList:
     """Twelve pictures of different sizes; one is broken."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     rng = np.random.default_rng(0)
     (tmp_path / "photos").mkdir()
     for i in range(12):
@@ -52,8 +53,7 @@ def photos(tmp_path: Path) -> ImageList:
 
 
 def cached(images: ImageList, place: Any = "host", side: int = 500) -> CachedImages:
-    folder = images.root.parent / "cache"
-    return fill(images, measure(images, side, CONTEXT), place, CONTEXT, side=side, folder=folder)
+    return fill(images, measure(images, side, CONTEXT), place, CONTEXT, side)
 
 
 def picture(cache: CachedImages, index: int) -> np.ndarray:
@@ -67,7 +67,7 @@ def assert_same_pictures(ours: CachedImages, theirs: CachedImages) -> None:
 
 
 def settings_of(*flags: str) -> Config:
-    flags = ("--data.image_size", "32", "--optim.batch_size", "4", *flags)
+    flags = ("--optim.batch_size", "4", "--data.image_size", "32", *flags)
     return parse(Config, flags, prog="test", description=None)
 
 
@@ -82,8 +82,7 @@ def test_the_cache_holds_what_the_files_hold(photos: ImageList, place: str) -> N
     for index in range(12):
         np.testing.assert_array_equal(picture(cache, index), np.array(photos.rgb(6 if index == 5 else index)))
     assert cache.broken.tolist() == [5]
-    flags = ("--data.cache", place, "--data.cache_dir", str(photos.root.parent / "other"))
-    views, _ = make_views(settings_of(*flags), photos, ALONE)
+    views, _ = make_views(settings_of("--data.cache", place), photos, ALONE)
     assert views.bad.files == [photos.path(5)]
 
 
@@ -118,7 +117,7 @@ def test_the_disk_is_taken_up_again_until_a_file_changes(photos: ImageList, monk
         again = cached(photos, "disk")
     assert_same_pictures(first, again)
     assert again.broken.tolist() == [5]  # named by every run
-    (folder,) = (photos.root.parent / "cache").iterdir()
+    (folder,) = (photos.root.parent / "fastcr").iterdir()
     os.truncate(folder / "pixels.u8", 100)
     with pytest.raises(UsageError, match=rf"{folder} is broken: remove it"):
         cached(photos, "disk")
@@ -133,40 +132,23 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(photos: ImageList, monkeypat
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(UsageError, match=r"cannot save .*No space left on device"):
         cached(photos, "disk")
-    assert list((photos.root.parent / "cache").iterdir()) == []
+    assert list((photos.root.parent / "fastcr").iterdir()) == []
 
 
-def test_nothing_readable_and_fail_are_errors(photos: ImageList, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"unreadable image .*05\.png"):
-        take(photos, "--data.on_corrupt", "fail")
-    for name in ("a.jpg", "b.jpg"):
-        (tmp_path / name).write_bytes(b"")
-    with pytest.raises(UsageError, match="none of the 2 images"):
-        cached(ImageList(tmp_path, ("a.jpg", "b.jpg"), None, ()))
-
-
-def test_views_of_cached_pixels_are_those_of_the_files(photos: ImageList) -> None:
-    flags = ("--data.loader", "torch", "--data.cache_side", "500")
-    plain = take(photos, *flags, "--data.cache", "off")
-    for place in ("host", "disk"):
-        more = ("--data.cache", place, "--data.cache_dir", str(photos.root.parent))
-        for ours, theirs in zip(take(photos, *flags, *more), plain, strict=True):
-            assert torch.equal(ours, theirs)
-
-
-def test_fused_views_are_torchs_but_for_rounding(photos: ImageList) -> None:
-    flags = ("--data.cache_side", "500")
-    fused, plain = (take(photos, *flags, "--data.loader", loader) for loader in ("fused", "torch"))
-    assert fused[0][0].is_contiguous(memory_format=torch.channels_last)
-    for ours, theirs in zip(fused, plain, strict=True):
-        assert (ours - theirs).abs().mean() < 0.6 / 255 / min(STD)
+def test_views_of_cached_pixels_are_those_of_the_files_but_for_rounding(photos: ImageList) -> None:
+    flags = ("--data.image_size", "64")  # so that none of them is reduced
+    host, disk = (take(photos, *flags, "--data.cache", place) for place in ("host", "disk"))
+    assert host[0][0].is_contiguous(memory_format=torch.channels_last)
+    for ours, theirs, plain in zip(host, disk, take(photos, *flags, "--data.loader", "torch"), strict=True):
+        assert torch.equal(ours, theirs)
+        assert (ours - plain).abs().mean() < 0.6 / 255 / min(STD)
 
 
 def test_rows_are_brought_to_a_device_that_lacks_them(photos: ImageList) -> None:
     cache = cached(photos)
     elsewhere = replace(cache, pixels=_Elsewhere(cache.pixels))
-    whole, parts = (CachedViews(images, LOADING, BadFiles(photos, "skip")) for images in (cache, elsewhere))
-    for a, b in zip(islice(whole.batches(0), 4), islice(parts.batches(0), 4), strict=True):
+    whole, parts = (cached_views(images, LOADING, BadFiles(photos, "skip"), 0) for images in (cache, elsewhere))
+    for a, b in zip(islice(whole, 4), islice(parts, 4), strict=True):
         assert torch.equal(torch.stack(a[:2]), torch.stack(b[:2]))
 
 
@@ -182,7 +164,7 @@ class _Elsewhere:
         return self.pixels[part]
 
 
-@pytest.mark.parametrize("loader", ["torch", "dali", "fused"])
+@pytest.mark.parametrize("loader", ["torch", "dali", "cache"])
 def test_each_loader_resumes_anywhere_and_two_processes_share_the_batches_of_one(
     photos: ImageList, loader: str
 ) -> None:
@@ -202,36 +184,33 @@ def sharded(
     for rank in range(ranks):
         context = replace(CONTEXT, processes=Processes(rank, ranks), workers=2 * (loader != "torch"))
         loading = replace(LOADING, batch_size=batch_size, context=context)
-        source = cached(images) if loader == "fused" else images
-        views = loader_class(loader)(source, loading, BadFiles(images, "skip"))  # type: ignore[arg-type]
-        found.append([torch.stack(batch[:2]) for batch in islice(views.batches(start), count)])
+        source = cached(images) if loader == "cache" else images
+        batches = loader_of(loader)(source, loading, BadFiles(images, "skip"), start)
+        taken = [*islice(batches, count)]
+        steps = islice(loading.steps(len(images), start), count)
+        assert [batch.images.tolist() for batch in taken] == [indices.tolist() for _, indices in steps]
+        found.append([torch.stack(batch[:2]) for batch in taken])
     return found
 
 
 def test_prefetched_batches_are_the_same_and_errors_come_through(photos: ImageList) -> None:
-    plain = CachedViews(cached(photos), LOADING, BadFiles(photos, "skip"))
-    ahead = Prefetched(plain.images, LOADING, plain.bad, plain)
-    for ours, theirs in zip(islice(ahead.batches(1), 4), islice(plain.batches(1), 4), strict=True):
+    plain = partial(cached_views, cached(photos), LOADING, BadFiles(photos, "skip"))
+    for ours, theirs in zip(islice(prefetched(plain, CPU, 1), 4), islice(plain(1), 4), strict=True):
         assert torch.equal(ours.first, theirs.first)
-    failing = TorchViews(photos, replace(LOADING, context=ALONE), BadFiles(photos, "fail"))
+    failing = partial(torch_views, photos, replace(LOADING, context=ALONE), BadFiles(photos, "fail"))
     with pytest.raises(UsageError, match=r"unreadable image .*05\.png"):
-        list(islice(Prefetched(photos, LOADING, failing.bad, failing).batches(0), 4))
+        list(islice(prefetched(failing, CPU, 0), 4))
 
 
-def test_a_thread_that_prefetches_takes_one_core_from_the_step_and_no_more(photos: ImageList) -> None:
-    seen = []
-
-    class Watched(CachedViews):
-        def batches(self, start_step: int) -> Any:
-            for batch in super().batches(start_step):
-                seen.append((threading.current_thread().name, torch.get_num_threads()))
-                yield batch
+def test_a_thread_that_prefetches_takes_one_core_from_the_step_and_no_more() -> None:
+    def watched(start: int) -> Any:
+        while True:
+            yield threading.current_thread().name, torch.get_num_threads()
 
     cores = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        watched = Watched(cached(photos), LOADING, BadFiles(photos, "skip"))
-        list(islice(Prefetched(photos, LOADING, watched.bad, watched).batches(0), 2))
+        seen: list[Any] = list(islice(prefetched(watched, CPU, 0), 2))
         assert {threads for _, threads in seen} == {1}
         assert threading.current_thread().name not in {name for name, _ in seen}
         assert torch.get_num_threads() == 3
@@ -244,12 +223,12 @@ def test_a_thread_that_prefetches_takes_one_core_from_the_step_and_no_more(photo
 def test_auto_is_settled_and_said(photos: ImageList, monkeypatch: pytest.MonkeyPatch) -> None:
     context = replace(ALONE, console=Console(file=io.StringIO(), width=200))
     _, config = make_views(settings_of(), photos, context)
-    assert (config.data.loader, config.data.cache) == ("fused", "host")
+    assert (config.data.loader, config.data.cache) == ("auto", "host")
     monkeypatch.setattr(loaders, "free_memory", lambda: 1000)
-    _, config = make_views(settings_of("--data.loader", "torch"), photos, context)
-    assert config.data.cache == "off"
+    _, config = make_views(settings_of(), photos, context)
+    assert (config.data.loader, config.data.cache) == ("torch", "off")
     said = context.console.file.getvalue()  # type: ignore[attr-defined]
-    assert "loader: fused; cache: host; device: cpu, fp32; 12 training images" in said
+    assert "cache: host; device: cpu, fp32; 12 training images" in said
     assert "too much to keep in memory (--data.cache disk" in said
 
 
@@ -260,22 +239,22 @@ def test_where_the_pixels_go(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (800, 1000))
     monkeypatch.setattr(loaders, "free_memory", lambda: 10_000)
 
-    def place(size: int, context: Context, *flags: str) -> str:
-        return choose_place(settings_of(*flags), size, context)
-
-    assert [place(size, CUDA) for size in (200, 201, 5000, 5001)] == ["device", "host", "host", "off"]
-    assert place(200, CONTEXT) == "host"
-    assert place(200, CUDA, "--data.loader", "torch") == "host"
-    assert place(800, CUDA, "--data.cache", "device") == "device"
-    assert place(10**6, CUDA, "--data.cache", "disk") == "disk"
+    found = [choose_place("auto", size, CUDA) for size in (200, 201, 5000, 5001)]
+    assert found == ["device", "host", "host", "off"]
+    assert choose_place("auto", 200, CONTEXT) == "host"
+    assert choose_place("device", 800, CUDA) == "device"
+    assert choose_place("disk", 10**6, CUDA) == "disk"
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--data.loader", "dali", "--data.cache", "host"), "does not go with --data.cache host: take fused or torch"),
-        (("--data.cache", "device"), "--data.cache device needs CUDA"),
-        (("--data.cache", "host"), r"--data\.cache host: the decoded images take .* GiB and 0\.0 are free"),
+        (("--data.loader", "dali", "--data.cache", "host"), "--data.loader dali .* goes with --data.cache off"),
+        (("--data.cache", "device"), r"--data\.cache device: .* and there is no CUDA device: take disk"),
+        (
+            ("--data.cache", "host"),
+            r"--data\.cache host: the decoded images take .* GiB, and 0\.0 are free there: take disk",
+        ),
     ],
 )
 def test_what_cannot_be_had_is_one_line(

@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as TF
 from fastcr.data.crop_loader import load_crops
 from fastcr.data.crops import centre_crop, enough
 from fastcr.data.images import BadFiles, ImageList, full_size, read_rgb
-from fastcr.data.loaders import loader_class
+from fastcr.data.loaders import loader_of
 from fastcr.data.pixel_cache import fill, measure
 from fastcr.data.views import Loading
 from fastcr.runs.context import Context
@@ -63,15 +63,13 @@ def test_pictures_are_the_right_way_up(tmp_path: Path, kind: str, orientation: i
 
 def first_views(loader: str, images: ImageList, size: int) -> torch.Tensor:
     """Both views `[2,B,3,size,size]` of all images, in one batch."""
-    source: ImageList = images
-    if loader == "fused":
-        source = fill(images, measure(images, 64, CONTEXT), "host", CONTEXT, side=64, folder=images.root)
+    source = fill(images, measure(images, 64, CONTEXT), "host", CONTEXT, 64) if loader == "cache" else images
     loading = Loading(size, len(images), 0, CONTEXT)
-    batch = next(loader_class(loader)(source, loading, BadFiles(images, "fail")).batches(0))  # type: ignore[arg-type]
+    batch = next(loader_of(loader)(source, loading, BadFiles(images, "fail"), 0))
     return torch.stack([batch.first, batch.second])
 
 
-@pytest.mark.parametrize("loader", ["torch", "fused", "dali"])
+@pytest.mark.parametrize("loader", ["torch", "cache", "dali"])
 def test_every_loader_turns_them(tmp_path: Path, loader: str) -> None:
     if loader == "dali":
         pytest.importorskip("nvidia.dali")
@@ -126,7 +124,7 @@ def test_large_jpegs_are_decoded_smaller_and_look_the_same(tmp_path: Path, orien
     assert torch.equal(pixels[0].int(), crops[1])
     assert sizes.tolist() == [[601, 903]]
     for bound, size in ((60, [60, 90]), (700, [601, 903])):
-        cache = fill(images, measure(images, bound, CONTEXT), "host", CONTEXT, side=bound, folder=tmp_path)
+        cache = fill(images, measure(images, bound, CONTEXT), "host", CONTEXT, bound)
         assert cache.sizes.tolist() == [size]
 
 

@@ -42,13 +42,6 @@ def test_a_picture_depends_only_on_seed_split_class_and_index(birds: Path, tmp_p
     assert not set(other.values()) & set(few.values())
 
 
-def test_second_call_uses_the_complete_folder(birds: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = {file: file.stat().st_mtime_ns for file in birds.rglob("*")}
-    monkeypatch.setattr(synthetic, "draw_bird", lambda *_: pytest.fail("drew a picture of a complete set"))
-    assert write_synthetic(birds, **SMALL) == birds
-    assert {file: file.stat().st_mtime_ns for file in birds.rglob("*")} == before
-
-
 def drawn(kind: Species, seed: int) -> NDArray[np.float64]:
     return np.asarray(draw_bird(kind, np.random.default_rng(seed)), dtype=float)
 
@@ -73,21 +66,6 @@ def test_an_interrupted_write_leaves_no_set_and_stops_no_new_one(
     leftover.mkdir(parents=True)
     (leftover / "0000.jpg").write_bytes(b"half a pict")
     assert len(contents(write_synthetic(root, train_per_class=1, test_per_class=1))) == 40
-
-
-def test_the_first_of_two_writers_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root, raced = tmp_path / "birds", []
-
-    def slow(*arguments: object) -> Image.Image:
-        if not raced:
-            raced.append(True)
-            write_synthetic(root, train_per_class=1, test_per_class=1)
-        return Image.new("RGB", (8, 8))
-
-    monkeypatch.setattr(synthetic, "draw_bird", slow)
-    write_synthetic(root, train_per_class=1, test_per_class=1)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["birds"]
-    assert len(contents(root)) == 40
 
 
 def test_a_folder_with_something_else_is_refused_and_kept(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,14 +20,16 @@ from torchvision.transforms import v2
 
 from fastcr.config import ViewsConfig
 from fastcr.data.crops import centre_crop
+from fastcr.data.cutting import cut_image
 from fastcr.data.images import BadFiles, ImageList
-from fastcr.data.torch_views import TorchViews, cut_image
+from fastcr.data.loaders import loader_of
 from fastcr.data.views import (
     CROP_RATIO,
     DEFAULT,
     MEAN,
     STD,
     Loading,
+    Views,
     draw_parameters,
     epoch_order,
     normalise,
@@ -55,17 +58,17 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> ImageList:
     return ImageList(root, names, None, ())
 
 
-def make_dali(images: ImageList, on_corrupt: str = "skip", **settings: Any) -> Any:
+def make_dali(images: ImageList, on_corrupt: str = "skip", **settings: Any) -> Views:
     pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
-    from fastcr.data.dali_views import DaliViews
-
-    return DaliViews(images, replace(LOADING, **settings), BadFiles(images, on_corrupt))
+    return make("dali", images, on_corrupt, **settings)
 
 
-def make_torch(images: ImageList, on_corrupt: str = "skip", **settings: Any) -> TorchViews:
-    return TorchViews(images, replace(LOADING, **settings), BadFiles(images, on_corrupt))
+def make(loader: str, images: ImageList, on_corrupt: str = "skip", **settings: Any) -> Views:
+    bad = BadFiles(images, on_corrupt)
+    return Views(images, bad, partial(loader_of(loader), images, replace(LOADING, **settings), bad))
 
 
+make_torch = partial(make, "torch")
 LOADING = Loading(image_size=48, batch_size=6, seed=3, context=Context())
 BOTH = pytest.mark.parametrize("make", [make_torch, make_dali], ids=["torch", "dali"])
 
@@ -168,17 +171,6 @@ def test_normalise_is_torchvisions() -> None:
     assert normalise(pixels, torch.bfloat16).dtype == torch.bfloat16
 
 
-@BOTH
-def test_batches_are_reproducible_and_resume_anywhere(photos: ImageList, make: Make) -> None:
-    whole = take(make(photos), 0, 4)  # 3 steps an epoch: into the second one
-    assert whole[0].shape == (2, 6, 3, 48, 48)
-    assert whole[0][0].is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(take(make(photos), 2, 2)[1], whole[3])
-    assert not torch.equal(take(make(photos, seed=4), 0, 1)[0], whole[0])
-    for step, batch in zip(range(1, 5), make(photos).batches(1), strict=False):
-        assert batch.images.tolist() == next(LOADING.steps(20, step))[1].tolist()
-
-
 def test_dali_and_torchvision_give_the_same_views(photos: ImageList) -> None:
     """The same pixels but for rounding between operations; and so the same statistics."""
     levels = torch.tensor(STD)[:, None, None] * 255
@@ -225,16 +217,14 @@ def test_unreadable_images_are_named_and_passed_over(
 
 
 def test_what_dali_refuses_is_decoded_by_pil(photos: ImageList, monkeypatch: pytest.MonkeyPatch) -> None:
-    views, plain = make_dali(photos), make_dali(photos)
-    whole = views._pipeline
-
-    def refusing(step: int) -> Any:
-        return whole(step) if views._undecodable else SimpleNamespace(run=MagicMock(side_effect=RuntimeError("no")))
-
-    monkeypatch.setattr(views, "_pipeline", refusing)
-    batch, expected = (next(each.batches(0)) for each in (views, plain))
+    dali = pytest.importorskip("fastcr.data.dali_views", reason="NVIDIA DALI is not installed")
+    whole, no = dali.pipeline_from, SimpleNamespace(run=MagicMock(side_effect=RuntimeError("no")))
+    (expected,) = islice(make_dali(photos).batches(0), 1)
+    monkeypatch.setattr(dali, "pipeline_from", lambda *args: whole(*args) if args[-1] else no)
+    views = make_dali(photos)
+    (batch,) = islice(views.batches(0), 1)
     assert (batch.first - expected.first).abs().mean() < 0.03  # two decoders
     assert views.bad.files == []
-    monkeypatch.setattr(views, "_pipeline", lambda step: SimpleNamespace(run=MagicMock(side_effect=RuntimeError("no"))))
+    monkeypatch.setattr(dali, "pipeline_from", lambda *args: no)
     with pytest.raises(RuntimeError, match="no"):  # not for want of a decoder
         take(views, 0, 1)

@@ -48,7 +48,7 @@ def checkpoints() -> tuple[dict[str, bytes], dict[str, Any], dict[str, torch.Ten
     released = {"conv16.weight": torch.ones(4, 2, 1, 1), "encoder_q.conv1.weight": torch.ones(2)}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        save_resume(folder / "resume.pt", content)
+        save_resume(folder, content)
         save_weights(folder / "weights.safetensors", state, FACTS)
         torch.save({"state_dict": halves, "epoch": 3}, folder / "a.pth")
         torch.save(state, folder / "old.pth", _use_new_zipfile_serialization=False)
@@ -70,8 +70,8 @@ def written(folder: Path, name: str, damage: Damage) -> Path:
 
 @fuzzed(sample=20, count=400, damage=ARCHIVED)
 def test_resume_pt(folder: Path, damage: Damage) -> None:
-    file = written(folder, "resume.pt", damage)
-    loaded = reading(lambda: load_resume(file), folder)
+    written(folder, "resume.pt", damage)
+    loaded = reading(lambda: load_resume(folder), folder)
     assert loaded is REFUSED or same(checkpoints()[1], loaded[0]), "accepted, but not what was saved"
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from bench.torchvision_views import ADJUSTMENTS, torchvision_view
-from fastcr.data.cached_views import view_table
+from fastcr.data.cutting import view_table
 from fastcr.data.views import MEAN, STD, ViewParameters, draw_parameters
 from fastcr.kernels import two_views as module
 from fastcr.kernels.colour import jitter_reference

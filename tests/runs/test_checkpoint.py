@@ -16,7 +16,6 @@ from safetensors import safe_open
 
 from fastcr.errors import UsageError
 from fastcr.runs.checkpoint import (
-    earlier,
     load_resume,
     load_weights,
     random_states,
@@ -87,9 +86,9 @@ def test_resume_state_comes_back_and_so_do_the_random_numbers(tmp_path: Path) ->
     torch.manual_seed(3)
     content = {"step": 5, "model": {"a": torch.randn(4)}, "random": random_states()}
     expected = torch.rand(3)
-    save_resume(tmp_path / "resume.pt", content)
+    save_resume(tmp_path, content)
     torch.manual_seed(99)
-    loaded, file = load_resume(tmp_path / "resume.pt")
+    loaded, file = load_resume(tmp_path)
     assert file == tmp_path / "resume.pt"
     assert (loaded["step"], loaded["model"]["a"].tolist()) == (5, content["model"]["a"].tolist())  # type: ignore[index]
     set_random_states(loaded["random"])
@@ -97,32 +96,31 @@ def test_resume_state_comes_back_and_so_do_the_random_numbers(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("links", [True, False])
-def test_the_last_saves_are_kept(links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_two_saves_are_kept(links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*args: object) -> None:
         raise PermissionError
 
     if not links:
         monkeypatch.setattr(Path, "hardlink_to", refused)
     for step in range(1, 6):
-        save_resume(tmp_path / "resume.pt", {"step": step, "model": {}}, keep=3)
-    names = ["resume.1.pt", "resume.2.pt", "resume.pt"]
-    assert sorted(file.name for file in tmp_path.iterdir()) == names
-    assert [torch.load(tmp_path / name, weights_only=True)["step"] for name in names] == [4, 3, 5]
+        save_resume(tmp_path, {"step": step, "model": {}})
+    assert names(tmp_path) == ["resume.1.pt", "resume.pt"]
+    assert [torch.load(tmp_path / name, weights_only=True)["step"] for name in names(tmp_path)] == [4, 5]
 
 
 def test_a_damaged_save_is_noticed_and_the_one_before_is_taken(tmp_path: Path) -> None:
     path = tmp_path / "resume.pt"
     for step in (1, 2):
-        save_resume(path, {"step": step, "model": {"a": torch.randn(5000)}}, keep=2)
+        save_resume(tmp_path, {"step": step, "model": {"a": torch.randn(5000)}})
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1  # among the numbers: torch alone would load it
     path.write_bytes(content)
     assert torch.load(path, weights_only=True)["step"] == 2
-    state, file = load_resume(path)
+    state, file = load_resume(tmp_path)
     assert (state["step"], file.name) == (1, "resume.1.pt")
     file.unlink()
     with pytest.raises(UsageError, match=r"resume\.pt is broken: it is not what was written"):
-        load_resume(path)
+        load_resume(tmp_path)
 
 
 # The child imports once and forks a writer for each line it reads: a kill costs milliseconds, not an import of torch.
@@ -140,7 +138,7 @@ for first in map(int, sys.stdin):
         generation = first
         while True:
             state = {str(i): torch.full((50_000,), generation, dtype=torch.float32) for i in range(4)}
-            save_resume(folder / "resume.pt", {"step": generation, "model": state}, keep=3)
+            save_resume(folder, {"step": generation, "model": state})
             save_weights(folder / "weights.safetensors", state, {"generation": generation})
             generation += 1
     print(writer, flush=True)
@@ -167,11 +165,10 @@ def test_kill_while_saving_always_leaves_whole_files(kills: int, tmp_path: Path)
             os.kill(writer, signal.SIGKILL)
             assert server.stdout.readline() == "gone\n"
 
-            resume, file = load_resume(tmp_path / "resume.pt")
+            resume, file = load_resume(tmp_path)
             assert file.name == "resume.pt"  # there is a whole one under this name at any time
-            for saves in (1, 2):
-                if (older := earlier(file, saves)).exists():
-                    assert load_resume(older)[0]["step"] in range(resume["step"] - saves, resume["step"] + 1)
+            if (before := tmp_path / "resume.1.pt").exists():
+                assert torch.load(before, weights_only=True)["step"] in range(resume["step"] - 1, resume["step"] + 1)
             state, facts = load_weights(tmp_path / "weights.safetensors")
             for tensors, number in ((resume["model"], resume["step"]), (state, facts["generation"])):
                 assert {float(value) for tensor in tensors.values() for value in tensor[[0, -1]]} == {number}

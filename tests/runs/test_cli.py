@@ -6,13 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
 
-from fastcr import evaluate, train
+from fastcr import train
 from fastcr.presets import PRESETS
 from fastcr.runs import machine
-from fastcr.runs.checkpoint import save_weights
 from fastcr.runs.command_line import load_config, read_command_line, save_config
 from fastcr.runs.validate import validate
 from tests.shared import TINY
@@ -84,24 +82,6 @@ def test_resume_of_what_is_no_run(flat: Path, tmp_path: Path, finished: Path, re
 
 
 @pytest.mark.parametrize(
-    ("damage", "culprit"),
-    [
-        (lambda file: file.unlink(), "no resume.pt"),
-        (lambda file: file.write_bytes(file.read_bytes()[:5000]), "resume.pt"),
-        (lambda file: torch.save({"step": 1, "model": 5, "optimizer": 1, "random": 1}, file), "resume.pt"),
-    ],
-    ids=["missing", "truncated", "wrong types"],
-)
-def test_broken_resume(
-    damage: Callable[[Path], object], culprit: str, copied: Path, refused: Callable[..., str]
-) -> None:
-    damage(copied / "resume.pt")
-    line = refused(train.main, "--resume", copied)
-    assert str(copied) in line
-    assert culprit in line
-
-
-@pytest.mark.parametrize(
     ("text", "words"),
     [
         ("", "is broken"),
@@ -114,68 +94,6 @@ def test_broken_config(text: str, words: str, copied: Path, refused: Callable[..
     line = refused(train.main, "--resume", copied)
     assert f"{copied}/config.yaml" in line
     assert words in line
-
-
-@pytest.mark.parametrize(
-    ("make", "culprits"),
-    [
-        (lambda file: None, ("no weights file",)),
-        (lambda file: torch.save({"conv1.weight": torch.ones(64, 3, 7, 7)}, file), ("lacks", "allow_missing_weights")),
-    ],
-    ids=["missing", "incomplete"],
-)
-def test_unusable_initial_weights(
-    make: Callable[[Path], object], culprits: tuple[str, ...], flat: Path, tmp_path: Path, refused: Callable[..., str]
-) -> None:
-    file = tmp_path / "weights.pt"
-    make(file)
-    args = (*ONE_STEP, "--data.root", flat, "--run.dir", tmp_path / "run", "--model.weights", file)
-    line = refused(train.main, *args)
-    assert all(culprit in line for culprit in (str(file), *culprits)), line
-    assert not (tmp_path / "run").exists()
-
-
-def test_mistaken_arguments_of_evaluate(
-    finished: Path, birds: Path, flat: Path, tmp_path: Path, refused: Callable[..., str]
-) -> None:
-    main, file = evaluate.main, finished / "weights.safetensors"
-    assert "PATH" in refused(main)
-    assert "did you mean --data.root?" in refused(main, finished, "--data.rot", birds)
-    assert f"{flat} is not a run folder: it has no config.yaml" in refused(main, flat)
-    assert "--data.root" in refused(main, file)
-    assert f"{flat} has no labels" in refused(main, file, "--data.root", flat)
-    (unsaved := tmp_path / "unsaved").mkdir()
-    shutil.copyfile(finished / "config.yaml", unsaved / "config.yaml")
-    line = refused(main, unsaved, "--data.root", birds)
-    assert f"{unsaved} is not a run folder, or its run has saved nothing yet: no weights.safetensors in it" in line
-
-
-def facts(**facts: object) -> Callable[[Path], None]:
-    whole = {"backbone": "resnet18", "last_stage": "layer3", "stem_maxpool": True, "detectors": 0, "temperature": 0.4}
-    whole |= {"attention": "softmax", "image_size": 32}
-    return lambda file: save_weights(file, {"backbone.conv1.weight": torch.ones(2)}, whole | facts)
-
-
-@pytest.mark.parametrize(
-    ("make", "culprit"),
-    [
-        (lambda file: file.write_bytes(b""), "whole safetensors file"),
-        (lambda file: safetensors.torch.save_file({"a": torch.ones(2)}, file), "no fastcr metadata"),
-        (lambda file: safetensors.torch.save_file({"a": torch.ones(2)}, file, {"fastcr": "{"}), "cannot be read"),
-        (facts(), "does not hold what its metadata says"),
-        (facts(detectors="many"), ""),
-    ],
-    ids=["empty", "bare", "no json", "shapes", "detectors"],
-)
-def test_unusable_weights_files(
-    make: Callable[[Path], object], culprit: str, birds: Path, tmp_path: Path, refused: Callable[..., str]
-) -> None:
-    file = tmp_path / "weights.safetensors"
-    make(file)
-    line = refused(evaluate.main, file, "--data.root", birds)
-    assert str(file) in line
-    assert culprit in line
-    assert not (tmp_path / "results.json").exists()
 
 
 @pytest.mark.parametrize("name", PRESETS)
