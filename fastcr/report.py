@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -21,42 +19,20 @@ from fastcr.encoders.encoder import load
 from fastcr.errors import UsageError
 from fastcr.export import training_settings
 from fastcr.output.gallery import attended, read_pictures, spread
-from fastcr.output.sheets import PAGE, Chart, Section, check_out, write_page
+from fastcr.output.sheets import PAGE, Section, check_out, write_page
 from fastcr.output.tables import results_tables, text_of
 from fastcr.runs.command_line import called, load_config, one_line_errors
 from fastcr.runs.context import Context
 from fastcr.runs.log import read_records
 
-CURVES = {
-    "contrast_loss": "contrast loss",
-    "fit_loss": "fit loss (unweighted)",
-    "pooled_contrast_loss": "contrast loss of the attention-pooled query (unweighted)",
-    "attention_entropy": "entropy of the attention, nats",
-    "effective_detectors": "effective number of detectors",
-    "effective_rank": "effective rank of the embeddings",
-    "kept_neighbours": "share of the initial nearest neighbours that are kept",
-}  # of metrics.jsonl
 ATTENDED = 12  # images shown with their attention
-POINTS = 500  # of a curve, about: of longer ones every so many are drawn
-Record = Mapping[str, float]  # a line of metrics.jsonl
 
 
-def read_steps(folder: Path) -> list[Record]:
-    """What the run has logged of each step, without what cannot be drawn: NaN, and numbers beyond all bounds."""
-
-    def drawable(value: Any) -> bool:
-        return isinstance(value, (int, float)) and (value == 0 or 1e-15 < abs(value) < 1e15)
-
-    records = read_records(folder / "metrics.jsonl")
-    steps = [{key: value for key, value in record.items() if drawable(value)} for record in records]
-    return [record for record in steps if "step" in record]
-
-
-def settings_of(config: Config, steps: Sequence[Record]) -> Section:
+def settings_of(config: Config, folder: Path) -> Section:
     """How far the run has come, and its settings, without the paths of the machine it ran on."""
     said = "no step is logged yet" if config.optim.epochs else "no training (0 epochs)"
-    if steps:
-        epochs = f"epoch {steps[-1].get('epoch', 0):.3g} of {config.optim.epochs}"
+    if steps := [record for record in read_records(folder / "metrics.jsonl") if {"step", "epoch"} <= record.keys()]:
+        epochs = f"epoch {steps[-1]['epoch']:.3g} of {config.optim.epochs}"
         said = f"{steps[-1]['step']:,} steps of {config.optim.batch_size} images, {epochs}"
     code = yaml.safe_dump(training_settings(config), sort_keys=False)
     return Section("Settings", f"The preset {config.preset}: {said}.", code)
@@ -73,17 +49,6 @@ def results_of(folder: Path, name: str) -> Section:
         raise UsageError(f"{path} is broken: {type(error).__name__} {error}") from None
     said = " ".join(each for each in found if isinstance(each, str))
     return Section("Results", said, tables=[text_of(each) for each in found if not isinstance(each, str)])
-
-
-def curves_of(steps: Sequence[Record]) -> Section:
-    """A curve over the steps of each metric that the run has logged."""
-    charts = list[Chart]()
-    for metric, title in CURVES.items():
-        if points := [(record["step"], record[metric]) for record in steps if metric in record]:
-            low, high = min(value for _, value in points), max(value for _, value in points)
-            said = f"{title}: {low:.3g} to {high:.3g}, steps {points[0][0]:,} to {points[-1][0]:,}"
-            charts.append(Chart(said, points[:: math.ceil(len(points) / POINTS)]))
-    return Section("Curves", "" if charts else "Nothing is logged yet.", charts=charts)
 
 
 @torch.inference_mode()
@@ -114,9 +79,9 @@ def write_report(config: ReportConfig, context: Context) -> Path:
     out = config.out or config.source / "report.html"
     trained = load_config(config.source / "config.yaml")
     check_out(out, PAGE)
-    name, steps = Path(os.path.abspath(config.source)).name, read_steps(config.source)
-    sections = [settings_of(trained, steps), results_of(config.source, name), curves_of(steps),
-                images_of(name, trained, config, context)]  # fmt: skip
+    name = Path(os.path.abspath(config.source)).name
+    images = images_of(name, trained, config, context)
+    sections = [settings_of(trained, config.source), results_of(config.source, name), images]
     write_page(out, f"{name}: training on {training_settings(trained)['data']}", sections)
     return out
 

@@ -5,7 +5,6 @@ import html
 import io
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable
 from itertools import product
@@ -52,11 +51,6 @@ def made(tmp_path: Path, *args: object) -> str:
     return text
 
 
-def charts(page: str) -> list[list[str]]:
-    """The points of each chart."""
-    return [points.split() for points in re.findall('<polyline points="([^"]*)"', page)]
-
-
 def change(run: Path, section: str, **values: Any) -> None:
     content = yaml.safe_load((run / "config.yaml").read_text())
     content[section].update(values)
@@ -72,8 +66,6 @@ def test_page_of_a_run_shows_all_of_it(finished: Path, tmp_path: Path) -> None:
     assert html.escape(RUN, quote=False).replace('"', "&#34;").replace("'", "&#39;") in page
     assert "best pooling, " in page
     assert "3 steps of 8 images, epoch 0.375 of 8" in page
-    assert len(charts(page)) >= 4
-    assert all(len(points) == 3 for points in charts(page))
     assert page.count("attention over the image: ") == page.count('class="tile pair"') == 12
     assert len(page) < 5_000_000
 
@@ -95,11 +87,9 @@ def test_a_run_in_progress_has_a_page(copied: Path, tmp_path: Path) -> None:
     assert "2 steps of 8 images, epoch 0.25 of 8" in page
     assert "has not saved weights yet" in page
     assert f"The run is not measured yet: {called('evaluate')} copied" in page
-    assert all(len(points) == 2 for points in charts(page))
     (copied / "metrics.jsonl").unlink()
     page = made(tmp_path, copied)
-    assert "Nothing is logged yet" in page
-    assert charts(page) == []
+    assert "no step is logged yet" in page
 
 
 def test_images_that_are_gone_are_left_out(copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,7 +105,6 @@ def test_plain_moco_has_no_attention_to_show(birds: Path, tmp_path: Path) -> Non
     page = made(tmp_path, run)
     assert "The encoder has no branch" in page
     assert "attention over the image" not in page
-    assert "fit loss" not in page
 
 
 def test_a_report_lands_in_the_run_and_replaces_itself(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:

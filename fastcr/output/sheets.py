@@ -1,4 +1,4 @@
-"""Pages of pictures, tables and charts under headings, and grids of pictures.
+"""Pages of pictures and tables under headings, and grids of pictures.
 
 A page needs no other file: its pictures are in it, nothing is fetched, no script runs, and all text is escaped.
 """
@@ -47,13 +47,6 @@ class Table(NamedTuple):
     rows: Sequence[Sequence[str]]
 
 
-class Chart(NamedTuple):
-    """A curve."""
-
-    title: str
-    points: Sequence[tuple[float, float]]  # x and y, the latter upwards
-
-
 class Section(NamedTuple):
     """A part of a page, in the order in which it is shown."""
 
@@ -61,7 +54,6 @@ class Section(NamedTuple):
     text: str = ""
     code: str = ""  # a command to copy
     tables: Sequence[Table] = ()
-    charts: Sequence[Chart] = ()
     rows: Sequence[Sequence[Tile]] = ()
 
 
@@ -100,8 +92,7 @@ def html_page(title: str, sections: Sequence[Section]) -> str:
     """The whole page."""
     text = Path(__file__).parents[1].joinpath("sheet.html.jinja").read_text(encoding="utf-8")
     template = Template(text, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    functions = {"uri": data_uri, "polyline": polyline}
-    page = template.render(title=title, sections=sections, generator=GENERATOR, policy=POLICY, **functions)
+    page = template.render(title=title, sections=sections, generator=GENERATOR, policy=POLICY, uri=data_uri)
     return UNPRINTABLE.sub("\ufffd", page)
 
 
@@ -110,11 +101,3 @@ def data_uri(picture: Image.Image) -> str:
     (small := picture.copy()).thumbnail((SMALL, SMALL))
     small.save(held := io.BytesIO(), "JPEG", quality=QUALITY)
     return f"data:image/jpeg;base64,{base64.b64encode(held.getvalue()).decode()}"
-
-
-def polyline(points: Sequence[tuple[float, float]]) -> str:
-    """The points of a curve as SVG has them, scaled to a box of 500 by 250."""
-    (left, right), (low, high) = ((min(axis), max(axis)) for axis in zip(*points, strict=True))
-    across, up = (right - left) or 1, (high - low) or 1
-    shown = [f"{500 * (x - left) / across:.1f},{250 * (high - y) / up:.1f}" for x, y in points]
-    return " ".join(shown if len(shown) > 1 else shown * 2)  # a line of one point would not be seen
