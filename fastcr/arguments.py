@@ -27,7 +27,7 @@ from fastcr.presets import PRESETS
 from fastcr.runs.command_line import called, parse, read_command_line, split_preset
 
 # the poolings that need neither labels nor other images; feature-strength weights positions with their features' norm
-Pooling = Literal["mean", "attention", "gem", "feature-strength", "gaussian", "scda"]
+Pooling = Literal["mean", "attention", "gem", "feature-strength", "gaussian"]
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class EmbedConfig:
     format: Literal["npy"] = "npy"
     """NumPy's files, which numpy.load maps into memory (mmap_mode)."""
     pooling: Pooling | None = None
-    """How the positions of the feature map become one embedding; scda has twice as many dimensions. Default: both the
+    """How the positions of the feature map become one embedding. Default: both the
     attention's and the mean, of which fastcr search takes the attention's; the mean of an encoder without a branch."""
     centre: tyro.conf.UseCounterAction[int] = 0
     """Subtract the mean of the folder's embeddings from each, and scale it to unit length again; fastcr search does the

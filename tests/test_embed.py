@@ -272,12 +272,12 @@ def test_the_pooling_that_is_asked_for_is_written_alone(
 
 
 def test_the_mean_of_the_folder_is_subtracted_and_kept(weights: Path, birds: Path, tmp_path: Path) -> None:
-    run(weights, birds, "--out", tmp_path / "plain", "--pooling", "scda")
-    run(weights, birds, "--out", tmp_path / "out", "--pooling", "scda", "--centre")
-    plain = np.load(tmp_path / "plain" / "scda.npy").astype(np.float64)
+    run(weights, birds, "--out", tmp_path / "plain", "--pooling", "gem")
+    run(weights, birds, "--out", tmp_path / "out", "--pooling", "gem", "--centre")
+    plain = np.load(tmp_path / "plain" / "gem.npy").astype(np.float64)
     mean = plain.mean(0)
     expected = (plain - mean) / np.linalg.norm(plain - mean, axis=1, keepdims=True)
-    found = arrays(tmp_path / "out")["scda"].numpy()
+    found = arrays(tmp_path / "out")["gem"].numpy()
     assert found.dtype == np.float32
     assert np.allclose(found, expected, atol=1e-5)
     facts = json.loads((tmp_path / "out" / "encoder.json").read_text())

@@ -84,7 +84,7 @@ def test_run_folder_gives_the_results_of_the_runs_end_and_more(
     assert captured.err == ""
     assert found["retrieval"] == before["retrieval"]
     assert not {"knn", "linear"} & before.keys()
-    poolings = {"mean", "rationale", "gem", "norm", "gaussian", "scda", "ddt"}
+    poolings = {"mean", "rationale", "gem", "norm", "gaussian", "ddt"}
     for part in (found, found["frozen_init"]):
         assert part["retrieval"].keys() == part["retrieval_centred"].keys() == poolings
         for section, keys in SECTIONS.items():
@@ -242,7 +242,7 @@ def test_a_frozen_vit_is_judged_by_every_pooling(
     evaluate.main(["timm:vit_tiny_patch16_224", *settings, "--all", "--linear.enabled", "False"])
     out, found = capsys.readouterr().out, json.loads(Path("timm-vit_tiny_patch16_224-results.json").read_text())
     assert found["encoder"] == {"name": "timm:vit_tiny_patch16_224", "weights": "none", "image_size": 32}
-    poolings = {"mean", "gem", "norm", "gaussian", "scda", "ddt", "cls"}
+    poolings = {"mean", "gem", "norm", "gaussian", "ddt", "cls"}
     assert found["retrieval"].keys() == found["retrieval_centred"].keys() == poolings
     assert found["best"].keys() == {"baseline"}
     every = [each["mAP"] for part in ("retrieval", "retrieval_centred") for each in found[part].values()]

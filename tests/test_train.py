@@ -35,7 +35,7 @@ from tests.shared import SHORT, TINY, records, start, wait_for, write_calm_weigh
 pytestmark = pytest.mark.usefixtures("one_thread")
 # 64 training images make 8 steps an epoch; a queue of 20 is no multiple of the batch
 STEPS_PER_EPOCH, STEPS = 8, 13
-BASELINES = ("gem", "norm", "gaussian", "scda", "ddt")
+BASELINES = ("gem", "norm", "gaussian", "ddt")
 METRICS = {
     *("step", "epoch", "loss", "contrast_loss", "fit_loss", "lr", "images_per_second", "data_wait"),
     *("attention_entropy", "effective_detectors", "embedding_spread"),

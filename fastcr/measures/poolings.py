@@ -42,38 +42,8 @@ def gaussian(features: Tensor) -> Tensor:
     return weighted(features, weights.to(features.device))
 
 
-def scda(features: Tensor) -> Tensor:
-    """SCDA (Wei et al. 2017, arXiv 1604.04994): mean and maximum `[B,2C]` of the positions that stand out.
-
-    They are those whose features sum to more than the map's mean, of them the largest connected region. The paper's
-    second layer and its mirrored image are left out.
-    """
-    features = features.float()
-    total = features.sum(1)
-    kept = largest_region(total > total.mean((1, 2), keepdim=True))
-    kept |= ~kept.any(2).any(1)[:, None, None]  # a map that is the same everywhere is kept whole
-    most = features.masked_fill(~kept[:, None], -torch.inf).amax((2, 3))
-    return torch.cat([weighted(features, kept.float()), most], dim=1)
-
-
-def largest_region(mask: Tensor) -> Tensor:
-    """The largest region of `mask` `[B,h,w]` whose positions touch, corners too; of equal ones any one of them."""
-    _, high, wide = mask.shape
-    numbers = torch.arange(1, high * wide + 1, device=mask.device).view(high, wide).float()
-    labels = numbers * mask
-    for _ in range(high * wide):  # the largest number of a region spreads through it
-        spread = torch.nn.functional.max_pool2d(labels[:, None], 3, stride=1, padding=1)[:, 0] * mask
-        if torch.equal(spread, labels):
-            break
-        labels = spread
-    flat = labels.flatten(1).long()  # 0 outside
-    sizes = torch.zeros(len(flat), high * wide + 1, device=mask.device).scatter_add_(1, flat, mask.flatten(1).float())
-    largest = sizes.argmax(1, keepdim=True)
-    return mask & (flat == largest).view_as(mask)
-
-
 # by the names of results.json, those that need to know nothing but the features
-OF_FEATURES: dict[str, Pooling] = {"mean": mean_pool, "gem": gem, "norm": norm, "gaussian": gaussian, "scda": scda}
+OF_FEATURES: dict[str, Pooling] = {"mean": mean_pool, "gem": gem, "norm": norm, "gaussian": gaussian}
 
 
 def without_training(axis: Axis) -> dict[str, Pooling]:

@@ -7,7 +7,6 @@ import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -30,7 +29,6 @@ from fastcr.measures.poolings import (
     key_of,
     norm,
     pooled,
-    scda,
     weighted,
     without_training,
 )
@@ -111,22 +109,6 @@ def test_gem_is_the_cube_root_of_the_mean_cube(features: Tensor) -> None:
     assert gem(-positive).max() < 1e-5
 
 
-def test_scda_is_that_of_a_loop_with_scipys_regions() -> None:
-    ndimage = pytest.importorskip("scipy.ndimage")
-    features, compared = torch.rand(60, 3, 7, 6, generator=torch.Generator().manual_seed(1)), 0
-    for image, found in zip(features.double(), scda(features).double(), strict=True):
-        total = image.sum(0)
-        labels, count = ndimage.label((total > total.mean()).numpy(), structure=np.ones((3, 3)))
-        sizes = [int((labels == number).sum()) for number in range(1, count + 1)]
-        if sizes.count(max(sizes)) > 1:  # either would do
-            continue
-        number = sizes.index(max(sizes)) + 1
-        part = torch.stack([image[:, y, x] for y in range(7) for x in range(6) if labels[y, x] == number])
-        torch.testing.assert_close(found, torch.cat([part.mean(0), part.amax(0)]), rtol=1e-5, atol=1e-6)
-        compared += 1
-    assert compared > 40
-
-
 def test_ddt_is_the_first_component_of_an_independent_pca() -> None:
     decomposition = pytest.importorskip("sklearn.decomposition")
     torch.manual_seed(0)
@@ -160,7 +142,7 @@ def test_one_pass_gives_every_pooling(encoder: Encoder, images: ImageList, monke
     torch.testing.assert_close(axis, moments.axis(), atol=1e-4, rtol=0)
     poolings = without_training(axis)
     found = embed(encoder, images, CONTEXT, title="", poolings=poolings)
-    assert found.others.keys() == poolings.keys() == {"gem", "norm", "gaussian", "scda", "ddt"}
+    assert found.others.keys() == poolings.keys() == {"gem", "norm", "gaussian", "ddt"}
     for name, pool in poolings.items():
         assert found.others[name].dtype == torch.float32
         torch.testing.assert_close(found.others[name], F.normalize(pool(features), dim=1), atol=1e-4, rtol=0)
