@@ -80,7 +80,11 @@ class ImageList:
 
     def rgb(self, index: int, least: int = 0) -> Image.Image:
         """Decode image `index`, as `read_rgb`. Raises `OSError` for whatever is not a whole image."""
-        with self.open(index) as file:
+        try:
+            file = self.open(index)
+        except OSError as error:
+            raise OSError(f"{self.path(index)!r} cannot be read: {error.strerror or error}") from error
+        with file:
             return read_rgb(file, self.path(index), least)
 
     def rgb_or_next(self, index: int) -> tuple[Image.Image, list[int]]:
