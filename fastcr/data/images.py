@@ -123,18 +123,23 @@ def read_rgb(file: str | BinaryIO, name: str = "", least: int = 0) -> Image.Imag
     """
     try:
         with Image.open(file) as image:
-            turn = TURNS.get(orientation_of(image))
             size = upright_size(image)
             if least and (times := min(image.size) // least) > 1:
                 image.draft("", (image.width // times, image.height // times))
-            image.load()
-            rgb = to_rgb(image)
-            rgb = rgb if turn is None else rgb.transpose(turn)
+            rgb = upright_rgb(image)
             rgb.info[FULL_SIZE] = size
             return rgb
     except Exception as error:  # decoders raise whatever the broken bytes lead it to
         reason = "no known image format" if isinstance(error, UnidentifiedImageError) else error
         raise OSError(f"{(name or file)!r} is not a readable image: {reason}") from error
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """An opened image of any mode as RGB, 8 bits, turned as its EXIF data says."""
+    turn = TURNS.get(orientation_of(image))
+    image.load()
+    rgb = to_rgb(image)
+    return rgb if turn is None else rgb.transpose(turn)
 
 
 def full_size(image: Image.Image) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from torchvision.transforms import v2
 
 from fastcr.config import Config
 from fastcr.data.crops import centre_crop
-from fastcr.data.images import to_rgb
+from fastcr.data.images import upright_rgb
 from fastcr.data.views import MEAN, STD, normalise
 from fastcr.encoders.backbone import TIMM, TimmEncoder, build_backbone, mean_pool
 from fastcr.encoders.folding import folded_copy
@@ -142,10 +142,10 @@ class Encoder(nn.Module):
 
     @property
     def transform(self) -> Callable[[Image.Image], Tensor]:
-        """PIL image of any mode to `[3,S,S]` as in `fastcr.evaluate`: shorter side to `round(S*8/7)`, centre crop."""
+        """PIL image of any mode to `[3,S,S]` as in `fastcr.evaluate`: upright, shorter side to `round(S*8/7)`, cut."""
         cut = partial(centre_crop, size=self.image_size), methodcaller("permute", 2, 0, 1)  # both can be pickled
         scale = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.mean, self.std)]
-        return v2.Compose([to_rgb, *cut, *scale])
+        return v2.Compose([upright_rgb, *cut, *scale])
 
 
 def describe(config: Config) -> dict[str, Any]:

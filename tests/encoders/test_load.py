@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
 import fastcr
@@ -115,6 +115,19 @@ def test_the_transform_is_that_of_the_evaluation(
         assert picture.mode == mode
         pixels = encoder.transform(picture)
     torch.testing.assert_close(pixels, normalise(crop[0][None], torch.float32)[0], atol=1e-5, rtol=0)
+
+
+def test_the_transform_turns_a_phones_picture_upright(encoder: Encoder, tmp_path: Path) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 52, 3), dtype=np.uint8))
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = orientation
+        noise.save(tmp_path / "phone.png", exif=exif)
+        crop = _Crops(ImageList(tmp_path, ("phone.png",), None, ()), 32)[0]
+        assert crop is not None
+        with Image.open(tmp_path / "phone.png") as picture:
+            pixels = encoder.transform(picture)
+        torch.testing.assert_close(pixels, normalise(crop[0][None], torch.float32)[0], atol=1e-5, rtol=0)
 
 
 def test_the_transform_can_be_sent_to_loader_processes(encoder: Encoder) -> None:

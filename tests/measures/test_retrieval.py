@@ -78,6 +78,16 @@ def test_a_tie_counts_against_the_query_only_between_classes() -> None:
     assert retrieval(embeddings, labels) == pytest.approx(expected)
 
 
+def test_what_means_nothing_is_an_error_that_names_it() -> None:
+    embeddings, labels = torch.eye(4), torch.tensor([0, 0, 1, 1])
+    broken = embeddings.clone()
+    broken[2, 1] = torch.nan
+    with pytest.raises(ValueError, match="the embedding of image 2 is not finite"):
+        retrieval(broken, labels)
+    with pytest.raises(ValueError, match="4 embeddings need as many labels"):
+        retrieval(embeddings, labels[:3])
+
+
 MEASURE = """
 import resource
 import torch
