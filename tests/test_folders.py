@@ -39,7 +39,7 @@ def test_odd_entries(tmp_path: Path, labelled: bool) -> None:
     (folder / "broken.jpg").symlink_to(tmp_path / "nowhere.jpg")
     images = read_splits(tmp_path).train
     assert [os.path.basename(file) for file in images.files] == sorted([*names, "broken.jpg"])
-    with pytest.raises(OSError, match=r"No such file or directory: '.*broken.jpg'"):
+    with pytest.raises(OSError, match=r"broken.jpg' cannot be read: No such file or directory"):
         images.rgb(0)
 
 
