@@ -17,6 +17,7 @@ from fastcr.encoders.encoder import Encoder, find_weights, load
 from fastcr.encoders.hub import address_of
 from fastcr.errors import UsageError
 from fastcr.measures.poolings import SHOWN
+from fastcr.measures.reranking import expand
 from fastcr.output.embeddings import Neighbour, Stored, read_stored
 from fastcr.output.gallery import encode, list_images, read_pictures, tile
 from fastcr.output.sheets import PAGE, Section, Tile, check_out, write_page
@@ -72,6 +73,7 @@ def search(config: SearchConfig, context: Context) -> None:
     images, stored = list_images(config.images), read_stored(config.embeddings)
     encoder = encoder_of(stored, config.encoder, context.device)
     pooling = stored.facts["pooling"]
+    among = stored._replace(vectors=expand(stored.vectors)) if config.expand else stored
     sections, missing, asked = list[Section](), 0, 0
     with encoder.evaluating():
         # in parts, so that a folder's pictures are never in memory all at once
@@ -82,7 +84,7 @@ def search(config: SearchConfig, context: Context) -> None:
             if not queries:
                 continue
             vectors, maps = encode(list(queries.values()), encoder, context, pooling, stored.mean)
-            found = stored.nearest(vectors, config.k)
+            found = among.nearest(expand(stored.vectors, vectors) if config.expand else vectors, config.k)
             for (path, query), attention, near in zip(queries.items(), maps, found, strict=True):
                 context.console.print(table_of(path, near), highlight=False)
                 asked += 1
@@ -94,6 +96,7 @@ def search(config: SearchConfig, context: Context) -> None:
         raise UsageError(f"none of the {len(images)} images can be read")
     made_with = os.path.join(*Path(stored.facts["weights"]).parts[-2:])
     shown = SHOWN.get(pooling, pooling) + (", mean subtracted" if stored.mean is not None else "")
+    shown += ", expanded" if config.expand else ""
     text = f"By the embeddings of {made_with} ({shown}). Below each image are its cosine, its label and its file."
     if encoder.branch is not None:
         text += " The map beside it is warm where the attention is high, and is scaled to its own maximum."

@@ -17,6 +17,7 @@ from PIL import Image
 import fastcr
 from fastcr import embed, search
 from fastcr.config import RationaleConfig
+from fastcr.measures.reranking import expand
 from tests.shared import decoded, write_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -60,22 +61,26 @@ def found(output: str) -> list[tuple[str, str, str]]:
     return [(similarity, label.strip(), path) for similarity, label, path in rows]
 
 
+@pytest.mark.parametrize("expanded", [False, True])
 def test_the_nearest_are_the_most_similar(
-    weights: Path, whole: Path, birds: Path, query: Path, capsys: pytest.CaptureFixture[str]
+    expanded: bool, weights: Path, whole: Path, birds: Path, query: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     encoder = fastcr.load(weights)
     with torch.inference_mode():
         own = encoder(encoder.transform(Image.open(query))[None]).embedding[0]
-    vectors = np.load(whole / "rationale.npy")
-    similarity, places = (torch.from_numpy(vectors) @ own).topk(7)
+    vectors = torch.from_numpy(np.load(whole / "rationale.npy"))
+    if expanded:
+        own, vectors = expand(vectors, own[None])[0], expand(vectors)
+    similarity, places = (vectors @ own).topk(7)
     with open(whole / "images.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     expected = [(rows[i]["label"], rows[i]["path"]) for i in places.tolist()]
-    run(whole / "images.csv", query, "--k", "7")  # a file of the folder names it too
+    run(whole / "images.csv", query, "--k", "7", *["--expand"] * expanded)  # a file of the folder names it too
     shown = found(capsys.readouterr().out)
     assert [each[1:] for each in shown] == expected
     assert [float(each[0]) for each in shown] == pytest.approx(similarity.tolist(), abs=1e-4)
-    assert shown[0] == ("1.0000", query.parent.name, str(query.relative_to(birds)))
+    if not expanded:
+        assert shown[0] == ("1.0000", query.parent.name, str(query.relative_to(birds)))
 
 
 def test_a_folder_is_searched_for_image_by_image(

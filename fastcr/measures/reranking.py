@@ -34,15 +34,18 @@ def nearest(embeddings: Tensor, count: int) -> Tensor:
     return torch.cat([(part @ embeddings.T).topk(count).indices for part in embeddings.split(ROWS)])
 
 
-def expand(embeddings: Tensor, count: int = 10, alpha: float = 3.0) -> Tensor:
-    """Unit embeddings `[N,C]`, each the sum of its `count` nearest and itself, weighted with cosine ** `alpha`."""
-    found = [_expanded(part, embeddings, count + 1, alpha) for part in embeddings.split(ROWS)]
+def expand(embeddings: Tensor, queries: Tensor | None = None, *, count: int = 10, alpha: float = 3.0) -> Tensor:
+    """Unit `queries` `[Q,C]`, each the sum of itself and its `count` nearest, weighted with cosine ** `alpha`.
+
+    The nearest are of the embeddings `[N,C]`. Without `queries` these themselves are expanded.
+    """
+    found = list[Tensor]()
+    for part in (embeddings if queries is None else queries).split(ROWS):
+        # an embedding is its own nearest
+        values, places = (part @ embeddings.T).topk(min(count + (queries is None), len(embeddings)))
+        near = torch.einsum("qk,qkc->qc", values.clamp(min=0) ** alpha, embeddings[places])
+        found.append(F.normalize(near if queries is None else part + near, dim=1))
     return torch.cat(found) if found else embeddings
-
-
-def _expanded(part: Tensor, embeddings: Tensor, count: int, alpha: float) -> Tensor:
-    values, places = (part @ embeddings.T).topk(min(count, len(embeddings)))
-    return F.normalize(torch.einsum("qk,qkc->qc", values.clamp(min=0) ** alpha, embeddings[places]), dim=1)
 
 
 def whiten(embeddings: Tensor, known: Tensor, dims: int = 256, power: float = 0.5) -> Tensor:

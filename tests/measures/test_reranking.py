@@ -62,13 +62,21 @@ def test_reciprocal_takes_fewer_images_than_neighbours() -> None:
 
 def test_expansion_is_the_weighted_sum_of_the_nearest_and_itself() -> None:
     embeddings = clusters(40)
-    found = expand(embeddings, 5, 3.0)
+    found = expand(embeddings, count=5)
     for image in range(40):
         similar = embeddings @ embeddings[image]
         best = similar.argsort(descending=True)[:6]
         assert image in best
         total = sum(similar[other].clamp(min=0) ** 3 * embeddings[other] for other in best)
         torch.testing.assert_close(found[image], F.normalize(total, dim=0))  # type: ignore[arg-type]
+
+
+def test_queries_that_are_not_among_the_embeddings_stay_in_the_sum() -> None:
+    embeddings, queries = clusters(40), clusters(7, seed=1)
+    for query, found in zip(queries, expand(embeddings, queries, count=5), strict=True):
+        similar = embeddings @ query
+        total = query + sum(similar[n].clamp(min=0) ** 3 * embeddings[n] for n in similar.argsort(descending=True)[:5])
+        torch.testing.assert_close(found, F.normalize(total, dim=0))
 
 
 def test_whitened_axes_have_equal_variance_and_half_whitened_the_root_of_it() -> None:
