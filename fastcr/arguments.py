@@ -109,8 +109,8 @@ class SearchConfig:
     k: int = number(5, 1)
     """Nearest images of each."""
     expand: tyro.conf.UseCounterAction[int] = 0
-    """Add to each image, and to each of the embedded ones, the ten nearest to it, and compare the sums: more of the right
-    images are found (query expansion). The time grows with the square of their number."""
+    """Add to each image, and to each of the embedded ones, the ten nearest to it, and compare the sums (query
+    expansion): more of the right images are found. The time grows with the square of their number."""
     out: Path = Path("search.html")
     """A page (.html) of each image beside the nearest, with the attention."""
     encoder: Path | None = None
