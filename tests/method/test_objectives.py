@@ -15,6 +15,7 @@ from fastcr.config import Config, DataConfig, MocoConfig, ModelConfig, OptimConf
 from fastcr.data.views import Batch
 from fastcr.encoders.backbone import mean_pool
 from fastcr.kernels.relational import relational
+from fastcr.method import objectives
 from fastcr.method.build import Training, build
 from fastcr.method.objectives import Keys, build_objective
 from fastcr.runs.context import Context
@@ -113,6 +114,26 @@ def test_a_step_trains_every_part_and_gradcam_is_of_what_the_table_says(objectiv
     for part in ("moco.backbone.", "moco.head.", "branch."):
         assert any((value != before[name]).any() for name, value in training.model.named_parameters()
                    if name.startswith(part)), part  # fmt: skip
+
+
+@pytest.mark.parametrize(("objective", "op"), [("infonce", "info_nce"), ("relational", "relational_op.relational")])
+def test_queries_and_keys_meet_a_queue_of_16_bits_in_16_bits(
+    objective: Any, op: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the kernels would multiply in fp32, without tensor cores."""
+    place, name = (objectives.relational_op, "relational") if "." in op else (objectives, op)
+    original, seen = getattr(place, name), list[torch.dtype]()
+
+    def watched(query: Tensor, key: Tensor, queue: Tensor, **options: Any) -> Any:
+        seen.extend(each.dtype for each in (query, key, queue))
+        return original(query, key, queue, **options)
+
+    monkeypatch.setattr(place, name, watched)
+    moco = replace(SMALL.moco, objective=objective)
+    training = build(replace(SMALL, moco=moco), Context(dtype=torch.bfloat16))
+    loss, _ = training.step(batch_of())
+    assert loss.isfinite()
+    assert set(seen) == {torch.bfloat16}
 
 
 def test_the_queue_keeps_images_with_their_keys_when_a_batch_is_taken_in_parts() -> None:
