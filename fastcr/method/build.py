@@ -84,7 +84,9 @@ class Training:
         if losses.fit is not None and losses.attention is not None:
             found["fit_loss"] = losses.fit
             found["attention_entropy"] = attention_entropy(losses.attention)
-            found["effective_detectors"] = self.model["branch"].effective_detectors(losses.features)  # type: ignore[operator]
+            branch: Any = self.model["branch"]
+            if len(branch.bias) > 1:
+                found["effective_detectors"] = branch.effective_detectors(losses.features)
         return {name: figure.item() for name, figure in found.items()}
 
     def state(self) -> dict[str, Any]:
