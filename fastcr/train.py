@@ -116,7 +116,9 @@ def train(
 def run_steps(run: Run, evaluation: TrainingEvaluation, log: RunLog, began: float) -> int:
     """The training loop; returns the number of the signal that ended it early, or 0."""
     config, training, schedule, processes = run.config, run.training, run.schedule, run.context.processes
-    facts = describe(config) | ({"tuned": config.optim.tuned} if schedule.last and config.optim.tuned < 1 else {})
+    # where somebody has removed the initial weights there is no way to go back on: a save must not fail for that
+    on_the_way = schedule.last and config.optim.tuned < 1 and (run.folder / INITIAL).is_file()
+    facts = describe(config) | ({"tuned": config.optim.tuned} if on_the_way else {})
     saver = Saver(run.folder, facts, config.run.save_minutes)
     health = RunHealth(run)
     due = Due(0, False, False, False)
@@ -268,7 +270,8 @@ def save(run: Run, saver: Saver, step: int) -> None:
 
     def write() -> None:
         state = {"step": step, **training.state(), "random": random, "images": fingerprint(run.splits.train)}
-        saver.save(between(run.folder / INITIAL, training.encoder.state_dict(), run.config.optim.tuned), state)
+        tuned = saver.facts.get("tuned", 1.0)
+        saver.save(between(run.folder / INITIAL, training.encoder.state_dict(), tuned), state)
 
     processes.once(write)
 

@@ -10,9 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from fastcr.config import Config, DataConfig, ModelConfig, RationaleConfig
+from fastcr.data.images import ImageList
 from fastcr.encoders.backbone import build_backbone
 from fastcr.encoders.encoder import Encoder, describe
 from fastcr.encoders.rationale import RationaleHead
@@ -28,6 +31,16 @@ def new_encoder(config: Config) -> Encoder:
     backbone, channels = build_backbone(config.model.backbone, config.model.last_stage)
     branch = RationaleHead(channels, config.rationale) if config.rationale.enabled else None
     return Encoder(backbone, branch, describe(config))
+
+
+def write_noise(folder: Path, *, broken: int) -> ImageList:
+    """Write 24 small pictures of coarse noise into a folder, one of which cannot be read; without labels."""
+    rng, files = np.random.default_rng(0), [f"{i:02d}.png" for i in range(24)]
+    for file in files:
+        coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+        coarse.resize((40, 36)).save(folder / file)
+    (folder / files[broken]).write_bytes(b"broken")
+    return ImageList(folder, tuple(files), None, ())
 
 
 def write_weights(

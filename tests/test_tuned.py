@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,17 @@ def test_the_saved_encoder_lies_where_it_was_asked_for_and_any_other_point_can_b
             torch.testing.assert_close(value, expected, atol=1e-5, rtol=1e-4)
     resumed = [torch.load(run / "resume.pt", weights_only=True)["model"] for run in runs]
     torch.testing.assert_close(*resumed)  # training goes on from its own end
+
+
+def test_a_run_whose_beginning_was_removed_still_saves(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    run = Path(shutil.copytree(runs[1], tmp_path / "run"))
+    (run / "init.safetensors").unlink()
+    with suppress(SystemExit):  # there is nothing to compare with at the end
+        train.main(["--resume", str(run), "--optim.epochs", "2"])
+    steps = [torch.load(each / "resume.pt", weights_only=True)["step"] for each in (runs[1], run)]
+    assert steps[1] == 2 * steps[0]
+    trained = torch.load(run / "resume.pt", weights_only=True)["model"]["branch.weight"]
+    torch.testing.assert_close(load(run).state_dict()["branch.weight"], trained)
 
 
 def test_results_hold_both_ends_and_the_saved_encoder(runs: tuple[Path, Path]) -> None:

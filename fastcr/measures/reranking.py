@@ -49,10 +49,11 @@ def expand(embeddings: Tensor, queries: Tensor | None = None, *, count: int = 10
 
 
 def whiten(embeddings: Tensor, known: Tensor, dims: int = 256, power: float = 0.5) -> Tensor:
-    """Unit embeddings `[N,C]` on the first `dims` principal axes of `known` `[M,C]`, at unit length.
+    """Unit embeddings `[N,C]` on the first `dims` principal axes of `known` `[M,C]`, M - 1 at most, at unit length.
 
     Each axis is divided by its standard deviation to the `power`: 0 is PCA alone, 1 is whitening.
     """
+    dims = max(min(dims, len(known) - 1), 1)  # the others have no variance to divide by
     mean = known.mean(0)
     values, axes = torch.linalg.eigh(torch.cov(known.T.double(), correction=0))
     values, axes = values.flip(0)[:dims].clamp(min=1e-12), axes.flip(1)[:, :dims]

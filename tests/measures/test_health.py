@@ -6,11 +6,9 @@ import io
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from rich.console import Console
 
 from fastcr.data.images import ImageList
@@ -18,18 +16,12 @@ from fastcr.encoders.encoder import load
 from fastcr.errors import UsageError
 from fastcr.measures.health import EncoderHealth, HealthWarnings, effective_rank, kept_neighbours, nearest
 from fastcr.runs.context import Context
-from tests.shared import write_weights
+from tests.shared import write_noise, write_weights
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> ImageList:
-    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    files = [f"{i:02d}.png" for i in range(24)]
-    for file in files:
-        coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
-        coarse.resize((40, 36)).save(folder / file)
-    (folder / "10.png").write_bytes(b"broken")
-    return ImageList(folder, tuple(files), None, ())
+    return write_noise(tmp_path_factory.mktemp("images"), broken=10)
 
 
 def test_effective_rank_counts_directions() -> None:

@@ -92,6 +92,7 @@ def test_whitened_axes_have_equal_variance_and_half_whitened_the_root_of_it() ->
         spread.append(moved.var(0).max() / moved.var(0).min())
     assert spread[0] > spread[1] > spread[2]
     assert whiten(known, known, 3).shape == (400, 3)
+    assert whiten(known, known[:5]).shape == (400, 4)
 
 
 def test_nearest_and_cosine_are_those_of_all_products() -> None:

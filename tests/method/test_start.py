@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from fastcr.config import Config, DataConfig, MocoConfig, ModelConfig, OptimConfig, RationaleConfig
@@ -21,6 +20,7 @@ from fastcr.errors import UsageError
 from fastcr.method import start
 from fastcr.method.build import Training, build
 from fastcr.runs.context import Context
+from tests.shared import write_noise
 
 CONFIG = Config(
     data=DataConfig(image_size=32),
@@ -34,13 +34,7 @@ BROKEN = 10
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> ImageList:
-    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    files = [f"{i:02d}.png" for i in range(24)]
-    for file in files:
-        coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
-        coarse.resize((40, 36)).save(folder / file)
-    (folder / files[BROKEN]).write_bytes(b"broken")
-    return ImageList(folder, tuple(files), None, ())
+    return write_noise(tmp_path_factory.mktemp("images"), broken=BROKEN)
 
 
 def features_of(training: Training, images: ImageList) -> Tensor:
