@@ -4,7 +4,8 @@
 
 r [B,D] rows, k [N,D] the queue's keys, T temperature. A row's own earlier keys may be left out.
 One online-softmax pass over the queue gives both (the `[B,N]` similarities are never stored). The queue is split over
-programs, and the parts are combined in a fixed order.
+programs, and the parts are combined in a fixed order. Of rows too wide for the chip, each program sums up some of the
+dimensions; it multiplies all of them tile by tile, which is `cdiv(D, 512)` times the first product's arithmetic.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ try:
 except ImportError:
     triton = None
 
-MAX_DIM = 512  # of a row: it, the keys' tile and the weighted sum stay on the chip
+ON_CHIP = 512  # numbers of a row that stay on the chip, with the keys' tile and the weighted sum
+MAX_DIM = 4096  # of a row: the kernel that joins the parts holds one
 LOWEST = -3e38  # below every logit, and finite: a row without a key takes its exponentials from it, and has a mass of 0
 
 SPLIT = {"num_stages": 2, "programs": 264}
@@ -36,6 +38,10 @@ ROWS: dict[str, Settings] = {  # that the ops share
     "32 bits, B <= 16, D <= 256": {"BLOCK_B": 16, "BLOCK_N": 32, "num_warps": 8} | SPLIT,
     "32 bits, B <= 16, D > 256": {"BLOCK_B": 16, "BLOCK_N": 16, "num_warps": 8} | SPLIT,
     "32 bits, B > 16, D > 256": {"BLOCK_B": 16, "BLOCK_N": 16, "num_warps": 8} | SPLIT,
+    "16 bits, B <= 16, D > 512": {"BLOCK_B": 16, "BLOCK_N": 32, "num_warps": 4} | SPLIT,
+    "16 bits, B > 16, D > 512": {"BLOCK_B": 32, "BLOCK_N": 32, "num_warps": 8} | SPLIT,
+    "32 bits, B <= 16, D > 512": {"BLOCK_B": 16, "BLOCK_N": 16, "num_warps": 8} | SPLIT,
+    "32 bits, B > 16, D > 512": {"BLOCK_B": 16, "BLOCK_N": 16, "num_warps": 8} | SPLIT,
 }
 
 
@@ -80,18 +86,22 @@ def register(name: str, op: torch.library.CustomOpDef, learns: int) -> None:
 
 if triton is not None:
     NOTHING = tl.constexpr(LOWEST)
+    TILE = tl.constexpr(128)  # dimensions of a product where a row is wider than the chip
 
     @triton.jit
     def attend_kernel(
         rows, queue, images, queue_images, peak, total, weighted, R, B, N, share, scale, key_scale,
-        D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+        D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
         TWO: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     ):  # fmt: skip
-        """Online softmax of a block of rows over one part of the queue, in powers of two; rows from `B` on are keys."""
-        part = tl.program_id(1)
+        """Online softmax of a block of rows over one part of the queue, in powers of two; rows from `B` on are keys.
+
+        `BLOCK_D` of the `D` dimensions of the weighted keys are this program's.
+        """
+        part, chunk = tl.program_id(1), tl.program_id(2)
         first = part * share
         stop = tl.minimum(first + share, N)
-        r, d = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_D)
+        r, d = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B), chunk * BLOCK_D + tl.arange(0, BLOCK_D)
         scales = scale
         if TWO:
             scales = tl.where(r < B, scale, key_scale)[:, None]
@@ -111,7 +121,18 @@ if triton is not None:
             if UPCAST:
                 keys = keys.to(tl.float32)
             keys = keys.to(q.dtype)
-            logits = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
+            if BLOCK_D < D:
+                logits = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
+                for tile in range(0, D, TILE):
+                    e = (tile + tl.arange(0, TILE))[None, :]
+                    some = tl.load(rows + r[:, None] * D + e, mask=(r < R)[:, None] & (e < D), other=0.0)
+                    tiles = queue + n.to(tl.int64)[:, None] * D + e
+                    theirs = tl.load(tiles, mask=(n < stop)[:, None] & (e < D), other=0.0)
+                    if UPCAST:
+                        some, theirs = some.to(tl.float32), theirs.to(tl.float32)
+                    logits = tl.dot(some, tl.trans(theirs.to(some.dtype)), logits, input_precision=PRECISION)
+            else:
+                logits = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
             counts = (n < stop)[None, :]
             if MASKED:
                 counts &= mine[:, None] != tl.load(queue_images + n, mask=n < stop, other=0)[None, :]
@@ -126,8 +147,9 @@ if triton is not None:
                 sums += tl.dot((p - weights.to(tl.float32)).to(q.dtype), keys, input_precision=PRECISION)
             high = higher
         place = part * R + r
-        tl.store(peak + place, high, mask=r < R)
-        tl.store(total + place, mass, mask=r < R)
+        once = (r < R) & (chunk == 0)  # the programs of all chunks find the same
+        tl.store(peak + place, high, mask=once)
+        tl.store(total + place, mass, mask=once)
         tl.store(
             weighted + place.to(tl.int64)[:, None] * D + d[None, :], sums, mask=(r < R)[:, None] & (d < D)[None, :]
         )
@@ -172,20 +194,21 @@ def attend(
     """
     count, dim = rows.shape
     settings: dict[str, Any] = dict(TABLE[op][contrast_class(rows.dtype, count, dim)])
-    blocks, tile = triton.cdiv(count, settings["BLOCK_B"]), settings["BLOCK_N"]
-    parts = max(settings.pop("programs") // blocks, 1)
+    dims = {"D": dim, "BLOCK_D": max(triton.next_power_of_2(dim), 16)}
+    chunk = min(dims["BLOCK_D"], ON_CHIP)
+    blocks, chunks, tile = triton.cdiv(count, settings["BLOCK_B"]), triton.cdiv(dim, chunk), settings["BLOCK_N"]
+    parts = max(settings.pop("programs") // (blocks * chunks), 1)
     # at least 256 each: a part writes `[R,D]` sums in fp32, and with fewer keys those would be most of the bytes
     share = triton.cdiv(max(triton.cdiv(len(queue), parts), 256), tile) * tile
     parts = triton.cdiv(len(queue), share)
     peak, total = (rows.new_empty(parts, count, dtype=torch.float32) for _ in range(2))
     weighted = peak.new_empty(parts, count, dim)
-    dims = {"D": dim, "BLOCK_D": max(triton.next_power_of_2(dim), 16)}
     mine, theirs = (each.contiguous() if each is not None else rows for each in (images, queue_images))
-    attend_kernel[(blocks, parts)](
-        rows, queue, mine, theirs, peak, total, weighted, count, batch, len(queue), share, *scales,
+    attend_kernel[(blocks, parts, chunks)](
+        rows, queue, mine, theirs, peak, total, weighted, count, batch, len(queue), share, *scales, dim, chunk,
         TWO=batch < count, MASKED=images is not None, EXACT=exact and rows.dtype != torch.float32,
         PRECISION="ieee" if rows.dtype == torch.float32 else "tf32",
-        UPCAST=INTERPRET and torch.bfloat16 in (rows.dtype, queue.dtype), **dims, **settings,
+        UPCAST=INTERPRET and torch.bfloat16 in (rows.dtype, queue.dtype), **settings,
     )  # fmt: skip
     return Parts(peak, total, weighted, dims | {"BLOCK_PARTS": triton.next_power_of_2(parts)})
 
@@ -207,7 +230,7 @@ def queue_spec(
         learns=("query",),
         usual=tuple(Example({"B": 256, "D": 256, "N": keys}) for keys in (4096, 65536)),
         others=tuple(
-            Example({"B": batch, "D": dim, "N": 65536}) for batch in (8, 16, 256) for dim in (128, 256, 384, 512)
+            Example({"B": batch, "D": dim, "N": 65536}) for batch in (8, 16, 256) for dim in (128, 256, 384, 512, 2048)
         ),
         bytes=lambda z, width, backward: width * z["N"] * z["D"],
         flops=lambda z: 4 * rows * z["B"] * z["N"] * z["D"],

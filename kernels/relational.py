@@ -114,7 +114,7 @@ def relational(
         images: int64 `[B]`, the index of each image, with `queue_images` int64 `[N]`: keys of an image of the same
             index are left out of both distributions.
         queue_images: see `images`.
-        impl: "auto", "torch" or "triton", whose kernels take D up to 512.
+        impl: "auto", "torch" or "triton", whose kernels take D up to 4096.
 
     Returns:
         Loss `[B]` in nats, fp32 (fp64 for fp64 inputs), differentiable in `query` alone; and `[B,D]` in the dtype of

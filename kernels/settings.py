@@ -33,4 +33,5 @@ def channels_class(dtype: torch.dtype, channels: int) -> str:
 
 def contrast_class(dtype: torch.dtype, batch: int, dim: int) -> str:
     """The row of an op over a queue, for `batch` rows `[B,D]` of `dtype` (queries and keys, of `relational`)."""
-    return f"{dtype.itemsize * 8} bits, B {'<=' if batch <= 16 else '>'} 16, D {'<=' if dim <= 256 else '>'} 256"
+    width = "<= 256" if dim <= 256 else "> 256" if dim <= 512 else "> 512"
+    return f"{dtype.itemsize * 8} bits, B {'<=' if batch <= 16 else '>'} 16, D {width}"
