@@ -13,13 +13,12 @@ from typing import Any, Literal
 
 from fastcr.config import (
     Config,
+    CropsConfig,
     DeviceConfig,
     EncoderConfig,
-    ImagesConfig,
     KnnConfig,
     LinearConfig,
     TunedConfig,
-    WorkersConfig,
     number,
     tyro,
 )
@@ -31,15 +30,14 @@ Pooling = Literal["mean", "attention", "gem", "feature-strength", "gaussian"]
 
 
 @dataclass(frozen=True)
-class EvaluateData(ImagesConfig):
+class EvaluateData(CropsConfig):
     """The images to measure on."""
 
+    root: Path | None = None
+    """Folder of images. Default: the one the run was trained on."""
     boxes: Path | None = None
     """Also measure how much of the attention lies in the objects' boxes: a CSV (path, left, top, right, bottom;
     fractions or pixels)."""
-
-    image_size: int | None = number(None, 32)
-    """Side of the square images, pixels, of an encoder by name; 224 if not given. Others have their own."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ class EmbedConfig:
     centre: tyro.conf.UseCounterAction[int] = 0
     """Subtract the mean of the folder's embeddings from each, and scale it to unit length again; fastcr search does the
     same to its queries."""
-    data: WorkersConfig = field(default_factory=WorkersConfig)
+    data: CropsConfig = field(default_factory=CropsConfig)
     run: TunedConfig = field(default_factory=TunedConfig)
 
 
@@ -132,6 +130,8 @@ class VisualizeConfig:
     an encoder from the Hub, in this folder."""
     limit: int = number(24, 1)
     """Images shown, evenly spread over those there are."""
+    image_size: int | None = number(None, 32)
+    """Side of the square images, pixels; the map is finer where it is larger. Default: that of the training."""
     run: DeviceConfig = field(default_factory=DeviceConfig)
 
 
@@ -169,6 +169,8 @@ class ExportConfig:
     """torch and onnx: how the graph pools its embedding. Default: the attention, else the mean."""
     tuned: float | None = number(None, 0, 1)
     """Of a run folder: how far on the way from its initial weights (0) to its trained ones (1) the encoder is taken."""
+    image_size: int | None = number(None, 32)
+    """Side of the square images that it is for, pixels. Default: that of the training."""
 
 
 @dataclass(frozen=True)

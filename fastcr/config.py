@@ -241,19 +241,14 @@ class TunedConfig(EncoderConfig):
 
 
 @dataclass(frozen=True)
-class WorkersConfig:
+class CropsConfig:
     """How images are loaded; of the commands that do not train."""
 
+    image_size: int | None = number(None, 32)
+    """Side of the square images that the encoder gets, pixels. Default: that of the training; of an encoder by name,
+    224. Larger ones often retrieve better, and their attention maps are finer."""
     workers: int | None = number(None, 0)
     """Loader processes. Default: one per core."""
-
-
-@dataclass(frozen=True)
-class ImagesConfig(WorkersConfig):
-    """The images a command looks at."""
-
-    root: Path | None = None
-    """Folder of images. Default: the one the run was trained on."""
 
 
 @dataclass(frozen=True)

@@ -71,13 +71,13 @@ def embed_folder(config: EmbedConfig, context: Context) -> None:
     weights = find_weights(config.source)
     out = config.out or Path(f"{config.folder.resolve().name}-embeddings")
     check_unused(out)
-    encoder = load(weights, context.device, tuned=config.run.tuned)
+    encoder = load(weights, context.device, tuned=config.run.tuned, image_size=config.data.image_size)
     pooling = key_of(config.pooling, encoder)
     wanted = [pooling] if config.pooling or config.centre else sorted({"mean", pooling})
     parts, rows, digest = list_images(config.folder)
     base = config.folder if config.folder.is_dir() else config.folder.parent
     settings = f"pooling {wanted}, centre {bool(config.centre)}, {context.dtype}"
-    settings += f", tuned {encoder.facts.get('tuned', 1.0)}"
+    settings += f", tuned {encoder.facts.get('tuned', 1.0)}, {encoder.image_size} px"
     key = {
         "weights": hashlib.sha256(weights.read_bytes()).hexdigest(),
         "images": digest,

@@ -48,8 +48,8 @@ def read_settings(args: Sequence[str] | None) -> tuple[EvaluateConfig, Path | No
         if source.is_dir():
             root = root or load_config(source / "config.yaml").data.root
         weights = find_weights(source)
-        if config.model != NamedModel() or config.data.image_size:
-            raise UsageError(f"--model and --data.image_size are for encoders by name; {source} has its own")
+        if config.model != NamedModel():
+            raise UsageError(f"--model is for encoders by name; {source} has its own")
         address = address_of(source)
         out = Path(f"{Path(address).name}-results.json") if address else weights.with_name("results.json")
         if not source.is_dir() and root is None:
@@ -100,7 +100,8 @@ def main(args: Sequence[str] | None = None) -> None:
         context = Context.of(config.run.device, config.run.precision, config.data.workers, processes=processes)
         classifiers = Classifiers(config.knn, config.linear) if config.all else None
         objects = read_objects(config.data.boxes, images) if config.data.boxes else None
-        evaluation = Evaluation(splits, images, context, classifiers, config.run.tuned, objects)
+        size = config.data.image_size
+        evaluation = Evaluation(splits, images, context, classifiers, config.run.tuned, size, objects)
         results = measure(config, evaluation, weights)
         show(results, context, every=bool(config.all))
         if processes.first:

@@ -148,7 +148,7 @@ def main(args: Sequence[str] | None = None) -> None:
         out = config.out or folder_of(config.source) / (weights.stem + ENDINGS[config.format])
         if out.exists():
             raise UsageError(f"{out} is there already: name another --out")
-        encoder = load(weights, tuned=config.tuned)
+        encoder = load(weights, tuned=config.tuned, image_size=config.image_size)
         out.parent.mkdir(parents=True, exist_ok=True)
         if config.format == "safetensors":
             state = encoder.state_dict()

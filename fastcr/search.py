@@ -35,7 +35,7 @@ def encoder_of(stored: Stored, named: Path | None, device: torch.device) -> Enco
     weights = find_weights(source)
     if hashlib.sha256(weights.read_bytes()).hexdigest() != stored.facts["weights_sha256"]:
         raise UsageError(f"{weights} is not the encoder that made these embeddings: --encoder says where that one is")
-    return load(weights, device, tuned=stored.facts.get("tuned"))
+    return load(weights, device, tuned=stored.facts.get("tuned"), image_size=stored.facts.get("image_size"))
 
 
 def table_of(query: str, near: Sequence[Neighbour]) -> Table:

@@ -32,7 +32,7 @@ def visualize(config: VisualizeConfig, context: Context) -> None:
     out = config.out or folder_of(config.source) / "attention.png"
     check_out(out, GRID, PAGE)
     sources = sources or (load_config(config.source / "config.yaml").data.root or write_synthetic(),)
-    encoder = load(weights, context.device)
+    encoder = load(weights, context.device, image_size=config.image_size)
     if encoder.branch is None:
         raise UsageError(f"{weights} has no attention branch, so there is no attention to show")
     pictures, reasons = read_pictures(spread(list_images(sources), config.limit), encoder.image_size)

@@ -287,7 +287,7 @@ def test_a_resnet_by_name_and_weights_is_that_encoder(birds: Path, tmp_path: Pat
     [
         (["resnet18"], "needs --data.root"),
         (["timm:vit_tinny", "--data.root", "BIRDS"], "no encoder 'timm:vit_tinny'"),
-        (["RUN", "--model.weights", "none"], "are for encoders by name"),
+        (["RUN", "--model.weights", "none"], "is for encoders by name"),
         (["RUN", "--out", "nowhere/results.json"], "--out nowhere/results.json names no file"),
     ],
 )

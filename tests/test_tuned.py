@@ -1,4 +1,4 @@
-"""Encoders between the initial and the trained weights of a run."""
+"""Encoders between the initial and the trained weights of a run, and images of another size than in training."""
 
 from __future__ import annotations
 
@@ -8,11 +8,16 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 
-from fastcr import embed, evaluate, export, load, train
+from fastcr import embed, evaluate, export, load, search, train, visualize
+from fastcr.data.layouts import read_splits
+from fastcr.measures.embeddings import embed as embeddings_of
 from fastcr.runs.checkpoint import load_weights
+from fastcr.runs.context import Context
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = (
@@ -87,3 +92,34 @@ def test_a_file_without_its_beginning_has_one_point_only(
     weights.write_bytes((runs[0] / "weights.safetensors").read_bytes())
     line = refused(embed.main, str(weights), str(birds / "test"), "--run.tuned", "0.5", "--out", str(tmp_path / "out"))
     assert "init.safetensors" in line
+
+
+def test_commands_give_the_encoder_images_of_another_size(runs: tuple[Path, Path], birds: Path, tmp_path: Path) -> None:
+    run, size = str(runs[0]), ("--data.image_size", "64", "--data.workers", "0", "--run.precision", "fp32")
+    encoder = load(run, image_size=64)
+    images = read_splits(birds).test
+    assert images is not None
+    expected = embeddings_of(encoder, images, Context(), title="").rationale
+    out = tmp_path / "embedded"
+    embed.main([run, str(birds / "test"), *size, "--out", str(out)])
+    torch.testing.assert_close(torch.from_numpy(np.load(out / "rationale.npy")), expected)
+    picture = birds / "test" / images.files[0]
+    search.main([str(out), str(picture), "--k", "1", "--out", str(tmp_path / "found.html")])  # at the index's size
+    page = (tmp_path / "found.html").read_text()
+    assert images.files[0] in page
+    assert "1.000" in page
+    evaluate.main([run, *size, "--out", str(tmp_path / "large.json")])
+    results = [json.loads(path.read_text()) for path in (tmp_path / "large.json", runs[0] / "results.json")]
+    assert [each.get("image_size") for each in results] == [64, None]
+    for large, usual in (results, [each["frozen_init"] for each in results]):
+        assert large["retrieval"]["mean"] != usual["retrieval"]["mean"]
+    assert encoder.transform(PIL.Image.open(picture)).shape == (3, 64, 64)
+    sizes = []
+    for options in ((), ("--image_size", "64")):
+        visualize.main([run, str(picture), *options, "--out", str(tmp_path / "attention.png")])
+        sizes.append(PIL.Image.open(tmp_path / "attention.png").size)
+        (tmp_path / "attention.png").unlink()
+    assert sizes[0] != sizes[1]
+    export.main([run, "--format", "torch", "--image_size", "64", "--out", str(tmp_path / "graph.pt2")])
+    graph = torch.export.load(tmp_path / "graph.pt2").module()
+    torch.testing.assert_close(graph(torch.ones(3, 3, 64, 64)), tuple(encoder(torch.ones(3, 3, 64, 64))))

@@ -62,7 +62,7 @@ class Encoder(nn.Module):
 
     Attributes:
         backbone, branch: the parts; no branch (None) for plain MoCo.
-        image_size: side of the images it was trained on, pixels; others work too.
+        image_size: side of the images that `transform` makes, pixels; others work too.
         mean, std: of the normalisation, a number a colour.
         facts: the description kept with the weights.
     """
@@ -164,13 +164,18 @@ def describe(config: Config) -> dict[str, Any]:
 
 
 def load(
-    path_or_run: str | os.PathLike[str], device: str | torch.device = "cpu", *, tuned: float | None = None
+    path_or_run: str | os.PathLike[str],
+    device: str | torch.device = "cpu",
+    *,
+    tuned: float | None = None,
+    image_size: int | None = None,
 ) -> Encoder:
     """The encoder of a run folder, a weights file, a folder exported for the Hub, or an authors' released checkpoint.
 
     `hf://OWNER/NAME`, or `hf://OWNER/NAME@REVISION`, is one on the Hub (extra `hub`). With `tuned`, it is that of a run
     folder so far on the way from its initial weights (0) to its trained ones (1): half way is better for kinds that it
-    was not trained on (WiSE-FT, arXiv 2109.01903), the end for those that it was.
+    was not trained on (WiSE-FT, arXiv 2109.01903), the end for those that it was. `image_size` is the side of the
+    images it will be given, pixels, if that is not the one of the training.
     No code in the file is run. `UsageError` if it is missing, broken or foreign, or `device` is not there.
     """
     where, file = pick_device(str(device)), find_weights(path_or_run)
@@ -180,9 +185,12 @@ def load(
         raise UsageError(f"{file} was not written by fastcr.train (no fastcr metadata); its keys begin {keys}")
     if tuned is not None and (share := tuned / facts.get("tuned", 1.0)) != 1:
         state, facts = between(file.with_name(INITIAL), state, share), facts | {"tuned": tuned}
+    if image_size:
+        facts = facts | {"image_size": image_size}
     try:
         _check(facts)
-        backbone, channels = build_backbone(facts["backbone"], facts["last_stage"], stem_maxpool=facts["stem_maxpool"])
+        kind = facts["backbone"], facts["last_stage"]
+        backbone, channels = build_backbone(*kind, stem_maxpool=facts["stem_maxpool"], image_size=image_size)
         branch: Branch | None = None
         if facts["attention"] == "batch-minmax":
             branch = ReleasedBranch(channels, facts["detectors"])

@@ -73,6 +73,7 @@ class Evaluation:
     context: Context
     classifiers: Classifiers | None = None  # None: no kNN, no linear probes and no re-ranking
     tuned: float | None = None  # of a run: how far on the way to its trained weights; None: where it was saved
+    image_size: int | None = None  # of the crops, pixels; None: that of the training
     objects: Tensor | None = None  # boxes [N,4] in `images`
     load: KeptCrops = field(default_factory=KeptCrops, compare=False)  # every encoder is shown the same crops
 
@@ -126,7 +127,7 @@ class Evaluation:
 
     def measure_file(self, path: Path, title: str, tuned: float | None = None) -> Measured:
         """Every score of a weights file, which only the first process needs to have; `tuned` as of `load`."""
-        encoder = self.context.processes.once(lambda: load(path, tuned=tuned))
+        encoder = self.context.processes.once(lambda: load(path, tuned=tuned, image_size=self.image_size))
         return self.measure(encoder.to(self.context.device), title)
 
     def results(self, weights: Path, initial: Measured | None) -> dict[str, Any]:
@@ -161,6 +162,7 @@ class Evaluation:
             self.context.say(f"{left_out}: kNN and linear probes leave them out")
         return {
             "folder": str(self.images.root),
+            **({"image_size": self.image_size} if self.image_size else {}),
             "images": len(self.images) - len(measured.unreadable),
             "unreadable": len(measured.unreadable),
             "skipped": measured.skipped,
