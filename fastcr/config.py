@@ -125,8 +125,6 @@ class OptimConfig:
     """Passes over the training images; the learning rate reaches 0 at their end. 0: save and evaluate the start."""
     batch_size: int = number(128, 2)
     """Images (pairs of views) a step, over all processes together."""
-    accumulate: int = number(1, 1)
-    """Split each batch into this many parts to save memory; BatchNorm and common channel weights see one at a time."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """SGD with momentum, or AdamW, which needs learning rates hundreds of times smaller."""
     lr: float = number(0.03, 0, above=True)

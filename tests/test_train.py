@@ -204,7 +204,7 @@ def test_without_the_branch_it_is_plain_moco(birds: Path, tmp_path: Path) -> Non
 def test_a_branch_that_is_not_fitted_stays_and_the_log_says_nothing_of_it(birds: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     options = ("--rationale.fit_weight", "0", "--rationale.init", "ddt", "--moco.pooling", "rationale")
-    logged = run(birds, folder, *options, "--run.steps", "3", "--optim.accumulate", "2")
+    logged = run(birds, folder, *options, "--run.steps", "3")
     assert all(record.keys() == METRICS - OF_THE_FIT for record in logged)
     assert all(record["loss"] == pytest.approx(record["contrast_loss"]) for record in logged)
     start, end = (load_weights(folder / f"{name}.safetensors")[0] for name in ("init", "weights"))
@@ -553,18 +553,10 @@ def test_triton_kernels_train_as_the_references_do(flat: Path, tmp_path: Path) -
     torch.testing.assert_close(losses_with("triton"), expected, atol=1e-4, rtol=0)
 
 
-def test_a_batch_in_parts_resumes_bit_for_bit(flat: Path, tmp_path: Path) -> None:
-    settings = ("--optim.batch_size", "16", "--optim.accumulate", "4", "--run.precision", "bf16")
-    whole = run(flat, tmp_path / "whole", "--run.steps", "4", *settings)
-    run(flat, tmp_path / "parts", "--run.steps", "2", *settings)
-    assert losses(resume(tmp_path / "parts", "--run.steps", "4")) == losses(whole)
-
-
 @pytest.mark.parametrize(
     ("more", "message"),
     [
         (["--model.batchnorm", "sync"], "--model.batchnorm sync needs CUDA, and this run is on cpu"),
-        (["--optim.accumulate", "8"], "--optim.accumulate must divide --optim.batch_size into parts of at least 2"),
         (["--moco.objective", "relational", "--moco.queue_size", "1"], "needs a larger --moco.queue_size"),
     ],
 )

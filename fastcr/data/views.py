@@ -61,11 +61,6 @@ class Batch(NamedTuple):
         """Its tensors, without those that are None."""
         return [each for each in self if each is not None]
 
-    def split(self, parts: int) -> list[Batch]:
-        """The batch in this many equal parts."""
-        images = [None] * parts if self.images is None else self.images.chunk(parts)
-        return [Batch(*part) for part in zip(self.first.chunk(parts), self.second.chunk(parts), images, strict=True)]
-
 
 @dataclass(frozen=True)
 class Loading:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -129,10 +128,8 @@ def build(config: Config, context: Context, *, initial_weights: bool = True) -> 
         cam_of=config.rationale.cam_of,
         recording=FastGradients() if slow else nullcontext(),
     )
-    no_sync: Callable[[], AbstractContextManager[None]] = nullcontext
     if processes.ranks > 1:
-        loss_function = Synchronised(model, loss_function, config.optim.accumulate)
-        no_sync = loss_function.no_sync
+        loss_function = Synchronised(model, loss_function)
         torch.manual_seed(config.run.seed + processes.rank)  # for what a model draws in training, such as dropout
     scaler = torch.amp.GradScaler(device.type, enabled=context.dtype == torch.float16)
     autocast = torch.autocast(device.type, dtype=context.dtype, enabled=context.dtype != torch.float32)
@@ -145,8 +142,6 @@ def build(config: Config, context: Context, *, initial_weights: bool = True) -> 
         key_momentum=config.moco.key_momentum,
         autocast=autocast,
         scaler=scaler,
-        accumulate=config.optim.accumulate,
-        no_sync=no_sync,
     )
     graph = config.run.cuda_graph
     if graph is True or (graph == "auto" and device.type == "cuda" and processes.ranks == 1):
@@ -212,12 +207,12 @@ def trained(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 def check_settings(config: Config, context: Context) -> None:
     """`UsageError` for an encoder that does not exist, and for what this device or these processes cannot do."""
     model, device, processes = config.model, context.device, context.processes
-    batch_size, parts = config.optim.batch_size, processes.ranks * config.optim.accumulate
+    batch_size = config.optim.batch_size
     if wrong := backbone_mistake(model.backbone, model.last_stage):
         raise UsageError(wrong)
-    if batch_size % parts or batch_size < 2 * parts:
-        shares = f"{processes.ranks} processes with --optim.accumulate {config.optim.accumulate}"
-        raise UsageError(f"--optim.batch_size {batch_size} does not divide among {shares} into parts of at least 2")
+    if batch_size % processes.ranks or batch_size < 2 * processes.ranks:
+        parts = f"{processes.ranks} processes into parts of at least 2"
+        raise UsageError(f"--optim.batch_size {batch_size} does not divide among {parts}")
     if config.run.cuda_graph is True and processes.ranks > 1:
         raise UsageError("--run.cuda_graph works in one process only")
     needs_cuda = {"--run.cuda_graph": config.run.cuda_graph is True, "--model.batchnorm sync": model.norms == "sync"}

@@ -6,7 +6,7 @@ Momentum contrast is arXiv 1911.05722 and 2003.04297; `objectives.py` says what 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -116,11 +116,10 @@ class MoCo(nn.Module):
             torch._foreach_lerp_(keys, queries, 1 - momentum)
 
     @torch.no_grad()
-    def enqueue(self, keys: Tensor, images: Sequence[Tensor | None] = ()) -> None:
+    def enqueue(self, keys: Tensor, images: Tensor | None = None) -> None:
         """Replace the oldest keys; any batch size, written on the device without waiting for it.
 
-        `keys` `[B*ranks,D]` are those of all processes; `images` are the indices of this one's, in the parts in which
-        the keys were made.
+        `keys` `[B*ranks,D]` are those of all processes; `images` `[B]` are the indices of this one's.
         """
         if not (size := len(self.queue)):
             return
@@ -128,13 +127,12 @@ class MoCo(nn.Module):
         with record_function("queue"):
             slots = (torch.arange(skipped, len(keys), device=keys.device) + self.queue_position) % size
             self.queue.index_copy_(0, slots, keys[skipped:].to(self.queue.dtype))
-            self.queue_images.index_copy_(0, slots, self._everyones(images, len(keys))[skipped:])
+            if images is None:  # not known
+                self.queue_images.index_fill_(0, slots, -1)
+            else:
+                everyones = self.processes.gather_keys(images[:, None])[:, 0]
+                self.queue_images.index_copy_(0, slots, everyones[skipped:])
             self.queue_position.add_(len(keys)).remainder_(size)
-
-    def _everyones(self, images: Sequence[Tensor | None], count: int) -> Tensor:
-        """The indices `[count]` of the images of all processes' keys; -1 where they are not known."""
-        known = [self.processes.gather_keys(part[:, None])[:, 0] for part in images if part is not None]
-        return torch.cat(known) if known else self.queue_images.new_full((count,), -1)
 
 
 def is_frozen(backbone: nn.Module) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
 
@@ -54,7 +54,7 @@ def contrast_losses(
 
     `cam_of` says what GradCAM explains: that loss, or the similarity of the unnormalised query to the objective's
     positive. The query's forward pass runs inside `recording`. `scale` is what the caller does to the loss before
-    backward (loss scaling, accumulation): part of the gradient does not pass through the loss.
+    backward (loss scaling): part of the gradient does not pass through the loss.
     """
     key = moco.key(batch.second, autocast, pool)
     with record_function("query forward"), autocast, recording:
@@ -95,45 +95,22 @@ def train_step(
     key_momentum: float,
     autocast: torch.autocast,
     scaler: torch.amp.GradScaler = NO_SCALER,
-    accumulate: int = 1,
-    no_sync: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> tuple[Tensor, Losses]:
     """Losses, backward, optimiser, EMA of the keys, enqueue; returns the weighted loss. Never waits for the device.
 
-    `accumulate` splits the batch into that many equal parts, whose gradients add up to those of the whole but for
-    BatchNorm, which sees a part at a time. `scaler` scales the loss for fp16. Of several processes each has its share
-    of the batch; all parts but the last run inside `no_sync()`.
+    `scaler` scales the loss for fp16. Of several processes each has its share of the batch.
     """
-
-    def scale(loss: Tensor) -> Tensor:
-        return scaler.scale(loss / accumulate if accumulate > 1 else loss)
-
     optimizer.zero_grad(set_to_none=True)
-    split, parts = batch.split(accumulate), list[tuple[Tensor, Losses]]()
-    for part in split:
-        with nullcontext() if len(parts) == accumulate - 1 else no_sync():
-            losses = loss_function(moco, part, autocast, scale=scale)
-            loss = losses.contrast if losses.fit is None else losses.contrast + fit_weight * losses.fit
-            with record_function("backward"):
-                scale(loss).backward()
-        parts.append((loss.detach(), losses))
+    losses = loss_function(moco, batch, autocast, scale=scaler.scale)
+    loss = losses.contrast if losses.fit is None else losses.contrast + fit_weight * losses.fit
+    with record_function("backward"):
+        scaler.scale(loss).backward()
     with record_function("optimiser"):
         scaler.step(optimizer)
         scaler.update()
-    loss, losses = parts[0] if accumulate == 1 else _merged(parts)
     moco.update_key_encoder(key_momentum)
-    moco.enqueue(losses.key, [part.images for part in split])
-    return loss, losses
-
-
-def _merged(parts: Sequence[tuple[Tensor, Losses]]) -> tuple[Tensor, Losses]:
-    """Loss and losses of a batch from those of its parts; the features are those of the last."""
-    total = torch.stack([loss for loss, _ in parts]).mean()
-    contrast, fit, attention, features, key = zip(*(losses for _, losses in parts), strict=True)
-    mean, keys = torch.stack(contrast).mean(), torch.cat(key)
-    if fit[0] is None:
-        return total, Losses(mean, None, None, features[-1], keys)
-    return total, Losses(mean, torch.stack(fit).mean(), torch.cat(attention), features[-1], keys)
+    moco.enqueue(losses.key, batch.images)
+    return loss.detach(), losses
 
 
 class Replayed:

@@ -43,9 +43,6 @@ def _conflicts(config: Config) -> dict[str, bool]:
             data.loader == "auto" or data.cache in ("auto", "off")
         ),
         "--optim.momentum must be below 1": optim.momentum < 1,
-        "--optim.accumulate must divide --optim.batch_size into parts of at least 2": (
-            optim.accumulate <= optim.batch_size // 2 and optim.batch_size % optim.accumulate == 0
-        ),
         f"--moco.objective {moco.objective} needs a larger --moco.queue_size": (
             moco.objective == "infonce" or moco.queue_size > (moco.neighbours if moco.objective == "neighbour" else 1)
         ),

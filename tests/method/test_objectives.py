@@ -136,9 +136,9 @@ def test_queries_and_keys_meet_a_queue_of_16_bits_in_16_bits(
     assert set(seen) == {torch.bfloat16}
 
 
-def test_the_queue_keeps_images_with_their_keys_when_a_batch_is_taken_in_parts() -> None:
-    training = prepared("relational", optim=replace(SMALL.optim, accumulate=2))
-    training.moco.enqueue(F.normalize(torch.randn(24, training.moco.queue.shape[1]), dim=1), [torch.arange(100, 124)])
+def test_the_queue_keeps_images_with_their_keys_until_they_leave_it() -> None:
+    training = prepared("relational")
+    training.moco.enqueue(F.normalize(torch.randn(24, training.moco.queue.shape[1]), dim=1), torch.arange(100, 124))
     training.step(batch_of())
     training.step(batch_of(images=None))
     assert training.moco.queue_images.tolist() == [*range(8), *[-1] * 8, *range(116, 124)]

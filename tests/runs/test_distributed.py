@@ -86,9 +86,9 @@ def one_and_two(data: Path, calm: Path, tmp_path_factory: pytest.TempPathFactory
     return one, two
 
 
-@pytest.mark.parametrize("what", ["losses", "in parts", "of the batch"])
+@pytest.mark.parametrize("what", ["losses", "of the batch"])
 def test_two_processes_give_the_losses_of_one(one_and_two: tuple[Any, Any], what: str) -> None:
-    """Also of a batch in parts, and with negatives and weights of GradCAM that are of the whole batch."""
+    """Also with negatives and weights of GradCAM that are of the whole batch."""
     one, two = (table(found[what], "loss", "contrast", "fit") for found in one_and_two)
     torch.testing.assert_close(two, one, atol=1e-5, rtol=0)
     if what == "losses":
@@ -221,7 +221,7 @@ def test_devices_of_several_processes() -> None:
     ("config", "words"),
     [
         (Config(run=RunConfig(cuda_graph=True)), "cuda_graph works in one process only"),
-        (Config(optim=OptimConfig(batch_size=8, accumulate=4)), "does not divide among 2 processes"),
+        (Config(optim=OptimConfig(batch_size=3)), "does not divide among 2 processes"),
     ],
 )
 def test_what_several_processes_cannot_do(config: Config, words: str) -> None:

@@ -24,7 +24,7 @@ def settings(root: Path, weights: Path, **more: Any) -> Config:
         run=RunConfig(device="cpu", precision="fp32"),
         data=DataConfig(root=root, loader="torch", image_size=32, workers=0, cache="off"),
         model=ModelConfig("resnet18", "layer3", str(weights), batchnorm=more.pop("batchnorm", "frozen")),
-        optim=OptimConfig(epochs=8, batch_size=16, lr=more.pop("lr", 0.001), accumulate=more.pop("accumulate", 1)),
+        optim=OptimConfig(epochs=8, batch_size=16, lr=more.pop("lr", 0.001)),
         moco=MocoConfig(queue_size=more.pop("queue_size", 100), embedding_dim=16),
         rationale=RationaleConfig(detectors=4, stop_gradient=False, **more),
     )
@@ -57,7 +57,6 @@ def main() -> None:
         parameters = torch.cat([parameter.flatten() for parameter in training.model.parameters()])
         results["weights"] = [weights.double().sum().item() for weights in processes.gather(parameters.detach())]
 
-        results["in parts"], _ = losses_of(settings(root, weights, accumulate=2), context, 3)
         of_the_batch = settings(root, weights, queue_size=0, cam_weights="common")
         results["of the batch"], _ = losses_of(of_the_batch, context, 3)
         results["local"], _ = losses_of(settings(root, weights, batchnorm="local"), context, 2)
