@@ -74,6 +74,7 @@ def test_a_list_names_images_and_labels(tmp_path: Path) -> None:
     [
         ("\ufeff1.png\twren\r\ndir/2 3.png\tcrow \r\n", ["wren", "crow"]),  # as Windows' editors save it
         ("1.png\t\ndir/2 3.png\t\n", None),
+        ("1.png\tcafe\u0301\ndir\\2 3.png\tcaf\u00e9\ndir\\2 3.png\tcaf\u00e9\n", ["caf\u00e9"] * 2),
     ],
 )
 def test_a_list_is_read_as_people_write_it(tmp_path: Path, text: str, labels: list[str] | None) -> None:
@@ -92,6 +93,7 @@ def test_a_list_is_read_as_people_write_it(tmp_path: Path, text: str, labels: li
         ("# nothing\n\n", r"list.txt names no images"),
         ("1.png\n2.png\n3.png\n", r"2 of the 3 images that .*list.txt names are not there, e.g. '2.png'"),
         ("a/0\n1.png\n", r"1 of the 2 images that .*list.txt names are not there, e.g. 'a/0'"),
+        ("1.png\t1\n1.png\t01\n", r"list.txt names '1.png' with two labels"),
         ("1.png\twren\n./1.png\n", r"some images have a label and some, e.g. '.*/./1.png', have none"),
         ("\0\1\2", r"neither a folder of images or tar shards nor a text file that lists images"),
     ],

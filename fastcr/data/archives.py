@@ -14,12 +14,16 @@ from __future__ import annotations
 
 import json
 import os
+import unicodedata
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastcr.data.images import ImageList, Splits
+from fastcr.data.images import ImageList, Splits, composed
+from fastcr.data.listing import TWICE, Notes
 from fastcr.errors import UsageError
 
 Rows = list[tuple[str, str]]  # files and the names of their classes
@@ -33,11 +37,18 @@ def read_text(file: Path) -> str:
     return file.read_bytes().decode("utf-8-sig", "surrogateescape")
 
 
-def read_list(file: Path) -> ImageList:
+def on_disk(folder: Path, path: str) -> str | None:
+    """`path` below `folder` as it is spelled there, accents and separators; None if there is no such file."""
+    turned = path.replace("\\", "/")
+    spellings = (path, turned, composed(turned), unicodedata.normalize("NFD", turned))
+    return next((each for each in spellings if os.path.isfile(os.path.join(folder, each))), None)
+
+
+def read_list(file: Path, notes: Notes) -> ImageList:
     """The images a text file names: on each line a path (from the file's own folder), then perhaps a tab and a label.
 
-    Blank lines and lines that begin with `#` are skipped. Raises `UsageError` if the file is no text, or names no
-    images, or some that are not there.
+    Blank lines and lines that begin with `#` are skipped, and what is listed twice is listed once. Raises `UsageError`
+    if the file is no text, or names no images, some that are not there, or one with two labels.
     """
     try:
         text = read_text(file)
@@ -48,13 +59,18 @@ def read_list(file: Path) -> ImageList:
     lines = [line.rstrip("\r") for line in text.split("\n") if line.strip() and line[0] != "#"]
     if not lines:
         raise UsageError(f"{file} names no images")
-    rows = sorted((path, label.strip()) for path, _, label in (line.partition("\t") for line in lines))
-    paths, labels = zip(*rows, strict=True)
-    if missing := [path for path in paths if not os.path.isfile(os.path.join(file.parent, path))]:
+    named = [(path, composed(label.strip())) for path, _, label in (line.partition("\t") for line in lines)]
+    there = {path: on_disk(file.parent, path) for path, _ in named}
+    if missing := sorted(path for path, spelling in there.items() if spelling is None):
         raise UsageError(
-            f"{len(missing)} of the {len(paths)} images that {file} names are not there, e.g. {missing[0]!r} "
+            f"{len(missing)} of the {len(there)} images that {file} names are not there, e.g. {missing[0]!r} "
             "(each line: a path, then perhaps a tab and a label)"
         )
+    rows = sorted({(there[path] or "", label) for path, label in named})
+    paths, labels = zip(*rows, strict=True)
+    if two := [path for path, following in pairwise(paths) if path == following]:
+        raise UsageError(f"{file} names {two[0]!r} with two labels")
+    notes[TWICE] += [file.parent / path for (path, _), times in Counter(named).items() if times > 1]
     return ImageList(file.parent, paths, None, ()).with_labels([label or None for label in labels], sorted({*labels}))
 
 
@@ -79,12 +95,13 @@ def read_archive(root: Path) -> Splits | None:
 
 def _images(folder: Path, rows: Rows, classes: list[str]) -> ImageList:
     """The images of a split. Raises `UsageError` if some lie elsewhere or nowhere, or in none of the `classes`."""
-    files, names = [file for file, _ in sorted(rows)], [name for _, name in sorted(rows)]
+    named, names = [file for file, _ in sorted(rows)], [name for _, name in sorted(rows)]
     if not rows:
         raise UsageError(f"the archive's tables name no images in {folder} for one of the splits")
-    if outside := [file for file in files if os.path.isabs(file) or ".." in Path(file).parts]:
+    if outside := [file for file in named if os.path.isabs(file) or ".." in Path(file).parts]:
         raise UsageError(f"a table of the archive names an image outside {folder}: {outside[0]!r}")
-    if missing := [file for file in files if not os.path.isfile(folder / file)]:
+    files = [on_disk(folder, file) or "" for file in named]
+    if missing := [file for file, there in zip(named, files, strict=True) if not there]:
         counted = f"{len(missing)} of the {len(rows)} images that the archive's tables name"
         raise UsageError(f"{counted} are not in {folder}, e.g. {missing[0]!r}")
     if unknown := {*names} - {*classes}:

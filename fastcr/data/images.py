@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import unicodedata
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +35,11 @@ TURNS = {
 FULL_SIZE = "fastcr full size"  # key of PIL's facts of an image
 
 
+def composed(name: object) -> str:
+    """A name as names are compared: a Mac writes an accent as a letter of its own, other systems do not."""
+    return unicodedata.normalize("NFC", str(name))
+
+
 @dataclass(frozen=True)
 class ImageList:
     """The images of one split, in an order that never changes: `files` below `root`, a label each if there are any."""
@@ -50,15 +56,15 @@ class ImageList:
     def with_labels(self, labels: Sequence[int | str | None], classes: Sequence[int | str]) -> Self:
         """The same images with a label each, one of `classes`, or without labels if there are none.
 
+        Labels and classes that read alike are one: a number and its digits, an accent composed and decomposed.
         Raises `UsageError` if only some have one.
         """
         if all(label is None for label in labels):
             return self
         if None in labels:
             raise UsageError(f"some images have a label and some, e.g. {self.path(labels.index(None))!r}, have none")
-        number = {name: label for label, name in enumerate(classes)}
-        numbers = tuple(number[label] for label in labels if label is not None)
-        return replace(self, labels=numbers, classes=tuple(map(str, classes)))
+        number = {name: label for label, name in enumerate(dict.fromkeys(map(composed, classes)))}
+        return replace(self, labels=tuple(number[composed(label)] for label in labels), classes=tuple(number))
 
     def path(self, index: int) -> str:
         """Name of image `index` in messages and reports: its file."""

@@ -11,16 +11,30 @@
 from __future__ import annotations
 
 import sys
-import unicodedata
+from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 from fastcr.data.archives import read_archive, read_list
-from fastcr.data.images import SUFFIXES, ImageList, Splits
-from fastcr.data.listing import BESIDE, EMPTY, OTHERS, Entries, Notes, ending_of, entries_of, images_below, split_of
+from fastcr.data.images import SUFFIXES, ImageList, Splits, composed
+from fastcr.data.listing import (
+    ALIKE,
+    BESIDE,
+    EMPTY,
+    OTHERS,
+    SPELT,
+    Entries,
+    Notes,
+    ending_of,
+    entries_of,
+    images_below,
+    split_of,
+)
 from fastcr.data.shards import read_shards
 from fastcr.errors import UsageError
 
 NESTED = 3  # folders that lie alone in one another
+FEW = 8  # folders among which a bullet_train and a test_tube are splits rather than classes
 
 
 def read_splits(root: Path) -> Splits:
@@ -36,11 +50,11 @@ def read_splits(root: Path) -> Splits:
 
 def list_splits(root: Path) -> tuple[Splits, tuple[str, ...]]:
     """As `read_splits`, but nothing is printed: the lines that are to be said come beside the splits."""
+    notes, folder = Notes(), root
     if root.is_file():
-        return Splits(read_list(root), None), ()
+        return _noted(Splits(read_list(root, notes), None), notes, root.parent)
     if not root.is_dir():
         raise UsageError(f"no folder {root}")
-    notes, folder = Notes(), root
     for _ in range(NESTED):
         entries = entries_of(folder, notes)
         found = read_archive(folder) or _split_folders(folder, entries, notes) or read_shards(folder, entries, notes)
@@ -50,19 +64,60 @@ def list_splits(root: Path) -> tuple[Splits, tuple[str, ...]]:
         if inside.images or not (inside.folders or any(ending_of(name) == ".tar" for name in inside.others)):
             break  # a class
         folder /= entries.folders[0]
-    found = found or Splits(_class_folders(folder, entries_of(folder, notes), notes), None)
-    return found, notes.lines(root)
+    found = found or _splits_within(_class_folders(folder, entries_of(folder, notes), notes), notes)
+    return _noted(found, notes, root)
+
+
+def _noted(splits: Splits, notes: Notes, root: Path) -> tuple[Splits, tuple[str, ...]]:
+    """The splits, and what is to be said of them."""
+    alike = defaultdict[str, list[str]](list)
+    for name in sorted({*splits.train.classes, *(splits.test.classes if splits.test else ())}):
+        alike["".join(name.casefold().replace("-", " ").replace("_", " ").split())].append(name)
+    notes[ALIKE] += [root / " and ".join(names) for names in alike.values() if len(names) > 1]
+    return splits, notes.lines(root)
+
+
+def _splits_within(images: ImageList, notes: Notes) -> Splits:
+    """Images in class folders, apart where these hold `train` and `test` or `val` (MVTec, VisA, BTAD).
+
+    Raises `UsageError` if a class holds a split of another name than train, and none holds `train`.
+    """
+    if images.labels is None:
+        return Splits(images, None)
+    found = defaultdict[str, list[int]](list)
+    for index, file in enumerate(images.files):
+        _, *folders, _ = file.replace("\\", "/").split("/")
+        found[split_of(folders[0], among_words=True) if folders else ""].append(index)
+    tests = found["test"] or found["val"]
+    if tests and not found["train"]:
+        raise UsageError(f"{images.path(tests[0])!r} is of a split inside a class, and no class holds a folder train")
+    if not tests:
+        return Splits(images, None)
+    notes[BESIDE] += [images.path(index) for index in sorted({*range(len(images))} - {*found["train"], *tests})]
+
+    def part(indices: list[int]) -> ImageList:
+        labels = tuple((images.labels or ())[index] for index in indices)
+        return replace(images, files=tuple(images.files[index] for index in indices), labels=labels)
+
+    return Splits(part(found["train"]), part(tests))
 
 
 def _split_folders(root: Path, entries: Entries, notes: Notes) -> Splits | None:
     """The images below `train` and `test` or `val`; None where there is no `train`, or where it is a class."""
-    named = {split: [name for name in entries.folders if split_of(name) == split] for split in ("train", "test", "val")}
-    tests = named["test"] + named["val"]
-    if not named["train"]:
+
+    def named(among_words: bool) -> tuple[list[str], list[str]]:
+        splits = {name: split_of(name, among_words=among_words) for name in entries.folders}
+        train, test, val = ([name for name in splits if splits[name] == split] for split in ("train", "test", "val"))
+        return train, test + val
+
+    trains, tests = named(among_words=False)
+    if not (trains and tests) and len(entries.folders) <= FEW and all(named(among_words=True)):
+        trains, tests = named(among_words=True)  # train2017 and val2017, bounding_box_train and bounding_box_test
+    if not trains:
         if "test" in map(str.lower, tests):
             raise UsageError(f"{root} has a folder {tests[0]} but none named train")
         return None
-    train = named["train"][0]
+    train = trains[0]
     if not tests and len(entries.folders) > 1 and not entries_of(root / train, Notes()).folders:
         return None  # a class of vehicles
     # the first that has labels, or else the first
@@ -91,11 +146,16 @@ def _class_folders(root: Path, entries: Entries, notes: Notes) -> ImageList:
         inside = next(iter(found.values()))[0]
         raise UsageError(f"{root} holds images and also folders of images ({inside!r}): keep one kind")
     if found:
-        # a Mac writes an accent as a letter of its own: the same name in another split need not be the same bytes
-        composed = tuple(unicodedata.normalize("NFC", name) for name in found)
-        classes = composed if len({*composed}) == len(found) else tuple(found)
-        labels = tuple(label for label, images in enumerate(found.values()) for _ in images)
-        return ImageList(root, tuple(file for images in found.values() for file in images), labels, classes)
+        files = tuple(file for images in found.values() for file in images)
+        names = [name for name, images in found.items() for _ in images]
+        spelt = Counter(map(composed, found))
+        notes[SPELT] += [root / name for name in found if spelt[composed(name)] > 1]
+        return ImageList(root, files, None, ()).with_labels(names, [*found])
+    if windows := [name for name in entries.images if "\\" in name]:
+        raise UsageError(
+            f"{root} holds {len(windows)} images with backslashes in their names, e.g. {windows[0]!r}: they were "
+            "folders in a zip of Windows; `unzip` makes them folders again"
+        )
     if not entries.images:
         said = "; ".join([f"looked for {' '.join(sorted(SUFFIXES))}", *notes.lines(root)])
         raise UsageError(f"no images under {root} ({said})")

@@ -16,12 +16,20 @@ SYSTEM = frozenset({
     "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information", "found.000", "lost+found",
     "@eadir", "@tmp", "@recycle", "#recycle", "@recently-snapshot", "#snapshot", "~snapshot", "__pycache__",
 })  # fmt: skip
+MASKS = frozenset({"annotations", "ground_truth", "groundtruth", "segmentation", "segmentations", "trimaps"})
+MASKS_BESIDE = frozenset({"gt", "labels", "mask", "masks"})  # beside one of `IMAGES` or a split
+IMAGES = frozenset({"image", "images", "img", "imgs", "jpegimages"})
+MASK = re.compile(r"(.+)[_-](?:mask|masks|gt|seg|segmentation|ground_?truth)(?:_?\d+)?", re.DOTALL)  # of NAME.jpg
 SPLIT = re.compile(r"(?<![a-z])(train|test|val)(?:ing|val|id|idation)?(?![a-z])")  # in the name of a folder or a shard
 
 HIDDEN = "left out: hidden files and folders, and what systems leave behind"
 UNREADABLE = "left out: folders that cannot be read"
 EMPTY = "left out: folders without an image"
 BESIDE = "left out: what lies beside the folders or shards of the splits"
+MASKED = "left out: masks and annotations of other images"
+TWICE = "counted once: images that are listed twice"
+SPELT = "counted as one class: folders whose names differ in how an accent is written"
+ALIKE = "counted as different classes: names that differ in case, spaces or dashes alone"
 OTHERS = "left out: files whose ending is not that of an image"
 DEEPER = "counted for their class folder: images in folders within it"
 
@@ -81,7 +89,14 @@ def entries_of(folder: str | Path, notes: Notes) -> Entries:
                     (found.images if ending_of(entry.name) in SUFFIXES else found.others).append(entry.name)
     except OSError as error:
         notes[UNREADABLE].append(f"{folder} ({error.strerror})")
-    return found
+    names = {name.casefold() for name in found.folders}
+    masks = MASKS | (MASKS_BESIDE if names & IMAGES or any(map(split_of, names)) else frozenset())
+    stems = {os.path.splitext(name)[0] for name in found.images}
+    of_others = [name for name in found.folders if name.casefold() in masks]
+    of_others += [name for name in found.images if (of := MASK.fullmatch(os.path.splitext(name)[0])) and of[1] in stems]
+    notes[MASKED] += [os.path.join(folder, name) for name in of_others]
+    left = {*of_others}
+    return Entries(*([name for name in part if name not in left] for part in found))
 
 
 def images_below(root: Path, top: str, notes: Notes) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastcr.data.archives import read_text
 from fastcr.data.crops import centres_of, in_crop
-from fastcr.data.images import ImageList
+from fastcr.data.images import ImageList, composed
 from fastcr.errors import UsageError
 
 SLACK = 1.05  # fractions above it are none: a box may be drawn a little beyond the image
@@ -48,8 +48,8 @@ def read_objects(source: Path, images: ImageList) -> Tensor:
 
 
 def _plain(path: str) -> str:
-    """A path as it is compared: Windows' separators turned, and no `./` before it."""
-    return path.strip().replace("\\", "/").removeprefix("./")
+    """A path as it is compared: Windows' separators turned, accents composed, and no `./` before it."""
+    return composed(path.strip().replace("\\", "/").removeprefix("./"))
 
 
 def objects_in_crop(boxes: Tensor, sizes: Tensor, image_size: int) -> Tensor:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from fastcr.data.images import ImageList
 from fastcr.data.layouts import list_splits
-from fastcr.data.listing import BESIDE, DEEPER, EMPTY, HIDDEN, OTHERS
+from fastcr.data.listing import ALIKE, BESIDE, DEEPER, EMPTY, HIDDEN, MASKED, OTHERS, SPELT
 from fastcr.errors import UsageError
 from fastcr.folders import main
 
@@ -115,6 +115,29 @@ TREES: dict[str, tuple[Callable[[Path], object] | tuple[str, ...], list[str], li
         {EMPTY: 1, DEEPER: 2},
     ),
     "folders without an image": (imageless, ["a/0.jpg=a"], [], {OTHERS: 1, EMPTY: 2}),
+    "splits inside the classes": (
+        ("cap/train/good/0.jpg", "cap/test/torn/1.jpg", "cap/ground_truth/torn/1.png", "nut/train/2.jpg", "nut/3.jpg"),
+        ["cap/train/good/0.jpg=cap", "nut/train/2.jpg=nut"], ["cap/test/torn/1.jpg=cap"],
+        {MASKED: 1, BESIDE: 1, DEEPER: 3},
+    ),
+    "splits with other words": (
+        ("train2017/a/0.jpg", "val2017/a/1.jpg", "annotations/x.json"),
+        ["train2017/a/0.jpg=a"], ["val2017/a/1.jpg=a"], {MASKED: 1},
+    ),
+    "masks": (
+        ("images/cat/0.jpg", "images/cat/0_mask.png", "images/night_mask/1.jpg", "masks/cat/0.png"),
+        ["images/cat/0.jpg=cat", "images/night_mask/1.jpg=night_mask"], [], {MASKED: 2},
+    ),
+    "classes named masks and train": (
+        ("labels/0.jpg", "masks/0.jpg", "toys/train/1.jpg"),
+        ["labels/0.jpg=labels", "masks/0.jpg=masks", "toys/train/1.jpg=toys"], [], {DEEPER: 1},
+    ),
+    "an accent in two forms": (
+        ("train/caf\u00e9/0.jpg", "train/cafe\u0301/1.jpg", "train/tea/2.jpg",
+         "test/cafe\u0301/3.jpg", "test/Tea/4.jpg"),
+        ["train/cafe\u0301/1.jpg=caf\u00e9", "train/caf\u00e9/0.jpg=caf\u00e9", "train/tea/2.jpg=tea"],
+        ["test/Tea/4.jpg=Tea", "test/cafe\u0301/3.jpg=caf\u00e9"], {SPELT: 2, ALIKE: 1},
+    ),
 }  # fmt: skip
 
 
@@ -128,6 +151,18 @@ def test_nothing_is_left_out_or_merged_in_silence(tmp_path: Path, tree: str) -> 
     assert names(splits.train, root) == train
     assert names(splits.test, root) == test
     assert numbers(said) == notes
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (["train\\crow\\0.jpg", "test\\crow\\1.jpg"], r"2 images with backslashes .*'test.*crow.*1.jpg'.* `unzip`"),
+        (["crow/0.jpg", "wren/test/1.jpg"], r"'.*/wren/test/1.jpg' is of a split inside a class, and no class holds"),
+    ],
+)
+def test_splits_that_cannot_be_told_are_refused(tmp_path: Path, files: list[str], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        list_splits(plant(tmp_path, *files))
 
 
 def test_without_images_it_is_said_what_is_there(tmp_path: Path) -> None:

@@ -111,6 +111,8 @@ def test_mistakes_are_named(tmp_path: Path, packed: Path, birds: Path) -> None:
         with pytest.raises(UsageError, match=words):
             read_splits(root)
     assert read_splits(shard("unlabelled", a_jpg=picture, a_json=b'{"caption": "wren"}')).train.labels is None
+    alike = shard("alike", a_jpg=picture, a_cls=b"1", b_jpg=picture, b_json=b'{"label": "1"}')
+    assert (read_splits(alike).train.labels, read_splits(alike).train.classes) == ((0, 0), ("1",))
     (packed / "train-0000.tar").write_bytes((packed / "train-0000.tar").read_bytes()[:2000])
     with pytest.raises(UsageError, match=r"train-0000.tar is not a whole, uncompressed tar: unexpected end of data"):
         read_splits(packed)

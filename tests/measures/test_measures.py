@@ -83,8 +83,8 @@ def picture_list(*files: str) -> ImageList:
 
 def test_boxes_are_found_by_their_paths(tmp_path: Path) -> None:
     file = tmp_path / "boxes.csv"
-    file.write_text("path,left,top,right,bottom\ntest/a/1.jpg,0.1,0.2,0.3,0.4\nb/2.jpg,0,0,1,1\n")
-    found = read_objects(file, picture_list("a/1.jpg", "b/2.jpg", "b/3.jpg"))
+    file.write_text("path,left,top,right,bottom\ntest/a/1.jpg,0.1,0.2,0.3,0.4\nb\\e\u0301.jpg,0,0,1,1\n")
+    found = read_objects(file, picture_list("a/1.jpg", "b/\u00e9.jpg", "b/3.jpg"))
     torch.testing.assert_close(found[:2], torch.tensor([[0.1, 0.2, 0.3, 0.4], [0, 0, 1, 1]], dtype=torch.float64))
     assert found[2].isnan().all()
 
