@@ -101,7 +101,7 @@ def check(root: Path, context: Context, *, classes: bool = False) -> bool:
                 splits[name] = Split(images, list(context.progress(done, f"decoding, {name}", len(images))))
     seconds = time.perf_counter() - start
     for table in tables(splits, classes):
-        context.console.print(table)
+        context.show(table)
     facts = [fact for split in splits.values() for fact in split.facts]
     broken = [f"broken: {fact.error}" for fact in facts if fact.error]
     for line in (*notes, *(shared(*splits.values()) if len(splits) == 2 else ()), *broken):

@@ -38,13 +38,11 @@ def encoder_of(stored: Stored, named: Path | None, device: torch.device) -> Enco
     return load(weights, device, tuned=stored.facts.get("tuned"), image_size=stored.facts.get("image_size"))
 
 
-def table_of(query: str, near: Sequence[Neighbour]) -> Table:
+def table_of(near: Sequence[Neighbour]) -> Table:
     """The nearest images of one."""
-    table = Table(title=query, title_justify="left")
-    for number in ("", "similarity"):
-        table.add_column(number, justify="right")
-    for text in ("label", "path"):
-        table.add_column(text, overflow="fold")
+    table = Table()
+    for column in ("", "similarity", "label", "path"):
+        table.add_column(column, justify="left" if column in ("label", "path") else "right")
     for rank, each in enumerate(near, start=1):
         table.add_row(str(rank), f"{each.similarity:.4f}", each.label, each.path)
     return table
@@ -86,7 +84,8 @@ def search(config: SearchConfig, context: Context) -> None:
             vectors, maps = encode(list(queries.values()), encoder, context, pooling, stored.mean)
             found = among.nearest(expand(stored.vectors, vectors) if config.expand else vectors, config.k)
             for (path, query), attention, near in zip(queries.items(), maps, found, strict=True):
-                context.console.print(table_of(path, near), highlight=False)
+                context.say(path)
+                context.show(table_of(near))
                 asked += 1
                 if asked <= DRAWN:
                     tiles = tiles_of(stored, near[:DRAWN_NEAR], encoder, context)

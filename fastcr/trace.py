@@ -113,7 +113,7 @@ def trace(config: TraceConfig, context: Context) -> None:
         phases.add_row(row["name"], f"{row['host_ms']:10,.3f}", *[f"{row['device_ms']:10,.3f}"] * cuda)
     took = f"{step_ms:.3g} ms; {recorded_ms:.3g} ms while recorded"
     context.say(f"{name}: a step of {config.optim.batch_size} pairs takes {took}")
-    context.console.print(phases)
+    context.show(phases)
     order = "self_device_time_total" if cuda else "self_cpu_time_total"
     context.say(profiler.key_averages().table(order, row_limit=SHOWN, max_name_column_width=64))
     context.say(f"{folder / TRACE}: open it in https://ui.perfetto.dev\n{folder / SUMMARY}: the phases")

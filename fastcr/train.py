@@ -281,7 +281,7 @@ def main(args: Sequence[str] | None = None) -> None:
     with one_line_errors("train"), processes_of_torchrun(called("train")) as processes:
         config, resume = processes.once(partial(read_command_line, sys.argv[1:] if args is None else args))
         try:
-            console = RunConsole(markup=False, quiet=not processes.first)
+            console = RunConsole(markup=False, emoji=False, quiet=not processes.first)
             train(config, resume=resume, console=console, started=process_age(), processes=processes)
         except torch.OutOfMemoryError:
             half = max(config.optim.batch_size // 2, 2)

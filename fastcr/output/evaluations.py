@@ -101,7 +101,7 @@ class TrainingEvaluation:
 def show(results: dict[str, Any], context: Context, *, every: bool = False) -> None:
     """Print the results for people; with `every`, each pooling."""
     for each in results_tables(results, every=every):
-        context.console.print(each, highlight=False, soft_wrap=isinstance(each, str))
+        context.say(each) if isinstance(each, str) else context.show(each)
 
 
 def write_results(path: Path, results: dict[str, Any]) -> None:

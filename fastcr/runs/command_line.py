@@ -57,7 +57,11 @@ def parse(
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise UsageError(_first_paragraph(caught.getvalue())) from None
+        message = _first_paragraph(caught.getvalue())
+        for word in sys.argv[1:] if args is None else args:  # which the box folds
+            if value := word.rpartition("=")[2]:
+                message = re.sub(" ?".join(map(re.escape, value)), lambda _, whole=value: whole, message)
+        raise UsageError(message) from None
     return validate(settings)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -40,10 +42,11 @@ def only_writer(folder: Path) -> Iterator[None]:
     with file.open("w") as opened:
         try:
             fcntl.lockf(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when this process ends, however it does
-        except (BlockingIOError, PermissionError):
-            raise UsageError(f"another process is writing into {folder}") from None
-        except OSError:  # a file system without locks
-            pass
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise UsageError(f"another process is writing into {folder}") from None
+            reason = f"no locks there ({error.strerror}), so a second process that writes would not be noticed"
+            print(f"fastcr: {folder}: {reason}", file=sys.stderr)
         try:
             yield
         finally:

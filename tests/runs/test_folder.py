@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import re
 import signal
 import time
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
+from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
 
 from fastcr.config import Config, DataConfig, RunConfig
 from fastcr.errors import UsageError
 from fastcr.runs.command_line import load_config, one_line_errors, read_command_line, save_config
+from fastcr.runs.context import Context
 from fastcr.runs.folder import claim_folder, only_writer
 from fastcr.runs.machine import cache_folder, workers_that_fit
 from tests.shared import start, write_weights
@@ -51,6 +57,27 @@ def test_one_process_at_a_time_writes_into_a_run(tmp_path: Path) -> None:
     holder.communicate(timeout=30)
     with only_writer(tmp_path):
         pass
+
+
+def test_a_disk_without_locks_is_written_to_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(fcntl, "lockf", Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
+    with only_writer(tmp_path):
+        (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"fastcr: {tmp_path}: no locks there (No locks available)")
+
+
+def test_paths_are_never_folded_on_output(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    path, context, table = "/a/path [b]/" + 20 * "on and on/" + "a:bird:.jpg", Context.of("cpu"), Table("class", "n")
+    table.add_row(path, "1")
+    context.say(path)
+    context.show(table)
+    assert [path in line for line in capsys.readouterr().out.splitlines()] == [True, False, False, False, True, False]
+    for words in ([f"--data.rot={path}"], ["--data.loader", path], [path]):
+        with pytest.raises(UsageError, match=re.escape(path)):
+            read_command_line(["folder", *words])
 
 
 def test_paths_of_a_run_hold_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
