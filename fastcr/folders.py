@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
+import numpy as np
+import torch
+from PIL import Image
 from rich.table import Table
+from torch import Tensor
 
 from fastcr.arguments import FoldersConfig, read_arguments
+from fastcr.data.copies import SIDE, originals, thumbnails
+from fastcr.data.depth import SCALED
 from fastcr.data.images import ImageList
 from fastcr.data.layouts import list_splits
 from fastcr.data.listing import UNREADABLE
 from fastcr.runs.command_line import one_line_errors
 from fastcr.runs.context import Context
 from fastcr.runs.machine import pick_workers
+
+COPIES = ("copies of images of another class", "test images that also train", "copies within a class and a split")
+NAMED = 20  # of each kind
 
 
 class Facts(NamedTuple):
@@ -29,6 +38,8 @@ class Facts(NamedTuple):
     width: int = 0  # pixels
     height: int = 0
     digest: bytes = b""  # of the file
+    looks: np.ndarray | None = None  # uint8 [8,8,3]: its mean colours
+    scaled: str = ""  # from which range, where its values have more than 8 bits
     error: str | None = None  # why it cannot be used
 
 
@@ -42,8 +53,10 @@ class Split(NamedTuple):
 def examine(images: ImageList, index: int) -> Facts:
     """Decode image `index` whole, as training does."""
     try:
-        width, height = images.rgb(index).size
-        return Facts(width, height, hashlib.blake2b(images.read(index), digest_size=16).digest())
+        image = images.rgb(index)
+        looks = np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX))
+        digest = hashlib.blake2b(images.read(index), digest_size=16).digest()
+        return Facts(*image.size, digest, looks, image.info.get(SCALED, ""))
     except OSError as error:
         return Facts(error=str(error))
 
@@ -83,11 +96,41 @@ def tables(splits: dict[str, Split], classes: bool) -> list[Table]:
     return [table, every]
 
 
-def shared(train: Split, test: Split) -> list[str]:
-    """A line if files of the test split are, byte by byte, those of training images."""
-    trained = {fact.digest: train.images.path(i) for i, fact in enumerate(train.facts) if fact.digest}
-    both = [(test.images.path(i), trained[fact.digest]) for i, fact in enumerate(test.facts) if fact.digest in trained]
-    return [f"test images that also train: {len(both):,}, e.g. {both[0][0]!r} is {both[0][1]!r}"] if both else []
+def scaled(splits: dict[str, Split]) -> list[str]:
+    """A line for each range from which values of more than 8 bits are scaled."""
+    found = defaultdict[str, list[str]](list)
+    for images, facts in splits.values():
+        for index, fact in enumerate(facts):
+            found[fact.scaled].append(images.path(index))
+    return [f"scaled to 8 bits, {words}: {len(paths):,}, e.g. {paths[0]!r}" for words, paths in found.items() if words]
+
+
+def copies(splits: dict[str, Split], context: Context) -> list[str]:
+    """Lines that name the images which are copies of earlier ones, byte by byte or by their looks."""
+    rows = [
+        (images.path(index), fact, images.labels and images.labels[index], name)
+        for name, (images, facts) in splits.items()
+        for index, fact in enumerate(facts)
+        if not fact.error
+    ]
+    if not rows:
+        return []
+
+    def numbered(values: Iterable[object]) -> Tensor:
+        numbers = dict[object, int]()
+        return torch.tensor([numbers.setdefault(value, len(numbers)) for value in values])
+
+    paths, facts, *groups = zip(*rows, strict=True)
+    looks = thumbnails(torch.from_numpy(np.stack([fact.looks for fact in facts])))
+    shown = partial(context.progress, title="looking for copies")
+    digests, found = numbered(fact.digest for fact in facts), [list[str]() for _ in COPIES]
+    for kind, copy, of, same in originals(looks, digests, [*map(numbered, groups)], shown):
+        found[kind].append(f"  {paths[copy]!r} {'is' if same else 'looks like'} {paths[of]!r}")
+    lines = list[str]()
+    for title, pairs in zip(COPIES, found, strict=True):
+        lines += [f"{title}: {len(pairs):,}"] * bool(pairs) + pairs[:NAMED]
+        lines += [f"  and {len(pairs) - NAMED:,} more"] * (len(pairs) > NAMED)
+    return lines
 
 
 def check(root: Path, context: Context, *, classes: bool = False) -> bool:
@@ -104,7 +147,7 @@ def check(root: Path, context: Context, *, classes: bool = False) -> bool:
         context.show(table)
     facts = [fact for split in splits.values() for fact in split.facts]
     broken = [f"broken: {fact.error}" for fact in facts if fact.error]
-    for line in (*notes, *(shared(*splits.values()) if len(splits) == 2 else ()), *broken):
+    for line in (*notes, *scaled(splits), *copies(splits, context), *broken):
         context.say(line)
     total = len(facts)
     verdict = f"{len(broken):,} of {total:,} images are broken" if broken else f"all {total:,} images are whole"

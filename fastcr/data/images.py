@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-import numpy as np
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
+from fastcr.data.depth import to_rgb
 from fastcr.errors import UsageError
 
 if TYPE_CHECKING:
@@ -142,9 +142,7 @@ def read_rgb(file: str | BinaryIO, name: str = "", least: int = 0) -> Image.Imag
 
 def upright_rgb(image: Image.Image) -> Image.Image:
     """An opened image of any mode as RGB, 8 bits, turned as its EXIF data says."""
-    turn = TURNS.get(orientation_of(image))
-    image.load()
-    rgb = to_rgb(image)
+    turn, rgb = TURNS.get(orientation_of(image)), to_rgb(image)
     return rgb if turn is None else rgb.transpose(turn)
 
 
@@ -167,24 +165,6 @@ def orientation_of(image: Image.Image) -> int:
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """Height and width of an opened image as `read_rgb` will turn it, without decoding it."""
     return image.size if 5 <= orientation_of(image) <= 8 else image.size[::-1]
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode as RGB, 8 bits; deeper values are scaled (convert would clip them), alpha is dropped.
-
-    16 bits to their upper 8; 32 bits and floats by the smallest usual range they fit into, 1 (floats only), 255 or
-    65,535, else by their own.
-    """
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image, dtype=np.int64) >> 8).astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        values = np.asarray(image, dtype=np.float64)
-        values = np.nan_to_num(values, nan=0, posinf=0, neginf=0)
-        low, high = values.min(), values.max()
-        top = next((limit for limit in (1, 255, 65_535)[image.mode == "I" :] if low >= 0 and high <= limit), None)
-        low, high = (low, high) if top is None else (0, top)
-        image = Image.fromarray(((values - low) * (255 / max(high - low, 1e-12))).astype(np.uint8))
-    return image if image.mode == "RGB" else image.convert("RGB")  # a copy of a large image costs memory
 
 
 class BadFiles:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastcr.data.copies import thumbnails
 from fastcr.data.crop_loader import BATCH_SIZE, load_crops
 from fastcr.data.images import ImageList
 from fastcr.encoders.encoder import Encoder
@@ -28,6 +29,7 @@ class Embeddings(NamedTuple):
     attention: Tensor | None  # [N,S] fp32
     sizes: Tensor  # [N,2] height and width of the images, pixels
     kept: Tensor  # [N] indices into the image list
+    looks: Tensor  # [N,192] mean colours of the crops, as of `fastcr.data.copies`
     unreadable: list[str]  # files left out
     others: dict[str, Tensor] = {}  # noqa: RUF012  # [N,C'] fp32: by the further poolings that were asked for
 
@@ -63,7 +65,8 @@ def embed(
             kept += [indices[i] for i in readable]
             if readable:
                 features, token = encoder.of_crops(pixels.to(context.device), context.dtype)
-                rows = [each.flatten(1) for each in encoder.pooled(features) if each is not None]
+                rows = [thumbnails(pixels)]
+                rows += [each.flatten(1) for each in encoder.pooled(features) if each is not None]
                 others = [*(pool(features) for pool in poolings.values()), token]
                 rows += [F.normalize(each.float(), dim=1) for each in others[: len(names)] if each is not None]
                 columns = columns or [torch.empty(sum(map(len, batches)), each.shape[1]) for each in rows]
@@ -71,7 +74,7 @@ def embed(
                     column[len(kept) - len(readable) : len(kept)] = part
     if not processes.most(len(kept))[0]:
         raise UsageError(f"none of the {len(images)} images under {images.root} can be read")
-    columns = columns or [torch.empty(0, 0)] * ((3 if encoder.branch else 1) + len(names))
+    columns = columns or [torch.empty(0, 0)] * ((4 if encoder.branch else 2) + len(names))
     rows = [each[: len(kept)] for each in columns]
     return _gathered(rows, names, torch.cat(sizes), kept, images, processes)
 
@@ -88,8 +91,8 @@ def _gathered(
         return parts[0] if len(parts) == 1 else torch.cat(parts)[order]
 
     own = len(columns) - len(poolings)
-    mean, *others = map(together, columns[:own])
+    looks, mean, *others = map(together, columns[:own])
     rationale, attention = others or (None, None)
     further = dict(zip(poolings, map(together, columns[own:]), strict=True))
     unreadable = [images.path(i) for i in sorted({*range(len(images))} - {*read.tolist()})]
-    return Embeddings(mean, rationale, attention, together(sizes), read, unreadable, further)
+    return Embeddings(mean, rationale, attention, together(sizes), read, looks, unreadable, further)

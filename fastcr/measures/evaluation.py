@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastcr.config import KnnConfig, LinearConfig
+from fastcr.data.copies import copied
 from fastcr.data.crop_loader import KeptCrops
 from fastcr.data.images import ImageList, Splits
 from fastcr.encoders.encoder import Encoder, load
@@ -21,7 +22,7 @@ from fastcr.errors import UsageError
 from fastcr.measures.comparison import compare
 from fastcr.measures.embeddings import Embeddings, embed
 from fastcr.measures.localisation import localisation, objects_in_crop
-from fastcr.measures.poolings import without_training
+from fastcr.measures.poolings import SHOWN, without_training
 from fastcr.measures.results import Scores, Split, best_pooling, classifier_scores, less_mean, reranked
 from fastcr.measures.retrieval import Queries, retrieve_each
 from fastcr.method.ddt import ddt_axis
@@ -122,6 +123,14 @@ class Evaluation:
         if self.objects is not None and found.attention is not None:
             boxes = objects_in_crop(self.objects[found.kept], found.sizes, encoder.image_size)
             scores["localisation"] = localisation(found.attention, boxes)
+        if found.others:
+            shown = partial(self.context.progress, title="looking for copies")
+            copies = found.kept[copied(found.looks.to(self.context.device), shown).cpu()]
+            others = ~torch.isin(queries["mean", False].images, copies)
+            scores["copies"] = {"queries": int((~others).sum())} | {
+                name: {"rank1": Queries(*(each[others] for each in queries[name, False])).scores(0).rank1}
+                for name in scores["retrieval"]
+            }
         alone = len(test.labels) - len(queries["mean", False].images)
         return Measured(scores, alone, found.unreadable, queries)
 
@@ -157,6 +166,13 @@ class Evaluation:
             self.context.say(
                 f"{measured.skipped} images are alone in their class: retrieved from, but not used as queries"
             )
+        if (copies := measured.scores.get("copies", {})).get("queries"):
+            said = f"{copies['queries']} queries have a copy among the images (fastcr folders names them)"
+            for name in ("mean", "rationale"):
+                if name in copies:
+                    without, whole = (part[name]["rank1"] for part in (copies, measured.scores["retrieval"]))
+                    said += f"; {SHOWN.get(name, name)}: rank-1 without them {without:.2f}, with them {whole:.2f}"
+            self.context.say(said)
         if self.classifiers and self.splits.test and (alone := int((~self._in_common()).sum())):
             left_out = f"{alone} of {len(self.images)} test images are of classes without training images"
             self.context.say(f"{left_out}: kNN and linear probes leave them out")

@@ -60,7 +60,7 @@ def parse(
         message = _first_paragraph(caught.getvalue())
         for word in sys.argv[1:] if args is None else args:  # which the box folds
             if value := word.rpartition("=")[2]:
-                message = re.sub(" ?".join(map(re.escape, value)), lambda _, whole=value: whole, message)
+                message = value.join(re.split(" ?".join(map(re.escape, value)), message))
         raise UsageError(message) from None
     return validate(settings)
 

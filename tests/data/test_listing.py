@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import io
 import os
+import re
+import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -208,14 +211,32 @@ def test_a_dot_in_a_key_is_refused_where_it_hides_the_image(tmp_path: Path) -> N
         list_splits(tmp_path)
 
 
-def test_pictures_in_both_splits_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for shade, name in enumerate(["train/a/0.jpg", "train/a/1.jpg", "test/a/2.jpg"]):
-        plant(tmp_path, name, content=picture(shade * 50))
+def test_copies_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """First those in another class, then those in another split; each once, by its bytes rather than by its looks."""
+    noise = np.random.default_rng(0).integers(0, 256, (3, 6, 5, 3), dtype=np.uint8)
+    scenes = [Image.fromarray(each).resize((90, 70), Image.Resampling.BICUBIC) for each in noise]
+    for image, name in zip(scenes, ["train/a/0.png", "train/b/1.png", "test/a/2.png"], strict=True):
+        plant(tmp_path, name)
+        image.save(tmp_path / name)
+    plant(tmp_path, "train/a/black.jpg", "test/b/black.jpg")
+    plant(tmp_path, "train/b/dark.jpg", content=picture(2))  # flat pictures look like none
     main([str(tmp_path)])
-    assert "also train" not in capsys.readouterr().out
-    plant(tmp_path, "test/a/copy.jpg", content=picture(50))
+    assert re.findall(r"^(?:copies|test images).*", out := capsys.readouterr().out, re.MULTILINE) == [
+        "copies of images of another class: 1"
+    ], out
+    for folder in ("train/b", "test/a"):
+        shutil.copy(tmp_path / "train/a/0.png", tmp_path / folder / "copy.png")
+    scenes[1].transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "test/b/mirrored.jpg", quality=60)
+    scenes[2].resize((50, 40)).save(tmp_path / "test/a/small.png")
     main([str(tmp_path)])
-    root = str(tmp_path)
-    assert f"test images that also train: 1, e.g. '{root}/test/a/copy.jpg' is '{root}/train/a/1.jpg'" in (
-        capsys.readouterr().out
-    )
+    said = capsys.readouterr().out.replace(str(tmp_path) + "/", "").splitlines()
+    assert said[said.index("copies of images of another class: 3") :][:-1] == [
+        "copies of images of another class: 3",
+        "  'train/b/copy.png' is 'train/a/0.png'",
+        "  'test/a/copy.png' is 'train/b/copy.png'",
+        "  'test/b/black.jpg' is 'train/a/black.jpg'",
+        "test images that also train: 1",
+        "  'test/b/mirrored.jpg' looks like 'train/b/1.png'",
+        "copies within a class and a split: 1",
+        "  'test/a/small.png' looks like 'test/a/2.png'",
+    ]

@@ -79,7 +79,9 @@ def measured(seed: int, spread: float) -> Measured:
     vectors, labels = embedded(seed, spread)
     others = {"gem": embedded(seed + 10, spread)[0]}
     images = ImageList(Path(), tuple(f"{i}.jpg" for i in range(30)), tuple(labels.tolist()), ())
-    found = Embeddings(vectors, None, None, torch.full((30, 2), 5), torch.arange(30), [], others)
+    looks = torch.rand(30, 192, generator=torch.Generator().manual_seed(seed)) * 255
+    looks[3], looks[7] = looks[20].view(3, 8, 8).flip(2).flatten(), looks[8] + 1  # mirrored, and lighter
+    found = Embeddings(vectors, None, None, torch.full((30, 2), 5), torch.arange(30), looks, [], others)
     encoder: Any = None  # is not asked for anything
     return Evaluation(Splits(images, None), images, Context()).scores_of(encoder, found, None)
 
@@ -95,6 +97,16 @@ def test_the_best_before_and_after_are_compared() -> None:
     assert found["mAP_difference"] == pytest.approx(best[1]["mAP"] - best[0]["mAP"])
     moved = {name: each._replace(images=each.images + 1) for name, each in after.queries.items()}
     assert compare_best(before, after._replace(queries=moved)) is None
+
+
+def test_queries_with_a_copy_are_counted_and_left_out() -> None:
+    found = measured(1, 1.0)
+    ranked = found.queries["mean", False]
+    others = [not {3, 7, 8, 20} & {image} for image in ranked.images.tolist()]
+    assert found.scores["copies"]["queries"] == 4
+    expected = 100 * (ranked.rank[others] == 1).double().mean().item()
+    assert found.scores["copies"]["mean"]["rank1"] == pytest.approx(expected)
+    assert found.scores["retrieval"]["mean"]["rank1"] != pytest.approx(expected)
 
 
 def shown(before: dict[str, Any], after: dict[str, Any], **more: Any) -> str:
