@@ -1,8 +1,8 @@
 """Which images are copies of others: pictures that look the same, whatever saved, reduced or mirrored them.
 
-Two pictures are compared by the differences between neighbours of their 8 x 8 mean colours, as a cosine. Saving anew
-(JPEG at quality 40), another size, less light and 1 % less at each side leave it above `NEAR`; among the 11,788
-photographs of CUB-200-2011, nine pairs reach that, and all of them are copies.
+Two pictures are compared by the differences between neighbours of their 8 x 8 mean colours, as a cosine. Half the size,
+JPEG at quality 40, 0.7 of the light and mirroring leave it above `NEAR`, and so does 1 % less at each side in 998 of
+1,000 photographs. Among the 11,788 of CUB-200-2011, nine pairs reach that, and all of them are copies.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 - class folders below `train/` and, if there is a test split, `test/` or `val/`; or class folders alone;
 - a flat folder of images without labels (also as `train/` and `test/`);
 - a folder of tar shards (`shards.py`);
-- any of these in a folder that lies alone in the root, as some archives unpack;
+- any of these in a folder that alone in the root holds images, as some archives unpack;
 - a text file that lists images (`archives.py`), with or without labels.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 from collections import Counter, defaultdict
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 from fastcr.data.archives import read_archive, read_list
@@ -27,6 +28,7 @@ from fastcr.data.listing import (
     Notes,
     ending_of,
     entries_of,
+    holds_images,
     images_below,
     split_of,
 )
@@ -58,12 +60,16 @@ def list_splits(root: Path) -> tuple[Splits, tuple[str, ...]]:
     for _ in range(NESTED):
         entries = entries_of(folder, notes)
         found = read_archive(folder) or _split_folders(folder, entries, notes) or read_shards(folder, entries, notes)
-        if found or len(entries.folders) != 1 or entries.images:
+        full = [*islice((name for name in entries.folders if holds_images(folder / name)), 2)]
+        if found or len(full) != 1 or entries.images:
             break
-        inside = entries_of(folder / entries.folders[0], Notes())
+        inside = entries_of(folder / full[0], Notes())
         if inside.images or not (inside.folders or any(ending_of(name) == ".tar" for name in inside.others)):
             break  # a class
-        folder /= entries.folders[0]
+        empty = [name for name in entries.folders if name != full[0]]
+        notes[EMPTY] += [folder / name for name in empty if not images_below(folder, name, notes)]
+        notes[OTHERS] += [folder / name for name in entries.others]
+        folder /= full[0]
     found = found or _splits_within(_class_folders(folder, entries_of(folder, notes), notes), notes)
     return _noted(found, notes, root)
 
@@ -87,7 +93,7 @@ def _splits_within(images: ImageList, notes: Notes) -> Splits:
     found = defaultdict[str, list[int]](list)
     for index, file in enumerate(images.files):
         _, *folders, _ = file.replace("\\", "/").split("/")
-        found[split_of(folders[0], among_words=True) if folders else ""].append(index)
+        found[next(filter(None, map(split_of, folders)), "")].append(index)
     tests = found["test"] or found["val"]
     if tests and not found["train"]:
         raise UsageError(f"{images.path(tests[0])!r} is of a split inside a class, and no class holds a folder train")

@@ -20,6 +20,7 @@ MASKS = frozenset({"annotations", "ground_truth", "groundtruth", "segmentation",
 MASKS_BESIDE = frozenset({"gt", "labels", "mask", "masks"})  # beside one of `IMAGES` or a split
 IMAGES = frozenset({"image", "images", "img", "imgs", "jpegimages"})
 MASK = re.compile(r"(.+)[_-](?:mask|masks|gt|seg|segmentation|ground_?truth)(?:_?\d+)?", re.DOTALL)  # of NAME.jpg
+TABLES = frozenset({".txt", ".csv", ".tsv", ".json", ".mat"})
 SPLIT = re.compile(r"(?<![a-z])(train|test|val)(?:ing|val|id|idation)?(?![a-z])")  # in the name of a folder or a shard
 
 HIDDEN = "left out: hidden files and folders, and what systems leave behind"
@@ -30,6 +31,7 @@ MASKED = "left out: masks and annotations of other images"
 TWICE = "counted once: images that are listed twice"
 SPELT = "counted as one class: folders whose names differ in how an accent is written"
 ALIKE = "counted as different classes: names that differ in case, spaces or dashes alone"
+LISTS = "not read: lists that may say which images are for training and which for testing"
 OTHERS = "left out: files whose ending is not that of an image"
 DEEPER = "counted for their class folder: images in folders within it"
 
@@ -96,7 +98,14 @@ def entries_of(folder: str | Path, notes: Notes) -> Entries:
     of_others += [name for name in found.images if (of := MASK.fullmatch(os.path.splitext(name)[0])) and of[1] in stems]
     notes[MASKED] += [os.path.join(folder, name) for name in of_others]
     left = {*of_others}
+    lists = [name for name in found.others if ending_of(name) in TABLES and split_of(name, among_words=True)]
+    notes[LISTS] += [os.path.join(folder, name) for name in lists]
     return Entries(*([name for name in part if name not in left] for part in found))
+
+
+def holds_images(folder: Path) -> bool:
+    """Whether there is an image or a shard in `folder` or below."""
+    return any(ending_of(name) in {*SUFFIXES, ".tar"} for *_, names in os.walk(folder) for name in names)
 
 
 def images_below(root: Path, top: str, notes: Notes) -> list[str]:

@@ -26,10 +26,12 @@ def read_objects(source: Path, images: ImageList) -> Tensor:
     Raises `UsageError` for anything else, for boxes that are none, or if no image has a box.
     """
     try:
-        table = csv.DictReader(io.StringIO(read_text(source), newline=""), skipinitialspace=True)
+        table = [*csv.DictReader(io.StringIO(read_text(source), newline=""), skipinitialspace=True)]
         boxes = {
             _plain(row["path"]): [float(row[side]) for side in ("left", "top", "right", "bottom")] for row in table
         }
+        if len(boxes) < len(table):
+            raise ValueError(f"it has {len(table)} for {len(boxes)} images, where each image can have one")
         names = [_plain(name) for name in images.files]
         found = [boxes.get(f"{images.root.name}/{name}") or boxes.get(name) or [math.nan] * 4 for name in names]
         known = torch.tensor(found, dtype=torch.float64)

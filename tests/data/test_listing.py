@@ -16,7 +16,7 @@ from PIL import Image
 
 from fastcr.data.images import ImageList
 from fastcr.data.layouts import list_splits
-from fastcr.data.listing import ALIKE, BESIDE, DEEPER, EMPTY, HIDDEN, MASKED, OTHERS, SPELT
+from fastcr.data.listing import ALIKE, BESIDE, DEEPER, EMPTY, HIDDEN, LISTS, MASKED, OTHERS, SPELT
 from fastcr.errors import UsageError
 from fastcr.folders import main
 
@@ -126,6 +126,10 @@ TREES: dict[str, tuple[Callable[[Path], object] | tuple[str, ...], list[str], li
     "splits with other words": (
         ("train2017/a/0.jpg", "val2017/a/1.jpg", "annotations/x.json"),
         ["train2017/a/0.jpg=a"], ["val2017/a/1.jpg=a"], {MASKED: 1},
+    ),
+    "an archive with lists": (
+        ("food/images/pie/0.jpg", "food/images/tart/1.jpg", "food/meta/train.txt", "food/README.txt"),
+        ["food/images/pie/0.jpg=pie", "food/images/tart/1.jpg=tart"], [], {EMPTY: 1, OTHERS: 2, LISTS: 1},
     ),
     "masks": (
         ("images/cat/0.jpg", "images/cat/0_mask.png", "images/night_mask/1.jpg", "masks/cat/0.png"),

@@ -96,6 +96,7 @@ def test_boxes_are_found_by_their_paths(tmp_path: Path) -> None:
         ("path,left,top,right,bottom\nother.jpg,0,0,1,1\n", "for none of the images, e.g. not for 'a/1.jpg'"),
         ("path,left,top,right,bottom\na/1.jpg,0.5,0,0.4,1\n", r"left is not below right, .*, 0.4, 1.0\]"),
         ("path,left,top,right,bottom\na/1.jpg,0,0,1,1\na/2.jpg,0,0,40,40\n", "1 of 2 are in pixels"),
+        ("path,left,top,right,bottom\na/1.jpg,0,0,1,1\na\\1.jpg,0,0,1,1\n", "it has 2 for 1 images"),
         ("path,x,y,w,h\na/1.jpg,0,0,1,1\n", "there is no 'left'"),
         (None, "No such file"),
     ],
