@@ -89,6 +89,12 @@ def bits(count: int, *, colours: int = 0) -> np.ndarray:
     return grey if not colours else np.stack([grey, grey[::-1], grey[:, ::-1], 0 * grey + 65_535][:colours], 2)
 
 
+def packed(values: np.ndarray) -> np.ndarray:
+    """Values of 12 bits, two in three bytes."""
+    first, second = values[:, ::2], values[:, 1::2]
+    return np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], 2).reshape(40, -1).astype(np.uint8)
+
+
 @pytest.mark.parametrize(
     ("file", "seen"),
     [
@@ -114,6 +120,8 @@ def bits(count: int, *, colours: int = 0) -> np.ndarray:
         (tiff(np.where(EDGE, 7e6, RAMP).astype(np.float32), t42113="7000000 "), np.where(EDGE, 0, RAMP)),
         *((tiff(bits(12, colours=n), order), RAMP) for n in (3, 4) for order in "<>"),
         *((png(bits(12, colours=n), kind), RAMP) for n, kind in ((3, 2), (4, 6))),
+        (tiff(packed(np.rint(RAMP * 1000).astype(int)), t256=48, t258=12), RAMP * 1000 / 4095),
+        (b"P5 48 40 65535 " + bits(12).astype(">u2").tobytes(), RAMP / 16),  # the file says what is white
         (png(np.stack([bits(12), bits(16)], 2), 4), RAMP),
         (png(bits(16, colours=3), 2), RAMP),
     ],

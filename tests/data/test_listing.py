@@ -132,8 +132,8 @@ TREES: dict[str, tuple[Callable[[Path], object] | tuple[str, ...], list[str], li
         ["food/images/pie/0.jpg=pie", "food/images/tart/1.jpg=tart"], [], {EMPTY: 1, OTHERS: 2, LISTS: 1},
     ),
     "masks": (
-        ("images/cat/0.jpg", "images/cat/0_mask.png", "images/night_mask/1.jpg", "masks/cat/0.png"),
-        ["images/cat/0.jpg=cat", "images/night_mask/1.jpg=night_mask"], [], {MASKED: 2},
+        ("images/cat/0.jpg", "images/cat/0_mask.png", "images/dog/night_mask.jpg", "masks/cat/0.png"),
+        ["images/cat/0.jpg=cat", "images/dog/night_mask.jpg=dog"], [], {MASKED: 2},
     ),
     "classes named masks and train": (
         ("labels/0.jpg", "masks/0.jpg", "toys/train/1.jpg"),
@@ -223,7 +223,10 @@ def test_copies_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         plant(tmp_path, name)
         image.save(tmp_path / name)
     plant(tmp_path, "train/a/black.jpg", "test/b/black.jpg")
-    plant(tmp_path, "train/b/dark.jpg", content=picture(2))  # flat pictures look like none
+    for name, shade in (("train/b/flat.png", 20), ("test/b/flat.png", 30)):  # these look like any other
+        flat = Image.new("L", (8, 8), shade)
+        flat.putpixel((3, 3), shade + 1)
+        flat.save(tmp_path / name)
     main([str(tmp_path)])
     assert re.findall(r"^(?:copies|test images).*", out := capsys.readouterr().out, re.MULTILINE) == [
         "copies of images of another class: 1"

@@ -75,6 +75,7 @@ def test_paths_are_never_folded_on_output(monkeypatch: pytest.MonkeyPatch, capsy
     context.say(path)
     context.show(table)
     assert [path in line for line in capsys.readouterr().out.splitlines()] == [True, False, False, False, True, False]
+    path = path.replace(" ", "-")
     for words in ([f"--data.rot={path}"], ["--data.loader", path], [path]):
         with pytest.raises(UsageError, match=re.escape(path)):
             read_command_line(["folder", *words])
