@@ -13,6 +13,7 @@ from PIL import Image
 TOPS = [2**bits - 1 for bits in (8, 10, 12, 14, 16)]  # greatest values of cameras, scanners and microscopes
 NO_DATA = (-999, -9999, -99_999, -32_767, -32_768, -(2**31))  # where it is the least value
 HUGE = 1e30  # no data beyond it
+WHOLE = "from 0 to 65,535"  # goes without saying
 SCALED = "fastcr scaled"  # key of PIL's facts of an image: from which range, in words
 BITS, PHOTOMETRIC, LEAST, MOST, NO_DATA_TAG = (258,), (262,), (340, 280), (341, 281), 42_113  # TIFF's tags
 
@@ -44,7 +45,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     pixels, words = to_bytes(deep, tags, of_16=image.format == "PPM" and image.mode == "I")  # PIL has scaled these
     rgb = Image.fromarray(pixels).convert("RGB")
     rgb.info[SCALED] = words
-    say(words)
+    if words != WHOLE:
+        say(words)
     return rgb
 
 

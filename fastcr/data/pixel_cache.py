@@ -30,6 +30,7 @@ from fastcr.runs.machine import cache_folder
 
 Place = Literal["device", "host", "disk"]
 PIXELS, LAYOUT = "pixels.u8", "layout.npz"  # files of --data.cache disk
+VERSION = b"2"  # raise it whenever files are decoded to other pixels
 Layout = dict[str, np.ndarray]  # starts, sizes and broken, as in `CachedImages`
 FILTER = InterpolationMode.BICUBIC  # torchvision's for bytes, within a rounding of PIL's and ten times as fast
 
@@ -126,7 +127,7 @@ def _name(images: ImageList, sizes: np.ndarray, side: int) -> str:
     identity = hashlib.blake2b(digest_size=12)
     for index in np.flatnonzero(sizes[:, 0]).tolist():
         identity.update(f"{index} {images.stamp(index)}\n".encode(errors="surrogateescape"))
-    identity.update(sizes.tobytes() + FILTER.value.encode())
+    identity.update(sizes.tobytes() + FILTER.value.encode() + VERSION)
     return f"pixels-{identity.hexdigest()}-{side}"
 
 

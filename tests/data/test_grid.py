@@ -95,6 +95,9 @@ def packed(values: np.ndarray) -> np.ndarray:
     return np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], 2).reshape(40, -1).astype(np.uint8)
 
 
+PGM = b"P5 48 40 65535 " + bits(12).astype(">u2").tobytes()
+
+
 @pytest.mark.parametrize(
     ("file", "seen"),
     [
@@ -121,7 +124,7 @@ def packed(values: np.ndarray) -> np.ndarray:
         *((tiff(bits(12, colours=n), order), RAMP) for n in (3, 4) for order in "<>"),
         *((png(bits(12, colours=n), kind), RAMP) for n, kind in ((3, 2), (4, 6))),
         (tiff(packed(np.rint(RAMP * 1000).astype(int)), t256=48, t258=12), RAMP * 1000 / 4095),
-        (b"P5 48 40 65535 " + bits(12).astype(">u2").tobytes(), RAMP / 16),  # the file says what is white
+        (PGM, RAMP / 16),  # the file says what is white
         (png(np.stack([bits(12), bits(16)], 2), 4), RAMP),
         (png(bits(16, colours=3), 2), RAMP),
     ],
@@ -129,10 +132,13 @@ def packed(values: np.ndarray) -> np.ndarray:
 def test_depths(file: bytes, seen: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a").write_bytes(file)
     depth.say.cache_clear()
-    found = [np.asarray(read_rgb(each)) for each in (str(tmp_path / "a"), io.BytesIO(file))]
+    pictures = [read_rgb(each) for each in (str(tmp_path / "a"), io.BytesIO(file))]
+    found = [np.asarray(each) for each in pictures]
     assert (found[0] == found[1]).all()
     assert np.abs(found[0][..., 0] - 255 * seen).max() < 1.6
-    assert len(capsys.readouterr().err.splitlines()) == (file != png(bits(16, colours=3), 2))  # said once
+    as_usual = pictures[0].info.get(depth.SCALED, depth.WHOLE) == depth.WHOLE
+    assert len(capsys.readouterr().err.splitlines()) == (not as_usual)  # said once
+    assert as_usual == (file in (tiff(bits(16)), tiff(bits(16), t262=0), png(bits(16, colours=3), 2), PGM))
 
 
 NAMES = (
