@@ -15,7 +15,12 @@ NO_DATA = (-999, -9999, -99_999, -32_767, -32_768, -(2**31))  # where it is the 
 HUGE = 1e30  # no data beyond it
 WHOLE = "from 0 to 65,535"  # goes without saying
 SCALED = "fastcr scaled"  # key of PIL's facts of an image: from which range, in words
-BITS, PHOTOMETRIC, LEAST, MOST, NO_DATA_TAG = (258,), (262,), (340, 280), (341, 281), 42_113  # TIFF's tags
+OTHER_ORDER = {
+    ";16B": ";16L",
+    ";16L": ";16B",
+    ";16N": ";16B" if sys.byteorder == "little" else ";16L",
+}  # in PIL's words
+BITS, PHOTOMETRIC, LEAST, MOST, PLANAR, NO_DATA_TAG = (258,), (262,), (340, 280), (341, 281), 284, 42_113  # TIFF's
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -32,13 +37,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
     name, tags = getattr(image, "filename", ""), dict(getattr(image, "tag_v2", ()))
     source = name or getattr(image, "fp", None)
     forms = [tile[3] if isinstance(tile[3], str) else tile[3][0] for tile in getattr(image, "tile", ()) if tile[3]]
+    if tags.get(PLANAR) == 2 and image.mode.startswith("RGB") and np.max(tags.get(BITS[0], 8)) > 8:
+        raise OSError("colours of 16 bits in planes, which PIL takes for 8 bits: save them pixel by pixel")
     vars(image)["filename"] = ""  # PIL maps files that it knows by name, and scrambles TIFFs that are to be turned
     image.load()
     vars(image)["filename"] = name
     deep: np.ndarray | None = None
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         deep = np.asarray(image)
-    elif source and image.mode.startswith("RGB") and ";16" in "".join(map(str, forms)):
+    elif source and image.mode.startswith("RGB") and forms and all(str(form)[-4:] in OTHER_ORDER for form in forms):
         deep = both_bytes(image, source)
     if deep is None:
         return image if image.mode == "RGB" else image.convert("RGB")  # a copy of a large image costs memory
@@ -68,7 +75,6 @@ def both_bytes(image: Image.Image, source: Any) -> np.ndarray | None:
     upper = np.asarray(image)[..., :3]
     if upper.max(initial=0) > TOPS[3] >> 8:
         return None
-    swapped = {"16B": "16L", "16L": "16B", "16N": "16B" if sys.byteorder == "little" else "16L"}
     if not isinstance(source, str):
         source.seek(0)
     with Image.open(source) as again:
@@ -76,7 +82,7 @@ def both_bytes(image: Image.Image, source: Any) -> np.ndarray | None:
         for at, (*place, form) in enumerate(tiles):
             raw, rest = (form, None) if isinstance(form, str) else (form[0], form[1:])
             # grey and alpha are four bytes
-            raw = "RGBA" if (grey := raw == "LA;16B") else raw[:-3] + swapped[raw[-3:]]
+            raw = "RGBA" if (grey := raw == "LA;16B") else raw[:-4] + OTHER_ORDER[raw[-4:]]
             tiles[at] = (*place, raw if rest is None else (raw, *rest))
         lower = np.asarray(again).astype(np.uint16)
     return lower[..., 0] << 8 | lower[..., 1] if grey else upper.astype(np.uint16) << 8 | lower[..., :3]

@@ -57,7 +57,7 @@ RAMP = np.linspace(0, 1, 1920).reshape(40, 48)
 EDGE = RAMP < 0.1
 
 
-def tiff(values: np.ndarray, order: str = "<", **tags: int | str) -> bytes:
+def tiff(values: np.ndarray, order: str = "<", **tags: Any) -> bytes:
     """An uncompressed TIFF that holds these bytes; with further tags, such as `t281=2000`."""
     data, extra, directory = values.astype(values.dtype.newbyteorder(order)).tobytes(), b"", b""
     height, width, samples = (*values.shape, 1)[:3]
@@ -139,6 +139,14 @@ def test_depths(file: bytes, seen: np.ndarray, tmp_path: Path, capsys: pytest.Ca
     as_usual = pictures[0].info.get(depth.SCALED, depth.WHOLE) == depth.WHOLE
     assert len(capsys.readouterr().err.splitlines()) == (not as_usual)  # said once
     assert as_usual == (file in (tiff(bits(16)), tiff(bits(16), t262=0), png(bits(16, colours=3), 2), PGM))
+
+
+def test_colours_in_planes_are_refused_where_pil_would_scramble_them() -> None:
+    planes, size = np.concatenate([*np.moveaxis(bits(12, colours=3), 2, 0)]), 2 * RAMP.size
+    colours = {"t257": 40, "t258": [16] * 3, "t262": 2, "t277": 3, "t278": 40, "t279": [size] * 3, "t284": 2}
+    file = tiff(planes, **colours, t273=[8, 8 + size, 8 + 2 * size])
+    with pytest.raises(OSError, match="colours of 16 bits in planes"):
+        read_rgb(io.BytesIO(file))
 
 
 NAMES = (
