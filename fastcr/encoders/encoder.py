@@ -31,7 +31,7 @@ from fastcr.encoders.hub import address_of, fetch
 from fastcr.encoders.rationale import RationaleHead
 from fastcr.encoders.released import ReleasedBranch, from_released_checkpoint, released_facts
 from fastcr.errors import UsageError, one_line
-from fastcr.runs.checkpoint import IN_FOLDERS, INITIAL, load_weights
+from fastcr.runs.checkpoint import IN_FOLDERS, INITIAL, check_finite, load_weights
 from fastcr.runs.machine import pick_device
 
 Branch = RationaleHead | ReleasedBranch
@@ -176,7 +176,7 @@ def load(
     folder so far on the way from its initial weights (0) to its trained ones (1): half way is better for kinds that it
     was not trained on (WiSE-FT, arXiv 2109.01903), the end for those that it was. `image_size` is the side of the
     images it will be given, pixels, if that is not the one of the training.
-    No code in the file is run. `UsageError` if it is missing, broken or foreign, or `device` is not there.
+    No code in the file is run. `UsageError` if it is missing, broken, not finite or foreign, or `device` is not there.
     """
     where, file = pick_device(str(device)), find_weights(path_or_run)
     state, facts = _named(*load_weights(file))
@@ -185,6 +185,7 @@ def load(
         raise UsageError(f"{file} was not written by fastcr.train (no fastcr metadata); its keys begin {keys}")
     if tuned is not None and (share := tuned / facts.get("tuned", 1.0)) != 1:
         state, facts = between(file.with_name(INITIAL), state, share), facts | {"tuned": tuned}
+    check_finite(state, file)
     if image_size:
         facts = facts | {"image_size": image_size}
     try:

@@ -12,7 +12,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, autocast, nn
 
-from fastcr.encoders.weights import torchvision_name
+from fastcr.encoders.names import torchvision_name
 from fastcr.errors import UsageError
 from fastcr.kernels.rationale_pool import RationalePool
 

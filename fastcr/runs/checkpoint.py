@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,6 +26,18 @@ INITIAL = "init.safetensors"  # the weights a run began with
 RESUME = ("resume.pt", "resume.1.pt")  # of a run folder: the newest save, and the one before
 IN_FOLDERS = ("weights.safetensors", "model.safetensors")  # of a run, and of the Hugging Face Hub's
 AVERAGED = re.compile(r"(?<![a-z])ema(?![a-z])")  # a moving average of the weights, beside them
+# what others save beside their weights: settings, and NumPy's scalars and arrays (by the names of NumPy 1 and 2)
+HARMLESS: list[Any] = [
+    Namespace,
+    np.ndarray,
+    np.dtype,
+    *{type(np.dtype(code)) for code in np.typecodes["All"] if code != "O"},
+]
+HARMLESS += [
+    (make.__reduce__()[0], f"numpy.{core}.multiarray.{name}")
+    for make, name in ((np.float64(0), "scalar"), (np.empty(0), "_reconstruct"))
+    for core in ("core", "_core")
+]
 WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")  # of DistributedDataParallel and torch.compile
 
 
@@ -77,6 +90,13 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return state, facts
 
 
+def check_finite(state: dict[str, Tensor], source: str | Path) -> None:
+    """`UsageError` for weights that hold NaN or infinity."""
+    for key, value in state.items():
+        if not value.isfinite().all():
+            raise UsageError(f"{source} holds weights that are not finite (NaN or infinity) in {key}: no encoder")
+
+
 def facts_of(path: Path) -> dict[str, Any]:
     """What `save_weights` wrote into a file beside the weights; nothing for a file of another kind, or for none."""
     with suppress(UsageError):
@@ -116,13 +136,17 @@ def tensors_in(content: Any, prefix: str = "", depth: int = 8) -> Iterator[tuple
 def load_torch(path: Path) -> Any:
     """`torch.load` of plain data only, onto the CPU. `UsageError` for a broken file or one with pickled code."""
     try:
-        with torch.serialization.safe_globals([Namespace]):  # the settings that others save beside their weights
+        with torch.serialization.safe_globals(HARMLESS):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UsageError(
             f"{path} is refused: it holds pickled code or is no checkpoint (only tensors are read)"
         ) from None
     except Exception as error:  # broken bytes lead the unpickler anywhere
+        if "TorchScript" in str(error):
+            raise UsageError(
+                f"{path} is refused: it is a TorchScript program, not tensors; torch.save of its state_dict() is read"
+            ) from None
         raise UsageError(f"{path} is broken, or is no checkpoint ({type(error).__name__})") from None
 
 

@@ -1,6 +1,7 @@
 """`fastcr.load`: what it takes, what comes back, what it refuses."""
 
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -162,10 +163,24 @@ def other_facts(file: Path, weights: Path) -> None:
     save_weights(file, {"backbone.conv1.weight": torch.ones(1)}, {"backbone": "resnet18", "detectors": 3})
 
 
+def not_a_number(file: Path, weights: Path) -> None:
+    state, facts = load_weights(weights)
+    save_weights(file, state | {"branch.bias": torch.full_like(state["branch.bias"], torch.nan)}, facts)
+
+
+def torchscript(file: Path, weights: Path) -> None:
+    """As OpenAI publishes CLIP."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls it deprecated
+        torch.jit.script(torch.nn.Linear(2, 2)).save(str(file))
+
+
 @pytest.mark.parametrize(
     ("make", "name", "message"),
     [
         (pickled_code, "w.pth", "is refused: it holds pickled code"),
+        (torchscript, "w.pt", "is refused: it is a TorchScript program, not tensors"),
+        (not_a_number, "w.safetensors", r"not finite \(NaN or infinity\) in branch.bias"),
         (truncated, "w.safetensors", "is not a whole safetensors file"),
         (foreign, "w.pth", r"no fastcr metadata\); its keys begin head\.bias, stem\.weight"),
         (part_of_a_released_one, "w.pth", "does not hold what a released checkpoint does: .*bn1.weight"),

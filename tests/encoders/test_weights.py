@@ -12,6 +12,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 from urllib.error import URLError
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -103,7 +104,7 @@ def content_of(layout: str, state: State) -> Any:
         },
         "Lightning": lambda: {
             "state_dict": under("model.backbone.", own) | under("model.head.", part),
-            "hyper_parameters": {"lr": 0.1},
+            "hyper_parameters": {"lr": np.float64(0.1), "widths": np.arange(3), "name": np.array(["a"])},
             "callbacks": {},
         },
         "compiled and wrapped": lambda: under("module._orig_mod.", state),
@@ -189,11 +190,15 @@ def of_model(name: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
             lambda state: state | {"conv1.weight": torch.zeros(64, 3, 3, 3)},
             r"is not a resnet18: conv1\.weight is \[64, 3, 3, 3\], not \[64, 3, 7, 7\]",
         ),
+        (
+            lambda state: state | {"bn1.bias": torch.tensor([torch.inf]).expand(64).clone()},
+            r"holds weights that are not finite \(NaN or infinity\) in bn1\.bias",
+        ),
         (of_model("squeezenet1_1"), "has no weight of a resnet18"),
         # every weight of a ResNet-18 has its like in a ResNet-34, whose further blocks would be dropped
         (of_model("resnet34"), "is not a resnet18: "),
     ],
-    ids=["foreign", "narrower", "squeezenet", "resnet34"],
+    ids=["foreign", "narrower", "infinite", "squeezenet", "resnet34"],
 )
 def test_weights_of_something_else_are_refused(
     tmp_path: Path, resnet18: dict[str, Tensor], change: Callable[..., dict[str, Tensor]], message: str
@@ -210,9 +215,10 @@ def test_weights_of_something_else_are_refused(
         ("w.pth", b"see the README"),
         ("w.pth", [torch.zeros(2)]),
         ("w.pth", {"conv1.weight": "not a tensor"}),
+        ("w.pth", {"conv1.weight": np.array([Path()], dtype=object)}),  # code in an array
         ("absent.pth", None),
     ],
-    ids=["safetensors", "pth", "list", "string", "absent"],
+    ids=["safetensors", "pth", "list", "string", "objects", "absent"],
 )
 def test_files_without_weights_are_named_on_one_line(tmp_path: Path, name: str, content: Any) -> None:
     if isinstance(content, bytes):
@@ -261,15 +267,6 @@ def timm_model(name: str) -> Any:
 
 def of_timm(name: str, weights: Path | str, *, allow_missing: bool = False) -> ModelConfig:
     return ModelConfig(name, weights=str(weights), allow_missing_weights=allow_missing)
-
-
-@pytest.mark.parametrize("prefix", ["", "module.base_encoder."])
-def test_weights_in_timms_names_fill_the_encoder(tmp_path: Path, prefix: str) -> None:
-    whole = timm_model(VIT).state_dict()  # with its classifier
-    torch.save({"state_dict": under(prefix, whole)}, tmp_path / "weights.pth")
-    encoder, _ = build_backbone(VIT)
-    assert load_initial_weights(encoder, of_timm(VIT, tmp_path / "weights.pth")) == []
-    assert_filled(encoder.timm, whole)
 
 
 def test_timms_own_weights(monkeypatch: pytest.MonkeyPatch) -> None:
