@@ -91,6 +91,16 @@ class ModelConfig:
     batchnorm: Literal["auto", "frozen", "local", "sync"] = "auto"
     """BatchNorm's statistics: as loaded (frozen), of each process's own images (local), or of all processes' images
     (sync, CUDA only). auto: frozen, or local from random weights; a few thousand augmented views ruin loaded ones."""
+    mean: tuple[float, float, float] | None = number(None, 0, 1)
+    """Mean of the colours (0 to 1) that a timm model's weights expect. Default: what lies beside the weights says, else
+    timm."""
+    std: tuple[float, float, float] | None = number(None, 0, above=True)
+    """Standard deviation of these colours; the default likewise."""
+
+    @property
+    def colours(self) -> tuple[tuple[float, float, float] | None, tuple[float, float, float] | None]:
+        """`mean` and `std`."""
+        return self.mean, self.std
 
     @property
     def norms(self) -> Literal["frozen", "local", "sync"]:

@@ -6,7 +6,7 @@ training.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -21,13 +21,13 @@ from fastcr.data.synthetic import write_synthetic
 from fastcr.encoders.backbone import RESNETS, TIMM, backbone_mistake, build_backbone
 from fastcr.encoders.encoder import Encoder, describe, find_weights
 from fastcr.encoders.hub import address_of
-from fastcr.encoders.weights import load_initial_weights
+from fastcr.encoders.weights import load_initial_weights, with_own_colours
 from fastcr.errors import UsageError
 from fastcr.measures.evaluation import Classifiers, Evaluation, not_measured, test_images
 from fastcr.measures.localisation import read_objects
 from fastcr.measures.results import best_pooling
 from fastcr.output.evaluations import show, write_results
-from fastcr.runs.checkpoint import INITIAL
+from fastcr.runs.checkpoint import INITIAL, facts_of
 from fastcr.runs.command_line import called, load_config, one_line_errors
 from fastcr.runs.context import Context
 from fastcr.runs.distributed import processes_of_torchrun
@@ -60,18 +60,22 @@ def read_settings(args: Sequence[str] | None) -> tuple[EvaluateConfig, Path | No
     return config, weights, root, out
 
 
-def named_encoder(config: EvaluateConfig) -> Encoder:
-    """The encoder that `config` names, with its weights, on the CPU. `UsageError` if it cannot be had."""
-    name, model, size = str(config.source), config.model, config.data.image_size or DataConfig.image_size
+def named_encoder(config: EvaluateConfig, say: Callable[[str], object]) -> Encoder:
+    """The encoder that `config` names, with its weights, on the CPU; `say` is told what lies beside them.
+
+    `UsageError` if it cannot be had.
+    """
+    name, model = str(config.source), config.model
     if wrong := backbone_mistake(name, model.last_stage):
         raise UsageError(wrong.removeprefix("--model.backbone: "))
+    size = config.data.image_size or facts_of(Path(model.weights)).get("size", DataConfig.image_size)
     settings = Config(
-        model=ModelConfig(name, model.last_stage, model.weights, model.allow_missing_weights),
+        model=with_own_colours(ModelConfig(name, model.last_stage, model.weights, model.allow_missing_weights), say),
         data=DataConfig(image_size=size),
         rationale=RationaleConfig(enabled=False),
     )
     torch.manual_seed(0)  # of weights that stay random
-    backbone, _ = build_backbone(name, model.last_stage, image_size=size)
+    backbone, _ = build_backbone(name, model.last_stage, image_size=size, colours=settings.model.colours)
     load_initial_weights(backbone, settings.model)
     encoder = Encoder(backbone, None, describe(settings)).requires_grad_(False).eval()
     return encoder.to(memory_format=torch.channels_last)
@@ -83,7 +87,7 @@ def measure(config: EvaluateConfig, evaluation: Evaluation, weights: Path | None
         initial = weights.with_name(INITIAL)
         of_run = config.source.is_dir() and initial.is_file()
         return evaluation.results(weights, evaluation.measure_file(initial, "before training") if of_run else None)
-    encoder = evaluation.context.processes.once(partial(named_encoder, config))
+    encoder = evaluation.context.processes.once(partial(named_encoder, config, evaluation.context.say))
     found = evaluation.described(evaluation.measure(encoder.to(evaluation.context.device), str(config.source)))
     named = {"name": str(config.source), "weights": config.model.weights, "image_size": encoder.image_size}
     return {"encoder": named, **found, "best": {"baseline": best_pooling(found)}}

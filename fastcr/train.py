@@ -10,7 +10,7 @@ import time
 import zlib
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +26,7 @@ from fastcr.data.loaders import make_views
 from fastcr.data.synthetic import write_synthetic
 from fastcr.data.views import Views
 from fastcr.encoders.encoder import between, describe
+from fastcr.encoders.weights import with_own_colours
 from fastcr.errors import UsageError, one_line
 from fastcr.measures.evaluation import HISTORY
 from fastcr.measures.health import EncoderHealth, HealthWarnings
@@ -220,6 +221,8 @@ def open_run(config: Config, resume: Path | None, context: Context, folders: Exi
     if processes.most(images, -images) != [images, -images]:
         raise UsageError(f"{splits.train.root} holds other training images on one machine than on another")
     schedule = Schedule.of(config, len(splits.train))
+    if resume is None:
+        config = replace(config, model=with_own_colours(config.model, context.say))
 
     training = build(config, context, initial_weights=resume is None)
     views, config = make_views(config, splits.train, context)

@@ -7,6 +7,7 @@ import importlib
 import itertools
 import math
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -22,13 +23,14 @@ TIMM = "timm:"
 PACKAGED = "timm:tf_efficientnet_lite0"  # its weights come as a package too, together with timm in the extra `demo`
 # what may come after the last feature map of a timm model; the classifier's own name is in its `pretrained_cfg`
 TIMM_HEADS = ("head", "head_dist", "attn_pool", "pre_logits")
+Colours = tuple[Sequence[float] | None, Sequence[float] | None]  # mean and std, red, green, blue; None: the usual ones
 
 
 class TimmEncoder(nn.Module):
     """The model `timm` up to its last feature map; square or oblong images `[B,3,H,W]` to features `[B,C,h,w]`.
 
-    Images come normalised with ImageNet's mean and std, and are put to those of the model's own weights. The class
-    token and its like are left out; the others lie on their grid.
+    Images come normalised with ImageNet's mean and std, and are put to `colours`, those that the model's own
+    weights expect; by default timm's. The class token and its like are left out; the others lie on their grid.
 
     Attributes:
         has_class_token: whether the model has one, which `with_class_token` gives.
@@ -38,10 +40,10 @@ class TimmEncoder(nn.Module):
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, colours: Colours = (None, None)) -> None:
         super().__init__()
         self.timm = model
-        mean, std = (tuple(model.pretrained_cfg[key]) for key in ("mean", "std"))
+        mean, std = (tuple(own or model.pretrained_cfg[key]) for own, key in zip(colours, ("mean", "std"), strict=True))
         plain = isinstance(getattr(model, "fc_norm", nn.Identity()), nn.Identity)  # else its token is not normalised
         self.has_class_token = plain and getattr(model, "cls_token", None) is not None
         self.renormalise = (mean, std) != (MEAN, STD)
@@ -94,19 +96,26 @@ def backbone_mistake(name: str, last_stage: str = "layer4") -> str | None:
 
 
 def build_backbone(
-    name: str, last_stage: str = "layer4", *, stem_maxpool: bool = True, image_size: int | None = None
+    name: str,
+    last_stage: str = "layer4",
+    *,
+    stem_maxpool: bool = True,
+    image_size: int | None = None,
+    colours: Colours = (None, None),
 ) -> tuple[nn.Module, int]:
     """A randomly initialised encoder, images `[B,3,H,W]` to its last features `[B,C,h,w]`, and `C`.
 
     The parameters of a ResNet keep torchvision's names (`h = H/32`; layer3: `H/16`), those of `timm:NAME` timm's, after
-    `timm.`. Raises `ValueError` for what `backbone_mistake` names, `UsageError` without timm, or if the encoder gives
-    no map for images of side `image_size`, where that is given.
+    `timm.`. Raises `ValueError` for what `backbone_mistake` names, `UsageError` without timm, if the encoder gives
+    no map for images of side `image_size`, where that is given, or for a ResNet with `colours` of its own.
     """
     mistake = backbone_mistake(name, last_stage)
     if mistake:
         raise ValueError(mistake)
     if name.startswith(TIMM):
-        return _build_timm(name, image_size)
+        return _build_timm(name, image_size, colours)
+    if any(own and tuple(own) != usual for own, usual in zip(colours, (MEAN, STD), strict=True)):
+        raise UsageError(f"{name} takes images normalised as ImageNet's: weights of others need timm:{name}")
     resnet = torchvision.models.get_model(name, weights=None)
     modules = OrderedDict(resnet.named_children())
     channels = modules.pop("fc").in_features
@@ -156,12 +165,12 @@ def synchronise_norms(model: nn.Module) -> None:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
-def _build_timm(name: str, image_size: int | None) -> tuple[nn.Module, int]:
+def _build_timm(name: str, image_size: int | None, colours: Colours) -> tuple[nn.Module, int]:
     model = create_timm(name, pretrained=False)
     for head in TIMM_HEADS:
         if hasattr(model, head):
             setattr(model, head, nn.Identity())
-    encoder = TimmEncoder(model)
+    encoder = TimmEncoder(model, colours)
     if image_size:
         try:
             with torch.no_grad():

@@ -160,6 +160,8 @@ def describe(config: Config) -> dict[str, Any]:
         "image_size": config.data.image_size,
         "mean": MEAN,
         "std": STD,
+        "own_mean": config.model.mean,  # what the backbone puts the images to; None: what timm says
+        "own_std": config.model.std,
     }
 
 
@@ -190,8 +192,13 @@ def load(
         facts = facts | {"image_size": image_size}
     try:
         _check(facts)
-        kind = facts["backbone"], facts["last_stage"]
-        backbone, channels = build_backbone(*kind, stem_maxpool=facts["stem_maxpool"], image_size=image_size)
+        backbone, channels = build_backbone(
+            facts["backbone"],
+            facts["last_stage"],
+            stem_maxpool=facts["stem_maxpool"],
+            image_size=image_size,
+            colours=(facts.get("own_mean"), facts.get("own_std")),
+        )
         branch: Branch | None = None
         if facts["attention"] == "batch-minmax":
             branch = ReleasedBranch(channels, facts["detectors"])
@@ -247,14 +254,16 @@ def folder_of(path_or_run: str | os.PathLike[str]) -> Path:
 
 def _check(facts: dict[str, Any]) -> None:
     """`ValueError` or `TypeError` for facts that an encoder could not be built or used with."""
-    mean, std = (facts.get(name, (1, 1, 1)) for name in ("mean", "std"))
+    numbers = {name: facts.get(name) or (1, 1, 1) for name in ("mean", "std", "own_mean", "own_std")}
     checks = {
         "detectors": 0 <= facts["detectors"] <= 128,
         "temperature": 0 < facts["temperature"] < math.inf,
         "image_size": 1 <= int(facts["image_size"]) <= 16384,
-        "mean": len(mean) == 3 and all(math.isfinite(each) for each in mean),
-        "std": len(std) == 3 and all(0 < each < math.inf for each in std),
     }
+    for name, three in numbers.items():
+        checks[name] = len(three) == 3 and all(
+            math.isfinite(each) and (each > 0 or "std" not in name) for each in three
+        )
     if wrong := [name for name, holds in checks.items() if not holds]:
         raise ValueError(f"{wrong[0]} cannot be {facts[wrong[0]]}")
 

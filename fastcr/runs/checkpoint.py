@@ -21,10 +21,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastcr.errors import UsageError
+from fastcr.runs.beside import facts_beside
 
 INITIAL = "init.safetensors"  # the weights a run began with
 RESUME = ("resume.pt", "resume.1.pt")  # of a run folder: the newest save, and the one before
-IN_FOLDERS = ("weights.safetensors", "model.safetensors")  # of a run, and of the Hugging Face Hub's
+# of a run, and of the Hugging Face Hub's
+IN_FOLDERS = ("weights.safetensors", "model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin")
 AVERAGED = re.compile(r"(?<![a-z])ema(?![a-z])")  # a moving average of the weights, beside them
 # what others save beside their weights: settings, and NumPy's scalars and arrays (by the names of NumPy 1 and 2)
 HARMLESS: list[Any] = [
@@ -98,10 +100,15 @@ def check_finite(state: dict[str, Tensor], source: str | Path) -> None:
 
 
 def facts_of(path: Path) -> dict[str, Any]:
-    """What `save_weights` wrote into a file beside the weights; nothing for a file of another kind, or for none."""
+    """What `save_weights` wrote into a file beside the weights; of another file what `facts_beside` finds, if anything.
+
+    `UsageError` for what lies beside weights and is broken.
+    """
+    file = _file_of(path)
     with suppress(UsageError):
-        return _read_safetensors(_file_of(path), with_tensors=False)[1]
-    return {}
+        if facts := _read_safetensors(file, with_tensors=False)[1]:
+            return facts
+    return facts_beside(file.parent) if file.name in IN_FOLDERS else {}
 
 
 def _file_of(path: Path) -> Path:

@@ -126,7 +126,12 @@ def read_command_line(args: Sequence[str]) -> tuple[Config, Path | None]:
     prog = f"{called('train')} [PRESET | --resume RUN]"
     config = parse(Config, args, default=default, prog=prog, description=what)
     if not resume:
-        return _with_own_weights(config, default), None
+        if config.model.weights != default.model.weights:
+            said = _as_weights_say(default, Path(config.model.weights))
+            config = parse(Config, args, default=said, prog=prog, description=what)  # what is given comes first
+        elif config.model.backbone != default.model.backbone and config.model.weights != "none":
+            config = dataclasses.replace(config, model=dataclasses.replace(config.model, weights="imagenet"))
+        return config, None
     if (config.run.seed, config.optim.batch_size) != (default.run.seed, default.optim.batch_size):
         raise UsageError("--run.seed and --optim.batch_size of a run cannot change: they order its images")
     if (config.optim.backbone_lr == 0) != (default.optim.backbone_lr == 0):
@@ -134,22 +139,16 @@ def read_command_line(args: Sequence[str]) -> tuple[Config, Path | None]:
     return config, resume
 
 
-def _with_own_weights(config: Config, default: Config) -> Config:
-    """The settings with a backbone and weights that belong together, where only one differs from the preset's.
+def _as_weights_say(config: Config, weights: Path) -> Config:
+    """The settings with the backbone, and for weights from elsewhere the image size, that these weights have."""
+    if not weights.exists():
+        return config
+    from fastcr.runs.checkpoint import facts_of  # imports torch, which help and mistakes do without
 
-    Weights that fastcr wrote say of which encoder they are; another backbone has its ImageNet weights.
-    """
-    model, preset_s = config.model, default.model
-    if model.backbone != preset_s.backbone:
-        if model.weights == preset_s.weights and model.weights != "none":
-            model = dataclasses.replace(model, weights="imagenet")
-    elif model.weights != preset_s.weights and Path(model.weights).exists():
-        from fastcr.runs.checkpoint import facts_of  # imports torch, which help and mistakes do without
-
-        facts = facts_of(Path(model.weights))
-        named = {key: facts[key] for key in ("backbone", "last_stage") if isinstance(facts.get(key), str)}
-        model = dataclasses.replace(model, **named)
-    return dataclasses.replace(config, model=model)
+    facts = facts_of(weights)
+    named = {key: facts[key] for key in ("backbone", "last_stage") if isinstance(facts.get(key), str)}
+    data = dataclasses.replace(config.data, image_size=facts.get("size", config.data.image_size))
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **named), data=data)
 
 
 def _without_resume(args: Sequence[str]) -> tuple[list[str], Path | None]:
@@ -194,7 +193,10 @@ def load_config(path: Path) -> Config:
         preset = sections.pop("preset", Config.preset)
         settings = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
         # before a nest of lists is written out
-        if not isinstance(preset, str) or any(isinstance(value, list | dict | set) for value in settings.values()):
+        numbers = {key: value for key, value in settings.items() if isinstance(value, list)}
+        if not isinstance(preset, str) or any(isinstance(value, dict | set) for value in settings.values()):
+            raise TypeError
+        if not all(isinstance(each, int | float) for value in numbers.values() for each in value):
             raise TypeError
     except FileNotFoundError:
         raise UsageError(f"{path.parent} is not a run folder: it has no {path.name}") from None
@@ -203,7 +205,8 @@ def load_config(path: Path) -> Config:
     known = {f"{name}.{key}" for name, keys in vars(Config()).items() if name != "preset" for key in vars(keys)}
     if unknown := settings.keys() - known:
         raise UsageError(f"{path} was made by another version of fastcr: unknown settings {', '.join(sorted(unknown))}")
-    flags = [f"--{name}={value}" for name, value in settings.items()]
+    flags = [f"--{name}={value}" for name, value in settings.items() if name not in numbers]
+    flags += [word for name, values in numbers.items() for word in (f"--{name}", *map(str, values))]
     try:
         # through the command line's own checks: a file edited by hand gets the same messages
         return dataclasses.replace(parse(Config, flags, prog="config.yaml", description=None), preset=preset)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torchvision
 from rich.console import Console
+from safetensors.torch import save_file
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -142,15 +144,29 @@ def test_a_timm_model_without_timm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_timm_encoder_is_trained_saved_and_read_again(flat: Path, tmp_path: Path, one_thread: None) -> None:
-    pytest.importorskip("timm")
-    run, name = tmp_path / "run", "timm:test_vit"
+    """From a folder of the Hub, whose config.json says what the images are like."""
+    timm = pytest.importorskip("timm")
+    run, name, hub = tmp_path / "run", "timm:test_vit", tmp_path / "hub"
+    model, own = (
+        timm.create_model("test_vit", dynamic_img_size=True).eval(),
+        {"mean": [0.2] * 3, "std": [0.1, 0.2, 0.3]},
+    )
+    hub.mkdir()
+    save_file(model.state_dict(), hub / "model.safetensors")
+    (hub / "config.json").write_text(json.dumps({"architecture": "test_vit", "pretrained_cfg": own}))
     train.main(
         [*TINY, "--data.root", str(flat), "--run.dir", str(run), "--data.image_size", str(SIDE), "--run.precision",
-         "bf16", "--run.steps", "2", "--model.backbone", name, "--model.last_stage", "layer4"]
+         "bf16", "--run.steps", "2", "--model.backbone", name, "--model.last_stage", "layer4", "--model.weights",
+         str(hub)]
     )  # fmt: skip
     images = torch.randn(1, 3, SIDE, SIDE)
     first, last = (load(run / file) for file in ("init.safetensors", "weights.safetensors"))
     assert (last.facts["backbone"], last.image_size) == (name, SIDE)
+    mean, std, own_mean, own_std = (torch.tensor(each).view(3, 1, 1) for each in (MEAN, STD, *own.values()))
+    tokens = model.forward_features((images * std + mean - own_mean) / own_std)[:, 1:]
+    torch.testing.assert_close(first.features(images).flatten(2), tokens.mT, atol=1e-4, rtol=1e-4)
+    train.main(["--resume", str(run), "--run.steps", "3"])
+    assert load(run).facts["own_std"] == own["std"]
     pairs = zip(first.backbone.named_parameters(), last.backbone.parameters(), strict=True)
     still = [key for (key, a), b in pairs if torch.equal(a, b)]
     assert not [key for key in still if key.endswith("weight")]
