@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from operator import methodcaller
@@ -103,12 +103,22 @@ class Encoder(nn.Module):
                 return self.backbone.with_class_token(images)
             return self.backbone(images), None
 
-    def of_crops(self, crops: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor | None]:
-        """As `with_class_token`, of uint8 crops `[B,S,S,3]`, B > 0; a CPU takes a few of them at a time."""
+    def of_crops(
+        self, crops: Tensor, dtype: torch.dtype = torch.float32, names: Sequence[str] = ()
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `with_class_token`, of uint8 crops `[B,S,S,3]`, B > 0; a CPU takes a few of them at a time.
+
+        `UsageError` for features that are not finite, with the name of the first such crop.
+        """
         few = len(crops) if crops.is_cuda else max(FEW * torch.get_num_threads() // crops[0, ..., 0].numel(), 1)
         parts = [self.with_class_token(normalise(part, torch.float32), dtype) for part in crops.split(few)]
         features, tokens = ([each for each in column if each is not None] for column in zip(*parts, strict=True))
-        return torch.cat(features), torch.cat(tokens) if tokens else None
+        whole = torch.cat(features)
+        if not (finite := whole.isfinite().flatten(1).all(1)).all():
+            first = int((~finite).nonzero()[0, 0])
+            named = repr(names[first]) if names else f"image {first}"
+            raise UsageError(f"the features of {named} are not finite: this encoder gives NaN or infinity")
+        return whole, torch.cat(tokens) if tokens else None
 
     def both(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Pooled:
         """Normalised images `[B,3,S,S]` to both embeddings and the attention; the backbone runs in `dtype`."""

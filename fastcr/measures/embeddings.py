@@ -64,7 +64,8 @@ def embed(
             sizes.append(sizes_here)
             kept += [indices[i] for i in readable]
             if readable:
-                features, token = encoder.of_crops(pixels.to(context.device), context.dtype)
+                paths = [images.path(indices[i]) for i in readable]
+                features, token = encoder.of_crops(pixels.to(context.device), context.dtype, paths)
                 rows = [thumbnails(pixels)]
                 rows += [each.flatten(1) for each in encoder.pooled(features) if each is not None]
                 others = [*(pool(features) for pool in poolings.values()), token]

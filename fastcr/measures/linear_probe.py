@@ -6,25 +6,30 @@ of the rate after 60 and again after 80, batches of 256.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastcr.measures.checks import usable, usable_labels
+
 LEARNING_RATE, EPOCHS, MILESTONES, BATCH = 30.0, 100, (60, 80), 256
 
 
-def fit_linear(embeddings: Tensor, labels: Tensor, classes: int, *, epochs: int = EPOCHS, seed: int = 0) -> nn.Linear:
+def fit_linear(embeddings: Any, labels: Any, classes: int, *, epochs: int = EPOCHS, seed: int = 0) -> nn.Linear:
     """A classifier of unit embeddings `[N,C]` with `labels` `[N]`, trained on their device from 0 on.
 
-    With other than 100 epochs the milestones keep their share.
+    With other than 100 epochs the milestones keep their share. `ValueError` for what `checks` refuses.
     """
+    embeddings = usable(embeddings)
+    labels = usable_labels(labels, embeddings, classes)
     classifier = nn.Linear(embeddings.shape[1], classes, device=embeddings.device)
     nn.init.zeros_(classifier.weight)
     nn.init.zeros_(classifier.bias)
     optimizer = torch.optim.SGD(classifier.parameters(), lr=LEARNING_RATE, momentum=0.9)
     milestones = [round(epoch * epochs / EPOCHS) for epoch in MILESTONES]
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones)
-    labels = labels.to(embeddings.device)
     random = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
         for rows in torch.randperm(len(labels), generator=random).to(labels.device).split(BATCH):

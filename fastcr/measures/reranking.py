@@ -7,7 +7,8 @@
 - k-reciprocal re-ranking (Zhong et al. 2017, arXiv 1701.08398) holds two images for similar that have the same images
   among their nearest, and are among the nearest of these.
 
-Embeddings `[N,C]` are fp32 and of unit length. All of them are searched, and each is a query; nothing of size `[N,N]`
+Embeddings `[N,C]` may have any float dtype; they are compared as if of unit length, and `ValueError` names a row that
+is not finite. All of them are searched, and each is a query; nothing of size `[N,N]`
 is kept.
 """
 
@@ -18,6 +19,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fastcr.measures.checks import usable
 
 ROWS = 64  # images that are looked at together: their neighbours' neighbours take some megabytes
 Similarity = Callable[[Tensor], Tensor]  # indices of images [Q] to their similarities [Q,N], which the call may change
@@ -39,7 +42,8 @@ def expand(embeddings: Tensor, queries: Tensor | None = None, *, count: int = 10
 
     The nearest are of the embeddings `[N,C]`. Without `queries` these themselves are expanded.
     """
-    found = list[Tensor]()
+    embeddings, found = usable(embeddings), list[Tensor]()
+    queries = None if queries is None else usable(queries, "queries", embeddings.shape[1])
     for part in (embeddings if queries is None else queries).split(ROWS):
         # an embedding is its own nearest
         values, places = (part @ embeddings.T).topk(min(count + (queries is None), len(embeddings)))
@@ -53,6 +57,8 @@ def whiten(embeddings: Tensor, known: Tensor, dims: int = 256, power: float = 0.
 
     Each axis is divided by its standard deviation to the `power`: 0 is PCA alone, 1 is whitening.
     """
+    embeddings = usable(embeddings)
+    known = usable(known, "known embeddings", embeddings.shape[1])
     dims = max(min(dims, len(known) - 1), 1)  # the others have no variance to divide by
     mean = known.mean(0)
     values, axes = torch.linalg.eigh(torch.cov(known.T.double(), correction=0))
@@ -66,6 +72,7 @@ def reciprocal(embeddings: Tensor, k1: int = 20, k2: int = 6, weight: float = 0.
     It is minus the distance of the paper's equation 12: squared Euclidean distances, divided by a row's largest, and
     Jaccard distances of the neighbourhoods, which the `k2` nearest share.
     """
+    embeddings = usable(embeddings)
     count = len(embeddings)
     lists = nearest(embeddings, k1 + 1)
     half = _mutual(lists[:, : round(k1 / 2) + 1])

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastcr.errors import UsageError
+from fastcr.measures.checks import usable, usable_labels
 from fastcr.measures.reranking import Similarity, cosine
 
 CHUNK_BYTES = 128 << 20  # of similarities held at once
@@ -39,32 +39,28 @@ class Queries(NamedTuple):
         return Retrieval(rank1, rank5, precision, len(self.images), count - len(self.images))
 
 
-def retrieval(embeddings: Tensor, labels: Tensor) -> Retrieval:
+def retrieval(embeddings: Any, labels: Any) -> Retrieval:
     """Retrieve each image from all others.
 
     Args:
-        embeddings: `[N,C]` fp32, unit length, on any device.
-        labels: `[N]` integers.
+        embeddings: `[N,C]` of any float dtype, on any device; NumPy arrays and lists too. Rows of another length than 1
+            are compared as if they had it.
+        labels: `[N]` or `[N,1]` integers.
 
     Average precision runs over the full ranking. A tie between an image of the query's class and another counts
     against the query, so that embeddings that have collapsed score as badly as they are. Images whose class has no
     other image are no queries (they stay in the gallery) and are counted in `skipped`. Memory: about `CHUNK_BYTES`
     x 3 beside the embeddings. `ValueError` for embeddings that are not finite, or labels of another number.
     """
-    try:
-        return retrieve_each(embeddings, labels).scores(len(embeddings))
-    except UsageError as error:  # of a command; here the caller is Python
-        raise ValueError(str(error)) from None
+    embeddings = usable(embeddings)
+    return retrieve_each(embeddings, usable_labels(labels, embeddings)).scores(len(embeddings))
 
 
 def retrieve_each(embeddings: Tensor, labels: Tensor, similarity: Similarity | None = None) -> Queries:
-    """As `retrieval`, with the result of every query; by another `similarity` than the cosine, if it is given."""
-    if labels.shape != embeddings.shape[:1]:
-        raise UsageError(f"{len(embeddings)} embeddings need as many labels in one row, got {list(labels.shape)}")
-    finite = embeddings.isfinite().all(1)
-    if not finite.all():
-        first = int((~finite).nonzero()[0, 0])
-        raise UsageError(f"the embedding of image {first} is not finite: it holds NaN or infinity")
+    """As `retrieval`, with the result of every query; by another `similarity` than the cosine, if it is given.
+
+    What it gets is not checked: unit embeddings `[N,C]` in fp32, labels `[N]`.
+    """
     count, similarity = len(embeddings), similarity or cosine(embeddings)
     labels = labels.to(embeddings.device)
     # queries in the order of their classes: those of a class lie together, and so do their relevant images in `order`

@@ -73,6 +73,12 @@ def test_a_cpu_encodes_crops_a_few_at_a_time(encoder: Encoder, monkeypatch: pyte
     assert token is None
     assert features.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(features, whole, atol=1e-5, rtol=1e-4)
+    first = normalise(crops[3:4], torch.float32)[0, 0, 0, 0]
+    spoil = lambda module, args, out: out / (args[0][:, :1, :1, :1] != first)  # noqa: E731  # 0 / 0 of one image
+    hook = encoder.backbone.register_forward_hook(spoil)
+    with pytest.raises(UsageError, match="the features of 'd.jpg' are not finite: this encoder gives NaN or infinity"):
+        encoder.of_crops(crops, names=["a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.jpg"])
+    hook.remove()
 
 
 def test_an_encoder_comes_frozen_and_in_eval_mode_and_can_be_tuned(weights: Path) -> None:

@@ -80,7 +80,7 @@ def test_queries_that_are_not_among_the_embeddings_stay_in_the_sum() -> None:
 
 
 def test_whitened_axes_have_equal_variance_and_half_whitened_the_root_of_it() -> None:
-    known = clusters(400, 8) * torch.linspace(3, 0.3, 8)
+    known = F.normalize(clusters(400, 8) * torch.linspace(3, 0.3, 8), dim=1)
     spread = []
     for power in (0.0, 0.5, 1.0):
         moved = whiten(known, known, 8, power)

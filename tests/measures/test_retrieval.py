@@ -2,7 +2,10 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastcr.measures import retrieval as module
+from fastcr.measures.knn import knn
+from fastcr.measures.linear_probe import fit_linear
+from fastcr.measures.reranking import expand, reciprocal, whiten
 from fastcr.measures.retrieval import Retrieval, retrieval
 
 SIZES = {"one class": [9], "pairs": [2] * 8, "uneven": [2, 3, 5, 13, 30], "many": [4] * 25, "singles": [1, 2, 1, 7, 1]}
@@ -78,14 +84,55 @@ def test_a_tie_counts_against_the_query_only_between_classes() -> None:
     assert retrieval(embeddings, labels) == pytest.approx(expected)
 
 
-def test_what_means_nothing_is_an_error_that_names_it() -> None:
-    embeddings, labels = torch.eye(4), torch.tensor([0, 0, 1, 1])
-    broken = embeddings.clone()
-    broken[2, 1] = torch.nan
-    with pytest.raises(ValueError, match="the embedding of image 2 is not finite"):
-        retrieval(broken, labels)
-    with pytest.raises(ValueError, match="4 embeddings need as many labels"):
-        retrieval(embeddings, labels[:3])
+# every public measure of embeddings and their labels, by what it gives
+MEASURES: dict[str, Callable[[Any, Any], Any]] = {
+    "retrieval": lambda embeddings, labels: torch.tensor(retrieval(embeddings, labels)),
+    "knn": lambda embeddings, labels: knn(embeddings, labels, embeddings, 25, k=3),
+    "linear": lambda embeddings, labels: fit_linear(embeddings, labels, 25, epochs=2).weight,
+    "expand": lambda embeddings, _: expand(embeddings),
+    "expand queries": lambda embeddings, _: expand(torch.eye(16), embeddings),
+    "whiten": lambda embeddings, _: whiten(embeddings, embeddings, 4).abs(),
+    "reciprocal": lambda embeddings, _: reciprocal(embeddings)(torch.arange(20)),
+}
+LABELLED = ["retrieval", "knn", "linear"]
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_embeddings_of_every_usual_form_are_measured_alike(name: str) -> None:
+    embeddings, labels = draw([5] * 4)
+    measure, long = MEASURES[name], embeddings * torch.linspace(0.5, 9, 20)[:, None]
+    expected = measure(embeddings, labels)
+    for other in (long, long.numpy(), long.tolist(), list(long), long.clone().requires_grad_(), long.double()):
+        torch.testing.assert_close(measure(other, labels).to(expected.dtype), expected, atol=1e-3, rtol=1e-3)
+    bf16 = embeddings.bfloat16()
+    torch.testing.assert_close(measure(bf16, labels), measure(bf16.float(), labels), atol=1e-3, rtol=1e-3)
+    for others in (labels.numpy(), labels.tolist(), labels[:, None], labels.float(), labels.to(torch.uint8)):
+        assert torch.equal(measure(embeddings, others), expected)
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_what_means_nothing_is_an_error_that_names_it(name: str) -> None:
+    (embeddings, labels), measure = draw([5] * 4), MEASURES[name]
+    for value in (torch.nan, torch.inf):
+        broken = embeddings.clone()
+        broken[2, 1] = value
+        with pytest.raises(ValueError, match="row 2, is not finite"):
+            measure(broken, labels)
+    ragged = [[1.0, 0.0], *[[1.0]] * 19]
+    for bad, message in ((embeddings[0], r"must be \[N,.*\], .* got \[16\]"), (ragged, "rows of one length")):
+        with pytest.raises(ValueError, match=message):
+            measure(bad, labels)
+    for wrong, message in (
+        (labels[:3], "20 embeddings need as many labels"),
+        (["crow"] * 20, "labels must be numbers"),
+        (torch.where(labels == labels[3], 0.5, labels), "label . is 0.5, not a whole number"),
+    ):
+        with pytest.raises(ValueError, match=message) if name in LABELLED else nullcontext():
+            measure(embeddings, wrong)
+    with pytest.raises(ValueError, match="label 0 is 7, not a whole number from 0 to 4"):
+        knn(embeddings, [7] * 20, embeddings, 5)
+    with pytest.raises(ValueError, match=r"queries must be \[N,16\], .* got \[2, 3\]"):
+        knn(embeddings, labels, torch.eye(3)[:2], 25)
 
 
 MEASURE = """
