@@ -76,7 +76,7 @@ def test_a_cpu_encodes_crops_a_few_at_a_time(encoder: Encoder, monkeypatch: pyte
     first = normalise(crops[3:4], torch.float32)[0, 0, 0, 0]
     spoil = lambda module, args, out: out / (args[0][:, :1, :1, :1] != first)  # noqa: E731  # 0 / 0 of one image
     hook = encoder.backbone.register_forward_hook(spoil)
-    with pytest.raises(UsageError, match=r"the features of 'd\.jpg' are not finite: this encoder gives NaN or infinity"):
+    with pytest.raises(UsageError, match=r"the features of 'd\.jpg' are not finite: this encoder gives"):
         encoder.of_crops(crops, names=["a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.jpg"])
     hook.remove()
 
