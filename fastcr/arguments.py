@@ -86,9 +86,10 @@ class EmbedConfig:
     folder>-embeddings."""
     format: Literal["npy"] = "npy"
     """NumPy's files, which numpy.load maps into memory (mmap_mode)."""
-    pooling: Pooling | None = None
-    """How the positions of the feature map become one embedding. Default: both the
-    attention's and the mean, of which fastcr search takes the attention's; the mean of an encoder without a branch."""
+    pooling: Pooling | Literal["cls"] | None = None
+    """How the positions of the feature map become one embedding; cls: the class token of a ViT that has one. Default:
+    both the attention's and the mean, of which fastcr search takes the attention's; the mean of an encoder without a
+    branch."""
     centre: tyro.conf.UseCounterAction[int] = 0
     """Subtract the mean of the folder's embeddings from each, and scale it to unit length again; fastcr search does the
     same to its queries."""
@@ -165,7 +166,7 @@ class ExportConfig:
     """safetensors (torchvision's or timm's names), torch (torch.export), onnx, or hub (for the Hugging Face Hub)."""
     out: Path | None = None
     """File, or folder of hub, to write. Default: beside the weights (from the Hub: here), named after them."""
-    pooling: Literal["mean", "attention", "gem", "feature-strength", "gaussian"] | None = None
+    pooling: Pooling | None = None
     """torch and onnx: how the graph pools its embedding. Default: the attention, else the mean."""
     tuned: float | None = number(None, 0, 1)
     """Of a run folder: how far on the way from its initial weights (0) to its trained ones (1) the encoder is taken."""

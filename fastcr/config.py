@@ -145,7 +145,8 @@ class OptimConfig:
     """Where the saved encoder lies on the way from the initial weights (0) to the trained ones (1). Below 1 it
     retrieves better among kinds that it was not trained on, and little worse among those that it was."""
     backbone_lr: float | None = number(None, 0)
-    """Learning rate of the backbone; 0 with --model.batchnorm frozen leaves it unchanged. Default: --optim.lr."""
+    """Learning rate of the backbone; 0 with --model.batchnorm frozen leaves it unchanged. Default: --optim.lr, or a
+    tenth of it for a pretrained ViT of timm's and AdamW."""
     momentum: float = number(0.9, 0, 1)
     """Momentum of SGD; AdamW's beta1."""
     weight_decay: float = number(1e-4, 0)

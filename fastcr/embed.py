@@ -99,8 +99,8 @@ def embed_folder(config: EmbedConfig, context: Context) -> None:
             arrays = dict[str, Tensor]()
             if readable:
                 named = [rows[batch[place]][0] for place in readable]
-                features, _ = encoder.of_crops(pixels.to(context.device, non_blocking=True), context.dtype, named)
-                arrays = {each: pooled(features, encoder, each).cpu() for each in wanted}
+                features, token = encoder.of_crops(pixels.to(context.device, non_blocking=True), context.dtype, named)
+                arrays = {each: pooled(features, encoder, each, token=token).cpu() for each in wanted}
                 numbers = torch.tensor(batch)[readable]
                 arrays[IMAGES] = torch.cat([numbers[:, None], sizes.flip(1)], 1)  # sizes are height and width
             job.add(len(batch), arrays)

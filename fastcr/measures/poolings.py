@@ -58,23 +58,30 @@ def without_training(axis: Axis) -> dict[str, Pooling]:
 def key_of(asked: str | None, encoder: Encoder) -> str:
     """The name in `results.json` of the pooling that `--pooling` asks for; by default the attention, else the mean.
 
-    `UsageError` for the attention of an encoder that has none.
+    `UsageError` for the attention or the class token of an encoder that has none.
     """
     default = "mean" if encoder.branch is None else "attention"
     key = {shown: name for name, shown in SHOWN.items()}.get(asked or default, asked or default)
     if key == "rationale" and encoder.branch is None:
         raise UsageError("--pooling attention: this encoder has no branch for the attention")
+    if key == "cls" and not encoder.has_class_token:
+        raise UsageError("--pooling cls: this encoder has no class token")
     return key
 
 
-def pooled(features: Tensor, encoder: Encoder, pooling: str, mean: Tensor | None = None) -> Tensor:
+def pooled(
+    features: Tensor, encoder: Encoder, pooling: str, mean: Tensor | None = None, token: Tensor | None = None
+) -> Tensor:
     """Features `[B,C,h,w]` of `encoder` to unit embeddings `[B,C']`, fp32; less `mean` `[C']`, if it is given.
 
-    `pooling` is a name that `key_of` gives.
+    `pooling` is a name that `key_of` gives; "cls" needs the class `token` `[B,C]`.
     """
     if pooling == "rationale":
         unit = encoder.pooled(features).rationale
         assert unit is not None  # `key_of` has seen to it
+    elif pooling == "cls":
+        assert token is not None  # likewise
+        unit = F.normalize(token.float(), dim=1)
     else:
         unit = F.normalize(OF_FEATURES[pooling](features).float(), dim=1)
     return unit if mean is None else F.normalize(unit - mean.to(unit.device), dim=1)

@@ -25,7 +25,7 @@ from fastcr.errors import UsageError, one_line
 from fastcr.runs.checkpoint import write_whole
 
 Array = np.ndarray[Any, Any]
-POOLINGS = ("mean", "rationale", "gem", "norm", "gaussian")  # arrays of embeddings, as in results.json
+POOLINGS = ("mean", "rationale", "gem", "norm", "gaussian", "cls")  # arrays of embeddings, as in results.json
 TABLE, ENCODER, PARTIAL, DONE = "images.csv", "encoder.json", "partial", "done.json"
 FINAL = (TABLE, *(f"{name}.npy" for name in POOLINGS), ENCODER)
 COLUMNS = ("row", "path", "split", "label", "width", "height")  # of the table: path below the root; size in pixels

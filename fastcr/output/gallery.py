@@ -95,8 +95,8 @@ def encode(
     vectors, maps = list[Tensor](), list[Tensor]()
     pixels = torch.stack([torch.from_numpy(np.array(picture.crop)) for picture in pictures])  # uint8 [N,S,S,3]
     for part in pixels.split(BATCH_SIZE):
-        features, _ = encoder.of_crops(part.to(context.device), context.dtype)
-        vectors.append(pooled(features, encoder, pooling, mean).cpu())
+        features, token = encoder.of_crops(part.to(context.device), context.dtype)
+        vectors.append(pooled(features, encoder, pooling, mean, token).cpu())
         if (attention := encoder.pooled(features).attention) is not None:
             maps += attention.cpu().unbind()
     return torch.cat(vectors), maps or [None] * len(pictures)

@@ -23,6 +23,7 @@ from fastcr.presets import PRESETS, preset
 from fastcr.runs.validate import validate
 
 C = TypeVar("C")
+VIT = r"timm:(test_)?(vit|deit|beit|eva|flexivit|samvit)"  # ViTs: AdamW tunes them at a tenth of a CNN's rate
 
 
 def called(command: str) -> str:
@@ -131,6 +132,9 @@ def read_command_line(args: Sequence[str]) -> tuple[Config, Path | None]:
             config = parse(Config, args, default=said, prog=prog, description=what)  # what is given comes first
         elif config.model.backbone != default.model.backbone and config.model.weights != "none":
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, weights="imagenet"))
+        optim, tuned = config.optim, re.match(VIT, config.model.backbone) and config.model.weights != "none"
+        if tuned and optim.optimizer == "adamw" and optim.backbone_lr is None:
+            config = dataclasses.replace(config, optim=dataclasses.replace(optim, backbone_lr=optim.lr / 10))
         return config, None
     if (config.run.seed, config.optim.batch_size) != (default.run.seed, default.optim.batch_size):
         raise UsageError("--run.seed and --optim.batch_size of a run cannot change: they order its images")
