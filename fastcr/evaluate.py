@@ -75,7 +75,9 @@ def named_encoder(config: EvaluateConfig, say: Callable[[str], object]) -> Encod
         rationale=RationaleConfig(enabled=False),
     )
     torch.manual_seed(0)  # of weights that stay random
-    backbone, _ = build_backbone(name, model.last_stage, image_size=size, colours=settings.model.colours)
+    backbone, _ = build_backbone(
+        name, model.last_stage, image_size=size, colours=(settings.model.mean, settings.model.std)
+    )
     load_initial_weights(backbone, settings.model)
     encoder = Encoder(backbone, None, describe(settings)).requires_grad_(False).eval()
     return encoder.to(memory_format=torch.channels_last)

@@ -21,6 +21,7 @@ from fastcr.runs.command_line import load_config, read_command_line
 
 timm = pytest.importorskip("timm")
 pytestmark = pytest.mark.usefixtures("one_thread")
+BACKBONE = "--model.backbone timm:"
 CPU = ["--run.device", "cpu", "--data.workers", "0"]
 PAGE = Path(__file__).parents[1] / "docs" / "training.md"
 
@@ -61,16 +62,16 @@ def test_a_vit_is_tuned_in_its_last_blocks_and_measured_by_its_class_token(birds
 @pytest.mark.parametrize(
     ("flags", "rate"),
     [
-        (["--model.backbone", "timm:vit_small_patch14_dinov2"], 3e-5),
-        (["--model.backbone", "timm:vit_small_patch14_dinov2", "--optim.backbone_lr", "1e-4"], 1e-4),
-        (["--model.backbone", "timm:vit_small_patch14_dinov2", "--model.weights", "none"], None),
-        (["--model.backbone", "timm:convnext_atto"], None),
+        ("", 3e-5),
+        ("--optim.backbone_lr 1e-4", 1e-4),
+        ("--model.weights none", None),
+        (f"{BACKBONE}convnext_atto", None),
     ],
 )
-def test_a_pretrained_vit_is_tuned_at_a_tenth_of_the_rate(flags: list[str], rate: float | None) -> None:
-    config, _ = read_command_line(["folder", "--data.root", ".", *flags])
-    assert config.optim.lr == 3e-4
-    assert config.optim.backbone_lr == (rate and pytest.approx(rate))
+def test_a_pretrained_vit_is_tuned_at_a_tenth_of_the_rate(flags: str, rate: float | None) -> None:
+    given = f"folder --data.root . {BACKBONE}vit_small_patch14_dinov2 {flags}"
+    config, _ = read_command_line(given.split())
+    assert (config.optim.lr, config.optim.backbone_lr) == (3e-4, rate and pytest.approx(rate))
 
 
 def test_the_pages_command_for_dinov2_tunes_on_half_of_the_kinds_and_measures_on_the_others(

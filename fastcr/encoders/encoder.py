@@ -170,9 +170,7 @@ def describe(config: Config) -> dict[str, Any]:
         "image_size": config.data.image_size,
         "mean": MEAN,
         "std": STD,
-        "own_mean": config.model.mean,  # what the backbone puts the images to; None: what timm says
-        "own_std": config.model.std,
-    }
+    } | {f"own_{name}": own for name in ("mean", "std") if (own := getattr(config.model, name))}
 
 
 def load(

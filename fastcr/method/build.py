@@ -153,7 +153,7 @@ def _modules(config: Config, context: Context, initial_weights: bool) -> tuple[M
     """Encoders with their initial weights, queue and branch, still on the CPU."""
     model, processes = config.model, context.processes
     backbone, channels = build_backbone(
-        model.backbone, model.last_stage, image_size=config.data.image_size, colours=model.colours
+        model.backbone, model.last_stage, image_size=config.data.image_size, colours=(model.mean, model.std)
     )
     with processes.local_first():  # one process downloads, the others find the file
         missing = load_initial_weights(backbone, model) if initial_weights else []
