@@ -105,7 +105,7 @@ def backbone_state(state: State, encoder: nn.Module) -> tuple[State, list[str], 
     found = dict[str, tuple[int, State, list[str]]]()
     for prefix in (each for each, number in sizes.items() if not each or number >= FEW):
         part = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        for rename in (None, of_transformers if timm else of_children):
+        for rename in (None, of_children, of_transformers):
             named, resampled = rename(part, wanted) if rename else part, list[str]()
             if timm and any(key not in named or named[key].shape != value.shape for key, value in wanted.items()):
                 named, resampled = by_timm(named, encoder)

@@ -57,7 +57,7 @@ def tiny(name: str, side: int = 64, **changed: Any) -> Any:
     return model
 
 
-def renamed(state: State, names: list[tuple[str, str]]) -> State:
+def renamed(state: State, names: list[tuple[str, Any]]) -> State:
     found = {}
     for key, value in state.items():
         for pattern, name in names:
@@ -127,6 +127,8 @@ PUBLISHED: dict[str, tuple[str, Callable[[State], Any]]] = {
     "EVA": ("eva02_tiny_patch14_224", lambda state: {"module": renamed(
         state, [("fc1_g", "w1"), ("fc1_x", "w2"), ("fc2", "w3")]) | {"rope.freqs_cos": EXTRA} | MASK}),
     "BEiT": ("beit_base_patch16_224", lambda state: {"model": state}),
+    "lightly, ResNet": ("resnet18", lambda state: under("backbone.", renamed(state, [
+        ("^conv1", "0"), ("^bn1", "1"), (r"^layer(\d)", lambda found: str(int(found[1]) + 3))]))),
     "VICReg-L": ("test_convnext", lambda state: {"model": under("module.backbone.", renamed(state, [
         ("^stem", "downsample_layers.0"), (r"stages.(.).downsample", r"downsample_layers.\1"),
         (r"(stages..)\.blocks", r"\1"), ("conv_dw", "dwconv"), ("mlp.fc", "pwconv")]))}),
