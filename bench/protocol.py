@@ -119,7 +119,11 @@ def measure(run: Path, images: ImageList, context: Context, load_crops: KeptCrop
         title = f"{run.name}, {point:g} of the way"
         seen = embed(encoder, images, context, title=title, poolings={"gem": gem}, load=load_crops)
         labels = torch.tensor(images.labels)[seen.kept]
-        named = {"mean": seen.mean, "attention": seen.rationale, "gem": seen.others["gem"]}
+        named = {
+            "mean": seen.mean,
+            "attention": seen.rationale,
+            **seen.others,
+        }  # the class token too, where there is one
         scores = found[f"{point:g}"] = dict[str, Any]()
         for pooling, vectors in named.items():
             if vectors is None:
