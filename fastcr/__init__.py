@@ -3,9 +3,19 @@
 What is offered here is imported when it is first asked for: `import fastcr` alone does without torch.
 """
 
+import os
+import sys
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
+
+# `python -m fastcr.X` looks for all it imports in the working folder first: a random.py there would pass for Python's
+if (
+    sys.argv[:1] == ["-m"]
+    and sys.orig_argv[-len(sys.argv)].removeprefix("-m").split(".")[0] == __name__
+    and not getattr(sys.flags, "safe_path", False)  # the folder is not there
+    and os.path.dirname(os.path.dirname(__file__)) != sys.path[0]  # a checkout that is not installed
+):
+    del sys.path[0]
 
 if TYPE_CHECKING:
     from fastcr.config import Config
@@ -20,10 +30,7 @@ if TYPE_CHECKING:
     from fastcr.measures.retrieval import retrieval
     from fastcr.presets import preset
 
-try:
-    __version__ = version("fastcr")
-except PackageNotFoundError:  # a bare checkout on the path
-    __version__ = "0+unknown"
+    __version__: str
 
 __all__ = [
     "Config", "Encoded", "Encoder", "RationaleHead", "UsageError", "info_nce", "knn", "load", "preset",
@@ -38,7 +45,14 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """One of `__all__`, imported now."""
+    """One of `__all__`, imported now, or `__version__`."""
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("fastcr")
+        except PackageNotFoundError:  # a bare checkout on the path
+            return "0+unknown"
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"fastcr.{_MODULES.get(name, f'kernels.{name}')}"), name)

@@ -15,6 +15,7 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def write_hub(encoder: Encoder, out: Path, run: Path) -> None:
         told["settings"] = yaml.safe_dump(training_settings(load_config(run / "config.yaml")), sort_keys=False)
     if (run / "results.json").is_file():
         told["results"] = results_of(run / "results.json")
-    card = Template(Path(__file__).with_name("model_card.md.jinja").read_text(encoding="utf-8")).render(told)
+    card = Template(files("fastcr").joinpath("model_card.md.jinja").read_text(encoding="utf-8")).render(told)
     # the Hub counts a download by this file
     about = {"library_name": "fastcr", "fastcr_version": __version__, "facts": encoder.facts}
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:

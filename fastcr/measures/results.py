@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -51,9 +52,11 @@ def reranked(vectors: Tensor, labels: Tensor) -> dict[str, dict[str, float]]:
 def classifier_scores(train: Split, test: Split, classes: int, near: KnnConfig, linear: LinearConfig) -> Scores:
     """Sections `knn` (top1), `linear` (top1, top5) and `few_label` (top-1 by percentage of labels), percent.
 
-    The last two are left out where `linear` says so.
+    The last two are left out where `linear` says so. Of percentages that are the same images, as 1 and 10 are of ten a
+    class, only the last is there.
     """
     scores = Scores()
+    few = {tuple(few_labels(train.labels, percent / 100).tolist()): percent for percent in sorted(linear.few)}
 
     def score(section: str, pooling: str, found: Tensor, **within: int) -> None:
         part = scores.setdefault(section, {}).setdefault(pooling, {})
@@ -66,8 +69,8 @@ def classifier_scores(train: Split, test: Split, classes: int, near: KnnConfig, 
         if linear.enabled:
             probe = fit_linear(vectors, train.labels, classes, epochs=linear.epochs)
             score("linear", name, probe(asked), top1=1, top5=5)
-            for percent in linear.few:
-                rows = few_labels(train.labels, percent / 100)
+            for chosen, percent in few.items():
+                rows = torch.tensor(chosen)
                 probe = fit_linear(vectors[rows.to(vectors.device)], train.labels[rows], classes, epochs=linear.epochs)
                 score("few_label", name, probe(asked), **{str(percent): 1})
     return scores

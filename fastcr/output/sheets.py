@@ -9,6 +9,7 @@ import base64
 import io
 import re
 from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,7 +91,7 @@ def grid_of(tiles: Sequence[Tile]) -> Image.Image:
 
 def html_page(title: str, sections: Sequence[Section]) -> str:
     """The whole page."""
-    text = Path(__file__).parents[1].joinpath("sheet.html.jinja").read_text(encoding="utf-8")
+    text = files("fastcr").joinpath("sheet.html.jinja").read_text(encoding="utf-8")
     template = Template(text, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page = template.render(title=title, sections=sections, generator=GENERATOR, policy=POLICY, uri=data_uri)
     return UNPRINTABLE.sub("\ufffd", page)

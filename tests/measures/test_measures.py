@@ -112,8 +112,9 @@ def test_files_without_boxes_are_refused(tmp_path: Path, content: str | None, me
 def test_classifiers_are_scored_by_section_and_pooling() -> None:
     (train, labels), (queries, truth) = clusters(50), clusters(40, seed=1)
     known, asked = (Split({"mean": x, "rationale": -x}, y) for x, y in ((train, labels), (queries, truth)))
-    found = classifier_scores(known, asked, 5, KnnConfig(k=7), LinearConfig(few=(10, 100), epochs=20))
+    found = classifier_scores(known, asked, 5, KnnConfig(k=7), LinearConfig(few=(1, 10, 100), epochs=20))
     assert list(found) == ["knn", "linear", "few_label"]
+    assert list(found["few_label"]["mean"]) == ["10", "100"]  # of ten a class, 1 % is the same picture as 10 %
     assert all({*part} == {"mean", "rationale"} for part in found.values())
     assert found["knn"]["mean"] == {"top1": accuracy(knn(train, labels, queries, 5, k=7), truth)}
     scores, few = fit_linear(train, labels, 5, epochs=20)(queries), few_labels(labels, 0.1)
