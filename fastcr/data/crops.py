@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import functional as TF
 
 LONGEST = 16  # times the shorter side: what of an image is resized
 
@@ -27,8 +27,18 @@ def centre_crop(image: Image.Image, size: int) -> Tensor:
     if max(image.size) > longest:  # what is enlarged is kept small: a picture of 4 x 20,000 pixels would take gigabytes
         across, down = (max(side - longest, 0) // 2 for side in image.size)
         image = image.crop((across, down, image.width - across, image.height - down))
-    crop = TF.resize(TF.pil_to_tensor(image), [_shorter_side(size)], antialias=True)
-    return TF.center_crop(crop, [size, size]).permute(1, 2, 0)
+    short = _shorter_side(size)
+    height, width = (int(short * side / min(image.size)) for side in image.size[::-1])
+    top, left = (round((side - size) / 2) for side in (height, width))
+    return resized(image, height, width)[top : top + size, left : left + size]
+
+
+def resized(image: Image.Image, height: int, width: int, mode: str = "bilinear") -> Tensor:
+    """An RGB image in another size, uint8 `[height,width,3]`, as torchvision makes it: within a rounding of PIL's."""
+    pixels = torch.from_numpy(np.array(image))[None].permute(0, 3, 1, 2)
+    if image.size != (width, height):
+        pixels = F.interpolate(pixels, (height, width), mode=mode, align_corners=False, antialias=True)
+    return pixels[0].permute(1, 2, 0)
 
 
 def in_crop(points: Tensor, sizes: Tensor, image_size: int) -> Tensor:

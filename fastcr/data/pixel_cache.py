@@ -20,9 +20,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as TF
 
+from fastcr.data.crops import resized
 from fastcr.data.images import ImageList, full_size, upright_size
 from fastcr.errors import UsageError
 from fastcr.runs.context import Context
@@ -31,8 +30,8 @@ from fastcr.runs.machine import cache_folder
 Place = Literal["device", "host", "disk"]
 PIXELS, LAYOUT = "pixels.u8", "layout.npz"  # files of --data.cache disk
 VERSION = b"2"  # raise it whenever files are decoded to other pixels
+FILTER = "bicubic"  # of torch, for bytes: within a rounding of PIL's and ten times as fast
 Layout = dict[str, np.ndarray]  # starts, sizes and broken, as in `CachedImages`
-FILTER = InterpolationMode.BICUBIC  # torchvision's for bytes, within a rounding of PIL's and ten times as fast
 
 
 @dataclass(frozen=True)
@@ -104,12 +103,10 @@ def _decode(images: ImageList, sizes: np.ndarray, side: int, context: Context, p
             image = images.rgb(index, 2 * side)
         except OSError:
             return False
-        decoded = TF.pil_to_tensor(image)
-        if image.size != (width, height):
-            if bounded_size(*full_size(image), side) != (height, width):
-                return False  # another file than the one that was measured
-            decoded = TF.resize(decoded, [height, width], FILTER, antialias=True)
-        pixels[starts[index] : starts[index] + lengths[index]].copy_(decoded.permute(1, 2, 0).reshape(-1))
+        if image.size != (width, height) and bounded_size(*full_size(image), side) != (height, width):
+            return False  # another file than the one that was measured
+        decoded = resized(image, height, width, FILTER).reshape(-1)
+        pixels[starts[index] : starts[index] + lengths[index]].copy_(decoded)
         return True
 
     with ThreadPoolExecutor(max(context.workers, 1)) as pool:
@@ -127,7 +124,7 @@ def _name(images: ImageList, sizes: np.ndarray, side: int) -> str:
     identity = hashlib.blake2b(digest_size=12)
     for index in np.flatnonzero(sizes[:, 0]).tolist():
         identity.update(f"{index} {images.stamp(index)}\n".encode(errors="surrogateescape"))
-    identity.update(sizes.tobytes() + FILTER.value.encode() + VERSION)
+    identity.update(sizes.tobytes() + FILTER.encode() + VERSION)
     return f"pixels-{identity.hexdigest()}-{side}"
 
 

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from fastcr.data.views import MEAN, STD
@@ -116,7 +115,7 @@ def build_backbone(
         return _build_timm(name, image_size, colours)
     if any(own and tuple(own) != usual for own, usual in zip(colours, (MEAN, STD), strict=True)):
         raise UsageError(f"{name} takes images normalised as ImageNet's: weights of others need timm:{name}")
-    resnet = torchvision.models.get_model(name, weights=None)
+    resnet = importlib.import_module("torchvision").models.get_model(name, weights=None)
     modules = OrderedDict(resnet.named_children())
     channels = modules.pop("fc").in_features
     modules.pop("avgpool")

@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from operator import methodcaller
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms import v2
 
 from fastcr.config import Config
 from fastcr.data.crops import centre_crop
@@ -153,9 +151,12 @@ class Encoder(nn.Module):
     @property
     def transform(self) -> Callable[[Image.Image], Tensor]:
         """PIL image of any mode to `[3,S,S]` as in `fastcr.evaluate`: upright, shorter side to `round(S*8/7)`, cut."""
-        cut = partial(centre_crop, size=self.image_size), methodcaller("permute", 2, 0, 1)  # both can be pickled
-        scale = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.mean, self.std)]
-        return v2.Compose([upright_rgb, *cut, *scale])
+        return partial(_as_input, size=self.image_size, mean=self.mean, std=self.std)  # which can be pickled
+
+
+def _as_input(image: Image.Image, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    pixels = centre_crop(upright_rgb(image), size).permute(2, 0, 1).to(torch.float32) / 255
+    return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
 
 def describe(config: Config) -> dict[str, Any]:

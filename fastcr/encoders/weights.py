@@ -6,12 +6,12 @@ import importlib
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-import torchvision
 from torch import nn
 
 from fastcr.config import ModelConfig
@@ -155,14 +155,17 @@ def _installed(package: str, name: str) -> State:
 
 
 def _download(name: str) -> State:
-    """The ImageNet weights that torchvision or timm downloads, or has downloaded before."""
+    """The ImageNet weights of an installed package, or that torchvision or timm downloads or has downloaded before."""
     advice = "pass --model.weights FILE or --model.weights none"
     if name.startswith(TIMM) and not import_timm(name).models.is_model_pretrained(name.removeprefix(TIMM)):
         raise UsageError(f"timm has no weights for {name.removeprefix(TIMM)}: {advice}")
+    for package, model in PACKAGES.items():
+        if model == name and find_spec(package.replace("-", "_")):  # without the network
+            return _installed(package, name)
     try:
         if name.startswith(TIMM):
             return create_timm(name, pretrained=True).state_dict()
-        weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
+        weights = importlib.import_module("torchvision").models.get_model_weights(name)["IMAGENET1K_V1"]
         folder = Path(torch.hub.get_dir()) / "checkpoints"
         advice = f"put {weights.url.rsplit('/', 1)[1]} into {folder}, or {advice}"
         return weights.get_state_dict(progress=True, check_hash=True, weights_only=True)

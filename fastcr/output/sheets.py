@@ -13,12 +13,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from jinja2 import StrictUndefined, Template
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from torchvision.transforms.v2 import functional as TF
-from torchvision.utils import make_grid
 
 from fastcr.errors import UsageError
 from fastcr.runs.checkpoint import write_whole
@@ -85,8 +82,12 @@ def write_grid(out: Path, tiles: Sequence[Tile]) -> None:
 
 def grid_of(tiles: Sequence[Tile]) -> Image.Image:
     """The pictures of tiles, all of one size and number, on white."""
-    pixels = [torch.cat([TF.pil_to_tensor(image) for image in tile.images], 2) for tile in tiles]
-    return TF.to_pil_image(make_grid(pixels, nrow=ROW, padding=GAP, pad_value=255))
+    wide, high = (sum(image.width for image in tiles[0].images) + GAP, tiles[0].images[0].height + GAP)
+    grid = Image.new("RGB", (min(ROW, len(tiles)) * wide + GAP, -(-len(tiles) // ROW) * high + GAP), "white")
+    for number, tile in enumerate(tiles):
+        for place, image in enumerate(tile.images):
+            grid.paste(image, (number % ROW * wide + GAP + place * image.width, number // ROW * high + GAP))
+    return grid
 
 
 def html_page(title: str, sections: Sequence[Section]) -> str:

@@ -94,6 +94,14 @@ def test_loaders_agree_on_odd_files(tmp_path: Path) -> None:
     assert ((torch_s - dali_s).abs().mean((0, 2, 3, 4)) * 0.226 * 255).max() < 1.5  # levels of 255
 
 
+@pytest.mark.parametrize(("width", "height", "size"), [(61, 40, 32), (300, 451, 57), (37, 37, 32), (33, 500, 112)])
+def test_the_crop_is_torchvisions(width: int, height: int, size: int) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    resized = TF.resize(torch.from_numpy(noise).permute(2, 0, 1), [round(size * 8 / 7)], antialias=True)
+    wanted = TF.center_crop(resized, [size, size]).permute(1, 2, 0)
+    assert torch.equal(centre_crop(Image.fromarray(noise), size), wanted)
+
+
 @pytest.mark.parametrize("orientation", [1, 6])
 def test_large_jpegs_are_decoded_smaller_and_look_the_same(tmp_path: Path, orientation: int) -> None:
     upright, file = scene(601, 903), tmp_path / "a.jpg"
