@@ -26,8 +26,7 @@ HELP = "\n".join(
         "",
         *(f"  {command:<10} {what}" for command, what in COMMANDS.items()),
         "",
-        "fastcr COMMAND --help lists a command's arguments. fastcr --version prints the version,",
-        "fastcr --completion bash|zsh a script that completes commands, presets, flags and their values.",
+        "fastcr COMMAND --help lists a command's arguments, fastcr --version prints the version.",
     ]
 )
 
@@ -41,10 +40,6 @@ def main(args: Sequence[str] | None = None) -> None:
         import fastcr
 
         print(fastcr.__version__)
-    elif command == "--completion" and rest in (["bash"], ["zsh"]):
-        from fastcr.arguments import completion
-
-        print(completion(*rest))
     elif command in COMMANDS:
         from fastcr.arguments import check_arguments
         from fastcr.runs.command_line import one_line_errors

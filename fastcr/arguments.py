@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import ast
-import contextlib
-import io
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from fastcr.config import (
     Config,
@@ -22,7 +19,6 @@ from fastcr.config import (
     number,
     tyro,
 )
-from fastcr.presets import PRESETS
 from fastcr.runs.command_line import called, parse, read_command_line, split_preset
 
 # the poolings that need neither labels nor other images; feature-strength weights positions with their features' norm
@@ -55,17 +51,19 @@ class NamedModel:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Retrieval before and after training; --all: every measure. Writes results.json."""
+    """Retrieval before and after training; --all: every measure. Of several encoders: which is best. Writes JSON."""
 
-    source: tyro.conf.Positional[Path]
+    sources: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN ...")]
     """A run folder, one of fastcr's weights files, hf://OWNER/NAME[@REVISION] on the Hugging Face Hub, or an encoder's
-    name: resnet50 and its like, or timm:NAME."""
+    name: resnet50 and its like, or timm:NAME, perhaps with weights (timm:NAME=FILE). Several are ranked."""
     all: tyro.conf.UseCounterAction[int] = 0
     """Measure and show everything: every pooling, kNN, linear probes, and where the attention lies. Without it, only
     retrieval, by the mean, the attention and the best pooling."""
+    pairs: Path | None = None
+    """Measure by pairs of images instead. A CSV file: in each row two paths (from its folder) and same or different."""
     out: Path | None = None
     """The results, JSON. Default: results.json beside the weights; of an encoder by name or from the Hub,
-    <name>-results.json."""
+    <name>-results.json; of pairs, <pairs>-results.json; of several encoders, ranking.json."""
     data: EvaluateData = field(default_factory=EvaluateData)
     model: NamedModel = field(default_factory=NamedModel)
     run: TunedConfig = field(default_factory=TunedConfig)
@@ -77,9 +75,10 @@ class EvaluateConfig:
 class EmbedConfig:
     """Embeddings of every image of a folder, in files."""
 
-    source: tyro.conf.Positional[Path]
-    """A run folder, one of fastcr's weights files, or hf://OWNER/NAME[@REVISION] on the Hugging Face Hub."""
-    folder: tyro.conf.Positional[Path]
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    """A run folder, one of fastcr's weights files, hf://OWNER/NAME[@REVISION] on the Hugging Face Hub, or an encoder's
+    name: resnet50 and its like, or timm:NAME, perhaps with weights (timm:NAME=FILE)."""
+    folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
     """The images: whatever --data.root of the training takes. Training and test images alike are embedded."""
     out: Path | None = None
     """Folder to write: a .npy file for each array, images.csv, encoder.json. Default: <name of the images'
@@ -101,9 +100,9 @@ class EmbedConfig:
 class SearchConfig:
     """The images of an embedded folder that are most similar to others."""
 
-    embeddings: tyro.conf.Positional[Path]
+    embeddings: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="EMBEDDINGS")]
     """A folder that fastcr embed wrote, or one of its files."""
-    images: tyro.conf.Positional[tuple[Path, ...]]
+    images: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGE|DIR ...")]
     """Image files to search for, or whatever --data.root of the training takes (its test images)."""
     k: int = number(5, 1)
     """Nearest images of each."""
@@ -122,9 +121,9 @@ class SearchConfig:
 class VisualizeConfig:
     """Images with the attention over them."""
 
-    source: tyro.conf.Positional[Path]
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """A run folder, one of fastcr's weights files, or hf://OWNER/NAME[@REVISION] on the Hugging Face Hub."""
-    images: tyro.conf.Positional[tuple[Path, ...]] = ()
+    images: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGE|DIR ...")] = ()
     """Image files, or whatever --data.root of the training takes (its test images). Default: the run's own."""
     out: Path | None = None
     """A grid of pictures (.png), or a page with their names too (.html). Default: attention.png beside the weights; of
@@ -148,7 +147,7 @@ class ReportData:
 class ReportConfig:
     """A run as one HTML page."""
 
-    source: tyro.conf.Positional[Path]
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """A run folder."""
     out: Path | None = None
     """The page (.html). Default: report.html in the run's folder."""
@@ -160,7 +159,7 @@ class ReportConfig:
 class ExportConfig:
     """Write a trained encoder for other tools."""
 
-    source: tyro.conf.Positional[Path]
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """A run folder, one of fastcr's weights files, hf://OWNER/NAME[@REVISION], or an authors' released checkpoint."""
     format: Literal["safetensors", "torch", "onnx", "hub"]
     """safetensors (torchvision's or timm's names), torch (torch.export), onnx, or hub (for the Hugging Face Hub)."""
@@ -188,7 +187,7 @@ class TraceConfig(Config):
 class FoldersConfig:
     """What a folder of images holds, and which of them are broken."""
 
-    root: tyro.conf.Positional[Path]
+    root: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
     """What --data.root of the training takes; docs/data.md lists the layouts."""
     classes: tyro.conf.UseCounterAction[int] = 0
     """List every class with its number of images."""
@@ -225,24 +224,3 @@ def check_arguments(command: str, args: Sequence[str]) -> None:
         read_arguments(command, args)
     elif not any(arg.startswith("--resume") for arg in args):
         read_command_line(args)
-
-
-def completion(shell: str) -> str:
-    """tyro's script for bash or zsh; it completes commands, presets, flags and their literal values."""
-    training = make_dataclass("Train", [("resume", Path | None, field(default=None))], bases=(Config,), frozen=True)
-    commands: dict[str, Any] = {"train": training, **COMMANDS}
-    with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
-        tyro.extras.subcommand_cli_from_dict(
-            commands,
-            prog="fastcr",
-            args=["--tyro-print-completion", shell],
-            use_underscores=True,
-            config=(tyro.conf.FlagConversionOff,),
-        )
-    script, start = printed.getvalue(), "COMPLETION_SPEC = "
-    line = next(line for line in script.splitlines() if line.startswith(start))
-    spec = ast.literal_eval(line.removeprefix(start))
-    for command in ("train", "trace"):  # tyro completes no positional arguments; words without a value are like flags
-        (named,) = (option for option in spec["subcommands"][command]["options"] if option["flags"] == ["--preset"])
-        named |= {"flags": list(PRESETS), "type": "flag"}
-    return script.replace(line, start + repr(spec).replace("\\n", " "))  # each line would be a suggestion of its own

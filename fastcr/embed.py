@@ -21,7 +21,7 @@ from fastcr.arguments import EmbedConfig, read_arguments
 from fastcr.data.crop_loader import BATCH_SIZE, load_crops
 from fastcr.data.images import ImageList
 from fastcr.data.layouts import read_splits
-from fastcr.encoders.encoder import find_weights, load
+from fastcr.encoders.named import open_encoder
 from fastcr.errors import UsageError
 from fastcr.measures.poolings import key_of, pooled
 from fastcr.output.embeddings import IMAGES, PARTIAL, Job, check_unused
@@ -68,10 +68,10 @@ def embed_folder(config: EmbedConfig, context: Context) -> None:
     Images that cannot be read are named, counted and left out. `UsageError` for files that cannot be used, a finished
     `config.out`, or one begun with other weights or images.
     """
-    weights = find_weights(config.source)
     out = config.out or Path(f"{config.folder.resolve().name}-embeddings")
     check_unused(out)
-    encoder = load(weights, context.device, tuned=config.run.tuned, image_size=config.data.image_size)
+    tuned, size = config.run.tuned, config.data.image_size
+    encoder, weights, sha256 = open_encoder(config.source, context.device, tuned, size)
     pooling = key_of(config.pooling, encoder)
     wanted = [pooling] if config.pooling or config.centre else sorted({"mean", pooling})
     parts, rows, digest = list_images(config.folder)
@@ -79,7 +79,7 @@ def embed_folder(config: EmbedConfig, context: Context) -> None:
     settings = f"pooling {wanted}, centre {bool(config.centre)}, {context.dtype}"
     settings += f", tuned {encoder.facts.get('tuned', 1.0)}, {encoder.image_size} px"
     key = {
-        "weights": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "weights": sha256,
         "images": digest,
         "settings": f"{settings}, {BATCH_SIZE} images a batch",
     }
@@ -108,7 +108,7 @@ def embed_folder(config: EmbedConfig, context: Context) -> None:
             shutil.rmtree(partial)
             raise UsageError(f"none of the {len(rows)} images under {config.folder} can be read")
         facts = encoder.facts | {
-            "weights": os.path.abspath(weights),  # for `fastcr search`
+            "weights": weights,  # for `fastcr search`
             "weights_sha256": key["weights"],
             "root": os.path.abspath(base),  # of the images' paths
             "settings": key["settings"],

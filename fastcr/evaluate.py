@@ -1,33 +1,33 @@
-"""`fastcr evaluate RUN|WEIGHTS|NAME [--all]`: what an encoder is worth, before and after training.
+"""`fastcr evaluate RUN|WEIGHTS|NAME ... [--all]`: what an encoder is worth, before and after training.
 
 NAME is a torchvision ResNet or `timm:NAME`: an encoder without a run, measured with every pooling that needs no
-training.
+training. Several encoders are ranked; with `--pairs`, pairs of images stand in for labels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fastcr.arguments import EvaluateConfig, NamedModel, read_arguments
-from fastcr.config import Config, DataConfig, ModelConfig, RationaleConfig
+from fastcr.config import LinearConfig
 from fastcr.data.layouts import read_splits
-from fastcr.data.synthetic import write_synthetic
-from fastcr.encoders.backbone import RESNETS, TIMM, backbone_mistake, build_backbone
-from fastcr.encoders.encoder import Encoder, describe, find_weights
+from fastcr.data.synthetic import BOXES, write_synthetic
+from fastcr.encoders.encoder import Encoder, find_weights, load
 from fastcr.encoders.hub import address_of
-from fastcr.encoders.weights import load_initial_weights, with_own_colours
+from fastcr.encoders.named import is_name, model_of, named_encoder
 from fastcr.errors import UsageError
 from fastcr.measures.evaluation import Classifiers, Evaluation, not_measured, test_images
 from fastcr.measures.localisation import read_objects
+from fastcr.measures.pairs import Scored, read_pairs, results_of, score_pairs
+from fastcr.measures.poolings import key_of
 from fastcr.measures.results import best_pooling
 from fastcr.output.evaluations import show, write_results
-from fastcr.runs.checkpoint import INITIAL, facts_of
+from fastcr.runs.checkpoint import INITIAL
 from fastcr.runs.command_line import called, load_config, one_line_errors
 from fastcr.runs.context import Context
 from fastcr.runs.distributed import processes_of_torchrun
@@ -35,80 +35,120 @@ from fastcr.runs.distributed import processes_of_torchrun
 PATIENCE = timedelta(days=1)  # of the other processes, while the first one trains its probes
 
 
-def read_settings(args: Sequence[str] | None) -> tuple[EvaluateConfig, Path | None, Path | None, Path]:
-    """Settings, the weights file (None: an encoder by name), the images' root, and where the results go."""
+def read_settings(args: Sequence[str] | None) -> tuple[EvaluateConfig, Path | None, Path]:
+    """Settings, the images' root (None: the drawn birds, or pairs), and where the results go."""
     config: EvaluateConfig = read_arguments("evaluate", args)
-    source, root, name = config.source, config.data.root, str(config.source)
-    weights: Path | None = None
-    if not source.exists() and (name in RESNETS or name.startswith(TIMM)):
-        out = Path(f"{name.replace(':', '-').replace('/', '-')}-results.json")
-        if root is None:
-            raise UsageError("an encoder by name needs --data.root, the folder of images to measure on")
-    else:
+    root, out, sources = config.data.root, Path("ranking.json"), config.sources
+    if not sources:
+        raise UsageError("name a RUN, or an encoder such as timm:NAME; several of them are ranked")
+    for source in sources:
+        if is_name(source):
+            model_of(str(source), **vars(config.model))  # a mistake in a name is said before anything is measured
+            continue
+        weights = find_weights(source)
         if source.is_dir():
             root = root or load_config(source / "config.yaml").data.root
-        weights = find_weights(source)
-        if config.model != NamedModel():
-            raise UsageError(f"--model is for encoders by name; {source} has its own")
-        address = address_of(source)
-        out = Path(f"{Path(address).name}-results.json") if address else weights.with_name("results.json")
-        if not source.is_dir() and root is None:
-            raise UsageError("a weights file needs --data.root, the folder of images to measure on")
+    without = [str(source) for source in sources if not source.is_dir()]
+    if without and root is None and not config.pairs:
+        raise UsageError(f"{without[0]} needs --data.root, the folder of images to measure on")
+    if config.model != NamedModel() and not any(map(is_name, sources)):
+        raise UsageError(f"--model is for encoders by name; {sources[0]} has its own")
+    if len(sources) > 1 and (config.all or config.data.boxes):
+        raise UsageError("--all and --data.boxes are for one encoder: several are ranked by retrieval and kNN")
+    if config.pairs:
+        out = config.pairs.with_name(f"{config.pairs.stem}-results.json")
+    elif len(sources) == 1 and (is_name(sources[0]) or address_of(sources[0])):
+        name = Path(address_of(sources[0]) or "").name or re.sub("[:/]", "-", str(sources[0]))
+        out = Path(f"{name}-results.json")
+    elif len(sources) == 1:
+        out = weights.with_name("results.json")
     out = config.out or out
     if out.is_dir() or not out.parent.is_dir():  # said before everything is measured
         raise UsageError(f"--out {out} names no file in a folder that is there")
-    return config, weights, root, out
+    return config, root, out
 
 
-def named_encoder(config: EvaluateConfig, say: Callable[[str], object]) -> Encoder:
-    """The encoder that `config` names, with its weights, on the CPU; `say` is told what lies beside them.
-
-    `UsageError` if it cannot be had.
-    """
-    name, model = str(config.source), config.model
-    if wrong := backbone_mistake(name, model.last_stage):
-        raise UsageError(wrong.removeprefix("--model.backbone: "))
-    size = config.data.image_size or facts_of(Path(model.weights)).get("size", DataConfig.image_size)
-    settings = Config(
-        model=with_own_colours(ModelConfig(name, model.last_stage, model.weights, model.allow_missing_weights), say),
-        data=DataConfig(image_size=size),
-        rationale=RationaleConfig(enabled=False),
-    )
-    torch.manual_seed(0)  # of weights that stay random
-    backbone, _ = build_backbone(
-        name, model.last_stage, image_size=size, colours=(settings.model.mean, settings.model.std)
-    )
-    load_initial_weights(backbone, settings.model)
-    encoder = Encoder(backbone, None, describe(settings)).requires_grad_(False).eval()
-    return encoder.to(memory_format=torch.channels_last)
+def encoder_of(config: EvaluateConfig, context: Context, source: Path) -> Encoder:
+    """One of the encoders that `config` names, on the CPU. `UsageError` if it cannot be had."""
+    size = config.data.image_size
+    if not is_name(source):
+        return load(source, tuned=config.run.tuned, image_size=size)
+    return named_encoder(model_of(str(source), **vars(config.model)), size, context.say)
 
 
-def measure(config: EvaluateConfig, evaluation: Evaluation, weights: Path | None) -> dict[str, Any]:
+def measure(config: EvaluateConfig, evaluation: Evaluation) -> dict[str, Any]:
     """Content of the results' file: of weights, beside those the run began with, or of an encoder by name."""
-    if weights is not None:
+    (source,) = config.sources
+    if not is_name(source):
+        weights = find_weights(source)
         initial = weights.with_name(INITIAL)
-        of_run = config.source.is_dir() and initial.is_file()
+        of_run = source.is_dir() and initial.is_file()
         return evaluation.results(weights, evaluation.measure_file(initial, "before training") if of_run else None)
-    encoder = evaluation.context.processes.once(partial(named_encoder, config, evaluation.context.say))
-    found = evaluation.described(evaluation.measure(encoder.to(evaluation.context.device), str(config.source)))
-    named = {"name": str(config.source), "weights": config.model.weights, "image_size": encoder.image_size}
+    encoder = evaluation.context.processes.once(partial(encoder_of, config, evaluation.context, source))
+    found = evaluation.described(evaluation.measure(encoder.to(evaluation.context.device), str(source)))
+    named = {"name": str(source), "weights": config.model.weights, "image_size": encoder.image_size}
     return {"encoder": named, **found, "best": {"baseline": best_pooling(found)}}
+
+
+def rank(config: EvaluateConfig, evaluation: Evaluation) -> dict[str, Any]:
+    """Content of the results' file: a row for each encoder, by the pooling that `fastcr embed` takes; best first.
+
+    Those that cannot be had are named and left out; `UsageError` if that is all of them.
+    """
+    context, rows, found = evaluation.context, list[dict[str, Any]](), dict[str, Any]()
+    for source in config.sources:
+        try:
+            encoder = context.processes.once(partial(encoder_of, config, context, source))
+            measured = evaluation.measure(encoder.to(context.device), str(source), baselines=False)
+        except UsageError as error:
+            if context.processes.ranks > 1:  # the others have ended
+                raise
+            context.say(f"left out: {source}: {error}")
+            continue
+        found = found or evaluation.described(measured)
+        pooling, scores = key_of(None, encoder), measured.scores
+        row = {"encoder": str(source), "image_size": encoder.image_size, "pooling": pooling}
+        row |= {"knn": scores["knn"][pooling]["top1"]} if "knn" in scores else {}
+        rows.append(row | scores["retrieval"][pooling] | {"seconds": measured.seconds})
+    if not rows:
+        raise UsageError("none of these encoders could be measured")
+    facts = {name: found[name] for name in ("folder", "images", "unreadable", "skipped", "classes")}
+    return facts | {"ranking": sorted(rows, key=lambda row: -row["mAP"])}
+
+
+def by_pairs(config: EvaluateConfig, source: Path, context: Context) -> dict[str, Any]:
+    """Content of the results' file: what the pairs say of each encoder, of a run before and after training."""
+    once, scored = context.processes.once, dict[str, Scored]()
+    pairs = once(partial(read_pairs, source))
+    for each in config.sources:
+        if (each / INITIAL).is_file():
+            before = once(partial(load, each / INITIAL, image_size=config.data.image_size)).to(context.device)
+            scored[f"{each}, before"] = score_pairs(before, pairs, context)
+        encoder = once(partial(encoder_of, config, context, each))
+        scored[str(each)] = score_pairs(encoder.to(context.device), pairs, context)
+    return once(partial(results_of, pairs, scored))
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Command line of `fastcr evaluate`."""
     with one_line_errors("evaluate"), processes_of_torchrun(called("evaluate"), PATIENCE) as processes:
-        config, weights, root, out = processes.once(partial(read_settings, args))
-        splits = read_splits(root or write_synthetic())
-        images = test_images(splits)
-        if images is None:
-            raise UsageError(f"{root} has {not_measured(splits)}, so nothing can be measured")
+        config, root, out = processes.once(partial(read_settings, args))
         context = Context.of(config.run.device, config.run.precision, config.data.workers, processes=processes)
-        classifiers = Classifiers(config.knn, config.linear) if config.all else None
-        objects = read_objects(config.data.boxes, images) if config.data.boxes else None
-        size = config.data.image_size
-        evaluation = Evaluation(splits, images, context, classifiers, config.run.tuned, size, objects)
-        results = measure(config, evaluation, weights)
+        if config.pairs:
+            results = by_pairs(config, config.pairs, context)
+        else:
+            splits = read_splits(root or write_synthetic())
+            boxes = config.data.boxes or (None if root else write_synthetic() / BOXES)
+            images = test_images(splits)
+            if images is None:
+                raise UsageError(f"{root} has {not_measured(splits)}, so nothing can be measured")
+            several = len(config.sources) > 1
+            linear = LinearConfig(enabled=False) if several else config.linear
+            classifiers = Classifiers(config.knn, linear) if config.all or several else None
+            objects = read_objects(boxes, images) if boxes else None
+            size = config.data.image_size
+            evaluation = Evaluation(splits, images, context, classifiers, config.run.tuned, size, objects)
+            results = rank(config, evaluation) if several else measure(config, evaluation)
         show(results, context, every=bool(config.all))
         if processes.first:
             write_results(out, results)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +12,9 @@ from rich.table import Table
 from fastcr.arguments import SearchConfig, read_arguments
 from fastcr.data.crop_loader import BATCH_SIZE
 from fastcr.data.images import ImageList
-from fastcr.encoders.encoder import Encoder, find_weights, load
+from fastcr.encoders.encoder import Encoder
 from fastcr.encoders.hub import address_of
+from fastcr.encoders.named import is_name, open_encoder
 from fastcr.errors import UsageError
 from fastcr.measures.poolings import SHOWN
 from fastcr.measures.reranking import expand
@@ -30,12 +30,13 @@ DRAWN, DRAWN_NEAR = 100, 20  # queries, and neighbours of each, that are drawn; 
 def encoder_of(stored: Stored, named: Path | None, device: torch.device) -> Encoder:
     """The encoder that made the embeddings. `UsageError` if it is gone or another one."""
     source = named or Path(stored.facts["weights"])
-    if not source.exists() and not address_of(source):
+    if not source.exists() and not address_of(source) and not is_name(source):
         raise UsageError(f"the encoder of these embeddings, {source}, is gone: --encoder says where it is now")
-    weights = find_weights(source)
-    if hashlib.sha256(weights.read_bytes()).hexdigest() != stored.facts["weights_sha256"]:
+    facts = stored.facts
+    encoder, weights, sha256 = open_encoder(source, device, facts.get("tuned"), facts.get("image_size"))
+    if sha256 != stored.facts["weights_sha256"]:
         raise UsageError(f"{weights} is not the encoder that made these embeddings: --encoder says where that one is")
-    return load(weights, device, tuned=stored.facts.get("tuned"), image_size=stored.facts.get("image_size"))
+    return encoder
 
 
 def table_of(near: Sequence[Neighbour]) -> Table:

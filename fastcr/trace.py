@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +22,25 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from fastcr.arguments import TraceConfig, read_arguments
-from fastcr.data.layouts import read_splits
+from fastcr.config import Config
 from fastcr.data.loaders import make_views
-from fastcr.data.synthetic import write_synthetic
+from fastcr.data.synthetic import splits_of
 from fastcr.errors import UsageError
-from fastcr.method.build import build, check_settings, fit_sizes
+from fastcr.method.build import Schedule, build, check_settings, fit_sizes
 from fastcr.runs.command_line import one_line_errors
 from fastcr.runs.context import Context
 
 TRACE, SUMMARY = "trace.json.gz", "phases.json"
 SHOWN = 20  # kernels or operators
+PLANNED = 5  # steps that an estimate is made of
 WAITING = "waiting for data"
 PHASES = (WAITING, "key forward", "query forward", "contrast", "fit", "backward", "optimiser", "EMA", "queue")
 Row = dict[str, Any]
 
 
-def prepare_step(config: TraceConfig, context: Context) -> Callable[[], None]:
+def prepare_step(config: Config, context: Context) -> Callable[[], None]:
     """A function that does one training step on the run's own batches; what only the first steps do is done."""
-    images = read_splits(config.data.root or write_synthetic()).train
+    images = splits_of(config).train
     config = fit_sizes(config, images, context)
     training = build(config, context)
     views, _ = make_views(config, images, context)
@@ -50,6 +53,19 @@ def prepare_step(config: TraceConfig, context: Context) -> Callable[[], None]:
 
     repeat(one_step, 5 if config.run.cuda_graph else 2)
     return one_step
+
+
+def plan(config: Config, context: Context) -> None:
+    """Say what a run would take, by a few of its steps, of which nothing is left. `UsageError` as `train` has it."""
+    images = splits_of(config).train
+    schedule = Schedule.of(fit_sizes(config, images, context), len(images))
+    ms = repeat(prepare_step(config, context), PLANNED)
+    cuda = context.device.type == "cuda"
+    used = torch.cuda.max_memory_reserved() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    rest, pairs = timedelta(seconds=round(schedule.last * ms / 1e3)), config.optim.batch_size
+    context.say(f"{len(images):,} training images: {schedule.last:,} steps of {pairs} in {config.optim.epochs} epochs")
+    context.say(f"memory: {used / 2**30:.1f} GiB on {context.device}, besides what loader processes take")
+    context.say(f"all steps: about {rest} ({ms / 1e3:.2f} s each); the start and the measuring at the end come on top")
 
 
 def repeat(one_step: Callable[[], object], times: int) -> float:
@@ -89,8 +105,6 @@ def trace(config: TraceConfig, context: Context) -> None:
     Raises `UsageError` as `train` does, and where `--out` holds a trace already.
     """
     device, cuda = context.device, context.device.type == "cuda"
-    if config.data.root is None and config.preset != "synthetic":
-        raise UsageError(f"preset {config.preset} needs --data.root, the folder of its images")
     check_settings(config, context)
     folder = config.out or Path("runs") / f"trace-{time.strftime('%Y%m%d-%H%M%S')}"
     if (folder / TRACE).exists():

@@ -21,9 +21,8 @@ from torch import Tensor
 
 from fastcr.config import Config
 from fastcr.data.images import ImageList, Splits
-from fastcr.data.layouts import read_splits
 from fastcr.data.loaders import make_views
-from fastcr.data.synthetic import write_synthetic
+from fastcr.data.synthetic import BOXES, splits_of, write_synthetic
 from fastcr.data.views import Views
 from fastcr.encoders.encoder import between, describe
 from fastcr.encoders.weights import with_own_colours
@@ -54,6 +53,7 @@ from fastcr.runs.machine import process_age
 from fastcr.runs.sinks import check_tracker
 from fastcr.runs.validate import validate
 from fastcr.runs.watch import RunConsole, StopSignal, check_weights
+from fastcr.trace import plan
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,8 @@ def train(
         context = Context.of(config.run.device, config.run.precision, config.data.workers, console, processes)
         run = open_run(config, Path(resume) if resume else None, context, folders)
         config, schedule = run.config, run.schedule
-        evaluation = TrainingEvaluation(run.folder, run.splits, context, knn=bool(config.run.eval_every))
+        boxes = None if config.data.root else write_synthetic() / BOXES
+        evaluation = TrainingEvaluation(run.folder, run.splits, context, bool(config.run.eval_every), boxes)
         logged = {"start": run.start, "last": schedule.last, "steps_per_epoch": schedule.steps_per_epoch}
         with RunLog(run.folder, config, context, **logged) as log:
             if stopped := run_steps(run, evaluation, log, began):
@@ -209,13 +210,11 @@ def open_run(config: Config, resume: Path | None, context: Context, folders: Exi
     The run folder is this run's alone until `folders` is closed.
     """
     processes = context.processes
-    if config.data.root is None and config.preset != "synthetic":
-        raise UsageError(f"preset {config.preset} needs --data.root, the folder of its images")
     check_tracker(config.run.track)
     check_settings(config, context)
     if resume is None and config.run.dir:
         processes.once(partial(check_unused, config.run.dir))
-    splits = read_splits(config.data.root or write_synthetic())
+    splits = splits_of(config)
     config = fit_sizes(config, splits.train, context)
     images = fingerprint(splits.train)
     if processes.most(images, -images) != [images, -images]:
@@ -281,10 +280,13 @@ def save(run: Run, saver: Saver, step: int) -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Command line of `fastcr train`."""
+    args = sys.argv[1:] if args is None else args
     with one_line_errors("train"), processes_of_torchrun(called("train")) as processes:
-        config, resume = processes.once(partial(read_command_line, sys.argv[1:] if args is None else args))
+        config, resume = processes.once(partial(read_command_line, args))
         try:
             console = RunConsole(markup=False, emoji=False, quiet=not processes.first)
+            if "--plan" in args:
+                return plan(config, Context.of(config.run.device, config.run.precision, config.data.workers, console))
             train(config, resume=resume, console=console, started=process_age(), processes=processes)
         except torch.OutOfMemoryError:
             half = max(config.optim.batch_size // 2, 2)

@@ -2,16 +2,13 @@
 
 import dataclasses
 import json
-import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 
 import pytest
 
 import fastcr
 from fastcr import __main__ as program
-from fastcr.arguments import completion
 from fastcr.config import Config, DataConfig, MocoConfig, ModelConfig, OptimConfig, RunConfig
 from fastcr.train import train
 from tests.shared import records, start
@@ -31,6 +28,8 @@ def modules_after(code: str) -> set[str]:
 def test_importing_fastcr_imports_nothing_heavy_until_it_is_asked_for() -> None:
     assert not {"torch", "numpy", "tyro"} & modules_after("import fastcr")
     assert "torch" in modules_after("import fastcr\nfastcr.load")
+    commands = "import fastcr.embed, fastcr.search, fastcr.evaluate, fastcr.report, fastcr.export"
+    assert not {"torchvision", "torch._dynamo", "timm"} & modules_after(commands)  # each takes a second
 
 
 def test_every_public_name_is_there_and_no_other() -> None:
@@ -108,27 +107,3 @@ def test_each_command_has_help_and_says_how_it_was_called(
             program.main([command, "--help"])
         assert stop.value.code == 0
         assert f"usage: {called.format(command)} " in " ".join(capsys.readouterr().out.split())
-
-
-@cache
-def bash_completion() -> str:
-    return completion("bash")
-
-
-@pytest.mark.parametrize(
-    ("words", "found"),
-    [
-        ("ev", "evaluate"),
-        ("train cub200-p", "cub200-paper"),
-        ("train cub200 --optim.backbone_l", "--optim.backbone_lr"),
-        ("train --resu", "--resume"),
-        ("train --data.loader da", "dali"),
-        ("export run --format o", "onnx"),
-    ],
-)
-def test_bash_completes_commands_presets_flags_and_values(words: str, found: str, tmp_path: Path) -> None:
-    (tmp_path / "completion").write_text(bash_completion())
-    ask = f"source completion; COMP_WORDS=(fastcr {words}); COMP_CWORD={len(words.split())}; _tyro_fastcr; "
-    ask += "printf '%s\\n' \"${COMPREPLY[@]}\""
-    answer = subprocess.run(["bash", "-c", ask], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert found in answer.stdout.splitlines()

@@ -7,7 +7,7 @@ import math
 import shutil
 from collections import Counter
 from collections.abc import Callable
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from sklearn.metrics import roc_auc_score
 from torchvision.transforms import v2
 
-from fastcr import evaluate, train
+from fastcr import embed as embed_command
+from fastcr import evaluate, search, train
 from fastcr.config import RationaleConfig
 from fastcr.data import crop_loader
 from fastcr.data.images import ImageList
@@ -282,10 +284,60 @@ def test_a_resnet_by_name_and_weights_is_that_encoder(birds: Path, tmp_path: Pat
     assert not (tmp_path / "results.json").exists()
 
 
+def test_encoders_are_ranked_and_the_best_one_searches(
+    finished: Path, birds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(load(finished).backbone.state_dict(), "backbone.pt")
+    names = [str(finished), "resnet18=none", "resnet18=backbone.pt", "resnet18=nowhere.pt"]
+    named = ["--model.last_stage", "layer3", "--data.image_size", "32"]
+    evaluate.main([*names, *named, "--data.root", str(birds), *CPU])
+    out, found = capsys.readouterr().out, json.loads(Path("ranking.json").read_text())
+    rows = {row["encoder"]: row for row in found["ranking"]}
+    assert rows.keys() == {*names[:3]}  # and of the last it says why not
+    assert "left out: resnet18=nowhere.pt: " in out
+    assert [row["mAP"] for row in found["ranking"]] == sorted((row["mAP"] for row in rows.values()), reverse=True)
+    (tmp_path / "alone").mkdir()
+    evaluate.main([str(finished), "--all", "--linear.enabled", "False", "--out", "alone/results.json", *CPU])
+    alone = results(tmp_path / "alone")
+    for row, pooling in ((rows[names[0]], "rationale"), (rows["resnet18=backbone.pt"], "mean")):
+        assert (row["pooling"], row["image_size"], row["seconds"] > 0) == (pooling, 32, True)
+        assert row["mAP"] == pytest.approx(alone["retrieval"][pooling]["mAP"])
+        assert row["knn"] == alone["knn"][pooling]["top1"]
+    capsys.readouterr()
+
+    # an encoder by name embeds and searches as one with weights of its own does
+    size = ["--data.image_size", "32", *CPU]
+    embed_command.main(["resnet18=none", str(birds / "test"), "--out", "index", *size])
+    search.main(["index", str(birds / "test"), "--k", "1", "--run.device", "cpu"])
+    assert capsys.readouterr().out.count("1.0000") == 32  # each finds itself
+
+
+def test_pairs_measure_a_run_before_and_after(
+    copied: Path, birds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [sorted(folder.iterdir()) for folder in sorted((birds / "test").iterdir())]
+    lines = [f"{a},{b},same" for a, b in files] + [f"{a[0]},{b[1]},different" for a, b in pairwise(files)]
+    (tmp_path / "pairs.csv").write_text("\n".join(lines))
+    evaluate.main([str(copied), "--pairs", str(tmp_path / "pairs.csv"), *CPU])
+    out, found = capsys.readouterr().out, json.loads((tmp_path / "pairs-results.json").read_text())
+    assert found["pairs"] == {"same": 16, "different": 15, "left_out": 0}
+    names = [(row["encoder"], row["pooling"]) for row in found["encoders"]]
+    assert names == [(each, name) for each in (f"{copied}, before", str(copied)) for name in ("mean", "rationale")]
+    encoder = load(copied)
+    vectors = {file: encoder(encoder.transform(Image.open(file))[None]).embedding[0] for row in files for file in row}
+    cosines = [float(vectors[a] @ vectors[b]) for a, b in files]
+    cosines += [float(vectors[a[0]] @ vectors[b[1]]) for a, b in pairwise(files)]
+    assert found["encoders"][-1]["auc"][0] == pytest.approx(100 * roc_auc_score([1] * 16 + [0] * 15, cosines), abs=0.5)
+    assert "the last row's AUC is {:+.1f}".format(found["gained"][0]) in out
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (["resnet18"], "needs --data.root"),
+        ([], "name a RUN, or an encoder such as timm:NAME"),
+        (["resnet18", "RUN", "--all"], "--all and --data.boxes are for one encoder"),
         (["timm:vit_tinny", "--data.root", "BIRDS"], "no encoder 'timm:vit_tinny'"),
         (["RUN", "--model.weights", "none"], "is for encoders by name"),
         (["RUN", "--out", "nowhere/results.json"], "--out nowhere/results.json names no file"),

@@ -28,7 +28,7 @@ from fastcr.measures.health import HealthWarnings
 from fastcr.method import build as training
 from fastcr.runs import checkpoint
 from fastcr.runs.checkpoint import load_weights
-from fastcr.runs.command_line import load_config
+from fastcr.runs.command_line import called, load_config
 from fastcr.runs.context import Context
 from tests.shared import SHORT, TINY, records, start, wait_for, write_calm_weights
 
@@ -238,7 +238,10 @@ def test_flat_folder_trains_and_says_that_nothing_is_measured(
     flat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(flat, tmp_path / "run", "--run.steps", "8", "--run.eval_every", "1")
-    assert capsys.readouterr().out.count("retrieval is not measured") == 1
+    out = capsys.readouterr().out
+    assert out.count("retrieval is not measured") == 1
+    for command, args in (("evaluate", "--pairs FILE"), ("embed", f"{flat} --out INDEX")):
+        assert f"{called(command)} {tmp_path / 'run'} {args}" in out
     assert not names(tmp_path / "run") & {"results.json", "evaluations.jsonl"}
 
 

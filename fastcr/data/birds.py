@@ -151,8 +151,10 @@ class Pen:
                 self.line([(x - 0.045, y - 0.012), (x + 0.045, y + 0.012)], colour, 0.026)
 
 
-def perched(draw: ImageDraw.ImageDraw, kind: Species, rng: Generator, unit: float, size: ArrayLike) -> tuple[Pen, Pen]:
-    """Pens for the body and the head of a bird that is anywhere in the picture of `size`, but whole."""
+def perched(
+    draw: ImageDraw.ImageDraw, kind: Species, rng: Generator, unit: float, size: ArrayLike
+) -> tuple[Pen, Pen, list[float]]:
+    """Pens for the body and the head of a bird that is anywhere in the picture of `size`, but whole; and its box."""
     plan = kind.plan
     angle = np.radians(plan.tilt + rng.uniform(-14, 14))
     body = Pen(draw, (0, 0), unit, angle, plan.depth * rng.uniform(0.9, 1.12))
@@ -162,7 +164,7 @@ def perched(draw: ImageDraw.ImageDraw, kind: Species, rng: Generator, unit: floa
     low, high = outline.min(0), outline.max(0)
     place = rng.random(2) * (size - (high - low)) - low
     body.at, head.at = body.at + place, head.at + place
-    return body, head
+    return body, head, (np.concatenate([low + place, high + place]) / np.tile(size, 2)).tolist()
 
 
 def draw_body(body: Pen, head: Pen, kind: Species, rng: Generator) -> None:

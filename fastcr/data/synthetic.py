@@ -12,12 +12,16 @@ from numpy.random import Generator
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
+from fastcr.config import Config
 from fastcr.data.birds import CLASSES, COLOURS, PATTERNS, Pen, Species, draw_body, perched, shade, smooth
+from fastcr.data.images import Splits
+from fastcr.data.layouts import read_splits
 from fastcr.errors import UsageError
 from fastcr.runs.context import progress
 from fastcr.runs.machine import cache_folder
 
-VERSION = 2  # part of the cache folder's name: raise it whenever a drawn image changes
+VERSION = 3  # part of the cache folder's name: raise it whenever what is written changes
+BOXES = "boxes.csv"  # of the birds, for `fastcr evaluate --data.boxes`
 TRAIN, TEST = 60, 30  # images of each species
 WIDTHS, HEIGHT, SUPERSAMPLING = (128, 152), 128, 2
 SCENES = (  # a colour ramp, the grid of the finest noise (columns, rows), the weight of the vertical gradient
@@ -87,7 +91,10 @@ def _clutter(draw: ImageDraw.ImageDraw, rng: Generator, at: ArrayLike, unit: flo
 
 
 def draw_bird(kind: Species, rng: Generator) -> Image.Image:
-    """One RGB image of a bird of this species; everything else comes from `rng`."""
+    """One RGB image of a bird of this species; everything else comes from `rng`.
+
+    Its `info["box"]` has the bird's left, top, right and bottom, fractions of the image's sides.
+    """
     size = int(rng.integers(WIDTHS[0], WIDTHS[1] + 1)), HEIGHT
     width, height = size[0] * SUPERSAMPLING, size[1] * SUPERSAMPLING
     canvas = _backdrop(rng, (size[0] // 2, HEIGHT // 2)).resize((width, height), Image.Resampling.BICUBIC)
@@ -96,7 +103,7 @@ def draw_bird(kind: Species, rng: Generator) -> Image.Image:
     for at in rng.random((rng.integers(8, 18), 2)) * (width, height):
         _clutter(draw, rng, at, 0.8 * unit)
 
-    body, head = perched(draw, kind, rng, unit, (width, height))
+    body, head, box = perched(draw, kind, rng, unit, (width, height))
     bark = shade((104, 78, 58), rng.uniform(0.7, 1.3))
     if rng.random() < 0.7:
         (x, y), slope = body.pixels((0.05, 0.42)), rng.uniform(-0.3, 0.3)
@@ -113,16 +120,25 @@ def draw_bird(kind: Species, rng: Generator) -> Image.Image:
         if (np.hypot(*(keep_off - at).T) > np.array([0.75, 0.5, 0.4]) * unit).all():
             _clutter(draw, rng, at, 0.8 * unit)
     if rng.random() < 0.5:
-        canvas = ImageOps.mirror(canvas)
+        canvas, box = ImageOps.mirror(canvas), [1 - box[2], box[1], 1 - box[0], box[3]]
     light = rng.uniform(0.75, 1.15) * (0.8 + 0.4 * _noise(rng, (4, 3), size))[..., None]
     pixels = np.asarray(canvas.reduce(SUPERSAMPLING)) * light * rng.uniform(0.9, 1.1, 3)
-    return Image.fromarray((pixels + rng.normal(0, 3, (*size[::-1], 1))).clip(0, 255).astype(np.uint8))
+    picture = Image.fromarray((pixels + rng.normal(0, 3, (*size[::-1], 1))).clip(0, 255).astype(np.uint8))
+    picture.info["box"] = box
+    return picture
+
+
+def splits_of(config: Config) -> Splits:
+    """The images of a run, the drawn birds unless it names others. `UsageError` where its preset has to."""
+    if config.data.root is None and config.preset != "synthetic":
+        raise UsageError(f"preset {config.preset} needs --data.root, the folder of its images")
+    return read_splits(config.data.root or write_synthetic())
 
 
 def write_synthetic(
     root: Path | None = None, *, seed: int = 0, train_per_class: int = TRAIN, test_per_class: int = TEST
 ) -> Path:
-    """Write the set as `root/{train,test}/<class>/<nnnn>.jpg` unless it is there, and return its folder.
+    """Write the set as `root/{train,test}/<class>/<nnnn>.jpg`, with `BOXES`, unless it is there; return its folder.
 
     Image i of a class and split depends only on these three and the seed. A folder with the same file names
     is used as it is; any other that holds something raises `UsageError`.
@@ -147,9 +163,13 @@ def write_synthetic(
     # drawn beside the final folder and renamed: a killed run leaves no half set, two runs at once do not meet
     with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as scratch:
         draft = Path(scratch, root.name)
+        lines = ["path,left,top,right,bottom"]
         for file, (kind, seeds) in progress(images.items(), "drawing the synthetic birds", len(images)):
             (draft / file).parent.mkdir(parents=True, exist_ok=True)
-            draw_bird(kind, np.random.default_rng(seeds)).save(draft / file, quality=90)
+            picture = draw_bird(kind, np.random.default_rng(seeds))
+            picture.save(draft / file, quality=90)
+            lines.append(",".join([file.as_posix(), *(f"{side:.4f}" for side in picture.info.get("box", ()))]))
+        (draft / BOXES).write_text("\n".join(lines) + "\n")
         if not complete():
             draft.rename(root)
     return root

@@ -48,6 +48,7 @@ class Measured(NamedTuple):
     skipped: int  # images that are alone in their class: in the gallery, but no queries
     unreadable: list[str]
     queries: dict[tuple[str, bool], Queries]  # by pooling and whether the mean is subtracted
+    seconds: float  # that the encoder took for a thousand images
 
 
 def test_images(splits: Splits) -> ImageList | None:
@@ -132,7 +133,7 @@ class Evaluation:
                 for name in scores["retrieval"]
             }
         alone = len(test.labels) - len(queries["mean", False].images)
-        return Measured(scores, alone, found.unreadable, queries)
+        return Measured(scores, alone, found.unreadable, queries, found.seconds)
 
     def measure_file(self, path: Path, title: str, tuned: float | None = None) -> Measured:
         """Every score of a weights file, which only the first process needs to have; `tuned` as of `load`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -23,10 +24,12 @@ from fastcr.measures.evaluation import (
     not_measured,
     test_images,
 )
+from fastcr.measures.localisation import read_objects
 from fastcr.measures.poolings import SHOWN
 from fastcr.output.gallery import fixed_attention
 from fastcr.output.tables import results_tables
 from fastcr.runs.checkpoint import INITIAL, save_weights, write_whole
+from fastcr.runs.command_line import called
 from fastcr.runs.context import Context
 from fastcr.runs.log import read_records
 
@@ -41,10 +44,12 @@ class Logged(NamedTuple):
 class TrainingEvaluation:
     """The evaluations of one training run: during it, and at its end. Without labels, only the attention is drawn."""
 
-    def __init__(self, folder: Path, splits: Splits, context: Context, *, knn: bool = False) -> None:
+    def __init__(self, folder: Path, splits: Splits, context: Context, knn: bool, boxes: Path | None) -> None:
+        """With `knn`, kNN is measured too; with the file `boxes`, how much of the attention lies in them."""
         self.folder, self.context, images = folder, context, test_images(splits)
         classifiers = Classifiers(KnnConfig(), LinearConfig(enabled=False)) if knn else None
-        self.evaluation = Evaluation(splits, images, context, classifiers) if images else None
+        objects = read_objects(boxes, images) if boxes and images else None
+        self.evaluation = Evaluation(splits, images, context, classifiers, objects=objects) if images else None
         self.drawn, self.lacking = splits.test or splits.train, not_measured(splits)
 
     @cached_property
@@ -89,7 +94,13 @@ class TrainingEvaluation:
     def at_the_end(self, encoder: Encoder) -> Logged:
         """Evaluate weights.safetensors, which hold `encoder`; write results.json and print the table."""
         if self.evaluation is None:
-            self.context.say(f"{self.lacking}: retrieval is not measured")
+            run = shlex.quote(str(self.folder))
+            self.context.say(
+                f"{self.lacking}: retrieval is not measured. Is it better than before? Some fifty pairs tell:"
+            )
+            self.context.say(f"  {called('evaluate')} {run} --pairs FILE    (each line: IMAGE,IMAGE,same or different)")
+            self.context.say(f"to search: {called('embed')} {run} {shlex.quote(str(self.drawn.root))} --out INDEX")
+            self.context.say(f"  {called('search')} INDEX IMAGE")
             return self._logged(encoder, {})
         results = self.evaluation.results(self.folder / "weights.safetensors", self.before)
         show(results, self.context)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from fastcr.measures.poolings import SHOWN
 from fastcr.measures.results import best_pooling
@@ -23,6 +23,9 @@ def results_tables(results: dict[str, Any], *, every: bool = False) -> Iterator[
 
     With `every`, retrieval by each pooling too.
     """
+    if "ranking" in results or "pairs" in results:
+        yield from ranking(results) if "ranking" in results else by_pairs(results)
+        return
     yield retrieval_table(results)
     if line := best_line(results):
         yield line
@@ -31,6 +34,38 @@ def results_tables(results: dict[str, Any], *, every: bool = False) -> Iterator[
     others = others_table(results)
     if others.row_count:
         yield others
+
+
+def ranking(results: dict[str, Any]) -> Iterator[Table | str]:
+    """Frozen encoders, the best by mAP first."""
+    rows, knn = results["ranking"], ["kNN"] * any("knn" in row for row in results["ranking"])
+    title = f"{results['images']} images of {results['classes']} classes: retrieval, percent"
+    table = Table(Column("encoder", overflow="fold"), Column("px", justify="right"), "pooling", title=title)
+    for name in ("rank-1", "mAP", *knn, "s / 1,000"):
+        table.add_column(name, justify="right")
+    table.caption = "s / 1,000: seconds of the encoder for a thousand pictures, without reading them"
+    for row in rows:
+        figures = (*_cells(row, "rank1", "mAP", *map(str.lower, knn)), f"{row['seconds']:.1f}")
+        table.add_row(row["encoder"], str(row["image_size"]), SHOWN.get(row["pooling"], row["pooling"]), *figures)
+    yield table
+    best = rows[0]
+    yield f"to search with the best one: fastcr embed {best['encoder']} DIR --data.image_size {best['image_size']}"
+
+
+def by_pairs(results: dict[str, Any]) -> Iterator[Table | str]:
+    """What pairs of images say of encoders, each figure with its confidence range."""
+    counts = results["pairs"]
+    table = Table(Column("encoder", overflow="fold"), "pooling", "AUC", "accuracy")
+    table.title = "pairs: {same} the same, {different} different, {left_out} left out as unreadable".format(**counts)
+    table.caption = "percent, and the range that holds 95 % of 2,000 random draws of the pairs"
+    for row in results["encoders"]:
+        figures = ("{:.1f} [{:.1f}, {:.1f}]".format(*row[name]) for name in ("auc", "accuracy"))
+        table.add_row(row["encoder"], SHOWN.get(row["pooling"], row["pooling"]), *figures)
+    yield table
+    if "gained" in results:
+        figure, low, high = results["gained"]
+        verdict = "better" if low > 0 else "worse" if high < 0 else "no difference that can be told apart from chance"
+        yield f"the last row's AUC is {figure:+.1f} [{low:+.1f}, {high:+.1f}] from the encoder before it: {verdict}"
 
 
 def text_of(table: Table) -> sheets.Table:
@@ -136,7 +171,8 @@ def poolings_table(results: dict[str, Any]) -> Table:
 
 def others_table(results: dict[str, Any]) -> Table:
     """Every measure but retrieval, a row each; an embedding a column."""
-    sides, names = _sides(results), [name for name in ("mean", "rationale") if name in results["retrieval"]]
+    sides, classified = _sides(results), "knn" in results or "linear" in results
+    names = [name for name in ("mean", "rationale")[not classified :] if name in results["retrieval"]]
     table = _table("other measures, percent", "measure", sides, [SHOWN.get(name, name) for name in names])
     rows = [("kNN top-1", "knn", "top1"), ("linear top-1", "linear", "top1"), ("linear top-5", "linear", "top5")]
     few = results.get("few_label", {}).get("mean", {})

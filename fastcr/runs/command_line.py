@@ -24,6 +24,24 @@ from fastcr.runs.validate import validate
 
 C = TypeVar("C")
 VIT = r"timm:(test_)?(vit|deit|beit|eva|flexivit|samvit)"  # ViTs: AdamW tunes them at a tenth of a CNN's rate
+# the settings that people change, as `fastcr train --help` explains them
+BASICS = {
+    "data.root": "folder of images; docs/data.md lists the layouts",
+    "run.dir": "run folder; runs/<preset>-<date>-<time> if not given",
+    "model.backbone": "resnet18 to resnet152, or timm:NAME",
+    "model.weights": "imagenet, none, a file, or a package that holds them",
+    "data.image_size": "side of the square views, pixels",
+    "optim.epochs": "passes over the images; 0 saves the start",
+    "optim.batch_size": "images a step, of all processes together",
+    "optim.lr": "highest learning rate",
+    "optim.tuned": "where the saved encoder lies between start (0) and end (1)",
+    "model.frozen_stages": "stages that stay as they are: a number, or half",
+    "run.device": "cpu, cuda, cuda:N, or auto",
+    "run.precision": "bf16, fp16, fp32, or auto",
+    "run.eval_every": "epochs between two evaluations; 0: only at the end",
+    "run.seed": "of weights, order and augmentation",
+    "data.workers": "loader processes; one a core if not given",
+}
 
 
 def called(command: str) -> str:
@@ -113,18 +131,25 @@ def split_preset(args: Sequence[str]) -> tuple[list[str], Config]:
 
 
 def read_command_line(args: Sequence[str]) -> tuple[Config, Path | None]:
-    """`[PRESET | --resume RUN] [--section.field value ...]` to settings and the run to resume.
+    """`[PRESET | --config FILE | --resume RUN] [--section.field value ...]` to settings and the run to resume.
 
     `PRESET --run.dir RUN --resume auto` resumes RUN if it has saved anything, and begins it if not.
     """
-    args, resume = _without_resume(args)
+    args, resume, file = _without_resume([arg for arg in args if arg != "--plan"])
     if resume:
         default = load_config(resume / "config.yaml")
+    elif file:
+        default = load_config(file)  # of a run, whose folder is not to be written into again
+        default = dataclasses.replace(default, run=dataclasses.replace(default.run, dir=None))
     else:
+        if "-h" in args or "--help" in args:
+            print(short_help(args))
+            raise SystemExit(0)
         args, default = split_preset(args)
     presets = "\n".join(f"  {name}: {(make.__doc__ or '').splitlines()[0]}" for name, make in PRESETS.items())
     what = f"Train an image encoder and its attention on unlabelled images.\n\nPresets:\n{presets}"
-    prog = f"{called('train')} [PRESET | --resume RUN]"
+    prog = f"{called('train')} [PRESET | --config FILE | --resume RUN]"
+    args = ["--help" if arg == "--help-all" else arg for arg in args]
     config = parse(Config, args, default=default, prog=prog, description=what)
     if not resume:
         if config.model.weights != default.model.weights:
@@ -143,6 +168,18 @@ def read_command_line(args: Sequence[str]) -> tuple[Config, Path | None]:
     return config, resume
 
 
+def short_help(args: Sequence[str]) -> str:
+    """The settings that people change, on one screen, as the preset has them that `args` name, else as `folder` has."""
+    config = preset(args[0] if args and not args[0].startswith("-") else "folder")
+    lines = [f"usage: {called('train')} [PRESET | --config FILE | --resume RUN] [--section.field value ...]", ""]
+    for name, (section, key, what) in ((f"--{each}", (*each.split("."), what)) for each, what in BASICS.items()):
+        value = getattr(getattr(config, section), key)
+        lines.append(f"  {name:<21} {what}{'' if value is None else f' ({value})'}")
+    lines += ["", f"In brackets: what {config.preset} has. Presets: {', '.join(PRESETS)} (default: synthetic)."]
+    lines += ["--help-all explains every setting; --plan says what the run would take and does not begin it;"]
+    return "\n".join([*lines, "--config FILE begins with the settings of a run, its config.yaml."])
+
+
 def _as_weights_say(config: Config, weights: Path) -> Config:
     """The settings with the backbone, and for weights from elsewhere the image size, that these weights have."""
     if not weights.exists():
@@ -155,15 +192,19 @@ def _as_weights_say(config: Config, weights: Path) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **named), data=data)
 
 
-def _without_resume(args: Sequence[str]) -> tuple[list[str], Path | None]:
-    """The arguments without `--resume`, and the folder of the run to resume, if there is one."""
+def _without_resume(args: Sequence[str]) -> tuple[list[str], Path | None, Path | None]:
+    """The arguments without `--resume` and `--config`, the folder of the run to resume, and the file of settings."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--resume")
+    parser.add_argument("--config", type=Path)
     parser.add_argument("--run.dir", dest="folder")
     try:
         named, others = parser.parse_known_args(args)
     except argparse.ArgumentError as error:
-        raise UsageError(f"{error.argument_name} needs a run folder") from None
+        what = "a run folder" if error.argument_name == "--resume" else "a value"
+        raise UsageError(f"{error.argument_name} needs {what}") from None
+    if named.config and (named.resume or (others and not others[0].startswith("-"))):
+        raise UsageError("--config brings all settings: it goes without a preset and without --resume")
     if named.folder is not None:
         others += ["--run.dir", named.folder]
     if named.resume == "auto":
@@ -172,13 +213,13 @@ def _without_resume(args: Sequence[str]) -> tuple[list[str], Path | None]:
         from fastcr.runs.checkpoint import saves_of  # imports torch, which help and mistakes do without
 
         if not saves_of(Path(named.folder)):
-            return others, None
+            return others, None, named.config
         if others and not others[0].startswith("-"):
             del others[0]  # the preset: config.yaml has what came of it
-        return others, Path(named.folder)
+        return others, Path(named.folder), None
     if named.resume is not None and not Path(named.resume).is_dir():
         raise UsageError(f"no run folder {named.resume}")
-    return others, Path(named.resume) if named.resume else None
+    return others, Path(named.resume) if named.resume else None, named.config
 
 
 def save_config(config: Config, path: Path) -> None:

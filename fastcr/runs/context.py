@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 from typing import TypeVar
 
@@ -18,6 +20,7 @@ from fastcr.runs.machine import pick_device, pick_dtype, pick_workers
 
 T = TypeVar("T")
 CPU = torch.device("cpu")
+SECONDS = 10.0  # between two lines where there is no bar
 
 
 @dataclass(frozen=True)
@@ -59,11 +62,38 @@ class Context:
         self.console.print(Segments(self.console.render(table, options)), crop=False, end="")
 
     def progress(self, items: Iterable[T], title: str, total: int | None = None) -> Iterable[T]:
-        """The items, with a bar that disappears at the end; without a terminal there is no bar."""
+        """The items, with a bar that disappears at the end, or lines, as `progress` shows it."""
         return progress(items, title, total, self.console)
 
 
-def progress(items: Iterable[T], title: str, total: int | None = None, console: Console | None = None) -> Iterable[T]:
-    """The items, with a bar on the console (by default on stderr) as `Context.progress` shows it."""
-    console = console or Console(stderr=True)
-    return track(items, title, total, console=console, transient=True, disable=not console.is_terminal)
+def progress(items: Iterable[T], title: str, total: int | None = None, console: Console | None = None) -> Iterator[T]:
+    """The items, with a bar on the console (by default on stderr), or without a terminal lines, which `Pace` times."""
+    console, pace = console or Console(stderr=True), Pace()
+    if console.is_terminal:
+        yield from track(items, title, total, console=console, transient=True)
+        return
+    if total:
+        console.print(title, soft_wrap=True, highlight=False)
+    for done, item in enumerate(items, start=1):
+        yield item
+        if pace.due():
+            so_far = f"{done:,}"
+            if total:
+                left = timedelta(seconds=round((time.monotonic() - pace.began) / done * (total - done)))
+                so_far = f"{done / total:.0%}, time left {left}"
+            console.print(f"{title}: {so_far}", soft_wrap=True, highlight=False)
+
+
+class Pace:
+    """When a line is due of how far some work has come: every ten seconds, and in a long time ever more rarely."""
+
+    def __init__(self) -> None:
+        self.began = self.said = time.monotonic()
+
+    def due(self) -> bool:
+        """Whether one is due now; then the next one comes later."""
+        now = time.monotonic()
+        if now - self.said < max(SECONDS, (now - self.began) / 100):
+            return False
+        self.said = now
+        return True

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from fastcr.config import Config
 from fastcr.runs.checkpoint import write_whole
-from fastcr.runs.context import Context
+from fastcr.runs.context import Context, Pace
 from fastcr.runs.sinks import Sinks
 
 SHOWN = {  # metric: its name and format
@@ -32,6 +32,7 @@ SHOWN = {  # metric: its name and format
     "kept_neighbours": ("neighbours kept", "{:.0%}"),
 }
 PACE = 600  # seconds of a run, evaluations included, by whose pace the rest is estimated
+TENTH = 10  # step after whose like the time of the rest can be told
 OF_THE_MOMENT = ("images_per_second", "data_wait")  # worth a look while a run goes on, not a line of its log
 
 
@@ -46,7 +47,7 @@ class RunLog:
         self, folder: Path, config: Config, context: Context, *, start: int, last: int, steps_per_epoch: int
     ) -> None:
         self.context, self.steps_per_epoch, self.epochs = context, steps_per_epoch, config.optim.epochs
-        self.meter = Meter()
+        self.meter, self.pace, self.start, self.last = Meter(), Pace(), start, last
         self.shown: dict[str, Any] = {}  # the latest of each metric: some come once an epoch
         self.sinks: Sinks | None = None
         self.file: TextIO | None = None
@@ -90,6 +91,13 @@ class RunLog:
         self.meter.images += images
         epoch = min((step - 1) // self.steps_per_epoch + 1, self.epochs)
         self.bar.update(self.task, completed=step, description=f"epoch {epoch}/{self.epochs}")
+        if not self.context.console.is_terminal and (self.pace.due() or step == self.start + TENTH):
+            self.context.say(f"step {step:,} of {self.last:,}  epoch {epoch}/{self.epochs}{self.time_left()}")
+
+    def time_left(self) -> str:
+        """What all other steps will take, by the pace of the last; nothing at the end."""
+        seconds = self.bar.tasks[self.task].time_remaining
+        return f"  time left {timedelta(seconds=round(seconds))}" if seconds else ""
 
     def record(self, record: dict[str, Any]) -> None:
         """Append one step's metrics, and show them."""
@@ -112,9 +120,7 @@ class RunLog:
     def epoch_done(self, record: dict[str, Any], epoch: int) -> None:
         """Leave a line behind for a finished epoch."""
         lasting = {name: value for name, value in record.items() if name not in OF_THE_MOMENT}
-        seconds = self.bar.tasks[self.task].time_remaining  # of the whole run; 0 at its end
-        left = f"  time left {timedelta(seconds=round(seconds))}" if seconds else ""
-        self.context.say(f"epoch {epoch}/{self.epochs}  {describe(lasting)}{left}")
+        self.context.say(f"epoch {epoch}/{self.epochs}  {describe(lasting)}{self.time_left()}")
 
 
 def describe(record: dict[str, Any]) -> str:

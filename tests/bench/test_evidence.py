@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from scipy.stats import spearmanr
 
 from bench import evidence, evidence_table
 from fastcr import evaluate, train
@@ -184,3 +185,19 @@ def test_the_table_has_means_and_ranges() -> None:
 @pytest.mark.parametrize("study", sorted(RESULTS.glob("evidence_*.json")), ids=lambda study: study.stem)
 def test_the_committed_tables_are_those_of_their_runs(study: Path) -> None:
     assert study.with_suffix(".md").read_text() == evidence_table.tables(evidence_table.read(study))
+
+
+def test_what_the_documentation_says_of_figures_without_labels() -> None:
+    found = list[tuple[str, float, float, float]]()
+    for study in sorted(RESULTS.glob("evidence_*.json")):
+        for run in json.loads(study.read_text())["runs"].values():
+            if "kept_neighbours" in (last := run.get("last") or {}):
+                gained = run["best"]["trained"]["mAP"] - run["best"]["baseline"]["mAP"]
+                found.append((study.stem, gained, last["kept_neighbours"], last["effective_rank"]))
+    page = (RESULTS.parents[1] / "docs" / "evaluation.md").read_text()
+    names = {"all": "", "EfficientNet-Lite0 at 112 px": "evidence_lite_", "ResNet-18 up to layer3": "evidence_trunk_"}
+    for name, start in names.items():
+        _, gained, *figures = zip(*(row for row in found if row[0].startswith(start)), strict=True)
+        kept, rank = (spearmanr(each, gained).statistic for each in figures)
+        assert f"| {name} | {len(gained)} | {kept:+.2f} | {rank:+.2f} |" in page
+    assert sorted(round(kept, 2) for _, gained, kept, _ in found if gained < 0) == [0.31, 0.35, 0.55]

@@ -11,7 +11,7 @@ import torch
 from fastcr import train
 from fastcr.presets import PRESETS
 from fastcr.runs import machine
-from fastcr.runs.command_line import load_config, read_command_line, save_config
+from fastcr.runs.command_line import BASICS, load_config, read_command_line, save_config
 from fastcr.runs.validate import validate
 from tests.shared import TINY
 
@@ -42,6 +42,8 @@ def copied(finished: Path, tmp_path: Path) -> Path:
         ("qqq", ("'qqq'", *PRESETS)),
         ("--resume --run.steps 3", ("--resume needs a run folder",)),
         ("--resume auto", ("--resume auto needs --run.dir",)),
+        ("folder --config a.yaml", ("--config brings all settings",)),
+        ("folder --plan", ("preset folder needs --data.root",)),
         ("--run.device cuda:99", ("--run.device cuda:99", "CUDA devices")),
     ],
 )
@@ -120,6 +122,30 @@ def test_flags_override_the_preset_and_the_resumed_run(finished: Path) -> None:
     )
     config, resumed = read_command_line(["--run.steps", "7", "--resume", str(finished)])
     assert (resumed, config.run.steps, config.data.image_size) == (finished, 7, 32)
+
+
+def test_help_is_a_screen_and_a_plan_takes_a_runs_settings(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--help"])
+    screen = capsys.readouterr().out
+    assert (stop.value.code, len(BASICS), len(screen.splitlines())) == (0, 15, 21)
+    assert "passes over the images; 0 saves the start (12)" in screen
+    with pytest.raises(SystemExit):
+        train.main(["synthetic", "--help-all"])
+    everything = capsys.readouterr().out
+    assert all(f"--{flag}" in screen and f"--{flag}" in everything for flag in BASICS)
+    monkeypatch.chdir(tmp_path)
+    settings = load_config(finished / "config.yaml")
+    read, resumed = read_command_line(["--config", str(finished / "config.yaml"), "--optim.epochs", "3"])
+    assert (read.run.dir, read.optim.epochs, read.data, resumed) == (None, 3, settings.data, None)
+    train.main(["--plan", "--config", str(finished / "config.yaml"), "--optim.epochs", "3"])
+    planned = capsys.readouterr().out
+    assert f"64 training images: 1 steps of {settings.optim.batch_size} in 3 epochs" in planned
+    assert "memory: " in planned
+    assert "all steps: about 0:00:0" in planned
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
