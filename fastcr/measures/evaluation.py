@@ -120,7 +120,7 @@ class Evaluation:
             train, kept = self._split(known, self.splits.train), self._in_common()[found.kept]
             asked = Split({name: test.vectors[name][kept.to(self.context.device)] for name in train.vectors},
                           test.labels[kept])  # fmt: skip
-            scores |= classifier_scores(train, asked, len(self.images.classes), *self.classifiers)
+            scores |= classifier_scores(train, asked, len(self.images.classes), *self.classifiers, self.context)
         if self.objects is not None and found.attention is not None:
             boxes = objects_in_crop(self.objects[found.kept], found.sizes, encoder.image_size)
             scores["localisation"] = localisation(found.attention, boxes)

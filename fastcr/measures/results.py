@@ -11,8 +11,10 @@ from torch import Tensor
 from fastcr.config import KnnConfig, LinearConfig
 from fastcr.measures.knn import accuracy, knn
 from fastcr.measures.linear_probe import few_labels, fit_linear
+from fastcr.measures.poolings import SHOWN
 from fastcr.measures.reranking import expand, reciprocal, whiten
 from fastcr.measures.retrieval import retrieve_each
+from fastcr.runs.context import Context
 
 Scores = dict[str, dict[str, Any]]
 
@@ -49,14 +51,17 @@ def reranked(vectors: Tensor, labels: Tensor) -> dict[str, dict[str, float]]:
     return found
 
 
-def classifier_scores(train: Split, test: Split, classes: int, near: KnnConfig, linear: LinearConfig) -> Scores:
+def classifier_scores(
+    train: Split, test: Split, classes: int, near: KnnConfig, linear: LinearConfig, context: Context | None = None
+) -> Scores:
     """Sections `knn` (top1), `linear` (top1, top5) and `few_label` (top-1 by percentage of labels), percent.
 
     The last two are left out where `linear` says so. Of percentages that are the same images, as 1 and 10 are of ten a
     class, only the last is there.
     """
-    scores = Scores()
+    scores, every = Scores(), tuple(range(len(train.labels)))
     few = {tuple(few_labels(train.labels, percent / 100).tolist()): percent for percent in sorted(linear.few)}
+    probes: list[tuple[tuple[int, ...], int | None]] = [(every, None), *few.items()] if linear.enabled else []
 
     def score(section: str, pooling: str, found: Tensor, **within: int) -> None:
         part = scores.setdefault(section, {}).setdefault(pooling, {})
@@ -66,11 +71,12 @@ def classifier_scores(train: Split, test: Split, classes: int, near: KnnConfig, 
         asked = test.vectors[name]
         votes = knn(vectors, train.labels, asked, classes, k=near.k, temperature=near.temperature)
         score("knn", name, votes, top1=1)
-        if linear.enabled:
-            probe = fit_linear(vectors, train.labels, classes, epochs=linear.epochs)
-            score("linear", name, probe(asked), top1=1, top5=5)
-            for chosen, percent in few.items():
-                rows = torch.tensor(chosen)
-                probe = fit_linear(vectors[rows.to(vectors.device)], train.labels[rows], classes, epochs=linear.epochs)
+        shown = SHOWN.get(name, name)
+        for chosen, percent in (context or Context()).progress(probes, f"linear probes, {shown}", len(probes)):
+            rows = torch.tensor(chosen)
+            probe = fit_linear(vectors[rows.to(vectors.device)], train.labels[rows], classes, epochs=linear.epochs)
+            if percent is None:
+                score("linear", name, probe(asked), top1=1, top5=5)
+            else:
                 score("few_label", name, probe(asked), **{str(percent): 1})
     return scores
