@@ -46,7 +46,7 @@ def read_settings(args: Sequence[str] | None) -> tuple[EvaluateConfig, Path | No
             model_of(str(source), **vars(config.model))  # a mistake in a name is said before anything is measured
             continue
         weights = find_weights(source)
-        if source.is_dir():
+        if source.is_dir() and not config.pairs:
             root = root or load_config(source / "config.yaml").data.root
     without = [str(source) for source in sources if not source.is_dir()]
     if without and root is None and not config.pairs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,8 +81,8 @@ def results_of(pairs: Pairs, scored: dict[str, Scored]) -> dict[str, Any]:
     """Content of the results' file: AUC and accuracy of each encoder, percent, each with its range [low, high].
 
     The accuracy is that of the cosine's best limit, which is chosen on these very pairs, in each draw anew.
-    `gained` is the AUC of the last encoder less that of the one before it, by the pooling that each would take by
-    default, and its range over the same draws.
+    `gained` is the AUC of the last encoder's last pooling, which is the attention where there is one, less that of the
+    better pooling of the encoder before it; its range is over the same draws.
     """
     read = ~np.isnan(next(iter(scored.values()))["mean"])
     same, rng = pairs.same[read], np.random.default_rng(0)
@@ -92,8 +93,9 @@ def results_of(pairs: Pairs, scored: dict[str, Scored]) -> dict[str, Any]:
     some, others = (np.concatenate([np.ones_like(each[:1]), each]) for each in counts)
     both = np.empty((len(some), len(same)))
     both[:, same], both[:, ~same] = some, others
-    rows, areas = list[dict[str, Any]](), list[Array]()
+    rows, areas = list[dict[str, Any]](), list[list[Array]]()
     for name, vectors in scored.items():
+        areas.append([])
         for pooling, whole in vectors.items():
             cosine = whole[read]
             above = (np.sign(cosine[same][:, None] - cosine[~same]) + 1) / 2  # 1/2 for a tie
@@ -102,9 +104,9 @@ def results_of(pairs: Pairs, scored: dict[str, Scored]) -> dict[str, Any]:
             limits = np.concatenate([[-np.inf], (ordered[1:] + ordered[:-1]) / 2])
             right = 100 * (both @ ((cosine[:, None] > limits) == same[:, None])).max(1) / len(same)
             rows.append({"encoder": name, "pooling": pooling, "auc": _ranged(area), "accuracy": _ranged(right)})
-        areas.append(area)  # of the last pooling: the attention's, where there is one
+            areas[-1].append(area)
     found = {"pairs": {"same": len(counts[0][0]), "different": len(counts[1][0]), "left_out": int((~read).sum())}}
-    gained = {"gained": _ranged(areas[-1] - areas[-2])} if len(areas) > 1 else {}
+    gained = {"gained": _ranged(areas[-1][-1] - max(areas[-2], key=itemgetter(0)))} if len(areas) > 1 else {}
     return {**found, "encoders": rows, **gained}
 
 

@@ -65,7 +65,8 @@ def by_pairs(results: dict[str, Any]) -> Iterator[Table | str]:
     if "gained" in results:
         figure, low, high = results["gained"]
         verdict = "better" if low > 0 else "worse" if high < 0 else "no difference that can be told apart from chance"
-        yield f"the last row's AUC is {figure:+.1f} [{low:+.1f}, {high:+.1f}] from the encoder before it: {verdict}"
+        said = f"the last row's AUC is {figure:+.1f} [{low:+.1f}, {high:+.1f}] from the best of the encoder before it"
+        yield f"{said}: {verdict}"
 
 
 def text_of(table: Table) -> sheets.Table:

@@ -18,11 +18,12 @@ def test_figures_and_ranges() -> None:
     for each in cosines.values():
         each[7] = np.nan  # of a pair that cannot be read
     images = read_pairs_of_nothing(same)
-    found = results_of(images, {name: {"mean": each} for name, each in cosines.items()})
+    scored = {"poor": {"mean": cosines["poor"], "rationale": -cosines["poor"]}, "good": {"mean": cosines["good"]}}
+    found = results_of(images, scored)
     assert found["pairs"] == {"same": 20, "different": 19, "left_out": 1}
     kept = np.arange(40) != 7
     for row in found["encoders"]:
-        each = cosines[row["encoder"]][kept]
+        each = scored[row["encoder"]][row["pooling"]][kept]
         assert row["auc"][0] == pytest.approx(100 * roc_auc_score(same[kept], each))
         limits = [*each, np.inf]
         assert row["accuracy"][0] == pytest.approx(
@@ -30,7 +31,8 @@ def test_figures_and_ranges() -> None:
         )
         for figure, low, high in (row["auc"], row["accuracy"]):
             assert low <= figure <= high
-    poor, good = (row["auc"] for row in found["encoders"])
+    poor, worse, good = (row["auc"] for row in found["encoders"])
+    assert worse[0] < poor[0]
     figure, low, high = found["gained"]
     assert figure == pytest.approx(good[0] - poor[0])
     assert 0 < low < figure < high  # which range the two alone would not give: theirs overlap
