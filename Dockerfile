@@ -5,7 +5,7 @@ FROM python:3.12-slim
 # what Triton and torch.compile compile with
 RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 WORKDIR /source
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml setup.py README.md LICENSE ./
 COPY kernels kernels
 COPY fastcr fastcr
 RUN pip install --no-cache-dir ".[dali,demo]"
