@@ -73,7 +73,7 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class EmbedConfig:
-    """Embeddings of every image of a folder, in files."""
+    """Embeddings of every image of a folder, in files: an index, which the same command brings up to date."""
 
     source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """A run folder, one of fastcr's weights files, hf://OWNER/NAME[@REVISION] on the Hugging Face Hub, or an encoder's
@@ -92,23 +92,40 @@ class EmbedConfig:
     centre: tyro.conf.UseCounterAction[int] = 0
     """Subtract the mean of the folder's embeddings from each, and scale it to unit length again; fastcr search does the
     same to its queries."""
+    whiten: tyro.conf.UseCounterAction[int] = 0
+    """Keep the 256 principal axes of the folder's embeddings, less their mean, and scale each by the fourth root of its
+    variance (half-whitened); fastcr search does the same to its queries."""
+    expand: tyro.conf.UseCounterAction[int] = 0
+    """Also keep the sum of each embedding and its ten nearest (query expansion), which fastcr search then compares with
+    without computing it each time. The time grows with the square of their number."""
     data: CropsConfig = field(default_factory=CropsConfig)
     run: TunedConfig = field(default_factory=TunedConfig)
 
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """The images of an embedded folder that are most similar to others."""
+    """The images of an embedded folder that are most similar to others, to each other, or to none."""
 
     embeddings: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="EMBEDDINGS")]
     """A folder that fastcr embed wrote, or one of its files."""
-    images: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGE|DIR ...")]
+    images: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGE|DIR ...")] = ()
     """Image files to search for, or whatever --data.root of the training takes (its test images)."""
     k: int = number(5, 1)
     """Nearest images of each."""
+    exclude_self: tyro.conf.UseCounterAction[int] = 0
+    """Leave out the image itself, where it is among the embedded ones."""
     expand: tyro.conf.UseCounterAction[int] = 0
     """Add to each image, and to each of the embedded ones, the ten nearest to it, and compare the sums (query
     expansion): more of the right images are found. The time grows with the square of their number."""
+    duplicates: float | None = number(None, -1, 1)
+    """Instead: groups of embedded images, each at least so similar to another one of its group; 0.95 finds near
+    copies."""
+    outliers: int | None = number(None, 1)
+    """Instead: so many embedded images, those whose nearest other one is the least similar."""
+    csv: tyro.conf.UseCounterAction[int] = 0
+    """Print everything as CSV, and draw nothing; messages go to stderr."""
+    json: tyro.conf.UseCounterAction[int] = 0
+    """Print everything as JSON, and draw nothing; messages go to stderr."""
     out: Path = Path("search.html")
     """A page (.html) of each image beside the nearest, with the attention."""
     encoder: Path | None = None

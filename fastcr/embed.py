@@ -1,18 +1,22 @@
-"""`fastcr embed RUN|WEIGHTS FOLDER`: embeddings of every image of a folder, in files.
+"""`fastcr embed RUN|WEIGHTS FOLDER`: embeddings of every image of a folder, in files; or of what has changed since.
 
-A killed command resumes where it was when it is given again (`output/embeddings.py`). The batches are the same whatever
-happens, so on the CPU the files are the same bytes.
+Images that are embedded already, in the index that is there or by a killed command, are not embedded again
+(`output/embeddings.py`). In several processes: `torchrun --nproc-per-node N -m fastcr.embed ...`; the batches are the
+same however many there are, so on the CPU the files are the same bytes.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import time
+from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,89 +28,94 @@ from fastcr.data.layouts import read_splits
 from fastcr.encoders.named import open_encoder
 from fastcr.errors import UsageError
 from fastcr.measures.poolings import key_of, pooled
-from fastcr.output.embeddings import IMAGES, PARTIAL, Job, check_unused
-from fastcr.runs.command_line import one_line_errors
+from fastcr.output.embeddings import PARTIAL, Image, check_foreign, read_known, save_part, write_index
+from fastcr.runs.command_line import called, one_line_errors
 from fastcr.runs.context import Context
+from fastcr.runs.distributed import processes_of_torchrun
 from fastcr.runs.folder import only_writer
 
+PART_SECONDS = 5.0  # work that a kill may cost
 
-def list_images(root: Path) -> tuple[list[ImageList], list[tuple[str, str, str]], str]:
-    """The splits of `root`, training images first; path, split and label of each image; and a digest of all that.
 
-    The digest changes when an image comes, goes, changes, or gets another label.
-    """
+def list_images(root: Path) -> tuple[list[ImageList], list[Image]]:
+    """The splits of `root`, training images first; and what the table says of each image."""
     base, splits = root if root.is_dir() else root.parent, read_splits(root)
     named = {"train": splits.train, "test": splits.test} if splits.test else {"": splits.train}
-    rows, digest = list[tuple[str, str, str]](), hashlib.blake2b(digest_size=16)
+    found = list[Image]()
     for split, images in named.items():
         prefix = os.path.relpath(images.root, base)
         for index, file in enumerate(images.files):
             label = images.classes[images.labels[index]] if images.labels else ""
-            rows.append((file if prefix == "." else os.path.join(prefix, file), split, label))
             try:
-                stamp = images.stamp(index)
+                stamp = images.stamp(index).removeprefix(images.path(index)).strip()
             except OSError:
                 stamp = "missing"
-            digest.update("\0".join((stamp, *rows[-1], "")).encode(errors="surrogateescape"))
-    return list(named.values()), rows, digest.hexdigest()
+            found.append(Image(file if prefix == "." else os.path.join(prefix, file), split, label, stamp))
+    return list(named.values()), found
 
 
-def batches_of(parts: Sequence[ImageList], done: int) -> list[list[int]]:
-    """The batches of the images after the first `done` ones, by their places among all.
+def batches_of(parts: Sequence[ImageList], places: Sequence[int]) -> list[list[int]]:
+    """The images at these places among those of all `parts`, in batches; none is of two parts.
 
-    They are those of the evaluation, and none is of two splits: the released branch's attention depends on its batch.
+    The attention of the authors' released branch depends on its batch.
     """
     splits = [range(*ends) for ends in pairwise([0, *accumulate(map(len, parts))])]
-    every = [list(split[at : at + BATCH_SIZE]) for split in splits for at in range(0, len(split), BATCH_SIZE)]
-    return [batch for batch in every if batch[0] >= done]
+    inside = [[place for place in places if place in split] for split in splits]
+    return [split[at : at + BATCH_SIZE] for split in inside for at in range(0, len(split), BATCH_SIZE)]
 
 
 @torch.inference_mode()
 def embed_folder(config: EmbedConfig, context: Context) -> None:
-    """Write the embeddings of every image under `config.folder`; resumes what a killed job left.
+    """Write the embeddings of every image under `config.folder`, or bring the index in `config.out` up to date.
 
-    Images that cannot be read are named, counted and left out. `UsageError` for files that cannot be used, a finished
-    `config.out`, or one begun with other weights or images.
+    Images that cannot be read are named, counted and left out. `UsageError` for files that cannot be used, or where
+    `config.out` holds embeddings that were made otherwise.
     """
-    out = config.out or Path(f"{config.folder.resolve().name}-embeddings")
-    check_unused(out)
-    tuned, size = config.run.tuned, config.data.image_size
+    processes, tuned, size = context.processes, config.run.tuned, config.data.image_size
     encoder, weights, sha256 = open_encoder(config.source, context.device, tuned, size)
     pooling = key_of(config.pooling, encoder)
-    wanted = [pooling] if config.pooling or config.centre else sorted({"mean", pooling})
-    parts, rows, digest = list_images(config.folder)
+    options = [name for name in ("centre", "whiten", "expand") if getattr(config, name)]
+    wanted = [pooling] if config.pooling or options else sorted({"mean", pooling})
+    made = ["pooling " + " and ".join(wanted), *options, f"tuned {encoder.facts.get('tuned', 1.0)}"]
+    made += [str(context.dtype).removeprefix("torch."), f"{encoder.image_size} px", f"{BATCH_SIZE} images a batch"]
+    key = {"weights": sha256, "settings": ", ".join(made)}
     base = config.folder if config.folder.is_dir() else config.folder.parent
-    settings = f"pooling {wanted}, centre {bool(config.centre)}, {context.dtype}"
-    settings += f", tuned {encoder.facts.get('tuned', 1.0)}, {encoder.image_size} px"
-    key = {
-        "weights": sha256,
-        "images": digest,
-        "settings": f"{settings}, {BATCH_SIZE} images a batch",
-    }
-    partial = out / PARTIAL
-    partial.mkdir(parents=True, exist_ok=True)
-    with only_writer(partial), encoder.evaluating():
-        job = Job(partial, key)
-        began, first = time.monotonic(), job.rows
-        if job.images:
-            context.say(f"resuming after {job.images:,} of {len(rows):,} images")
-        batches = batches_of(parts, job.images)
+    out = config.out or Path(f"{config.folder.resolve().name}-embeddings")
+    with ExitStack() as held, encoder.evaluating():
+
+        def begin() -> tuple[list[ImageList], list[Image], list[list[int]]]:
+            check_foreign(out)
+            (out / PARTIAL).mkdir(parents=True, exist_ok=True)
+            held.enter_context(only_writer(out / PARTIAL))
+            known, (parts, images) = read_known(out, key), list_images(config.folder)
+            if encoder.facts["attention"] == "batch-minmax":  # an embedding depends on its batch
+                known = {}
+            todo = [at for at, image in enumerate(images) if (image.path, image.stamp) not in known]
+            if len(todo) < len(images):
+                context.say(f"{len(images) - len(todo):,} of {len(images):,} images are embedded already")
+            return parts, images, batches_of(parts, todo)
+
+        parts, images, batches = processes.once(begin)
+        began, batches = time.monotonic(), batches[processes.rank :: processes.ranks]
+        saved, embedded, looked_at, rows = began, 0, list[Any](), defaultdict[str, list[Tensor]](list)
         crops = load_crops(parts, batches, encoder.image_size, context)
         shown = context.progress(crops, "embedding", len(batches))
-        for batch, (pixels, sizes, readable) in zip(batches, shown, strict=True):
-            for image in sorted(set(batch) - {batch[place] for place in readable}):
-                context.say(f"unreadable image {os.path.join(base, rows[image][0])!r}: left out")
-            arrays = dict[str, Tensor]()
+        for number, (pixels, sizes, readable) in enumerate(shown, start=1):
+            batch = batches[number - 1]
             if readable:
-                named = [rows[batch[place]][0] for place in readable]
+                named = [images[batch[place]].path for place in readable]
                 features, token = encoder.of_crops(pixels.to(context.device, non_blocking=True), context.dtype, named)
-                arrays = {each: pooled(features, encoder, each, token=token).cpu() for each in wanted}
-                numbers = torch.tensor(batch)[readable]
-                arrays[IMAGES] = torch.cat([numbers[:, None], sizes.flip(1)], 1)  # sizes are height and width
-            job.add(len(batch), arrays)
-        if not job.rows:
-            shutil.rmtree(partial)
-            raise UsageError(f"none of the {len(rows)} images under {config.folder} can be read")
+                for name in wanted:
+                    rows[name].append(pooled(features, encoder, name, token=token).cpu())
+            size = dict(zip(readable, sizes.flip(1).tolist(), strict=True))  # sizes are height and width
+            looked_at += [(images[at].path, images[at].stamp, *size.get(i, (0, 0))) for i, at in enumerate(batch)]
+            embedded += len(readable)
+            if number == len(batches) or time.monotonic() - saved >= PART_SECONDS:
+                file = out / PARTIAL / f"{time.time_ns()}-{processes.rank}.safetensors"
+                save_part(file, key, looked_at, {name: torch.cat(each) for name, each in rows.items()})
+                saved, looked_at = time.monotonic(), []
+                rows.clear()
+        embedded = sum(processes.gather(embedded))
         facts = encoder.facts | {
             "weights": weights,  # for `fastcr search`
             "weights_sha256": key["weights"],
@@ -114,18 +123,33 @@ def embed_folder(config: EmbedConfig, context: Context) -> None:
             "settings": key["settings"],
             "pooling": pooling,
         }
-        job.finish(out, rows, facts, centre=bool(config.centre))
-    speed = (job.rows - first) / (time.monotonic() - began)
-    left_out = f", {len(rows) - job.rows:,} unreadable left out" if job.rows < len(rows) else ""
-    context.say(f"{job.rows:,} images embedded{left_out} ({speed:,.0f} images/s)")
-    context.say(f"embeddings: {out}")
+
+        def finish() -> None:
+            known = read_known(out, key)
+            whole = [image for image in images if known[image.path, image.stamp].width]
+            for image in sorted({*images} - {*whole}):
+                context.say(f"unreadable image {os.path.join(base, image.path)!r}: left out")
+            if whole:
+                write_index(out, known, whole, wanted, facts, options)
+            shutil.rmtree(out / PARTIAL)
+            if not whole:
+                raise UsageError(f"none of the {len(images)} images under {config.folder} can be read")
+            gone = {path for (path, _), place in known.items() if place.source == out} - {image.path for image in whole}
+            said = [f"{len(whole):,} images embedded"]
+            said += [f"{embedded:,} of them now"] * (embedded < len(whole)) + [f"{len(gone):,} are gone"] * bool(gone)
+            said += [f"{len(images) - len(whole):,} unreadable left out"] * (len(whole) < len(images))
+            context.say(f"{', '.join(said)} ({embedded / (time.monotonic() - began):,.0f} images/s)")
+            context.say(f"embeddings: {out}")
+
+        processes.once(finish)
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Command line of `fastcr embed`."""
-    with one_line_errors("embed"):
-        config: EmbedConfig = read_arguments("embed", args)
-        embed_folder(config, Context.of(config.run.device, config.run.precision, config.data.workers))
+    with one_line_errors("embed"), processes_of_torchrun(called("embed")) as processes:
+        config: EmbedConfig = processes.once(partial(read_arguments, "embed", args))
+        context = Context.of(config.run.device, config.run.precision, config.data.workers, processes=processes)
+        embed_folder(config, context)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,14 @@ import json
 import os
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,10 +30,9 @@ from fastcr.data.layouts import read_splits
 from fastcr.measures.embeddings import Embeddings, embed
 from fastcr.measures.poolings import OF_FEATURES
 from fastcr.output import embeddings
-from fastcr.output.embeddings import Job
-from fastcr.runs.checkpoint import write_whole
+from fastcr.output.embeddings import read_stored
 from fastcr.runs.context import Context
-from tests.shared import write_weights
+from tests.shared import start, write_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = ("--run.device", "cpu", "--data.workers", "0")
@@ -44,7 +47,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def batches_of_8() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, "BATCH_SIZE", 8)
-        patch.setattr(embeddings, "PART_SECONDS", 0.0)
+        patch.setattr(command, "PART_SECONDS", 0.0)
         yield
 
 
@@ -79,19 +82,18 @@ class Killed(BaseException):
     """Stands for a kill."""
 
 
-def raising(error: BaseException) -> Callable[..., None]:
-    def call(*args: object, **more: object) -> None:
-        raise error
-
-    return call
-
-
 @pytest.fixture(scope="module")
 def half(weights: Path, birds: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a job that was killed in its sixth batch; not to be changed."""
-    out, save = tmp_path_factory.mktemp("half") / "out", Job.save
+    out, left = tmp_path_factory.mktemp("half") / "out", iter(range(5))
+
+    def save(*args: Any) -> None:
+        if next(left, None) is None:
+            raise Killed
+        embeddings.save_part(*args)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Job, "save", lambda job: save(job) if job.images <= 40 else raising(Killed())())
+        patch.setattr(command, "save_part", save)
         with pytest.raises(Killed):
             run(weights, birds, "--out", out)
     return out
@@ -133,13 +135,11 @@ def test_files_of_worker_processes_are_the_same(
     assert contents(tmp_path / "out") == contents(tmp_path / f"{birds.name}-embeddings")  # the default of --out
 
 
-def test_without_a_branch_there_is_the_mean_alone(birds: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_without_a_branch_there_is_the_mean_alone(birds: Path, tmp_path: Path) -> None:
     plain = write_weights(tmp_path / "plain.safetensors", RationaleConfig(enabled=False))
     run(plain, birds / "test", "--out", tmp_path / "out")
     assert arrays(tmp_path / "out").keys() == {"mean"}
     assert {row["split"] for row in table(tmp_path / "out")} == {""}
-    message = refused(command.main, plain, birds, "--out", tmp_path / "out", *CPU)
-    assert "images.csv is there already: remove it, or name another --out" in message
 
 
 def test_killed_command_goes_on_and_gives_the_same_bytes(
@@ -147,45 +147,126 @@ def test_killed_command_goes_on_and_gives_the_same_bytes(
 ) -> None:
     out = Path(shutil.copytree(half, tmp_path / "out"))
     assert {entry.name for entry in out.iterdir()} == {"partial"}
-
-    def all_but_the_last(path: Path, write: Callable[[Path], object]) -> None:
-        if path.name == "encoder.json":
-            raise Killed
-        write_whole(path, write)
-
-    # again, when all is embedded but the files are not all in place
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(embeddings, "write_whole", all_but_the_last)
-        with pytest.raises(Killed):
-            run(weights, birds, "--out", out)
-    assert "resuming after 40 of 96 images" in capsys.readouterr().out
     run(weights, birds, "--out", out)
-    assert "resuming after 96 of 96 images" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "40 of 96 images are embedded already" in said
+    assert "96 images embedded, 56 of them now" in said
     run(weights, birds, "--out", tmp_path / "whole")
     assert contents(out) == contents(tmp_path / "whole")
+    before = (out / "encoder.json").stat()
+    run(weights, birds, "--out", out)
+    assert (out / "encoder.json").stat() == before  # nothing is written where nothing has changed
 
 
-def test_a_job_that_cannot_go_on_says_why_and_stays_as_it_is(
+def changed(birds: Path, root: Path) -> Path:
+    """A copy of the pictures: one is gone, one another, one is new, and one has another label."""
+    shutil.copytree(birds / "test", root)
+    files = sorted(root.glob("*/*.jpg"))
+    files[0].unlink()
+    shutil.copyfile(files[9], files[3])
+    shutil.copyfile(files[12], files[5].with_name("new.jpg"))
+    (root / "other").mkdir()
+    files[20].rename(root / "other" / "0.jpg")
+    return root
+
+
+@pytest.mark.parametrize("options", [[], ["--whiten", "--expand"], ["--centre", "--pooling", "gem"]])
+def test_an_index_is_brought_up_to_date(
+    options: list[str], weights: Path, birds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, root = tmp_path / "out", tmp_path / "birds"
+    shutil.copytree(birds / "test", root)
+    run(weights, root, "--out", out, *options)
+    (out / "mine.txt").write_text("a note")
+    shutil.rmtree(root)
+    changed(birds, root)
+    capsys.readouterr()
+    run(weights, root, "--out", out, *options)
+    said = capsys.readouterr().out
+    assert "29 of 32 images are embedded already" in said
+    assert "32 images embedded, 3 of them now, 2 are gone" in said
+    run(weights, root, "--out", tmp_path / "anew", *options)
+    assert table(out) == table(tmp_path / "anew")
+    for name, expected in arrays(tmp_path / "anew").items():
+        torch.testing.assert_close(arrays(out)[name], expected, atol=1e-4, rtol=0)
+    assert contents(out).keys() - contents(tmp_path / "anew").keys() == {"mine.txt"}
+
+
+def unless_killed(left: Iterator[int], move: Callable[..., None], *args: Any) -> None:
+    if next(left, None) is None:
+        raise Killed
+    move(*args)
+
+
+def test_a_kill_at_any_write_leaves_the_old_index_or_the_new_one(
+    weights: Path, birds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(weights, birds / "test", "--out", tmp_path / "old")
+    root = changed(birds, tmp_path / "birds")
+    run(weights, root, "--out", tmp_path / "new")
+    ends = [read_stored(tmp_path / name) for name in ("old", "new")]
+    seen = list[bool]()
+    for step in count():
+        out, left = Path(shutil.copytree(tmp_path / "old", tmp_path / str(step))), iter(range(step))
+        with pytest.MonkeyPatch.context() as patch:
+            for move in (os.replace, os.rename):
+                patch.setattr(os, move.__name__, partial(unless_killed, left, move))
+            try:
+                run(weights, root, "--out", out)
+                break
+            except Killed:
+                pass
+        found = read_stored(out)
+        new = found.rows == ends[1].rows
+        torch.testing.assert_close(found.vectors, ends[new].vectors, atol=1e-5, rtol=0)
+        assert found.rows == ends[new].rows
+        seen.append(new)
+        if step % 4 == 0:
+            run(weights, root, "--out", out)  # goes on from there
+            assert table(out) == table(tmp_path / "new")
+            assert not {"next", "partial"} & {entry.name for entry in out.iterdir()}
+    assert seen == sorted(seen)
+    assert len(seen) > 8
+    assert 0 < sum(seen) < len(seen)
+
+
+def test_two_processes_share_the_work_and_write_the_same_bytes(weights: Path, birds: Path, tmp_path: Path) -> None:
+    (tmp_path / "birds").mkdir()
+    for index, file in enumerate(sorted((birds / "train").glob("*/*.jpg")) * 5):  # three batches
+        shutil.copyfile(file, tmp_path / "birds" / f"{index}.jpg")
+    (tmp_path / "birds" / "7.jpg").write_bytes(b"no picture")
+    args = ["-m", "fastcr.embed", weights, tmp_path / "birds", *CPU, "--out"]
+    free = socket.create_server(("localhost", 0))
+    port = str(free.getsockname()[1])
+    free.close()
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    two = [start(*args, tmp_path / "two", RANK=str(rank), **shared) for rank in range(2)]
+    said = [process.communicate(timeout=120) for process in (*two, start(*args, tmp_path / "one"))]
+    assert [process.returncode for process in two] == [0, 0], said
+    assert "319 images embedded, 1 unreadable left out" in said[0][0]
+    assert said[1][0] == ""
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+def test_an_index_that_was_made_otherwise_is_refused(
     weights: Path, birds: Path, half: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
-    out, root = Path(shutil.copytree(half, tmp_path / "out")), Path(shutil.copytree(birds, tmp_path / "birds"))
-
-    def said(weights: Path = weights, root: Path = birds) -> str:
-        before = contents(out / "partial")
-        line = refused(command.main, weights, root, "--out", out, *CPU)
-        assert contents(out / "partial") == before
-        return line
-
     other = write_weights(tmp_path / "other.safetensors", seed=1)
-    assert f"{out}/partial was begun with other weights: remove that folder" in said(weights=other)
-    next((root / "test").glob("*/*.jpg")).touch()
-    assert f"{out}/partial was begun with other images: remove that folder" in said(root=root)
-    first = out / "partial" / "mean"
-    whole = first.read_bytes()
-    first.write_bytes(whole[: 39 * len(whole) // 48])  # 40 images are done, the rows of 8 more are written
-    assert f"{out}/partial is broken" in said()
-    first.unlink()
-    assert f"{out}/partial is broken" in said()
+    finished = tmp_path / "finished"
+    run(weights, birds / "test", "--out", finished)
+    for out in (finished, Path(shutil.copytree(half, tmp_path / "begun"))):
+        before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+        assert "was made with other weights (" in refused(command.main, other, birds, "--out", out, *CPU)
+        line = refused(command.main, weights, birds, "--out", out, "--pooling", "gem", *CPU)
+        assert (
+            "was made with other settings (pooling mean and rationale, tuned 1.0, float32, 8 images a batch, " in line
+        )
+        assert "not pooling gem, tuned 1.0, float32, 8 images a batch): remove that folder" in line
+        assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file() and file.name != ".lock"} == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "mean.npy").write_bytes(b"mine")
+    line = refused(command.main, weights, birds, "--out", tmp_path / "mine", *CPU)
+    assert "mean.npy is there already, but no index" in line
 
 
 def test_a_full_disk_is_one_line_and_costs_nothing(
@@ -193,9 +274,8 @@ def test_a_full_disk_is_one_line_and_costs_nothing(
 ) -> None:
     out = Path(shutil.copytree(half, tmp_path / "out"))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    row = (out / "partial" / "mean").stat().st_size // 48  # the rows of 8 images after the 40 that count are there too
-    resource.setrlimit(resource.RLIMIT_FSIZE, (60 * row, hard))
-    try:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (max(file.stat().st_size for file in out.rglob("*")) + 1000, hard))
+    try:  # there is room for each part, but not for the arrays
         assert "File too large" in refused(command.main, weights, birds, "--out", out, *CPU)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

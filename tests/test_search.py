@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -12,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import fastcr
 from fastcr import embed, search
 from fastcr.config import RationaleConfig
-from fastcr.measures.reranking import expand
+from fastcr.measures.reranking import expand, whiten
 from tests.shared import decoded, write_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -61,6 +63,11 @@ def found(output: str) -> list[tuple[str, str, str]]:
     return [(similarity, label.strip(), path) for similarity, label, path in rows]
 
 
+def table(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "images.csv", newline="") as file:
+        return [*csv.DictReader(file)]
+
+
 @pytest.mark.parametrize("expanded", [False, True])
 def test_the_nearest_are_the_most_similar(
     expanded: bool, weights: Path, whole: Path, birds: Path, query: Path, capsys: pytest.CaptureFixture[str]
@@ -72,8 +79,7 @@ def test_the_nearest_are_the_most_similar(
     if expanded:
         own, vectors = expand(vectors, own[None])[0], expand(vectors)
     similarity, places = (vectors @ own).topk(7)
-    with open(whole / "images.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = table(whole)
     expected = [(rows[i]["label"], rows[i]["path"]) for i in places.tolist()]
     run(whole / "images.csv", query, "--k", "7", *["--expand"] * expanded)  # a file of the folder names it too
     shown = found(capsys.readouterr().out)
@@ -140,6 +146,63 @@ def test_the_encoder_is_the_one_that_made_the_embeddings(
     assert "is not the encoder" in refused(search.main, out, query, "--encoder", weights)
 
 
+def test_without_itself_and_with_all_rows_as_csv_and_json(
+    whole: Path, birds: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "LISTED", 10)
+    run(whole, birds, "--k", "3")
+    output = capsys.readouterr().out
+    assert len(found(output)) == 10
+    assert "86 further rows: --csv and --json print all" in output
+    run(whole, birds, "--k", "4", "--csv", "--out", "not.drawn")
+    with_self = [*csv.DictReader(capsys.readouterr().out.splitlines())]
+    run(whole, birds, "--k", "3", "--exclude-self", "--json")
+    rows = json.loads(capsys.readouterr().out)
+    assert len(rows) == 3 * 32
+    assert [row["rank"] for row in rows] == [1, 2, 3] * 32
+    others = [row for row in with_self if os.path.join(birds, row["path"]) != row["query"]]
+    assert [row["path"] for row in rows] == [row["path"] for row in others]
+
+
+def test_near_copies_and_outliers_among_the_embedded(
+    weights: Path, whole: Path, birds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "birds"
+    root.mkdir()
+    files = sorted((birds / "test").glob("*/*.jpg"))
+    for name, file in {"a.jpg": files[0], "b.jpg": files[9], "c.jpg": files[0], "d.jpg": files[20]}.items():
+        shutil.copyfile(file, root / name)
+    Image.new("RGB", (60, 60), "red").save(root / "odd.png")
+    out = embedded(weights, root, tmp_path / "out")
+    capsys.readouterr()
+    run(out, "--duplicates", "0.99999", "--json")
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["group"], row["path"], row["label"]) for row in rows] == [(1, "a.jpg", ""), (1, "c.jpg", "")]
+    run(out, "--duplicates", "0.99999")
+    assert "2 of 5 images have near copies, in 1 groups" in capsys.readouterr().out
+    run(out, "--outliers", "2", "--csv")
+    first, second = csv.DictReader(capsys.readouterr().out.splitlines())
+    vectors = torch.from_numpy(np.load(out / "rationale.npy"))
+    similar = (vectors @ vectors.T).fill_diagonal_(-1).amax(1)
+    assert [float(row["similarity"]) for row in (first, second)] == pytest.approx(similar.sort().values[:2].tolist())
+    assert first["path"] == "odd.png"
+
+
+@pytest.mark.parametrize("options", [["--whiten"], ["--centre", "--expand"], ["--whiten", "--expand"]])
+def test_queries_are_treated_as_the_embedded_images_were(
+    options: list[str], weights: Path, birds: Path, query: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    embed.main([*map(str, (weights, birds, "--out", tmp_path / "out")), *CPU, "--data.workers", "0", *options])
+    plain = torch.from_numpy(np.load(tmp_path / "out" / "plain.npy"))
+    moved = whiten(plain, plain) if "--whiten" in options else F.normalize(plain - plain.mean(0), dim=1)
+    own = moved[[row["path"] for row in table(tmp_path / "out")].index(str(query.relative_to(birds)))]
+    if "--expand" in options:
+        own, moved = expand(moved, own[None])[0], expand(moved)
+    run(tmp_path / "out", query, "--k", "7", "--json")
+    rows = json.loads(capsys.readouterr().out.partition("\n")[2].partition("\n")[2])
+    assert [row["similarity"] for row in rows] == pytest.approx((moved @ own).topk(7).values.tolist(), abs=1e-3)
+
+
 def test_pictures_that_are_gone_are_counted(
     weights: Path, birds: Path, query: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -177,6 +240,7 @@ def test_broken_embeddings_are_refused_in_a_line(
     ("args", "message"),
     [
         (["WHOLE"], "name an IMAGE"),
+        (["WHOLE", "QUERY", "--outliers", "3"], "and no IMAGE"),
         (["WHOLE", "nowhere"], "no folder nowhere"),
         (["WHOLE", "nowhere.jpg"], "none of the 1 images can be read"),
         (["nowhere", "QUERY"], "no embeddings at nowhere"),

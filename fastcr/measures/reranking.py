@@ -59,11 +59,17 @@ def whiten(embeddings: Tensor, known: Tensor, dims: int = 256, power: float = 0.
     """
     embeddings = usable(embeddings)
     known = usable(known, "known embeddings", embeddings.shape[1])
-    dims = max(min(dims, len(known) - 1), 1)  # the others have no variance to divide by
     mean = known.mean(0)
-    values, axes = torch.linalg.eigh(torch.cov(known.T.double(), correction=0))
+    return F.normalize((embeddings - mean) @ principal(known - mean, dims, power), dim=1)
+
+
+def principal(moved: Tensor, dims: int = 256, power: float = 0.5) -> Tensor:
+    """The axes `[C,dims]` of `whiten`, each divided as it says, of embeddings `[M,C]` less their mean."""
+    dims = max(min(dims, len(moved) - 1), 1)  # the others have no variance to divide by
+    covariance = sum(part.double().T @ part.double() for part in moved.split(4096)) / len(moved)
+    values, axes = torch.linalg.eigh(covariance)
     values, axes = values.flip(0)[:dims].clamp(min=1e-12), axes.flip(1)[:, :dims]
-    return F.normalize((embeddings - mean) @ (axes * values ** (-power / 2)).to(embeddings.dtype), dim=1)
+    return (axes * values ** (-power / 2)).to(moved.dtype)
 
 
 def reciprocal(embeddings: Tensor, k1: int = 20, k2: int = 6, weight: float = 0.3) -> Similarity:

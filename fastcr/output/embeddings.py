@@ -1,144 +1,195 @@
-"""The files of `fastcr embed`: plain rows while it works, then the finished files; and what `fastcr search` reads.
+"""The index that `fastcr embed` makes in a folder, or brings up to date; and what `fastcr search` reads of it.
 
-Row i of every array is row i of `images.csv`; `encoder.json`, which is written last, says which encoder they are of and
-how its features were pooled. A killed job goes on after the rows that `partial/done.json` counts.
+Row i of every array is row i of `images.csv`; `encoder.json` says which encoder they are of and how its features were
+pooled. What is computed is saved in parts in the folder `partial`; what a killed command left there is taken over by
+the next one, as are the rows of the index that is there. The new index is written whole in `partial` too. It replaces
+the old one by one rename, to the folder `next`: what is in there counts, until its files have taken their places.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import shutil
-import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.lib.format import header_data_from_array_1_0, write_array_header_1_0
 from torch import Tensor
 
 from fastcr.errors import UsageError, one_line
-from fastcr.runs.checkpoint import write_whole
+from fastcr.measures.reranking import expand, principal
+from fastcr.runs.checkpoint import facts_of, load_weights, save_weights, write_whole
 
-Array = np.ndarray[Any, Any]
 POOLINGS = ("mean", "rationale", "gem", "norm", "gaussian", "cls")  # arrays of embeddings, as in results.json
-TABLE, ENCODER, PARTIAL, DONE = "images.csv", "encoder.json", "partial", "done.json"
-FINAL = (TABLE, *(f"{name}.npy" for name in POOLINGS), ENCODER)
-COLUMNS = ("row", "path", "split", "label", "width", "height")  # of the table: path below the root; size in pixels
-IMAGES = "images"  # while it works: number, width and height of the image of each row
-PART_SECONDS = 5.0  # work that a kill may cost
-PART_ROWS = 1024  # in memory at once, as the finished files are written
+# the pooling's embeddings before they were centred or whitened; the axes of that; each one summed with its nearest
+PLAIN, AXES, EXPANDED = "plain", "axes", "expanded"
+TABLE, ENCODER, PARTIAL, NEXT = "images.csv", "encoder.json", "partial", "next"
+FINAL = (TABLE, *(f"{name}.npy" for name in (*POOLINGS, PLAIN, AXES, EXPANDED)), ENCODER)
+# of the table: path below the root; size in pixels; stamp: what changes when the image's file does
+COLUMNS = ("row", "path", "split", "label", "width", "height", "stamp")
 ANEW = "remove that folder to begin anew, or name another --out"
 
 
-class Job:
-    """Embeddings that are not finished: a file of rows for each array, which a later process goes on with.
+class Image(NamedTuple):
+    """An image of the folder, as the table names it."""
 
-    Attributes:
-        images, rows: how many images are done, and how many of those could be read.
+    path: str
+    split: str
+    label: str
+    stamp: str
+
+
+class Place(NamedTuple):
+    """Where the embeddings of an image are, and its size in pixels."""
+
+    source: Path  # a part, or the folder of the index
+    row: int
+    width: int  # 0: it cannot be read
+    height: int
+
+
+Known = dict[tuple[str, str], Place]  # by path and stamp
+
+
+def check_foreign(folder: Path) -> None:
+    """`UsageError` if files of the names of an index are in the folder, but neither an index nor parts of one."""
+    found = [name for name in FINAL if (folder / name).exists()]
+    if found and ENCODER not in found and not any((folder / name).exists() for name in (NEXT, PARTIAL)):
+        raise UsageError(f"{folder / found[0]} is there already, but no index: remove it, or name another --out")
+
+
+def save_part(file: Path, key: dict[str, str], images: Sequence[Sequence[Any]], arrays: dict[str, Tensor]) -> None:
+    """Save what was computed of some images: path, stamp, width and height of each, 0 by 0 if it cannot be read.
+
+    The arrays `[R,...]` are of those that can. `key` says what they are of.
     """
-
-    def __init__(self, folder: Path, key: dict[str, str]) -> None:
-        """Resume the job in `folder`, or begin it; `key` says what the job is of.
-
-        `UsageError` if the folder is broken or of another job.
-        """
-        self.folder, self.key, self.saved_at = folder, key, time.monotonic()
-        self.images, self.rows, self.kinds = 0, 0, dict[str, list[Any]]()  # dtype and shape of a row, by array
-        if not (folder / DONE).exists():
-            return
-        try:
-            begun = json.loads((folder / DONE).read_text())
-            other = [name for name in key if begun["key"].get(name) != key[name]]
-            self.images, self.rows, self.kinds = begun["images"], begun["rows"], begun["arrays"]
-            for name in self.kinds:
-                self._read(name)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise UsageError(f"{folder} is broken ({one_line(error)}): {ANEW}") from None
-        if other:
-            raise UsageError(f"{folder} was begun with other {' and other '.join(other)}: {ANEW}")
-
-    def _read(self, name: str) -> Array:
-        """The rows of an array, mapped from their file. `ValueError` if it lacks some."""
-        dtype, *shape = self.kinds[name]
-        return np.memmap(self.folder / name, dtype, "r", shape=(self.rows, *shape))
-
-    def add(self, images: int, arrays: dict[str, Tensor]) -> None:
-        """Add a batch of so many images: the rows of those that could be read, `[R,...]` on the CPU.
-
-        `IMAGES` is among the arrays. Where they cannot be written, the command resumes once there is room on the disk.
-        """
-        for name, array in arrays.items():
-            rows = array.contiguous().numpy()
-            self.kinds[name] = [rows.dtype.str, *rows.shape[1:]]
-            (self.folder / name).touch()
-            with (self.folder / name).open("rb+") as file:
-                file.seek(self.rows * rows[0].nbytes)
-                file.write(rows.data)
-        self.images, self.rows = self.images + images, self.rows + len(arrays.get(IMAGES, ()))
-        if time.monotonic() - self.saved_at >= PART_SECONDS:
-            self.save()
-
-    def save(self) -> None:
-        """Note that what was added is on the disk."""
-        for name in self.kinds:
-            with (self.folder / name).open("rb") as file:
-                os.fsync(file.fileno())
-        about = {"key": self.key, "images": self.images, "rows": self.rows, "arrays": self.kinds}
-        write_whole(self.folder / DONE, lambda file: file.write_text(json.dumps(about)))
-        self.saved_at = time.monotonic()
-
-    def finish(self, out: Path, names: Sequence[Sequence[str]], facts: dict[str, Any], *, centre: bool = False) -> None:
-        """Write the final files, each whole or not at all, no array ever in memory as a whole; remove the others.
-
-        `names` are path, split and label of every image, `facts` those of the encoder; its "pooling" names the array
-        of the embeddings. With `centre` these are less their mean, which becomes the fact "subtracted".
-        """
-        self.save()
-        for name in (name for name in self.kinds if name != IMAGES):
-            rows, mean = self._read(name), None
-            if centre and name == facts["pooling"]:
-                mean = rows.mean(axis=0, dtype=np.float64).astype(np.float32)
-                facts = facts | {"subtracted": mean.tolist()}
-            write_whole(out / f"{name}.npy", partial(_write_array, rows=rows, mean=mean))
-        write_whole(out / TABLE, partial(_write_table, names=names, images=self._read(IMAGES)))
-        write_whole(out / ENCODER, lambda file: file.write_text(json.dumps(facts, indent=2) + "\n"))
-        shutil.rmtree(self.folder)
+    save_weights(file, arrays, {"key": key, "images": images})
 
 
-def _write_array(file: Path, rows: Array, mean: Array | None) -> None:
-    """Write rows, with a `mean` less that and of unit length."""
-    with file.open("wb") as opened:
-        write_array_header_1_0(opened, header_data_from_array_1_0(rows))
-        for first in range(0, len(rows), PART_ROWS):
-            part = rows[first : first + PART_ROWS]
-            if mean is not None:
-                part = part - mean
-                part /= np.linalg.norm(part, axis=1, keepdims=True).clip(1e-12)
-            opened.write(part.data)
+def read_known(out: Path, key: dict[str, str]) -> Known:
+    """What is embedded already, in the index in `out` and in parts. `UsageError` if it is not of what `key` says."""
+    found: Known = {}
+    settle(out)
+    if (out / ENCODER).exists():
+        facts = read_stored(out).facts
+        _check(out, key, {"weights": facts["weights_sha256"], "settings": facts.get("settings")})
+        with (out / TABLE).open(newline="", encoding="utf-8", errors="surrogateescape") as text:
+            for row in csv.DictReader(text):
+                place = Place(out, int(row["row"]), int(row["width"]), int(row["height"]))
+                found[row["path"], row.get("stamp", "")] = place
+    for file in sorted((out / PARTIAL).glob("*.safetensors")):
+        if not (facts := facts_of(file)):  # broken: embedded again
+            continue
+        _check(file.parent, key, facts["key"])
+        rows = 0
+        for path, stamp, width, height in facts["images"]:
+            found[path, stamp] = Place(file, rows, width, height)
+            rows += width > 0
+    return found
 
 
-def _write_table(file: Path, names: Sequence[Sequence[str]], images: Array) -> None:
-    with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as text:
-        lines = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")  # every text is quoted
-        lines.writerow(COLUMNS)
-        lines.writerows((row, *names[image], *size) for row, (image, *size) in enumerate(images.tolist()))
+def _check(where: Path, key: dict[str, str], made: dict[str, Any]) -> None:
+    if other := [f"{name} ({made.get(name)}, not {ours})" for name, ours in key.items() if made.get(name) != ours]:
+        raise UsageError(f"{where} was made with other {' and other '.join(other)}: {ANEW}")
 
 
-def check_unused(folder: Path) -> None:
-    """`UsageError` if the folder holds embeddings already, and they are not those of a job that was killed."""
-    found, begun = [name for name in FINAL if (folder / name).exists()], folder / PARTIAL
-    if found and not (begun / DONE).exists() and (ENCODER in found or not begun.exists()):
-        raise UsageError(f"{folder / found[0]} is there already: remove it, or name another --out")
+def write_index(
+    out: Path,
+    known: Known,
+    images: Sequence[Image],
+    names: Sequence[str],
+    facts: dict[str, Any],
+    options: Sequence[str],
+) -> None:
+    """Put the index of the known ones among the `images`, all of which can be read, in place of what is in `out`.
+
+    `facts` are the encoder's; its "pooling" is the one of the arrays' `names` that the options are for: "centre",
+    "whiten", "expand". One array is in memory at a time. Where nothing has changed, nothing is written.
+    """
+    places = [known[image.path, image.stamp] for image in images]
+    table = _table(images, places)
+    if (out / ENCODER).exists() and (out / TABLE).read_bytes() == table:
+        return
+    fresh, pooling = out / PARTIAL / NEXT, facts["pooling"]
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
+    for name in names:
+        vectors = _gather(places, name, plain=name == pooling)
+        if options and name == pooling:
+            _save(fresh, PLAIN, vectors)
+            if "centre" in options or "whiten" in options:
+                mean = vectors.mean(0, dtype=torch.float64).float()
+                vectors, facts = vectors - mean, facts | {"subtracted": mean.tolist()}
+            if "whiten" in options:
+                axes = principal(vectors)
+                _save(fresh, AXES, axes)
+                vectors = vectors @ axes
+            vectors = F.normalize(vectors, dim=1)
+            if "expand" in options:
+                _save(fresh, EXPANDED, expand(vectors))
+        _save(fresh, name, vectors)
+    write_whole(fresh / TABLE, lambda file: file.write_bytes(table))
+    write_whole(fresh / ENCODER, lambda file: file.write_text(json.dumps(facts, indent=2) + "\n"))
+    os.rename(fresh, out / NEXT)
+    settle(out)
+
+
+def settle(out: Path) -> None:
+    """Move the files of an index that has replaced another one to their usual places."""
+    if (out / NEXT).is_dir():
+        for name in FINAL:
+            if (file := out / NEXT / name).exists():
+                os.replace(file, out / name)
+        (out / NEXT).rmdir()
+
+
+def _table(images: Sequence[Image], places: Sequence[Place]) -> bytes:
+    lines = csv.writer(text := io.StringIO(newline=""), quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
+    lines.writerow(COLUMNS)
+    for row, (image, place) in enumerate(zip(images, places, strict=True)):
+        lines.writerow([row, *image[:3], place.width, place.height, image.stamp])
+    return text.getvalue().encode(errors="surrogateescape")
+
+
+def _gather(places: Sequence[Place], name: str, *, plain: bool) -> Tensor:
+    """The rows of an array at these places; `plain`: before anything was made of them."""
+    by_source, whole = dict[Path, list[int]](), torch.empty(0)
+    for row, place in enumerate(places):
+        by_source.setdefault(place.source, []).append(row)
+    for source, rows in by_source.items():
+        if source.is_dir():
+            file = source / f"{PLAIN}.npy"
+            array = torch.from_numpy(np.load(file if plain and file.exists() else source / f"{name}.npy"))
+        else:
+            array = load_weights(source)[0][name]
+        if not len(whole):
+            whole = array.new_empty(len(places), *array.shape[1:])
+        whole[rows] = array[[places[row].row for row in rows]]
+    return whole
+
+
+def _save(folder: Path, name: str, array: Tensor) -> None:
+    rows = array.contiguous().numpy()
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:  # numpy.save would not say that a disk is full
+            write_array_header_1_0(file, header_data_from_array_1_0(rows))
+            file.write(rows.data)
+
+    write_whole(folder / f"{name}.npy", write)
 
 
 class Neighbour(NamedTuple):
     """An image of the table."""
 
+    row: int
     path: str  # below the root
     label: str  # "" without
     similarity: float  # cosine
@@ -148,40 +199,81 @@ class Stored(NamedTuple):
     """The embeddings in a folder."""
 
     vectors: Tensor  # [N,C] fp32, unit length
-    mean: Tensor | None  # [C], that was subtracted from them
+    expanded: Tensor | None  # [N,C], each summed with its nearest: what queries, summed with theirs, are compared with
+    mean: Tensor | None  # [C'], that was subtracted from them
+    axes: Tensor | None  # [C',C], on which they lie since
     rows: list[tuple[str, str]]  # path and label of each image
     facts: dict[str, Any]  # of the encoder, and how its features were pooled
 
+    def queries(self, pooled: Tensor) -> Tensor:
+        """What the encoder makes of images, pooled and less the mean `[Q,C']`, as `[Q,C]` to compare with these."""
+        vectors = pooled if self.axes is None else F.normalize(pooled @ self.axes, dim=1)
+        return vectors if self.expanded is None else expand(self.vectors, vectors)
+
     def nearest(self, queries: Tensor, k: int) -> list[list[Neighbour]]:
         """The `k` images most similar to each of the queries `[Q,C]`, unit length, the most similar first."""
-        best = (queries @ self.vectors.T).topk(min(k, len(self.rows)))
+        among = self.vectors if self.expanded is None else self.expanded
+        best = (queries @ among.T).topk(min(k, len(self.rows)))
         return [
-            [Neighbour(self.rows[i][0], self.rows[i][1], each) for i, each in zip(places, similarity, strict=True)]
+            [
+                Neighbour(row, self.rows[row][0], self.rows[row][1], each)
+                for row, each in zip(places, similarity, strict=True)
+            ]
             for places, similarity in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         ]
+
+
+def place_of(folder: Path, name: str) -> Path:
+    """Where a file of the index in `folder` lies."""
+    return found if (found := folder / NEXT / name).exists() else folder / name
 
 
 def read_stored(source: Path) -> Stored:
     """The embeddings in the folder `source`, or in that of the file. `UsageError` where there are none, or broken."""
     folder = source if source.is_dir() else source.parent
-    reading = folder / ENCODER
-    if not source.exists() or not reading.is_file():
-        raise UsageError(f"no embeddings at {source}: name a folder that fastcr embed wrote")
+    while True:
+        if not source.exists() or not place_of(folder, ENCODER).is_file():
+            raise UsageError(f"no embeddings at {source}: name a folder that fastcr embed wrote")
+        version = _version(folder)
+        stored = _read(folder)
+        if _version(folder) == version:  # or else the index was replaced meanwhile
+            return stored
+
+
+def _version(folder: Path) -> tuple[int, int]:
+    facts = place_of(folder, ENCODER).stat()
+    return facts.st_ino, facts.st_mtime_ns
+
+
+def _read(folder: Path) -> Stored:
+    reading = place_of(folder, ENCODER)
+
+    def array(name: str) -> Tensor | None:
+        nonlocal reading
+        reading = place_of(folder, f"{name}.npy")
+        return torch.from_numpy(np.load(reading)) if reading.exists() else None
+
     try:
         facts = json.loads(reading.read_text())
         named = ("weights", "weights_sha256", "root")
         if not all(isinstance(facts[name], str) for name in named) or facts["pooling"] not in POOLINGS:
             raise ValueError(f"it lacks {', '.join(named)} or names no pooling")
-        reading = folder / TABLE
+        reading = place_of(folder, TABLE)
         with reading.open(newline="", encoding="utf-8", errors="surrogateescape") as text:
             rows = [(row["path"], row["label"]) for row in csv.DictReader(text)]
-        reading = folder / f"{facts['pooling']}.npy"
-        vectors = torch.from_numpy(np.load(reading))
-        if vectors.ndim != 2 or vectors.dtype != torch.float32:
+        mean = torch.tensor(facts["subtracted"]) if "subtracted" in facts else None
+        axes, expanded, vectors = array(AXES), array(EXPANDED), array(facts["pooling"])
+        if vectors is None or vectors.ndim != 2 or vectors.dtype != torch.float32:
             raise ValueError("it holds no vectors in fp32")
         if len(vectors) != len(rows) or not rows:
             raise ValueError(f"{len(vectors)} embeddings of {len(rows)} images")
-        mean = torch.tensor(facts["subtracted"]).expand_as(vectors[0]) if "subtracted" in facts else None
+        if expanded is not None and (expanded.shape, expanded.dtype) != (vectors.shape, vectors.dtype):
+            raise ValueError(f"{EXPANDED}.npy does not belong to it")
+        channels = vectors.shape[1] if axes is None else len(axes)
+        if (mean is not None and mean.shape != (channels,)) or (
+            axes is not None and axes.shape[1:] != vectors.shape[1:]
+        ):
+            raise ValueError("the mean or the axes do not belong to it")
     except (OSError, EOFError, ValueError, TypeError, LookupError, RuntimeError, csv.Error) as error:
         raise UsageError(f"{reading} is missing or broken ({one_line(error)}): run fastcr embed again") from None
-    return Stored(vectors, mean, rows, facts)
+    return Stored(vectors, expanded, mean, axes, rows, facts)
