@@ -14,6 +14,7 @@ COMMANDS = {
     "evaluate": "measure an encoder: retrieval, kNN, linear probes, where the attention lies",
     "embed": "write the embeddings of a folder of images to files",
     "search": "find the images of an embedded folder that are most similar to others",
+    "browse": "search an embedded folder on a local page",
     "visualize": "draw the attention over images",
     "report": "make an HTML page of a run",
     "export": "write an encoder as safetensors, torch.export, ONNX or for the Hugging Face Hub",

@@ -135,6 +135,24 @@ class SearchConfig:
 
 
 @dataclass(frozen=True)
+class BrowseConfig:
+    """A local page to search an embedded folder in, by a picture or a part of one."""
+
+    embeddings: tyro.conf.Positional[Path]
+    """A folder that fastcr embed wrote, or one of its files."""
+    encoder: Path | None = None
+    """Where the run folder or weights file is now that the embeddings were made with (hf:// too). Default: where it
+    was then."""
+    host: str = "127.0.0.1"
+    """The address to listen at; at another one other machines can ask too, and nothing is encrypted."""
+    port: int = number(0, 0, 65535)
+    """The port; 0: a free one."""
+    token: str | None = None
+    """What the page's address has to hold; '' for nothing. Default: a random one each time."""
+    run: EncoderConfig = field(default_factory=EncoderConfig)
+
+
+@dataclass(frozen=True)
 class VisualizeConfig:
     """Images with the attention over them."""
 
@@ -215,6 +233,7 @@ COMMANDS: dict[str, type] = {
     "evaluate": EvaluateConfig,
     "embed": EmbedConfig,
     "search": SearchConfig,
+    "browse": BrowseConfig,
     "visualize": VisualizeConfig,
     "report": ReportConfig,
     "export": ExportConfig,
