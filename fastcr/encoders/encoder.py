@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,8 +21,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fastcr.config import Config
-from fastcr.data.crops import centre_crop
-from fastcr.data.images import upright_rgb
+from fastcr.data.crops import centre_crop, enough
+from fastcr.data.images import read_rgb, upright_rgb
 from fastcr.data.views import MEAN, STD, normalise
 from fastcr.encoders.backbone import TIMM, TimmEncoder, build_backbone, mean_pool
 from fastcr.encoders.folding import folded_copy
@@ -30,6 +31,7 @@ from fastcr.encoders.rationale import RationaleHead
 from fastcr.encoders.released import ReleasedBranch, from_released_checkpoint, released_facts
 from fastcr.errors import UsageError, one_line
 from fastcr.runs.checkpoint import IN_FOLDERS, INITIAL, check_finite, load_weights
+from fastcr.runs.context import progress
 from fastcr.runs.machine import pick_device
 
 Branch = RationaleHead | ReleasedBranch
@@ -147,6 +149,26 @@ class Encoder(nn.Module):
             self.backbone = backbone
             for module, mode in training.items():
                 module.training = mode
+
+    @torch.inference_mode()
+    def embed(self, images: Iterable[str | os.PathLike[str] | Image.Image], *, batch_size: int = 128) -> Tensor:
+        """Image files, or PIL images, to unit embeddings `[N,C]`, fp32 on the CPU, with a bar in a terminal.
+
+        They are those of `forward`. `OSError` for a file that is not a readable image.
+        """
+        every, device, found = list(images), next(self.parameters()).device, list[Tensor]()
+
+        def crop(image: str | os.PathLike[str] | Image.Image) -> Tensor:
+            if isinstance(image, Image.Image):
+                return centre_crop(upright_rgb(image), self.image_size)
+            return centre_crop(read_rgb(os.fspath(image), least=enough(self.image_size)), self.image_size)
+
+        with self.evaluating(), ThreadPoolExecutor() as threads:
+            for first in progress(range(0, len(every), batch_size), "embedding"):
+                crops = torch.stack([*threads.map(crop, every[first : first + batch_size])])
+                both = self.pooled(self.of_crops(crops.to(device))[0])
+                found.append((both.mean if both.rationale is None else both.rationale).cpu())
+        return torch.cat(found) if found else torch.empty(0, 0)
 
     @property
     def transform(self) -> Callable[[Image.Image], Tensor]:

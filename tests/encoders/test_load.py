@@ -137,6 +137,20 @@ def test_the_transform_turns_a_phones_picture_upright(encoder: Encoder, tmp_path
         torch.testing.assert_close(pixels, normalise(crop[0][None], torch.float32)[0], atol=1e-5, rtol=0)
 
 
+def test_files_and_pictures_are_embedded_without_more_ado(weights: Path, flat: Path, tmp_path: Path) -> None:
+    encoder, files = fastcr.load(weights), [*sorted(flat.iterdir())[:7], tmp_path / "phone.jpg"]
+    (exif := Image.Exif())[ExifTags.Base.Orientation] = 6
+    Image.open(files[0]).save(files[-1], exif=exif)
+    with torch.inference_mode():
+        expected = torch.cat([encoder(encoder.transform(Image.open(file))[None]).embedding for file in files])
+    for given in (files, map(str, files), [Image.open(file) for file in files]):
+        torch.testing.assert_close(encoder.embed(given, batch_size=3), expected, atol=1e-5, rtol=0)
+    assert encoder.embed([]).shape == (0, 0)
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    with pytest.raises(OSError, match=r"broken\.jpg' is not a readable image"):
+        encoder.embed([*files, tmp_path / "broken.jpg"])
+
+
 def test_the_transform_can_be_sent_to_loader_processes(encoder: Encoder) -> None:
     picture = Image.new("L", (50, 40), 99)
     again = pickle.loads(pickle.dumps(encoder.transform))
