@@ -20,7 +20,7 @@ import fastcr
 from fastcr import embed, search
 from fastcr.config import RationaleConfig
 from fastcr.measures.reranking import expand, whiten
-from tests.shared import decoded, write_weights
+from tests.shared import ROOT, decoded, write_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = ("--run.device", "cpu", "--run.precision", "fp32")
@@ -201,6 +201,23 @@ def test_queries_are_treated_as_the_embedded_images_were(
     run(tmp_path / "out", query, "--k", "7", "--json")
     rows = json.loads(capsys.readouterr().out.partition("\n")[2].partition("\n")[2])
     assert [row["similarity"] for row in rows] == pytest.approx((moved @ own).topk(7).values.tolist(), abs=1e-3)
+
+
+def test_the_python_of_the_documentation_runs(weights: Path, whole: Path, birds: Path) -> None:
+    plain, sklearn, qdrant = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "search.md").read_text(), re.DOTALL)
+    files = sorted((birds / "test").glob("*/*.jpg"))
+    names = {"files": files, "labels": [file.parent.name for file in files]}
+    for code in (plain, sklearn):
+        code, named = re.subn(r'"runs/.*?"', repr(str(weights)), code)
+        assert named == 1
+        exec(compile(code, "docs/search.md", "exec"), names)
+    assert names["similarity"].shape == (32, 32)  # type: ignore[attr-defined]
+    assert names["classifier"].predict(files[:2]).shape == (2,)  # type: ignore[attr-defined]
+    pytest.importorskip("qdrant_client")
+    Path("EMB").symlink_to(whole)
+    exec(compile(qdrant, "docs/search.md", "exec"), names)
+    (first, *_) = names["nearest"]
+    assert (round(first.score, 3), first.payload["row"]) == (1, "0")  # type: ignore[attr-defined]
 
 
 def test_pictures_that_are_gone_are_counted(
