@@ -12,12 +12,12 @@ import io
 import secrets
 import socket
 import tempfile
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from threading import Lock, Thread
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import torch
 from jinja2 import StrictUndefined, Template
@@ -27,7 +27,7 @@ from fastcr.arguments import BrowseConfig, read_arguments
 from fastcr.data.crops import enough
 from fastcr.data.images import ImageList, read_rgb
 from fastcr.encoders.encoder import Encoder
-from fastcr.errors import UsageError
+from fastcr.errors import UsageError, one_line
 from fastcr.measures import near
 from fastcr.output.embeddings import Stored, read_stored
 from fastcr.output.gallery import Picture, as_evaluated, encode, spread
@@ -63,7 +63,6 @@ POLICY = (
     "default-src 'none'; img-src 'self' blob: data:; connect-src 'self'; style-src 'nonce-{0}'; "
     "script-src 'nonce-{0}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-T = TypeVar("T")
 
 
 class Browser:
@@ -74,7 +73,7 @@ class Browser:
         self.among = stored.vectors if stored.expanded is None else stored.expanded
         self.half = self.among.half()  # reads half as much memory, and errs by less than 1e-4
         self.sets, self.starting, self.computing = dict[str, dict[str, Any]](), Lock(), Lock()
-        self.jpeg = lru_cache(4096)(self._jpeg)
+        self.jpeg = lru_cache(1000)(self._jpeg)  # some 10 kB each, and up to 200 kB for the few large ones
 
     def known(self, row: int) -> int:
         """The row, if there is one."""
@@ -147,12 +146,13 @@ def _decode(sent: BinaryIO, least: int) -> Image.Image:
     """A picture that somebody sent; nothing is decoded before its size is known to be sound."""
     try:
         with Image.open(sent) as picture:
-            if picture.width * picture.height > PIXELS:
-                raise HTTPException(413, f"the picture has more than {PIXELS / 1e6:.0f} megapixels")
+            pixels = picture.width * picture.height
         sent.seek(0)
-        return read_rgb(sent, "the picture", least)
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise HTTPException(400, str(error)) from None
+        if pixels <= PIXELS:
+            return read_rgb(sent, "the picture", least)
+    except Exception as error:  # decoders raise whatever the broken bytes lead them to
+        raise HTTPException(400, one_line(error)) from None
+    raise HTTPException(413, f"the picture has more than {PIXELS / 1e6:.0f} megapixels")
 
 
 def _cut(picture: Image.Image, box: Sequence[float]) -> Image.Image:
@@ -180,27 +180,22 @@ async def _received(request: Request) -> BinaryIO:
     return file
 
 
-def _asked(request: Request, name: str, of: Callable[[str], T]) -> T | None:
-    """What a part of the address asks for."""
+def _asked(words: Mapping[str, str]) -> tuple[int | None, list[float] | None]:
+    """The row and the box that an address names."""
     try:
-        return of(request.query_params[name]) if name in request.query_params else None
+        row = int(words["row"]) if "row" in words else None
+        box = [float(side) for side in words["box"].split(",")] if "box" in words else None
     except ValueError as error:
-        raise HTTPException(400, f"{name}: {error}") from None
-
-
-def _box(text: str) -> list[float]:
-    left, top, right, bottom = box = [float(each) for each in text.split(",")]
-    if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
-        raise ValueError("left, top, right and bottom are to be fractions of the picture's sides")
-    return box
+        raise HTTPException(400, str(error)) from None
+    if box and not (len(box) == 4 and 0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
+        raise HTTPException(400, "a box is left,top,right,bottom, as fractions of the picture's sides")
+    return row, box
 
 
 def make_app(browser: Browser, token: str, host: str) -> Starlette:
     """The server; no `token` (empty): everybody who reaches it gets answers."""
     rows, root = browser.stored.rows, Path(browser.stored.facts["root"])
-    cookie = (
-        f"fastcr-{hashlib.sha256(token.encode()).hexdigest()[:12]}"  # several servers of a machine share its cookies
-    )
+    cookie = f"fastcr-{hashlib.sha256(token.encode()).hexdigest()[:12]}"  # the servers of a machine share cookies
     text = files("fastcr").joinpath("browse.html.jinja").read_text(encoding="utf-8")
     template = Template(text, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     pictures, encodings = CapacityLimiter(2), CapacityLimiter(2)  # at once
@@ -218,7 +213,7 @@ def make_app(browser: Browser, token: str, host: str) -> Starlette:
         return Response(content, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=3600"})
 
     async def search(request: Request) -> Response:
-        row, box = _asked(request, "row", int), _asked(request, "box", _box)
+        row, box = _asked(request.query_params)
         with await _received(request) as sent:
             return JSONResponse(await to_thread.run_sync(browser.search, row, sent, box, limiter=encodings))
 
