@@ -138,7 +138,8 @@ def embed_folder(config: EmbedConfig, context: Context) -> None:
             said = [f"{len(whole):,} images embedded"]
             said += [f"{embedded:,} of them now"] * (embedded < len(whole)) + [f"{len(gone):,} are gone"] * bool(gone)
             said += [f"{len(images) - len(whole):,} unreadable left out"] * (len(whole) < len(images))
-            context.say(f"{', '.join(said)} ({embedded / (time.monotonic() - began):,.0f} images/s)")
+            speed = f" ({embedded / (time.monotonic() - began):,.0f} images/s)" if embedded else ""
+            context.say(", ".join(said) + speed)
             context.say(f"embeddings: {out}")
 
         processes.once(finish)

@@ -190,6 +190,10 @@ def test_an_index_is_brought_up_to_date(
     for name, expected in arrays(tmp_path / "anew").items():
         torch.testing.assert_close(arrays(out)[name], expected, atol=1e-4, rtol=0)
     assert contents(out).keys() - contents(tmp_path / "anew").keys() == {"mine.txt"}
+    moved = root.rename(tmp_path / "moved")
+    run(weights, moved, "--out", out, *options)
+    assert "32 images embedded, 0 of them now\n" in capsys.readouterr().out
+    assert json.loads((out / "encoder.json").read_text())["root"] == str(moved)
 
 
 def unless_killed(left: Iterator[int], move: Callable[..., None], *args: Any) -> None:

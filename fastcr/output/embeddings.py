@@ -116,7 +116,9 @@ def write_index(
     places = [known[image.path, image.stamp] for image in images]
     table = _table(images, places)
     if (out / ENCODER).exists() and (out / TABLE).read_bytes() == table:
-        return
+        before = json.loads((out / ENCODER).read_text())
+        if json.loads(json.dumps(facts)).items() <= before.items():  # or else the folder or the weights have moved
+            return
     fresh, pooling = out / PARTIAL / NEXT, facts["pooling"]
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir()
