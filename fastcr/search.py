@@ -53,8 +53,8 @@ def print_rows(rows: Sequence[Row], config: SearchConfig, context: Context) -> N
     """All rows as JSON or CSV; or else the first ones in tables, one for each query."""
     if config.json:
         print(json.dumps(rows, indent=1))
-    elif config.csv:
-        lines = csv.DictWriter(sys.stdout, rows[0] if rows else (), lineterminator="\n")
+    elif config.csv and rows:
+        lines = csv.DictWriter(sys.stdout, rows[0], lineterminator="\n")
         lines.writeheader()
         lines.writerows(rows)
     else:
