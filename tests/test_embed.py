@@ -31,7 +31,6 @@ from fastcr.measures.embeddings import Embeddings, embed
 from fastcr.measures.poolings import OF_FEATURES
 from fastcr.output import embeddings
 from fastcr.output.embeddings import read_stored
-from fastcr.runs.checkpoint import load_weights, save_weights
 from fastcr.runs.context import Context
 from tests.shared import start, write_weights
 
@@ -270,16 +269,6 @@ def test_an_index_that_was_made_otherwise_is_refused(
     (tmp_path / "mine" / "mean.npy").write_bytes(b"mine")
     line = refused(command.main, weights, birds, "--out", tmp_path / "mine", *CPU)
     assert "mean.npy is there already, but no index" in line
-
-
-def test_embeddings_that_are_not_numbers_are_refused(
-    weights: Path, flat: Path, tmp_path: Path, refused: Callable[..., str]
-) -> None:
-    state, facts = load_weights(weights)
-    state["backbone.layer3.1.conv2.weight"][0] = torch.nan
-    save_weights(tmp_path / "nan.safetensors", state, facts)
-    line = refused(command.main, tmp_path / "nan.safetensors", flat, "--out", tmp_path / "out", "--whiten", *CPU)
-    assert "embeddings that are not numbers (NaN)" in line
 
 
 def test_a_full_disk_is_one_line_and_costs_nothing(

@@ -107,7 +107,6 @@ def write_index(
 
     `facts` are the encoder's; its "pooling" is the one of the arrays' `names` that the options are for: "centre",
     "whiten", "expand". One array is in memory at a time. Where nothing has changed, nothing is written.
-    `UsageError` for embeddings that are not numbers.
     """
     places = [known[image.path, image.stamp] for image in images]
     table = _table(images, places)
@@ -120,8 +119,6 @@ def write_index(
     fresh.mkdir()
     for name in names:
         vectors = _gather(places, name, plain=name == pooling)
-        if not bool(vectors.isfinite().all()):
-            raise UsageError("this encoder makes embeddings that are not numbers (NaN): no index is written")
         if options and name == pooling:
             _save(fresh, PLAIN, vectors)
             if "centre" in options or "whiten" in options:
