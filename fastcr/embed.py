@@ -107,8 +107,8 @@ def embed_folder(config: EmbedConfig, context: Context) -> None:
                 features, token = encoder.of_crops(pixels.to(context.device, non_blocking=True), context.dtype, named)
                 for name in wanted:
                     rows[name].append(pooled(features, encoder, name, token=token).cpu())
-            size = dict(zip(readable, sizes.flip(1).tolist(), strict=True))  # sizes are height and width
-            looked_at += [(images[at].path, images[at].stamp, *size.get(i, (0, 0))) for i, at in enumerate(batch)]
+            shape = dict(zip(readable, sizes.flip(1).tolist(), strict=True))  # sizes are height and width
+            looked_at += [(images[at].path, images[at].stamp, *shape.get(i, (0, 0))) for i, at in enumerate(batch)]
             embedded += len(readable)
             if number == len(batches) or time.monotonic() - saved >= PART_SECONDS:
                 file = out / PARTIAL / f"{time.time_ns()}-{processes.rank}.safetensors"
