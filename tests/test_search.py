@@ -198,8 +198,9 @@ def test_queries_are_treated_as_the_embedded_images_were(
     own = moved[[row["path"] for row in table(tmp_path / "out")].index(str(query.relative_to(birds)))]
     if "--expand" in options:
         own, moved = expand(moved, own[None])[0], expand(moved)
+    capsys.readouterr()
     run(tmp_path / "out", query, "--k", "7", "--json")
-    rows = json.loads(capsys.readouterr().out.partition("\n")[2].partition("\n")[2])
+    rows = json.loads(capsys.readouterr().out)
     assert [row["similarity"] for row in rows] == pytest.approx((moved @ own).topk(7).values.tolist(), abs=1e-3)
 
 
