@@ -118,7 +118,7 @@ def test_it_is_found_from_above_a_clone_beside_a_random_py_and_in_a_wheel(source
     for path in (line, wheel):
         assert said(source.parent, path, "-c", page) == f"{path}/fastcr/__init__.py <!DOCTYPE\n"
     assert said(beside, ROOT, "-c", "import fastcr; print(fastcr.UsageError.__name__)") == "UsageError\n"
-    assert "all 1 images are whole" in said(beside, ROOT, "-m", "fastcr.folders", ROOT / "docs")
+    assert "images are whole" in said(beside, ROOT, "-m", "fastcr.folders", ROOT / "docs")
 
 
 def test_what_the_container_names_is_there_and_a_release_has_the_tag_of_its_version() -> None:
