@@ -31,6 +31,7 @@ MAPS: list[tuple[torch.dtype, tuple[int, ...], dict[str, Any]]] = [
     (F32, (2, 128, 49, 32), {}),
     (F32, (2, 64, 35, 64), {"target": "sum", "pool_weight": 0.5}),
     (BF16, (3, 64, 1, 1), {}),
+    (BF16, (2, 2048, 49, 1), {"cam_keeps": "match", "stop_gradient": True}),  # the presets' own
 ]
 COMMON = [(BF16, 19, 256, 49), (F16, 9, 700, 15), (BF16, 9, 2100, 4), (F32, 9, 256, 49), (F32, 9, 700, 15)]
 COMMON += [(F32, 9, 2100, 4)]
@@ -52,6 +53,7 @@ QUEUES = {
         *((BF16, 3, 256, 1000), (F16, 5, 100, 333), (BF16, 3, 512, 600), (BF16, 40, 128, 600), (BF16, 40, 512, 300)),
         *((F32, 3, 128, 300), (F32, 3, 512, 300), (F32, 20, 128, 300), (F32, 20, 512, 150)),
         *((BF16, 3, 1280, 300), (BF16, 20, 600, 300), (F32, 3, 600, 40), (F32, 12, 600, 40)),
+        (BF16, 64, 256, 1500),  # the presets' batch and head
     ],
 }
 Case = tuple[Callable[[], None], set[str]]  # compares with fp64, and the rows of the launch settings that it is to use
