@@ -17,8 +17,8 @@ from fastcr.arguments import EvaluateConfig, NamedModel, read_arguments
 from fastcr.config import LinearConfig
 from fastcr.data.layouts import read_splits
 from fastcr.data.synthetic import BOXES, write_synthetic
-from fastcr.encoders.encoder import Encoder, find_weights, load
-from fastcr.encoders.hub import address_of
+from fastcr.encoders.encoder import Encoder, load
+from fastcr.encoders.hub import address_of, find_weights
 from fastcr.encoders.named import is_name, model_of, named_encoder
 from fastcr.errors import UsageError
 from fastcr.measures.evaluation import Classifiers, Evaluation, not_measured, test_images

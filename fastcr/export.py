@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from fastcr import __version__
 from fastcr.arguments import ExportConfig, read_arguments
 from fastcr.config import Config
-from fastcr.encoders.encoder import Encoder, find_weights, folder_of, load
+from fastcr.encoders.encoder import Encoder, load
+from fastcr.encoders.hub import find_weights, folder_of
 from fastcr.errors import UsageError, one_line
 from fastcr.measures.poolings import key_of, pooled
 from fastcr.output.tables import best_line, retrieval_table, text_of

@@ -12,7 +12,8 @@ import torch
 
 from fastcr.arguments import VisualizeConfig, read_arguments
 from fastcr.data.synthetic import write_synthetic
-from fastcr.encoders.encoder import find_weights, folder_of, load
+from fastcr.encoders.encoder import load
+from fastcr.encoders.hub import find_weights, folder_of
 from fastcr.errors import UsageError
 from fastcr.output.gallery import attended, list_images, read_pictures, spread
 from fastcr.output.sheets import GRID, PAGE, Section, check_out, write_grid, write_page

@@ -26,11 +26,12 @@ from fastcr.data.images import read_rgb, upright_rgb
 from fastcr.data.views import MEAN, STD, normalise
 from fastcr.encoders.backbone import TIMM, TimmEncoder, build_backbone, mean_pool
 from fastcr.encoders.folding import folded_copy
-from fastcr.encoders.hub import address_of, fetch
+from fastcr.encoders.hub import find_weights
 from fastcr.encoders.rationale import RationaleHead
 from fastcr.encoders.released import ReleasedBranch, from_released_checkpoint, released_facts
 from fastcr.errors import UsageError, one_line
-from fastcr.runs.checkpoint import IN_FOLDERS, INITIAL, check_finite, load_weights
+from fastcr.runs.beside import three_numbers
+from fastcr.runs.checkpoint import INITIAL, check_finite, load_weights
 from fastcr.runs.context import progress
 from fastcr.runs.machine import pick_device
 
@@ -258,45 +259,18 @@ def between(initial: Path, state: dict[str, Tensor], share: float) -> dict[str, 
         raise UsageError(f"{initial} holds other weights than the run ended with: {one_line(error)}") from None
 
 
-def find_weights(path_or_run: str | os.PathLike[str]) -> Path:
-    """The weights file that `load` reads: of a run folder, of an exported folder, from the Hub, or the path itself.
-
-    `UsageError` if there is none.
-    """
-    if address := address_of(path_or_run):
-        return fetch(address)
-    source = Path(path_or_run)
-    if not source.exists():
-        raise UsageError(f"no run folder or weights file {source}")
-    if not source.is_dir():
-        return source
-    found = [source / name for name in IN_FOLDERS if (source / name).is_file()]
-    if not found:
-        raise UsageError(
-            f"{source} is not a run folder, or its run has saved nothing yet: no weights.safetensors in it"
-        )
-    return found[0]
-
-
-def folder_of(path_or_run: str | os.PathLike[str]) -> Path:
-    """Default folder of what a command makes of an encoder: that of its weights, or the working folder for the Hub."""
-    return Path() if address_of(path_or_run) else find_weights(path_or_run).parent
-
-
 def _check(facts: dict[str, Any]) -> None:
     """`ValueError` or `TypeError` for facts that an encoder could not be built or used with."""
-    numbers = {name: facts.get(name) or (1, 1, 1) for name in ("mean", "std", "own_mean", "own_std")}
     checks = {
         "detectors": 0 <= facts["detectors"] <= 128,
         "temperature": 0 < facts["temperature"] < math.inf,
         "image_size": 1 <= int(facts["image_size"]) <= 16384,
     }
-    for name, three in numbers.items():
-        checks[name] = len(three) == 3 and all(
-            math.isfinite(each) and (each > 0 or "std" not in name) for each in three
-        )
     if wrong := [name for name, holds in checks.items() if not holds]:
         raise ValueError(f"{wrong[0]} cannot be {facts[wrong[0]]}")
+    for name in ("mean", "std", "own_mean", "own_std"):
+        if facts.get(name):
+            three_numbers(name, facts[name])
 
 
 def _named(state: dict[str, Tensor], facts: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

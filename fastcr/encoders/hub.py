@@ -1,4 +1,4 @@
-"""Encoders on the Hugging Face Hub, by huggingface_hub: `hf://OWNER/NAME[@REVISION]`."""
+"""Where an encoder's weights file is: here, or by huggingface_hub on the Hub, `hf://OWNER/NAME[@REVISION]`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from fastcr.errors import UsageError, one_line
+from fastcr.runs.checkpoint import file_of
 
 SCHEME, FILE = "hf://", "model.safetensors"
 
@@ -15,6 +16,26 @@ def address_of(source: str | os.PathLike[str]) -> str | None:
     """The address on the Hub that `source` is, if it is one: of the two slashes, pathlib keeps one."""
     named = os.fspath(source)
     return SCHEME + named.removeprefix("hf:").lstrip("/") if named.startswith("hf:/") else None
+
+
+def find_weights(path_or_run: str | os.PathLike[str]) -> Path:
+    """The weights file of a run folder, of an exported folder, from the Hub, or the path itself.
+
+    `UsageError` if there is none.
+    """
+    if address := address_of(path_or_run):
+        return fetch(address)
+    source = Path(path_or_run)
+    if not source.exists():
+        raise UsageError(f"no run folder or weights file {source}")
+    if (file := file_of(source)).is_dir():
+        raise UsageError(f"{file} is not a run folder, or its run has saved nothing yet: no weights.safetensors in it")
+    return file
+
+
+def folder_of(path_or_run: str | os.PathLike[str]) -> Path:
+    """Default folder of what a command makes of an encoder: that of its weights, or the working folder for the Hub."""
+    return Path() if address_of(path_or_run) else find_weights(path_or_run).parent
 
 
 def fetch(address: str) -> Path:

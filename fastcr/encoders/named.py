@@ -12,7 +12,8 @@ import torch
 
 from fastcr.config import Config, DataConfig, ModelConfig, RationaleConfig
 from fastcr.encoders.backbone import RESNETS, TIMM, backbone_mistake, build_backbone
-from fastcr.encoders.encoder import Encoder, describe, find_weights, load
+from fastcr.encoders.encoder import Encoder, describe, load
+from fastcr.encoders.hub import find_weights
 from fastcr.encoders.weights import load_initial_weights, with_own_colours
 from fastcr.errors import UsageError
 from fastcr.runs.checkpoint import facts_of

@@ -56,7 +56,12 @@ def _read(key: str, value: Any) -> Any:
     if key == "size":  # a side, [3, height, width], or a dict of sides
         sides = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
         return int(sides[-1])
-    red, green, blue = map(float, value)
-    if not all(math.isfinite(each) and (each > 0 or key == "own_mean") for each in (red, green, blue)):
-        raise ValueError(f"{key.removeprefix('own_')} {value}")
-    return red, green, blue
+    return three_numbers(key, value)
+
+
+def three_numbers(name: str, value: Any) -> tuple[float, ...]:
+    """A mean or std, a number a colour; `ValueError` or `TypeError` for what cannot be one."""
+    numbers = tuple(map(float, value))
+    if len(numbers) != 3 or not all(math.isfinite(each) and (each > 0 or "std" not in name) for each in numbers):
+        raise ValueError(f"{name.removeprefix('own_')} cannot be {value}")
+    return numbers

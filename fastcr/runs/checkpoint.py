@@ -77,7 +77,7 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     other dicts, such as `student` and `teacher`, become prefixes. Never runs code from the file.
     Raises `UsageError` if it is missing, broken, or holds no tensors.
     """
-    path = _file_of(path)
+    path = file_of(path)
     if not path.is_file():
         raise UsageError(f"no weights file {path}")
     content, facts = _read_safetensors(path) if path.suffix == ".safetensors" else (load_torch(path), {})
@@ -104,14 +104,14 @@ def facts_of(path: Path) -> dict[str, Any]:
 
     `UsageError` for what lies beside weights and is broken.
     """
-    file = _file_of(path)
+    file = file_of(path)
     with suppress(UsageError):
         if facts := _read_safetensors(file, with_tensors=False)[1]:
             return facts
     return facts_beside(file.parent) if file.name in IN_FOLDERS else {}
 
 
-def _file_of(path: Path) -> Path:
+def file_of(path: Path) -> Path:
     """The weights file in a folder; any other path as it is."""
     return next((file for name in IN_FOLDERS if (file := path / name).is_file()), path)
 
