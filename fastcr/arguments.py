@@ -13,7 +13,6 @@ from fastcr.config import (
     CropsConfig,
     DeviceConfig,
     EncoderConfig,
-    KnnConfig,
     LinearConfig,
     TunedConfig,
     number,
@@ -67,7 +66,6 @@ class EvaluateConfig:
     data: EvaluateData = field(default_factory=EvaluateData)
     model: NamedModel = field(default_factory=NamedModel)
     run: TunedConfig = field(default_factory=TunedConfig)
-    knn: KnnConfig = field(default_factory=KnnConfig)
     linear: LinearConfig = field(default_factory=LinearConfig)
 
 
@@ -103,11 +101,21 @@ class EmbedConfig:
 
 
 @dataclass(frozen=True)
-class SearchConfig:
-    """The images of an embedded folder that are most similar to others, to each other, or to none."""
+class IndexConfig:
+    """Which index is read, and where its encoder is run."""
 
     embeddings: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="EMBEDDINGS")]
     """A folder that fastcr embed wrote, or one of its files."""
+    encoder: Path | None = None
+    """Where the run folder or weights file is now that the embeddings were made with (hf:// too). Default: where it
+    was then."""
+    run: EncoderConfig = field(default_factory=EncoderConfig)
+
+
+@dataclass(frozen=True)
+class SearchConfig(IndexConfig):
+    """The images of an embedded folder that are most similar to others, to each other, or to none."""
+
     images: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGE|DIR ...")] = ()
     """Image files to search for, or whatever --data.root of the training takes (its test images)."""
     k: int = number(5, 1)
@@ -128,28 +136,18 @@ class SearchConfig:
     """Print everything as JSON, and draw nothing; messages go to stderr."""
     out: Path = Path("search.html")
     """A page (.html) of each image beside the nearest, with the attention."""
-    encoder: Path | None = None
-    """Where the run folder or weights file is now that the embeddings were made with (hf:// too). Default: where it
-    was then."""
-    run: EncoderConfig = field(default_factory=EncoderConfig)
 
 
 @dataclass(frozen=True)
-class BrowseConfig:
+class BrowseConfig(IndexConfig):
     """A local page to search an embedded folder in, by a picture or a part of one."""
 
-    embeddings: tyro.conf.Positional[Path]
-    """A folder that fastcr embed wrote, or one of its files."""
-    encoder: Path | None = None
-    """Where the run folder or weights file is now that the embeddings were made with (hf:// too). Default: where it
-    was then."""
     host: str = "127.0.0.1"
     """The address to listen at; at another one other machines can ask too, and nothing is encrypted."""
     port: int = number(0, 0, 65535)
     """The port; 0: a free one."""
     token: str | None = None
     """What the page's address has to hold; '' for nothing. Default: a random one each time."""
-    run: EncoderConfig = field(default_factory=EncoderConfig)
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ class Browser:
             return self.sets[name]
 
     def _compute(self, name: str) -> None:
-        def show(items: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+        def show(items: Sequence[int]) -> Iterator[int]:
             for number, item in enumerate(items):
                 self.sets[name] = {"done": number / len(items)}
                 yield item

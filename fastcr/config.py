@@ -257,16 +257,6 @@ class CropsConfig:
 
 
 @dataclass(frozen=True)
-class KnnConfig:
-    """Classification by nearest neighbours among the training images."""
-
-    k: int = number(200, 1)
-    """Neighbours that vote."""
-    temperature: float = number(0.1, 0, above=True)
-    """A neighbour's vote is exp(cosine / temperature)."""
-
-
-@dataclass(frozen=True)
 class LinearConfig:
     """Linear probes on the training images' embeddings: SGD with learning rate 30."""
 

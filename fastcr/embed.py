@@ -47,7 +47,7 @@ def list_images(root: Path) -> tuple[list[ImageList], list[Image]]:
         for index, file in enumerate(images.files):
             label = images.classes[images.labels[index]] if images.labels else ""
             try:
-                stamp = images.stamp(index).removeprefix(images.path(index)).strip()
+                stamp = images.stamp(index)
             except OSError:
                 stamp = "missing"
             found.append(Image(file if prefix == "." else os.path.join(prefix, file), split, label, stamp))

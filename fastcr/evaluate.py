@@ -21,7 +21,7 @@ from fastcr.encoders.encoder import Encoder, load
 from fastcr.encoders.hub import address_of, find_weights
 from fastcr.encoders.named import is_name, model_of, named_encoder
 from fastcr.errors import UsageError
-from fastcr.measures.evaluation import Classifiers, Evaluation, not_measured, test_images
+from fastcr.measures.evaluation import Evaluation, not_measured, test_images
 from fastcr.measures.localisation import read_objects
 from fastcr.measures.pairs import Scored, read_pairs, results_of, score_pairs
 from fastcr.measures.poolings import key_of
@@ -143,11 +143,10 @@ def main(args: Sequence[str] | None = None) -> None:
             if images is None:
                 raise UsageError(f"{root} has {not_measured(splits)}, so nothing can be measured")
             several = len(config.sources) > 1
-            linear = LinearConfig(enabled=False) if several else config.linear
-            classifiers = Classifiers(config.knn, linear) if config.all or several else None
+            linear = LinearConfig(enabled=False) if several else config.linear if config.all else None
             objects = read_objects(boxes, images) if boxes else None
             size = config.data.image_size
-            evaluation = Evaluation(splits, images, context, classifiers, config.run.tuned, size, objects)
+            evaluation = Evaluation(splits, images, context, linear, config.run.tuned, size, objects)
             results = rank(config, evaluation) if several else measure(config, evaluation)
         show(results, context, every=bool(config.all))
         if processes.first:

@@ -77,7 +77,7 @@ class ImageList:
     def stamp(self, index: int) -> str:
         """Text that changes when the file of image `index` does. Raises `OSError` where there is none."""
         facts = os.stat(self.path(index))
-        return f"{self.path(index)} {facts.st_size} {facts.st_mtime_ns}"
+        return f"{facts.st_size} {facts.st_mtime_ns}"
 
     def read(self, index: int) -> bytes:
         """The bytes of the encoded file of image `index`. Raises `OSError` where there is none."""

@@ -123,7 +123,7 @@ def _name(images: ImageList, sizes: np.ndarray, side: int) -> str:
     """A name that changes when any image, or its size in the cache, does."""
     identity = hashlib.blake2b(digest_size=12)
     for index in np.flatnonzero(sizes[:, 0]).tolist():
-        identity.update(f"{index} {images.stamp(index)}\n".encode(errors="surrogateescape"))
+        identity.update(f"{index} {images.path(index)} {images.stamp(index)}\n".encode(errors="surrogateescape"))
     identity.update(sizes.tobytes() + FILTER.encode() + VERSION)
     return f"pixels-{identity.hexdigest()}-{side}"
 

@@ -51,7 +51,7 @@ class TarImages(ImageList):
     def stamp(self, index: int) -> str:
         """Text that changes when the shard of image `index` does. Raises `OSError` where it is gone."""
         facts = os.stat(os.path.join(self.root, self.shards[index]))
-        return f"{self.path(index)} {self.extents[index].tolist()} {facts.st_size} {facts.st_mtime_ns}"
+        return f"{self.extents[index].tolist()} {facts.st_size} {facts.st_mtime_ns}"
 
 
 def read_shards(root: Path, inside: Entries, notes: Notes) -> Splits | None:

@@ -13,18 +13,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastcr.config import KnnConfig, LinearConfig
+from fastcr.config import LinearConfig
 from fastcr.data.copies import copied
 from fastcr.data.crop_loader import KeptCrops
 from fastcr.data.images import ImageList, Splits
 from fastcr.encoders.encoder import Encoder, load
 from fastcr.errors import UsageError
-from fastcr.measures.comparison import compare
 from fastcr.measures.embeddings import Embeddings, embed
 from fastcr.measures.localisation import localisation, objects_in_crop
 from fastcr.measures.poolings import SHOWN, without_training
 from fastcr.measures.results import Scores, Split, best_pooling, classifier_scores, less_mean, reranked
-from fastcr.measures.retrieval import Queries, retrieve_each
+from fastcr.measures.retrieval import Queries, compare, retrieve_each
 from fastcr.method.ddt import ddt_axis
 from fastcr.runs.checkpoint import INITIAL, facts_of
 from fastcr.runs.context import Context
@@ -32,13 +31,6 @@ from fastcr.runs.log import read_records
 
 HISTORY = "evaluations.jsonl"  # of a run: one object for each evaluation during training
 BEST = "best.safetensors"  # the weights of the best of them
-
-
-class Classifiers(NamedTuple):
-    """Which classifiers are trained to measure an encoder."""
-
-    knn: KnnConfig
-    linear: LinearConfig
 
 
 class Measured(NamedTuple):
@@ -73,7 +65,7 @@ class Evaluation:
     splits: Splits
     images: ImageList  # that the scores are of
     context: Context
-    classifiers: Classifiers | None = None  # None: no kNN, no linear probes and no re-ranking
+    linear: LinearConfig | None = None  # None: no linear probes, and neither kNN nor re-ranking
     tuned: float | None = None  # of a run: how far on the way to its trained weights; None: where it was saved
     image_size: int | None = None  # of the crops, pixels; None: that of the training
     objects: Tensor | None = None  # boxes [N,4] in `images`
@@ -82,7 +74,7 @@ class Evaluation:
     def measure(self, encoder: Encoder, title: str, *, baselines: bool = True) -> Measured:
         """Every score of an encoder; with `baselines`, retrieval by each pooling that needs no training too."""
         train = self.splits.train
-        classified = self.classifiers is not None and self.splits.test is not None and bool(self._in_common().any())
+        classified = self.linear is not None and self.splits.test is not None and bool(self._in_common().any())
         poolings = without_training(ddt_axis(encoder, train, self.context, self.load)) if baselines else {}
         see = partial(embed, encoder, context=self.context, load=self.load)
         found = see(self.images, title=title, poolings=poolings)
@@ -113,14 +105,14 @@ class Evaluation:
             each = ranked.scores(len(test.labels))
             section = scores.setdefault("retrieval_centred" if centred else "retrieval", {})
             section[name] = {"rank1": each.rank1, "rank5": each.rank5, "mAP": each.mAP}
-        if self.classifiers and found.others:
+        if self.linear and found.others:
             own = {name: test.vectors[name] for name in ("mean", "rationale") if name in test.vectors}
             scores["reranked"] = {name: reranked(vectors, test.labels) for name, vectors in own.items()}
-        if self.classifiers and known:
+        if self.linear and known:
             train, kept = self._split(known, self.splits.train), self._in_common()[found.kept]
             asked = Split({name: test.vectors[name][kept.to(self.context.device)] for name in train.vectors},
                           test.labels[kept])  # fmt: skip
-            scores |= classifier_scores(train, asked, len(self.images.classes), *self.classifiers, self.context)
+            scores |= classifier_scores(train, asked, len(self.images.classes), self.linear, self.context)
         if self.objects is not None and found.attention is not None:
             boxes = objects_in_crop(self.objects[found.kept], found.sizes, encoder.image_size)
             scores["localisation"] = localisation(found.attention, boxes)
@@ -174,7 +166,7 @@ class Evaluation:
                     without, whole = (part[name]["rank1"] for part in (copies, measured.scores["retrieval"]))
                     said += f"; {SHOWN.get(name, name)}: rank-1 without them {without:.2f}, with them {whole:.2f}"
             self.context.say(said)
-        if self.classifiers and self.splits.test and (alone := int((~self._in_common()).sum())):
+        if self.linear and self.splits.test and (alone := int((~self._in_common()).sum())):
             left_out = f"{alone} of {len(self.images)} test images are of classes without training images"
             self.context.say(f"{left_out}: kNN and linear probes leave them out")
         return {

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastcr.config import KnnConfig, LinearConfig
+from fastcr.config import LinearConfig
 from fastcr.measures.knn import accuracy, knn
 from fastcr.measures.linear_probe import few_labels, fit_linear
 from fastcr.measures.poolings import SHOWN
@@ -52,7 +52,7 @@ def reranked(vectors: Tensor, labels: Tensor) -> dict[str, dict[str, float]]:
 
 
 def classifier_scores(
-    train: Split, test: Split, classes: int, near: KnnConfig, linear: LinearConfig, context: Context | None = None
+    train: Split, test: Split, classes: int, linear: LinearConfig, context: Context | None = None
 ) -> Scores:
     """Sections `knn` (top1), `linear` (top1, top5) and `few_label` (top-1 by percentage of labels), percent.
 
@@ -69,8 +69,7 @@ def classifier_scores(
 
     for name, vectors in train.vectors.items():
         asked = test.vectors[name]
-        votes = knn(vectors, train.labels, asked, classes, k=near.k, temperature=near.temperature)
-        score("knn", name, votes, top1=1)
+        score("knn", name, knn(vectors, train.labels, asked, classes), top1=1)
         shown = SHOWN.get(name, name)
         for chosen, percent in (context or Context()).progress(probes, f"linear probes, {shown}", len(probes)):
             rows = torch.tensor(chosen)

@@ -1,8 +1,9 @@
-"""Leave-one-out image retrieval: rank-1, rank-5 and mAP by cosine similarity."""
+"""Leave-one-out image retrieval: rank-1, rank-5 and mAP by cosine similarity; and whether one encoder is better."""
 
 from __future__ import annotations
 
 import itertools
+import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -108,3 +109,29 @@ def _sorted(values: Tensor) -> Tensor:
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(lambda rows: rows.numpy().sort(axis=1), ranking.tensor_split(threads)))
     return ranking
+
+
+def compare(before: Queries, after: Queries) -> dict[str, Any]:
+    """What the queries gained and lost, as `results.json` holds it; both must be of the same images.
+
+    `gained` and `lost` count the queries that are a hit at rank 1 only after, or only before; `p_value` is of the exact
+    McNemar test of these. `mAP_difference` (after less before) and its standard error over the queries are in points.
+    """
+    hit_before, hit_after = before.rank == 1, after.rank == 1
+    gained, lost = int((hit_after & ~hit_before).sum()), int((hit_before & ~hit_after).sum())
+    difference = 100 * (after.precision - before.precision)
+    return {
+        "queries": len(difference),
+        "gained": gained,
+        "lost": lost,
+        "p_value": mcnemar(gained, lost),
+        "mAP_difference": difference.mean().item(),
+        "mAP_standard_error": difference.std().item() / math.sqrt(len(difference)),
+    }
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """Two-sided p value: how often tosses of a fair coin divide these queries at least as unevenly."""
+    tosses = gained + lost
+    one_tail = sum(math.comb(tosses, heads) for heads in range(min(gained, lost) + 1)) / 2**tosses
+    return min(2 * one_tail, 1.0)

@@ -212,10 +212,7 @@ class Stored(NamedTuple):
         among = self.vectors if self.expanded is None else self.expanded
         best = (queries @ among.T).topk(min(k, len(self.rows)))
         return [
-            [
-                Neighbour(row, self.rows[row][0], self.rows[row][1], each)
-                for row, each in zip(places, similarity, strict=True)
-            ]
+            [Neighbour._make((row, *self.rows[row], each)) for row, each in zip(places, similarity, strict=True)]
             for places, similarity in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         ]
 

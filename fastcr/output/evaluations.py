@@ -12,18 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
-from fastcr.config import KnnConfig, LinearConfig
+from fastcr.config import LinearConfig
 from fastcr.data.images import Splits
 from fastcr.encoders.encoder import Encoder
-from fastcr.measures.evaluation import (
-    BEST,
-    HISTORY,
-    Classifiers,
-    Evaluation,
-    Measured,
-    not_measured,
-    test_images,
-)
+from fastcr.measures.evaluation import BEST, HISTORY, Evaluation, Measured, not_measured, test_images
 from fastcr.measures.localisation import read_objects
 from fastcr.measures.poolings import SHOWN
 from fastcr.output.gallery import fixed_attention
@@ -47,9 +39,9 @@ class TrainingEvaluation:
     def __init__(self, folder: Path, splits: Splits, context: Context, knn: bool, boxes: Path | None) -> None:
         """With `knn`, kNN is measured too; with the file `boxes`, how much of the attention lies in them."""
         self.folder, self.context, images = folder, context, test_images(splits)
-        classifiers = Classifiers(KnnConfig(), LinearConfig(enabled=False)) if knn else None
+        linear = LinearConfig(enabled=False) if knn else None
         objects = read_objects(boxes, images) if boxes and images else None
-        self.evaluation = Evaluation(splits, images, context, classifiers, objects=objects) if images else None
+        self.evaluation = Evaluation(splits, images, context, linear, objects=objects) if images else None
         self.drawn, self.lacking = splits.test or splits.train, not_measured(splits)
 
     @cached_property

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from fastcr.data.images import ImageList
 from fastcr.data.layouts import Splits
-from fastcr.measures.comparison import compare, mcnemar
 from fastcr.measures.embeddings import Embeddings
 from fastcr.measures.evaluation import Evaluation, Measured, compare_best
 from fastcr.measures.results import best_pooling, less_mean
-from fastcr.measures.retrieval import retrieval, retrieve_each
+from fastcr.measures.retrieval import compare, mcnemar, retrieval, retrieve_each
 from fastcr.output.tables import results_tables
 from fastcr.runs.context import Context
 

@@ -16,7 +16,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
-from fastcr.config import KnnConfig, LinearConfig
+from fastcr.config import LinearConfig
 from fastcr.data.images import ImageList
 from fastcr.errors import UsageError
 from fastcr.measures.knn import accuracy, knn
@@ -112,17 +112,17 @@ def test_files_without_boxes_are_refused(tmp_path: Path, content: str | None, me
 def test_classifiers_are_scored_by_section_and_pooling() -> None:
     (train, labels), (queries, truth) = clusters(50), clusters(40, seed=1)
     known, asked = (Split({"mean": x, "rationale": -x}, y) for x, y in ((train, labels), (queries, truth)))
-    found = classifier_scores(known, asked, 5, KnnConfig(k=7), LinearConfig(few=(1, 10, 100), epochs=20))
+    found = classifier_scores(known, asked, 5, LinearConfig(few=(1, 10, 100), epochs=20))
     assert list(found) == ["knn", "linear", "few_label"]
     assert list(found["few_label"]["mean"]) == ["10", "100"]  # of ten a class, 1 % is the same picture as 10 %
     assert all({*part} == {"mean", "rationale"} for part in found.values())
-    assert found["knn"]["mean"] == {"top1": accuracy(knn(train, labels, queries, 5, k=7), truth)}
+    assert found["knn"]["mean"] == {"top1": accuracy(knn(train, labels, queries, 5), truth)}
     scores, few = fit_linear(train, labels, 5, epochs=20)(queries), few_labels(labels, 0.1)
     assert found["linear"]["mean"] == {"top1": accuracy(scores, truth), "top5": 100}
     assert found["few_label"]["mean"]["100"] == found["linear"]["mean"]["top1"]
     rare = fit_linear(train[few], labels[few], 5, epochs=20)(queries)
     assert found["few_label"]["mean"]["10"] == accuracy(rare, truth) < 100
-    without = classifier_scores(known, asked, 5, KnnConfig(k=7), LinearConfig(enabled=False))
+    without = classifier_scores(known, asked, 5, LinearConfig(enabled=False))
     assert without == {"knn": found["knn"]}
 
 

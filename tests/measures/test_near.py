@@ -11,7 +11,7 @@ from fastcr.measures import near
 @pytest.fixture
 def vectors(monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
     """Three tight bundles and forty rows at random, in random order, over several tiles."""
-    monkeypatch.setattr(near, "SIDE", 7)
+    monkeypatch.setattr(near, "ROWS", 7)
     torch.manual_seed(0)
     bundles = torch.randn(3, 1, 16) + 0.3 * torch.randn(3, 12, 16)
     every = torch.cat([bundles.flatten(0, 1), torch.randn(40, 16)])
@@ -28,7 +28,7 @@ def test_copies_are_the_connected_components(threshold: float, vectors: torch.Te
 
 
 def test_equal_rows_are_one_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(near, "SIDE", 16)
+    monkeypatch.setattr(near, "ROWS", 16)
     assert near.copies(torch.ones(50, 1), 0.9) == [[*range(50)]]
 
 
