@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastcr import evaluate, train
+from fastcr import train
 from fastcr.method import build as training
 from tests.shared import TINY, Trap
 
@@ -135,20 +135,6 @@ def test_unreadable_images_are_named_and_counted(images: Path, capfd: pytest.Cap
     assert f"{len(BROKEN)} unreadable training images were skipped" in out
 
 
-def test_unreadable_images_are_left_out_of_an_evaluation(
-    birds: Path, one_step: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    root = Path(shutil.copytree(birds, tmp_path / "birds"))
-    for i, file in enumerate(sorted((root / "test").glob("*/*.jpg"))[:3]):
-        file.write_bytes((b"", b"\xff\xd8 cut off", b"<html>")[i])
-    folder = shutil.copytree(one_step, tmp_path / "run")
-    args = [folder, "--data.root", root, "--data.workers", 0, "--linear.enabled", False]
-    evaluate.main([str(arg) for arg in args])
-    out, errors = capfd.readouterr()
-    assert errors == ""
-    assert all(words in out for words in ("unreadable image", "left out", "29 images"))
-
-
 def random_pixels(*shape: int, dtype: type = np.uint8) -> Any:
     return np.random.default_rng(0).integers(0, np.iinfo(dtype).max, shape, dtype=dtype)
 
@@ -191,14 +177,6 @@ def trapped(file: Path, trap: Path, **more: object) -> Path:
     torch.load(file, weights_only=False)
     trap.rmdir()
     return file
-
-
-def test_code_in_weights_is_refused(images: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
-    file, trap = tmp_path / "w.pt", tmp_path / "trap"
-    line = refused(train.main, *run_of(images, "--model.weights", trapped(file, trap)))
-    assert f"{file} is refused" in line
-    assert "pickled code" in line
-    assert not trap.exists()
 
 
 def test_foreign_checkpoints_are_not_resumed_from(one_step: Path, tmp_path: Path, refused: Callable[..., str]) -> None:

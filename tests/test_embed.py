@@ -24,7 +24,6 @@ from rich.console import Console
 
 import fastcr
 from fastcr import embed as command
-from fastcr.config import RationaleConfig
 from fastcr.data.images import ImageList
 from fastcr.data.layouts import read_splits
 from fastcr.measures.embeddings import Embeddings, embed
@@ -133,13 +132,6 @@ def test_files_of_worker_processes_are_the_same(
     run(weights, birds)
     command.main([str(weights), str(birds), "--out", "out", "--run.device", "cpu", "--data.workers", "2"])
     assert contents(tmp_path / "out") == contents(tmp_path / f"{birds.name}-embeddings")  # the default of --out
-
-
-def test_without_a_branch_there_is_the_mean_alone(birds: Path, tmp_path: Path) -> None:
-    plain = write_weights(tmp_path / "plain.safetensors", RationaleConfig(enabled=False))
-    run(plain, birds / "test", "--out", tmp_path / "out")
-    assert arrays(tmp_path / "out").keys() == {"mean"}
-    assert {row["split"] for row in table(tmp_path / "out")} == {""}
 
 
 def test_killed_command_goes_on_and_gives_the_same_bytes(
@@ -341,29 +333,21 @@ def test_table_survives_any_name(weights: Path, flat: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("asked", "name"), [("feature-strength", "norm"), ("attention", "rationale")])
-def test_the_pooling_that_is_asked_for_is_written_alone(
+def test_the_pooling_that_is_asked_for_is_written_alone_and_its_mean_subtracted(
     asked: str, name: str, weights: Path, birds: Path, tmp_path: Path
 ) -> None:
-    run(weights, birds / "test", "--out", tmp_path / "out", "--pooling", asked)
-    found = arrays(tmp_path / "out")
+    run(weights, birds / "test", "--out", tmp_path / "plain", "--pooling", asked)
+    found = arrays(tmp_path / "plain")
     assert found.keys() == {name}
     expected = computed(weights, read_splits(birds / "test").train)
-    by_name = {"rationale": expected.rationale, **expected.others}
-    torch.testing.assert_close(found[name], by_name[name], atol=1e-6, rtol=0)
-    assert json.loads((tmp_path / "out" / "encoder.json").read_text())["pooling"] == name
-
-
-def test_the_mean_of_the_folder_is_subtracted_and_kept(weights: Path, birds: Path, tmp_path: Path) -> None:
-    run(weights, birds, "--out", tmp_path / "plain", "--pooling", "gem")
-    run(weights, birds, "--out", tmp_path / "out", "--pooling", "gem", "--centre")
-    plain = np.load(tmp_path / "plain" / "gem.npy").astype(np.float64)
-    mean = plain.mean(0)
-    expected = (plain - mean) / np.linalg.norm(plain - mean, axis=1, keepdims=True)
-    found = arrays(tmp_path / "out")["gem"].numpy()
-    assert found.dtype == np.float32
-    assert np.allclose(found, expected, atol=1e-5)
-    facts = json.loads((tmp_path / "out" / "encoder.json").read_text())
-    assert np.allclose(facts["subtracted"], mean, atol=1e-6)
+    plain = {"rationale": expected.rationale, **expected.others}[name]
+    torch.testing.assert_close(found[name], plain, atol=1e-6, rtol=0)
+    run(weights, birds / "test", "--out", tmp_path / "out", "--pooling", asked, "--centre")
+    mean = plain.double().mean(0)
+    expected_rows = (plain - mean) / (plain - mean).norm(dim=1, keepdim=True)
+    torch.testing.assert_close(arrays(tmp_path / "out")[name], expected_rows.float(), atol=1e-5, rtol=0)
+    facts, before = (json.loads((tmp_path / folder / "encoder.json").read_text()) for folder in ("out", "plain"))
+    assert facts["subtracted"] == pytest.approx(mean.tolist(), abs=1e-6)
     assert facts["weights_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
-    assert (facts["weights"], facts["root"]) == (str(weights), str(birds))
-    assert "subtracted" not in json.loads((tmp_path / "plain" / "encoder.json").read_text())
+    assert (facts["pooling"], facts["weights"], facts["root"]) == (name, str(weights), str(birds / "test"))
+    assert "subtracted" not in before

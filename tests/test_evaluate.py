@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 from sklearn.metrics import roc_auc_score
 from torchvision.transforms import v2
 
@@ -24,9 +23,7 @@ from fastcr.config import RationaleConfig
 from fastcr.data import crop_loader
 from fastcr.data.images import ImageList
 from fastcr.data.layouts import read_splits
-from fastcr.encoders.encoder import Encoder, load
-from fastcr.measures import embeddings as embedding
-from fastcr.measures.embeddings import Embeddings, embed
+from fastcr.encoders.encoder import load
 from fastcr.measures.poolings import SHOWN
 from fastcr.measures.retrieval import retrieval
 from fastcr.runs.context import Context
@@ -68,12 +65,6 @@ def images(birds: Path) -> ImageList:
 def results(folder: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((folder / "results.json").read_text())
     return content
-
-
-def embed_with(encoder: Path | Encoder, images: ImageList) -> Embeddings:
-    if isinstance(encoder, Path):
-        encoder = load(encoder)
-    return embed(encoder, images, Context(console=Console(file=io.StringIO())), title="test")
 
 
 def test_run_folder_gives_the_results_of_the_runs_end_and_more(
@@ -219,17 +210,6 @@ def test_unreadable_image_is_named_left_out_and_counted(
     evaluate.main([str(copied), "--data.root", str(root), *CPU])
     assert results(copied)["images"] == 31
     assert broken_scores == results(copied)["retrieval"]
-
-
-def test_embeddings_do_not_depend_on_the_batch(
-    finished: Path, images: ImageList, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = embed_with(finished / "weights.safetensors", images)
-    monkeypatch.setattr(embedding, "BATCH_SIZE", 7)
-    split = embed_with(finished / "weights.safetensors", images)
-    assert split.kept.tolist() == whole.kept.tolist()
-    torch.testing.assert_close(split.mean, whole.mean, atol=1e-5, rtol=0)
-    torch.testing.assert_close(split.rationale, whole.rationale, atol=1e-5, rtol=0)
 
 
 # --- encoders by name, without a run ---

@@ -126,6 +126,7 @@ def test_without_a_branch_the_mean_is_searched_and_no_attention_drawn(
     plain = write_weights(tmp_path / "plain.safetensors", RationaleConfig(enabled=False))
     run(embedded(plain, birds, tmp_path / "out"), query, "--k", "2")
     assert found(capsys.readouterr().out)[0][0] == "1.0000"
+    assert [file.name for file in (tmp_path / "out").glob("*.npy")] == ["mean.npy"]
     page = Path("search.html").read_text()
     assert page.count("<img ") == 3
     assert "attention" not in page

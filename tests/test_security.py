@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from fastcr.data.layouts import read_splits
 from fastcr.errors import UsageError
 from fastcr.output.sheets import POLICY
 from fastcr.runs.checkpoint import save_weights
+from tests.output.test_sheets import Page
 from tests.shared import ROOT, TINY, Trap
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -185,27 +185,11 @@ def test_weights_that_name_a_model_elsewhere_are_refused(
 # names are only names
 
 
-class Page(HTMLParser):
-    """The tags and attributes of a page, and the words in it."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.names, self.attributes, self.words = set[str](), set[str](), ""
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.names.add(tag)
-        self.attributes |= {name for name, _ in attrs}
-
-    def handle_data(self, data: str) -> None:
-        self.words += data
-
-
 def test_a_report_of_hostile_names_is_harmless(place: Path) -> None:
     text = (place / "run" / "report.html").read_text()
     found = Page(text)
-    assert not found.names & {"script", "iframe", "object", "embed", "link", "base", "form"}
-    assert not [name for name in found.attributes if name.startswith("on")]
+    assert not {tag for tag, _ in found.tags} & {"script", "iframe", "object", "embed", "link", "base", "form"}
+    assert not [name for _, attrs in found.tags for name in attrs if name.startswith("on")]
     assert f'http-equiv="Content-Security-Policy" content="{escape(POLICY)}"' in text
     assert CLASS in found.words
 

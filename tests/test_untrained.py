@@ -14,6 +14,7 @@ from fastcr.data.layouts import read_splits
 from fastcr.data.views import normalise
 from fastcr.encoders.encoder import load
 from fastcr.encoders.rationale import RationaleHead
+from fastcr.method.ddt import Moments
 from fastcr.runs.checkpoint import load_weights
 from tests.shared import SHORT, TINY, records, start
 
@@ -91,19 +92,6 @@ def test_no_epochs_without_labels_and_with_other_methods(more: tuple[str, ...], 
     assert {file.name for file in folder.iterdir() if "tfevents" not in file.name} == FILES
 
 
-def ddt_maps(features: torch.Tensor) -> torch.Tensor:
-    """DDT's weights `[N,S]` of features `[N,C,h,w]` by a whole decomposition in fp64."""
-    unit = features.double() / features.double().square().sum(1, keepdim=True).sqrt()
-    rows = unit.permute(0, 2, 3, 1)
-    centred = rows - rows.flatten(0, 2).mean(0)
-    scores = centred @ torch.linalg.svd(centred.flatten(0, 2), full_matrices=False).Vh[0]
-    edge = torch.ones_like(scores[0], dtype=torch.bool)
-    edge[1:-1, 1:-1] = False
-    scores = scores * (1 if scores[:, ~edge].mean() > scores[:, edge].mean() else -1)
-    kept = scores.clamp(min=0).flatten(1)
-    return kept / kept.sum(1, keepdim=True)
-
-
 def test_the_branch_begins_where_ddt_is(untrained: Path, birds: Path) -> None:
     encoder, images = load(untrained / "init.safetensors"), read_splits(birds).train
     crops = torch.stack([centre_crop(images.rgb(i), 80) for i in range(len(images))])
@@ -111,7 +99,9 @@ def test_the_branch_begins_where_ddt_is(untrained: Path, birds: Path) -> None:
     assert isinstance(encoder.branch, RationaleHead)
     torch.manual_seed(0)
     other = RationaleHead(features.shape[1], detectors=4)
-    maps, wanted = features.double().flatten(2), ddt_maps(features)
+    moments = Moments(features.shape[1])
+    moments.add(features)
+    maps, wanted = features.double().flatten(2), moments.axis().attention(features).flatten(1)
     pooled = [F.normalize(torch.einsum("ns,ncs->nc", each.double(), maps), dim=1) for each in (
         wanted, encoder.branch.pool(features).attention, other.pool(features).attention.detach()
     )]  # fmt: skip

@@ -174,12 +174,11 @@ class Encoder(nn.Module):
     @property
     def transform(self) -> Callable[[Image.Image], Tensor]:
         """PIL image of any mode to `[3,S,S]` as in `fastcr.evaluate`: upright, shorter side to `round(S*8/7)`, cut."""
-        return partial(_as_input, size=self.image_size, mean=self.mean, std=self.std)  # which can be pickled
+        return partial(_as_input, size=self.image_size)  # which can be pickled
 
 
-def _as_input(image: Image.Image, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    pixels = centre_crop(upright_rgb(image), size).permute(2, 0, 1).to(torch.float32) / 255
-    return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+def _as_input(image: Image.Image, size: int) -> Tensor:
+    return normalise(centre_crop(upright_rgb(image), size)[None], torch.float32)[0]
 
 
 def describe(config: Config) -> dict[str, Any]:

@@ -106,35 +106,27 @@ def test_the_weights_file_comes_before_an_exported_one(weights: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("size", "mode"),
-    [((96, 128), "RGB"), ((20, 37), "RGB"), ((1, 1), "RGB"), ((50, 40), "P"), ((50, 40), "CMYK"), ((50, 40), "I;16")],
+    ("size", "mode", "turned"),
+    [
+        *(((96, 128), "RGB", orientation) for orientation in range(1, 9)),
+        *((size, "RGB", 1) for size in ((20, 37), (1, 1))),
+        *(((50, 40), mode, 1) for mode in ("P", "CMYK", "I;16")),
+    ],
 )
 def test_the_transform_is_that_of_the_evaluation(
-    size: tuple[int, int], mode: str, encoder: Encoder, tmp_path: Path
+    size: tuple[int, int], mode: str, turned: int, encoder: Encoder, tmp_path: Path
 ) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
     deep = Image.fromarray(noise[:, :, 0].astype(np.uint16) * 257)
-    file = tmp_path / "noise.tif"
-    (deep if mode == "I;16" else Image.fromarray(noise).convert(mode)).save(file)
+    file = tmp_path / ("phone.png" if turned > 1 else "noise.tif")
+    (exif := Image.Exif())[ExifTags.Base.Orientation] = turned
+    (deep if mode == "I;16" else Image.fromarray(noise).convert(mode)).save(file, exif=exif)
     crop = _Crops(ImageList(tmp_path, (file.name,), None, ()), 32)[0]
     assert crop is not None
     with Image.open(file) as picture:
         assert picture.mode == mode
         pixels = encoder.transform(picture)
     torch.testing.assert_close(pixels, normalise(crop[0][None], torch.float32)[0], atol=1e-5, rtol=0)
-
-
-def test_the_transform_turns_a_phones_picture_upright(encoder: Encoder, tmp_path: Path) -> None:
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 52, 3), dtype=np.uint8))
-    for orientation in range(1, 9):
-        exif = Image.Exif()
-        exif[ExifTags.Base.Orientation] = orientation
-        noise.save(tmp_path / "phone.png", exif=exif)
-        crop = _Crops(ImageList(tmp_path, ("phone.png",), None, ()), 32)[0]
-        assert crop is not None
-        with Image.open(tmp_path / "phone.png") as picture:
-            pixels = encoder.transform(picture)
-        torch.testing.assert_close(pixels, normalise(crop[0][None], torch.float32)[0], atol=1e-5, rtol=0)
 
 
 def test_files_and_pictures_are_embedded_without_more_ado(weights: Path, flat: Path, tmp_path: Path) -> None:

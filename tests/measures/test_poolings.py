@@ -146,6 +146,9 @@ def test_one_pass_gives_every_pooling(encoder: Encoder, images: ImageList, monke
     for name, pool in poolings.items():
         assert found.others[name].dtype == torch.float32
         torch.testing.assert_close(found.others[name], F.normalize(pool(features), dim=1), atol=1e-4, rtol=0)
+    alone = encoder.pooled(features)
+    torch.testing.assert_close(found.mean, alone.mean, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.rationale, alone.rationale, atol=1e-5, rtol=0)
     plain = embed(encoder, images, CONTEXT, title="")
     assert not plain.others
     assert torch.equal(plain.mean, found.mean)
