@@ -110,8 +110,8 @@ class Browser:
             least = 0 if box else enough(self.encoder.image_size)
             picture = _decode(sent, least) if row is None else self.picture(row, least)
             seen = Picture("", as_evaluated(_cut(picture, box) if box else picture, self.encoder.image_size))
-            facts, mean = self.stored.facts, self.stored.mean
-            vector = self.stored.queries(encode([seen], self.encoder, self.context, facts["pooling"], mean)[0])[0]
+            vectors, _ = encode([seen], self.encoder, self.context, self.stored.facts["pooling"])
+            vector = self.stored.queries(vectors)[0]
         likely = (self.half @ vector.half()).float().topk(min(4 * NEAREST, len(self.half))).indices
         best = (self.among[likely] @ vector).topk(min(NEAREST, len(likely)))
         near = zip(likely[best.indices].tolist(), best.values.tolist(), strict=True)

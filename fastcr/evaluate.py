@@ -19,7 +19,7 @@ from fastcr.data.layouts import read_splits
 from fastcr.data.synthetic import BOXES, write_synthetic
 from fastcr.encoders.encoder import Encoder, load
 from fastcr.encoders.hub import address_of, find_weights
-from fastcr.encoders.named import is_name, model_of, named_encoder
+from fastcr.encoders.named import is_name, model_of, open_encoder
 from fastcr.errors import UsageError
 from fastcr.measures.evaluation import Evaluation, not_measured, test_images
 from fastcr.measures.localisation import read_objects
@@ -70,10 +70,8 @@ def read_settings(args: Sequence[str] | None) -> tuple[EvaluateConfig, Path | No
 
 def encoder_of(config: EvaluateConfig, context: Context, source: Path) -> Encoder:
     """One of the encoders that `config` names, on the CPU. `UsageError` if it cannot be had."""
-    size = config.data.image_size
-    if not is_name(source):
-        return load(source, tuned=config.run.tuned, image_size=size)
-    return named_encoder(model_of(str(source), **vars(config.model)), size, context.say)
+    tuned, settings = (None, vars(config.model)) if is_name(source) else (config.run.tuned, {})
+    return open_encoder(source, "cpu", tuned, config.data.image_size, context.say, **settings).encoder
 
 
 def measure(config: EvaluateConfig, evaluation: Evaluation) -> dict[str, Any]:

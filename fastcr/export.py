@@ -12,8 +12,6 @@ import dataclasses
 import importlib.util
 import io
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -32,7 +30,7 @@ from fastcr.encoders.hub import find_weights, folder_of
 from fastcr.errors import UsageError, one_line
 from fastcr.measures.poolings import key_of, pooled
 from fastcr.output.tables import best_line, retrieval_table, text_of
-from fastcr.runs.checkpoint import save_weights, write_whole
+from fastcr.runs.checkpoint import new_folder, save_weights, write_whole
 from fastcr.runs.command_line import load_config, one_line_errors
 from fastcr.runs.context import Context
 
@@ -108,13 +106,10 @@ def write_hub(encoder: Encoder, out: Path, run: Path) -> None:
     card = Template(files("fastcr").joinpath("model_card.md.jinja").read_text(encoding="utf-8")).render(told)
     # the Hub counts a download by this file
     about = {"library_name": "fastcr", "fastcr_version": __version__, "facts": encoder.facts}
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
-        folder = Path(scratch) / out.name
-        folder.mkdir()
+    with new_folder(out) as folder:
         save_weights(folder / "model.safetensors", encoder.state_dict(), encoder.facts)
         (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(f"{card}\n", encoding="utf-8")
-        os.rename(folder, out)
 
 
 def training_settings(config: Config) -> dict[str, Any]:

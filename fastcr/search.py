@@ -141,7 +141,7 @@ def search(config: SearchConfig, context: Context) -> None:
                 context.say(f"left out: {reason}")
             if not queries:
                 continue
-            vectors, maps = encode(list(queries.values()), encoder, context, pooling, stored.mean)
+            vectors, maps = encode(list(queries.values()), encoder, context, pooling)
             found = stored.nearest(stored.queries(vectors), config.k + bool(config.exclude_self))
             for (path, query), attention, near in zip(queries.items(), maps, found, strict=True):
                 if config.exclude_self:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from torch import Tensor
 from fastcr.data.crops import resized
 from fastcr.data.images import ImageList, full_size, upright_size
 from fastcr.errors import UsageError
+from fastcr.runs.checkpoint import new_folder
 from fastcr.runs.context import Context
 from fastcr.runs.machine import cache_folder
 
@@ -132,18 +132,12 @@ def _on_disk(folder: Path, total: int, decode: Callable[[Tensor], Layout]) -> tu
     """Pixels, mapped from a file in `folder`, and their layout; where there is no such folder, it is written first."""
     if not folder.exists():
         try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            # written beside the final folder and renamed: a killed run leaves no half cache, two runs do not meet
-            with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-                draft = Path(scratch, folder.name)
-                draft.mkdir()
+            with new_folder(folder) as draft:
                 with open(draft / PIXELS, "wb") as file:
                     os.posix_fallocate(file.fileno(), 0, total)  # a full disk says so now
                 pixels = np.memmap(draft / PIXELS, dtype=np.uint8, mode="r+")
                 np.savez(draft / LAYOUT, **decode(torch.from_numpy(pixels)))  # type: ignore[arg-type]
                 pixels.flush()
-                if not folder.exists():
-                    draft.rename(folder)
         except OSError as error:
             raise UsageError(f"cannot save the decoded images in {folder}: {error}") from None
     try:

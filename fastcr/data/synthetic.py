@@ -4,7 +4,6 @@ A bird fills a part of the picture, anywhere. Place, size, pose and light vary f
 are drawn alike for every species, the clutter in the colours of plumage and with its spots, streaks and bars.
 """
 
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from fastcr.data.birds import CLASSES, COLOURS, PATTERNS, Pen, Species, draw_bod
 from fastcr.data.images import Splits
 from fastcr.data.layouts import read_splits
 from fastcr.errors import UsageError
+from fastcr.runs.checkpoint import new_folder
 from fastcr.runs.context import progress
 from fastcr.runs.machine import cache_folder
 
@@ -151,18 +151,11 @@ def write_synthetic(
         for c, kind in enumerate(CLASSES)
         for i in range(count)
     }
-
-    def complete() -> bool:
-        return {file.relative_to(root) for file in root.glob("*/*/*.jpg")} == {*images}
-
-    if complete():
+    if {file.relative_to(root) for file in root.glob("*/*/*.jpg")} == {*images}:
         return root
     if root.exists() and any(root.iterdir()):
         raise UsageError(f"{root} is not a complete synthetic set: remove it or name another folder")
-    root.parent.mkdir(parents=True, exist_ok=True)
-    # drawn beside the final folder and renamed: a killed run leaves no half set, two runs at once do not meet
-    with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as scratch:
-        draft = Path(scratch, root.name)
+    with new_folder(root) as draft:
         lines = ["path,left,top,right,bottom"]
         for file, (kind, seeds) in progress(images.items(), "drawing the synthetic birds", len(images)):
             (draft / file).parent.mkdir(parents=True, exist_ok=True)
@@ -170,6 +163,4 @@ def write_synthetic(
             picture.save(draft / file, quality=90)
             lines.append(",".join([file.as_posix(), *(f"{side:.4f}" for side in picture.info.get("box", ()))]))
         (draft / BOXES).write_text("\n".join(lines) + "\n")
-        if not complete():
-            draft.rename(root)
     return root

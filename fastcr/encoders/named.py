@@ -42,38 +42,35 @@ def model_of(name: str, weights: str = ModelConfig.weights, **others: Any) -> Mo
     return model
 
 
-def named_encoder(model: ModelConfig, image_size: int | None, say: Callable[[str], object]) -> Encoder:
-    """The encoder without a branch that `model` names, with its weights, frozen, on the CPU.
-
-    `say` is told what lies beside the weights. Without `image_size`, and where nothing says it there, it is 224 px.
-    `UsageError` if the encoder cannot be had.
-    """
-    image_size = image_size or facts_of(Path(model.weights)).get("size", DataConfig.image_size)
-    model = with_own_colours(model, say)
-    settings = Config(model=model, data=DataConfig(image_size=image_size), rationale=RationaleConfig(enabled=False))
-    torch.manual_seed(0)  # of weights that stay random
-    colours = model.mean, model.std
-    backbone, _ = build_backbone(model.backbone, model.last_stage, image_size=image_size, colours=colours)
-    load_initial_weights(backbone, model)
-    encoder = Encoder(backbone, None, describe(settings)).requires_grad_(False).eval()
-    return encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload,unused-ignore]
-
-
 def open_encoder(
     source: str | os.PathLike[str],
     device: str | torch.device = "cpu",
     tuned: float | None = None,
     image_size: int | None = None,
     say: Callable[[str], object] = print,
+    **settings: Any,
 ) -> Opened:
-    """The encoder that `load` takes, or one by its name, which has no `tuned`; `say` is told what lies beside it."""
+    """The encoder that `load` takes, or one by its name, without a branch, frozen, which has no `tuned`.
+
+    `settings` are those of `model_of`; `say` is told what lies beside the weights of a name. Without `image_size`, and
+    where nothing says it there, it is 224 px. `UsageError` if the encoder cannot be had.
+    """
     if not is_name(source):
         file = find_weights(source)
         sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
         return Opened(load(file, device, tuned=tuned, image_size=image_size), os.path.abspath(file), sha256)
     if tuned is not None:
         raise UsageError(f"--run.tuned is of a run folder, and {source} is the name of an encoder")
-    encoder, digest = named_encoder(model_of(os.fspath(source)), image_size, say), hashlib.sha256()
+    model, digest = model_of(os.fspath(source), **settings), hashlib.sha256()
+    image_size = image_size or facts_of(Path(model.weights)).get("size", DataConfig.image_size)
+    model = with_own_colours(model, say)
+    torch.manual_seed(0)  # of weights that stay random
+    colours = model.mean, model.std
+    backbone, _ = build_backbone(model.backbone, model.last_stage, image_size=image_size, colours=colours)
+    load_initial_weights(backbone, model)
+    config = Config(model=model, data=DataConfig(image_size=image_size), rationale=RationaleConfig(enabled=False))
+    encoder = Encoder(backbone, None, describe(config)).requires_grad_(False).eval()
     for name, value in encoder.state_dict().items():
         digest.update(name.encode() + value.contiguous().numpy().tobytes())
-    return Opened(encoder.to(device), os.fspath(source), digest.hexdigest())
+    encoder.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return Opened(encoder, os.fspath(source), digest.hexdigest())

@@ -69,19 +69,13 @@ def key_of(asked: str | None, encoder: Encoder) -> str:
     return key
 
 
-def pooled(
-    features: Tensor, encoder: Encoder, pooling: str, mean: Tensor | None = None, token: Tensor | None = None
-) -> Tensor:
-    """Features `[B,C,h,w]` of `encoder` to unit embeddings `[B,C']`, fp32; less `mean` `[C']`, if it is given.
+def pooled(features: Tensor, encoder: Encoder, pooling: str, token: Tensor | None = None) -> Tensor:
+    """Features `[B,C,h,w]` of `encoder` to unit embeddings `[B,C']`, fp32.
 
     `pooling` is a name that `key_of` gives; "cls" needs the class `token` `[B,C]`.
     """
-    if pooling == "rationale":
-        unit = encoder.pooled(features).rationale
-        assert unit is not None  # `key_of` has seen to it
-    elif pooling == "cls":
-        assert token is not None  # likewise
-        unit = F.normalize(token.float(), dim=1)
-    else:
-        unit = F.normalize(OF_FEATURES[pooling](features).float(), dim=1)
-    return unit if mean is None else F.normalize(unit - mean.to(unit.device), dim=1)
+    if pooling in OF_FEATURES:
+        return F.normalize(OF_FEATURES[pooling](features).float(), dim=1)
+    unit = encoder.pooled(features).rationale if pooling == "rationale" else token
+    assert unit is not None  # `key_of` has seen to it
+    return unit if pooling == "rationale" else F.normalize(unit.float(), dim=1)

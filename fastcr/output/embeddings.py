@@ -203,8 +203,9 @@ class Stored(NamedTuple):
     facts: dict[str, Any]  # of the encoder, and how its features were pooled
 
     def queries(self, pooled: Tensor) -> Tensor:
-        """What the encoder makes of images, pooled and less the mean `[Q,C']`, as `[Q,C]` to compare with these."""
-        vectors = pooled if self.axes is None else F.normalize(pooled @ self.axes, dim=1)
+        """What the encoder makes of images, pooled `[Q,C']`, as `[Q,C]` to compare with these."""
+        moved = pooled if self.mean is None else pooled - self.mean
+        vectors = F.normalize(moved if self.axes is None else moved @ self.axes, dim=1)
         return vectors if self.expanded is None else expand(self.vectors, vectors)
 
     def nearest(self, queries: Tensor, k: int) -> list[list[Neighbour]]:

@@ -86,17 +86,17 @@ def read_pictures(places: Sequence[Place], image_size: int) -> tuple[dict[str, P
 
 
 def encode(
-    pictures: Sequence[Picture], encoder: Encoder, context: Context, pooling: str = "mean", mean: Tensor | None = None
+    pictures: Sequence[Picture], encoder: Encoder, context: Context, pooling: str = "mean"
 ) -> tuple[Tensor, Sequence[Tensor] | Sequence[None]]:
-    """Unit embeddings `[N,C]` and the attention `[h,w]` of each, on the CPU; None without a branch.
+    """Unit embeddings `[N,C]`, by a `pooling` of `poolings.pooled`, and the attention `[h,w]` of each, on the CPU.
 
-    `pooling` and `mean` are those of `fastcr.measures.poolings.pooled`.
+    Without a branch the attention is None.
     """
     vectors, maps = list[Tensor](), list[Tensor]()
     pixels = torch.stack([torch.from_numpy(np.array(picture.crop)) for picture in pictures])  # uint8 [N,S,S,3]
     for part in pixels.split(BATCH_SIZE):
         features, token = encoder.of_crops(part.to(context.device), context.dtype)
-        vectors.append(pooled(features, encoder, pooling, mean, token).cpu())
+        vectors.append(pooled(features, encoder, pooling, token).cpu())
         if (attention := encoder.pooled(features).attention) is not None:
             maps += attention.cpu().unbind()
     return torch.cat(vectors), maps or [None] * len(pictures)

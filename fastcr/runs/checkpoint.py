@@ -6,11 +6,12 @@ import json
 import os
 import pickle
 import re
+import tempfile
 import time
 import zipfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,21 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         raise UsageError(f"cannot save {path}: {error}; what was there before is untouched") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `folder` at the end: whatever interrupts this leaves no half of it.
+
+    Where another process has put one there meanwhile, that one stays.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+        draft = Path(scratch, folder.name)
+        draft.mkdir()
+        yield draft
+        if not folder.exists() or not any(folder.iterdir()):
+            draft.rename(folder)
 
 
 def save_weights(path: Path, state: dict[str, Tensor], facts: dict[str, Any]) -> None:
