@@ -67,6 +67,35 @@ def flat(birds: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The weights file of a small random encoder, alone in its folder; not to be changed."""
+    from tests.shared import write_weights
+
+    return write_weights(tmp_path_factory.mktemp("weights") / "weights.safetensors")
+
+
+@pytest.fixture(scope="session")
+def finished(birds: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three steps with the birds; not to be changed."""
+    from fastcr import train
+    from tests.shared import TINY
+
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    three = [*TINY, "--run.steps", "3", "--optim.epochs", "8", "--moco.queue_size", "24"]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    train.main([*three, "--data.root", str(birds), "--run.dir", str(folder)])
+    torch.set_num_threads(threads)
+    return folder
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    """That run, for a test to change."""
+    return Path(shutil.copytree(finished, tmp_path / "copied"))
+
+
 @pytest.fixture
 def refused(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """The one line that a command ends with for bad input: `refused(train.main, "--optim.lr", 0)`."""

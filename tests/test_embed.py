@@ -37,11 +37,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = ("--run.device", "cpu", "--data.workers", "0")
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_weights(tmp_path_factory.mktemp("weights") / "weights.safetensors")
-
-
 @pytest.fixture(scope="module", autouse=True)
 def batches_of_8() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:

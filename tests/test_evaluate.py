@@ -1,7 +1,5 @@
 """Evaluation: the same scores whenever, in whatever batches; what is left out; what embeddings and crops are."""
 
-import contextlib
-import io
 import json
 import math
 import shutil
@@ -18,7 +16,7 @@ from sklearn.metrics import roc_auc_score
 from torchvision.transforms import v2
 
 from fastcr import embed as embed_command
-from fastcr import evaluate, search, train
+from fastcr import evaluate, search
 from fastcr.config import RationaleConfig
 from fastcr.data import crop_loader
 from fastcr.data.images import ImageList
@@ -27,7 +25,7 @@ from fastcr.encoders.encoder import load
 from fastcr.measures.poolings import SHOWN
 from fastcr.measures.retrieval import retrieval
 from fastcr.runs.context import Context
-from tests.shared import TINY, write_weights
+from tests.shared import write_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SECTIONS = {
@@ -37,22 +35,6 @@ SECTIONS = {
     "few_label": {"20", "50"},  # of four a class; 1 and 10 % are the same picture as 20 %
 }
 CPU = ("--run.device", "cpu", "--data.workers", "0")
-
-
-@pytest.fixture(scope="module")
-def finished(birds: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "finished"
-    with contextlib.redirect_stdout(io.StringIO()):
-        train.main(
-            [*TINY, "--moco.queue_size", "24", "--run.steps", "3", "--data.root", str(birds), "--run.dir", str(folder)]
-        )
-    return folder
-
-
-@pytest.fixture
-def copied(finished: Path, tmp_path: Path) -> Path:
-    """That run, for a test to change."""
-    return Path(shutil.copytree(finished, tmp_path / "copied"))
 
 
 @pytest.fixture

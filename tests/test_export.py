@@ -1,7 +1,5 @@
 """Exports: each format loads where it is meant to and agrees with the encoder; what is refused; what the Hub gets."""
 
-import contextlib
-import io
 import json
 import shutil
 import sys
@@ -18,29 +16,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import fastcr
-from fastcr import export, train
+from fastcr import export
 from fastcr.config import RationaleConfig
 from fastcr.encoders.encoder import Encoder
 from fastcr.measures.poolings import key_of, pooled
-from tests.shared import TINY, write_weights
+from tests.shared import write_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def run(birds: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of three steps; exports beside it would be seen by other tests: give --out, or use a copy."""
-    folder = tmp_path_factory.mktemp("runs") / "finished"
-    with contextlib.redirect_stdout(io.StringIO()):
-        train.main(
-            [*TINY, "--run.steps", "3", "--moco.queue_size", "24", "--data.root", str(birds), "--run.dir", str(folder)]
-        )
-    return folder
-
-
-@pytest.fixture(scope="module")
-def encoder(run: Path) -> Encoder:
-    return fastcr.load(run)
+def encoder(finished: Path) -> Encoder:
+    return fastcr.load(finished)
 
 
 def images(count: int) -> Tensor:
@@ -72,11 +59,11 @@ def test_torchvision_takes_all_but_its_classifier_from_the_safetensors_file(
 
 
 @pytest.fixture(scope="module")
-def graph(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def graph(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("torch") / "new folder" / "encoder.pt2"
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # the user would see it
-        export.main([str(run), "--format", "torch", "--out", str(file)])
+        export.main([str(finished), "--format", "torch", "--out", str(file)])
     return file
 
 
@@ -116,11 +103,11 @@ def test_timm_takes_the_safetensors_file_of_one_of_its_models_and_its_graph_agre
 
 
 @pytest.fixture(scope="module")
-def onnx_file(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def onnx_file(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
     file = tmp_path_factory.mktemp("onnx") / "encoder.onnx"
-    export.main([str(run), "--format", "onnx", "--out", str(file)])
+    export.main([str(finished), "--format", "onnx", "--out", str(file)])
     return file
 
 
@@ -145,18 +132,19 @@ def test_the_onnx_file_is_one_file_of_plain_operators(onnx_file: Path) -> None:
 
 
 def test_the_hub_folder_loads_and_its_card_says_what_was_measured(
-    run: Path, encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Path, encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     huggingface_hub, hub = pytest.importorskip("huggingface_hub"), tmp_path / "mine"
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "huggingface_hub", None)  # not needed to write it
-        export.main([str(run), "--format", "hub", "--out", str(hub)])
+        export.main([str(finished), "--format", "hub", "--out", str(hub)])
     assert {file.name for file in hub.iterdir()} == {"README.md", "config.json", "model.safetensors"}
     assert list(tmp_path.iterdir()) == [hub]  # nothing half-written beside it
     agrees(fastcr.load(hub)(images(3)), encoder, 3, 0)
     assert json.loads((hub / "config.json").read_text())["facts"] == json.loads(json.dumps(encoder.facts))
 
-    card, results = huggingface_hub.ModelCard.load(hub / "README.md"), json.loads((run / "results.json").read_text())
+    card = huggingface_hub.ModelCard.load(hub / "README.md")
+    results = json.loads((finished / "results.json").read_text())
     assert (card.data.library_name, card.data.license, card.data.model_name) == ("fastcr", "apache-2.0", "mine")
     (line,) = [line for line in card.text.splitlines() if line.startswith("| attention |")]
     scores = [
@@ -169,8 +157,7 @@ def test_the_hub_folder_loads_and_its_card_says_what_was_measured(
     assert settings["moco"]["queue_size"] == 24
 
 
-def test_nothing_for_the_hub_names_a_path_of_this_machine(run: Path, tmp_path: Path) -> None:
-    copied = Path(shutil.copytree(run, tmp_path / "copied"))
+def test_nothing_for_the_hub_names_a_path_of_this_machine(finished: Path, copied: Path, tmp_path: Path) -> None:
     config = yaml.safe_load((copied / "config.yaml").read_text())
     config["model"]["weights"], config["data"]["root"] = "/home/someone/trunk.pth", "/home/someone/pictures"
     (copied / "config.yaml").write_text(yaml.safe_dump(config))
@@ -181,49 +168,49 @@ def test_nothing_for_the_hub_names_a_path_of_this_machine(run: Path, tmp_path: P
     for file in (copied / "weights-hub").iterdir():
         content = file.read_bytes()
         assert b"someone" not in content
-        assert str(run.parent).encode() not in content
+        assert str(finished.parent).encode() not in content
         assert str(tmp_path).encode() not in content
     card = (copied / "weights-hub" / "README.md").read_text()
     assert "weights: trunk.pth" in card
     assert "pictures, 32 images of 16 classes" in card
 
 
-def test_broken_results_are_named(run: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
-    shutil.copy(run / "weights.safetensors", tmp_path)
+def test_broken_results_are_named(finished: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    shutil.copy(finished / "weights.safetensors", tmp_path)
     (tmp_path / "results.json").write_text('{"images": 3}')
     line = refused(export.main, tmp_path, "--format", "hub", "--out", tmp_path / "hub")
     assert f"{tmp_path / 'results.json'} is broken" in line
     assert not (tmp_path / "hub").exists()
 
 
-def test_a_pooling_needs_a_graph(run: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
-    line = refused(export.main, run, "--out", tmp_path / "hub", "--format", "hub", "--pooling", "gem")
+def test_a_pooling_needs_a_graph(finished: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    line = refused(export.main, finished, "--out", tmp_path / "hub", "--format", "hub", "--pooling", "gem")
     assert "--pooling goes with --format torch and onnx" in line
 
 
 def test_a_missing_extra_is_named(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    line = refused(export.main, run, "--format", "onnx", "--out", tmp_path / "x.onnx")
+    line = refused(export.main, finished, "--format", "onnx", "--out", tmp_path / "x.onnx")
     assert 'needs onnxscript: pip install "fastcr[onnx]"' in line
     assert not list(tmp_path.iterdir())
 
 
 def test_an_encoder_that_cannot_be_exported_gets_one_line(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
 ) -> None:
     def pooled(self: Encoder, features: Tensor) -> Any:
         raise NotImplementedError("no such\nop")
 
     monkeypatch.setattr(Encoder, "pooled", pooled)
-    line = refused(export.main, run, "--format", "torch", "--out", tmp_path / "x.pt2")
+    line = refused(export.main, finished, "--format", "torch", "--out", tmp_path / "x.pt2")
     assert "resnet18 cannot be made a graph: no such op" in line
     assert not list(tmp_path.iterdir())
 
 
-def test_nothing_is_overwritten(run: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
-    weights = Path(shutil.copy(run / "weights.safetensors", tmp_path / "mine.safetensors"))
+def test_nothing_is_overwritten(finished: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    weights = Path(shutil.copy(finished / "weights.safetensors", tmp_path / "mine.safetensors"))
     default = tmp_path / "mine.pt2"
     default.write_text("precious")
     assert f"{default} is there already" in refused(export.main, weights, "--format", "torch")

@@ -32,11 +32,6 @@ def embedded(weights: Path, root: Path, out: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_weights(tmp_path_factory.mktemp("weights") / "weights.safetensors")
-
-
-@pytest.fixture(scope="module")
 def whole(weights: Path, birds: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The drawn birds embedded; not to be changed."""
     return embedded(weights, birds, tmp_path_factory.mktemp("whole") / "out")

@@ -25,11 +25,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_weights(tmp_path_factory.mktemp("run") / "weights.safetensors")
-
-
-@pytest.fixture(scope="module")
 def encoder(weights: Path) -> Encoder:
     return fastcr.load(weights)
 

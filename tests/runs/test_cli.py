@@ -1,7 +1,6 @@
 """What a user gets for a mistake: one line that names the culprit, status 2, nothing lost; `--help`, presets, YAML."""
 
 import dataclasses
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,12 +24,6 @@ def finished(flat: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "finished"
     train.main([*ONE_STEP, "--data.root", str(flat), "--run.dir", str(folder)])
     return folder
-
-
-@pytest.fixture
-def copied(finished: Path, tmp_path: Path) -> Path:
-    """That run, for a test to damage."""
-    return Path(shutil.copytree(finished, tmp_path / "copied"))
 
 
 @pytest.mark.parametrize(
