@@ -14,13 +14,11 @@ import socket
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from importlib.resources import files
 from pathlib import Path
 from threading import Lock, Thread
 from typing import Any, BinaryIO
 
 import torch
-from jinja2 import StrictUndefined, Template
 from PIL import Image
 
 from fastcr.arguments import BrowseConfig, read_arguments
@@ -31,6 +29,7 @@ from fastcr.errors import UsageError, one_line
 from fastcr.measures import near
 from fastcr.output.embeddings import Stored, read_stored
 from fastcr.output.gallery import Picture, as_evaluated, encode, spread
+from fastcr.output.sheets import template_of
 from fastcr.runs.command_line import one_line_errors
 from fastcr.runs.context import Context
 from fastcr.search import encoder_of
@@ -196,8 +195,7 @@ def make_app(browser: Browser, token: str, host: str) -> Starlette:
     """The server; no `token` (empty): everybody who reaches it gets answers."""
     rows, root = browser.stored.rows, Path(browser.stored.facts["root"])
     cookie = f"fastcr-{hashlib.sha256(token.encode()).hexdigest()[:12]}"  # the servers of a machine share cookies
-    text = files("fastcr").joinpath("browse.html.jinja").read_text(encoding="utf-8")
-    template = Template(text, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = template_of("browse.html.jinja")
     pictures, encodings = CapacityLimiter(2), CapacityLimiter(2)  # at once
 
     async def page(request: Request) -> Response:

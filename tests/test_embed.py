@@ -7,9 +7,6 @@ import json
 import os
 import resource
 import shutil
-import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count
@@ -31,6 +28,8 @@ from fastcr.measures.poolings import OF_FEATURES
 from fastcr.output import embeddings
 from fastcr.output.embeddings import read_stored
 from fastcr.runs.context import Context
+from tests.runs.test_distributed import finish, launch
+from tests.runs.test_folder import HOLD
 from tests.shared import start, write_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -227,15 +226,9 @@ def test_two_processes_share_the_work_and_write_the_same_bytes(weights: Path, bi
         shutil.copyfile(file, tmp_path / "birds" / f"{index}.jpg")
     (tmp_path / "birds" / "7.jpg").write_bytes(b"no picture")
     args = ["-m", "fastcr.embed", weights, tmp_path / "birds", *CPU, "--out"]
-    free = socket.create_server(("localhost", 0))
-    port = str(free.getsockname()[1])
-    free.close()
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    two = [start(*args, tmp_path / "two", RANK=str(rank), **shared) for rank in range(2)]
-    said = [process.communicate(timeout=120) for process in (*two, start(*args, tmp_path / "one"))]
-    assert [process.returncode for process in two] == [0, 0], said
-    assert "319 images embedded, 1 unreadable left out" in said[0][0]
-    assert said[1][0] == ""
+    (first, said, _), second, alone = finish([*launch(*args, tmp_path / "two"), start(*args, tmp_path / "one")])
+    assert (first, second, alone[0]) == (0, (0, "", ""), 0)
+    assert "319 images embedded, 1 unreadable left out" in said
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
@@ -277,13 +270,11 @@ def test_another_process_at_it_is_noticed(
     weights: Path, birds: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     (tmp_path / "partial").mkdir()
-    code = f"import fcntl; f = open({str(tmp_path / 'partial' / '.lock')!r}, 'w'); fcntl.lockf(f, 2); input(print(1))"
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        assert other.stdin
-        assert other.stdout
-        other.stdout.read(1)
-        assert "another process" in refused(command.main, weights, birds, "--out", tmp_path, *CPU)
-        other.stdin.close()
+    holder = start("-c", HOLD, tmp_path / "partial", fresh=False)
+    assert holder.stdout.readline() == "held\n"
+    assert "another process" in refused(command.main, weights, birds, "--out", tmp_path, *CPU)
+    holder.kill()
+    holder.communicate(timeout=30)
 
 
 def test_unreadable_images_are_named_counted_and_left_out(

@@ -1,7 +1,6 @@
 """Exports: each format loads where it is meant to and agrees with the encoder; what is refused; what the Hub gets."""
 
 import json
-import shutil
 import sys
 import warnings
 from collections.abc import Callable
@@ -175,26 +174,24 @@ def test_nothing_for_the_hub_names_a_path_of_this_machine(finished: Path, copied
     assert "pictures, 32 images of 16 classes" in card
 
 
-def test_broken_results_are_named(finished: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
-    shutil.copy(finished / "weights.safetensors", tmp_path)
-    (tmp_path / "results.json").write_text('{"images": 3}')
-    line = refused(export.main, tmp_path, "--format", "hub", "--out", tmp_path / "hub")
-    assert f"{tmp_path / 'results.json'} is broken" in line
-    assert not (tmp_path / "hub").exists()
-
-
-def test_a_pooling_needs_a_graph(finished: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
-    line = refused(export.main, finished, "--out", tmp_path / "hub", "--format", "hub", "--pooling", "gem")
-    assert "--pooling goes with --format torch and onnx" in line
-
-
-def test_a_missing_extra_is_named(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("--format hub", "results.json is broken"),
+        ("--format hub --pooling gem", "--pooling goes with --format torch and onnx"),
+        ("--format onnx", 'needs onnxscript: pip install "fastcr[onnx]"'),
+        ("--format torch", "weights.pt2 is there already"),
+    ],
+)
+def test_mistakes_get_one_line_and_nothing_is_written(
+    args: str, message: str, copied: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    line = refused(export.main, finished, "--format", "onnx", "--out", tmp_path / "x.onnx")
-    assert 'needs onnxscript: pip install "fastcr[onnx]"' in line
-    assert not list(tmp_path.iterdir())
+    (copied / "results.json").write_text('{"images": 3}')
+    (copied / "weights.pt2").write_text("precious")
+    before = {file.name: file.read_bytes() for file in copied.iterdir()}
+    assert message in refused(export.main, copied, *args.split())
+    assert {file.name: file.read_bytes() for file in copied.iterdir()} == before
 
 
 def test_an_encoder_that_cannot_be_exported_gets_one_line(
@@ -207,14 +204,6 @@ def test_an_encoder_that_cannot_be_exported_gets_one_line(
     line = refused(export.main, finished, "--format", "torch", "--out", tmp_path / "x.pt2")
     assert "resnet18 cannot be made a graph: no such op" in line
     assert not list(tmp_path.iterdir())
-
-
-def test_nothing_is_overwritten(finished: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
-    weights = Path(shutil.copy(finished / "weights.safetensors", tmp_path / "mine.safetensors"))
-    default = tmp_path / "mine.pt2"
-    default.write_text("precious")
-    assert f"{default} is there already" in refused(export.main, weights, "--format", "torch")
-    assert default.read_text() == "precious"
 
 
 def test_a_released_branch_gets_no_graph_and_a_warning_on_its_card(tmp_path: Path, refused: Callable[..., str]) -> None:

@@ -21,6 +21,7 @@ from fastcr import embed, search
 from fastcr.config import RationaleConfig
 from fastcr.measures.reranking import expand, whiten
 from tests.shared import ROOT, decoded, write_weights
+from tests.test_embed import table
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = ("--run.device", "cpu", "--run.precision", "fp32")
@@ -56,11 +57,6 @@ def found(output: str) -> list[tuple[str, str, str]]:
     """Similarity, label and path of the rows of the tables."""
     rows = re.findall(r"^│ +\d+ │ +(-?[\d.]+) │ (.*?) +│ (.*?) +│$", output, re.MULTILINE)
     return [(similarity, label.strip(), path) for similarity, label, path in rows]
-
-
-def table(folder: Path) -> list[dict[str, str]]:
-    with open(folder / "images.csv", newline="") as file:
-        return [*csv.DictReader(file)]
 
 
 @pytest.mark.parametrize("expanded", [False, True])

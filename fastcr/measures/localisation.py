@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.special import entr
 
 from fastcr.data.archives import read_text
 from fastcr.data.crops import centres_of, in_crop
@@ -98,7 +99,7 @@ def localisation(attention: Tensor, boxes: Tensor) -> dict[str, dict[str, float]
     shown = {  # each map [N,S], and its peaks [N or 1,P,2]: any of P
         "attention": (attention, centres[attention.argmax(1)][:, None]),
         "average": (average.expand_as(attention), centres[average.argmax(1)][:, None]),
-        "gaussian": (gaussian_of_entropy(_entropy(attention), side), middle),
+        "gaussian": (gaussian_of_entropy(entr(attention).sum(1), side), middle),
         "uniform": (torch.full_like(attention, 1 / attention.shape[1]), centres[None]),
     }
     cells, scores = covered(boxes, side), {}
@@ -115,14 +116,10 @@ def gaussian_of_entropy(entropy: Tensor, side: int) -> Tensor:
     low, high = (torch.full_like(entropy, math.log(sigma)) for sigma in (1e-3, 1e3))
     for _ in range(60):
         middle = (low + high) / 2
-        too_narrow = _entropy(_gaussian(middle, distance)) < entropy
+        too_narrow = entr(_gaussian(middle, distance)).sum(1) < entropy
         low, high = torch.where(too_narrow, middle, low), torch.where(too_narrow, high, middle)
     return _gaussian((low + high) / 2, distance)
 
 
 def _gaussian(log_sigma: Tensor, distance: Tensor) -> Tensor:
     return torch.softmax(-distance / (2 * (2 * log_sigma).exp()[:, None]), dim=1)
-
-
-def _entropy(maps: Tensor) -> Tensor:
-    return -torch.xlogy(maps, maps).sum(1)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastcr.data.crops import centres_of
 from fastcr.encoders.backbone import mean_pool
 from fastcr.encoders.encoder import Encoder
 from fastcr.errors import UsageError
@@ -36,10 +37,8 @@ def norm(features: Tensor) -> Tensor:
 
 def gaussian(features: Tensor) -> Tensor:
     """Positions weighted with a Gaussian at the centre of the image: what needs no look at it."""
-    high, wide = features.shape[2:]
-    squares = [((torch.arange(side) + 0.5) / side - 0.5).square() for side in (high, wide)]
-    weights = torch.exp(-(squares[0][:, None] + squares[1]) / (2 * SIGMA**2))
-    return weighted(features, weights.to(features.device))
+    squares = (centres_of(*features.shape[2:]) - 0.5).square().sum(1).view(features.shape[2:])
+    return weighted(features, torch.exp(-squares / (2 * SIGMA**2)).to(features.device, torch.float32))
 
 
 # by the names of results.json, those that need to know nothing but the features

@@ -92,10 +92,15 @@ def grid_of(tiles: Sequence[Tile]) -> Image.Image:
 
 def html_page(title: str, sections: Sequence[Section]) -> str:
     """The whole page."""
-    text = files("fastcr").joinpath("sheet.html.jinja").read_text(encoding="utf-8")
-    template = Template(text, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page = template.render(title=title, sections=sections, generator=GENERATOR, policy=POLICY, uri=data_uri)
+    told = {"title": title, "sections": sections, "generator": GENERATOR, "policy": POLICY, "uri": data_uri}
+    page = template_of("sheet.html.jinja").render(told)
     return UNPRINTABLE.sub("\ufffd", page)
+
+
+def template_of(name: str) -> Template:
+    """One of the package's pages, which escapes whatever it is given."""
+    text = files("fastcr").joinpath(name).read_text(encoding="utf-8")
+    return Template(text, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 
 
 def data_uri(picture: Image.Image) -> str:

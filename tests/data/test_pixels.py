@@ -19,6 +19,7 @@ from fastcr.data.loaders import loader_of
 from fastcr.data.pixel_cache import fill, measure
 from fastcr.data.views import Loading
 from fastcr.runs.context import Context
+from tests.data.test_grid import STORED
 
 CONTEXT = Context()
 
@@ -29,18 +30,9 @@ def scene(height: int = 48, width: int = 64) -> np.ndarray:
 
 
 def as_stored(upright: np.ndarray, orientation: int) -> np.ndarray:
-    """How a camera stores an upright picture under an EXIF orientation, by the table of the EXIF standard."""
-    stored = {
-        1: upright,
-        2: upright[:, ::-1],
-        3: upright[::-1, ::-1],
-        4: upright[::-1],
-        5: upright.swapaxes(0, 1),
-        6: np.rot90(upright, 1),
-        7: upright[::-1, ::-1].swapaxes(0, 1),
-        8: np.rot90(upright, -1),
-    }
-    return np.ascontiguousarray(stored[orientation])
+    """How a camera stores an upright picture under an EXIF orientation."""
+    image, turn = Image.fromarray(upright), STORED[orientation]
+    return np.asarray(image if turn is None else image.transpose(turn))
 
 
 def save(file: Path, pixels: np.ndarray, orientation: int, **options: object) -> None:

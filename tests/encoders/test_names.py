@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastcr.config import ModelConfig
 from fastcr.encoders.backbone import TIMM_HEADS, TimmEncoder
 from fastcr.encoders.weights import load_initial_weights
 from fastcr.errors import UsageError
+from tests.encoders.test_weights import State, under
 
 timm = pytest.importorskip("timm")
-State = dict[str, Tensor]
 EXTRA = torch.zeros(1, 1, 8)
 MASK, DECODER = {"mask_token": EXTRA}, {"decoder_pos_embed": EXTRA, "decoder_blocks.0.norm1.weight": EXTRA}
 VIT, SWIGLU = "vit_tiny_patch16_224", "vit_giant_patch14_reg4_dinov2"
@@ -64,10 +64,6 @@ def renamed(state: State, names: list[tuple[str, Any]]) -> State:
             key = re.sub(pattern, name, key)
         found[key] = value
     return found
-
-
-def under(prefix: str, state: State) -> State:
-    return {f"{prefix}{key}": value for key, value in state.items()}
 
 
 def apart(state: State, query: str, key: str, value: str) -> State:

@@ -6,9 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -70,16 +68,6 @@ def test_weights_come_back_with_their_facts(tmp_path: Path) -> None:
         assert opened.get_tensor("bf16").dtype == torch.bfloat16  # stored as it was
     save_weights(file, state, FACTS | {"crc32": "0a0a0a0a"})  # as earlier versions wrote it
     assert load_weights(file)[1] == FACTS
-
-
-@pytest.mark.parametrize(
-    "wrap", [lambda state: state, lambda state: {"state_dict": state, "epoch": 3}, lambda state: {"model": state}]
-)
-def test_state_dict_is_found_and_unwrapped(wrap: Callable[[Any], Any], tmp_path: Path) -> None:
-    torch.save(wrap({"module.a": torch.ones(2).half(), "b": torch.tensor(1)}), tmp_path / "w.pt")
-    state, _ = load_weights(tmp_path / "w.pt")
-    assert state.keys() == {"a", "b"}
-    assert (state["a"].dtype, state["b"].dtype) == (torch.float32, torch.int64)
 
 
 def test_resume_state_comes_back_and_so_do_the_random_numbers(tmp_path: Path) -> None:
