@@ -63,11 +63,9 @@ def read_pairs(source: Path) -> Pairs:
 def score_pairs(encoder: Encoder, pairs: Pairs, context: Context) -> Scored:
     """The cosine of each pair, by the mean and by the attention of an encoder that has one.
 
-    `UsageError` for embeddings that are not finite. Of several processes only the first has all of them.
+    Of several processes only the first has all of them.
     """
     found = embed(encoder, pairs.images, context, title="pairs")
-    if not found.mean.isfinite().all():
-        raise UsageError("an embedding is not finite: it holds NaN or infinity")
     rows = torch.full((len(pairs.images),), -1)
     rows[found.kept] = torch.arange(len(found.kept))
     first, second = rows[torch.from_numpy(pairs.places)].unbind(1)
