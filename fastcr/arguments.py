@@ -107,8 +107,7 @@ class IndexConfig:
     embeddings: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="EMBEDDINGS")]
     """A folder that fastcr embed wrote, or one of its files."""
     encoder: Path | None = None
-    """Where the run folder or weights file is now that the embeddings were made with (hf:// too). Default: where it
-    was then."""
+    """Where the run folder or weights file of the embeddings is now (hf:// too). Default: where it was then."""
     run: EncoderConfig = field(default_factory=EncoderConfig)
 
 
@@ -126,8 +125,7 @@ class SearchConfig(IndexConfig):
     """Add to each image, and to each of the embedded ones, the ten nearest to it, and compare the sums (query
     expansion): more of the right images are found. The time grows with the square of their number."""
     duplicates: float | None = number(None, -1, 1)
-    """Instead: groups of embedded images, each at least so similar to another one of its group; 0.95 finds near
-    copies."""
+    """Instead: groups of embedded images, each at least so similar to another of its group; 0.95 finds near copies."""
     outliers: int | None = number(None, 1)
     """Instead: so many embedded images, those whose nearest other one is the least similar."""
     csv: tyro.conf.UseCounterAction[int] = 0

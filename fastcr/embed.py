@@ -136,7 +136,7 @@ def embed_folder(config: EmbedConfig, context: Context) -> None:
                 raise UsageError(f"none of the {len(images)} images under {config.folder} can be read")
             gone = {path for (path, _), place in known.items() if place.source == out} - {image.path for image in whole}
             said = [f"{len(whole):,} images embedded"]
-            said += [f"{embedded:,} of them now"] * (embedded < len(whole)) + [f"{len(gone):,} are gone"] * bool(gone)
+            said += [f"{embedded:,} of them now"] * (embedded < len(whole)) + [f"{len(gone):,} gone"] * bool(gone)
             said += [f"{len(images) - len(whole):,} unreadable left out"] * (len(whole) < len(images))
             speed = f" ({embedded / (time.monotonic() - began):,.0f} images/s)" if embedded else ""
             context.say(", ".join(said) + speed)

@@ -34,7 +34,7 @@ TABLE, ENCODER, PARTIAL, NEXT = "images.csv", "encoder.json", "partial", "next"
 FINAL = (TABLE, *(f"{name}.npy" for name in (*POOLINGS, PLAIN, AXES, EXPANDED)), ENCODER)
 # of the table: path below the root; size in pixels; stamp: what changes when the image's file does
 COLUMNS = ("row", "path", "split", "label", "width", "height", "stamp")
-ANEW = "remove that folder to begin anew, or name another --out"
+ANEW = "name another --out, or remove what fastcr embed wrote there to begin anew"
 
 
 class Image(NamedTuple):

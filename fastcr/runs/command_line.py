@@ -139,7 +139,7 @@ def read_command_line(args: Sequence[str]) -> tuple[Config, Path | None]:
     if resume:
         default = load_config(resume / "config.yaml")
     elif file:
-        default = load_config(file)  # of a run, whose folder is not to be written into again
+        default = load_config(file / "config.yaml" if file.is_dir() else file)  # of a run, not to be written into again
         default = dataclasses.replace(default, run=dataclasses.replace(default.run, dir=None))
     else:
         if "-h" in args or "--help" in args:
@@ -244,7 +244,8 @@ def load_config(path: Path) -> Config:
         if not all(isinstance(each, int | float) for value in numbers.values() for each in value):
             raise TypeError
     except FileNotFoundError:
-        raise UsageError(f"{path.parent} is not a run folder: it has no {path.name}") from None
+        begun = f"{path.parent} is not a run folder: it has no {path.name}"
+        raise UsageError(begun if path.parent.is_dir() and path.name == "config.yaml" else f"no file {path}") from None
     except (yaml.YAMLError, AttributeError, TypeError, OSError, ValueError, RecursionError):
         raise UsageError(f"{path} is broken: it does not hold sections of settings") from None
     known = {f"{name}.{key}" for name, keys in vars(Config()).items() if name != "preset" for key in vars(keys)}

@@ -74,6 +74,7 @@ def test_resume_of_what_is_no_run(flat: Path, tmp_path: Path, finished: Path, re
     assert f"no run folder {tmp_path / 'none'}" in refused(train.main, "--resume", tmp_path / "none")
     assert f"no run folder {finished / 'config.yaml'}" in refused(train.main, "--resume", finished / "config.yaml")
     assert f"{flat} is not a run folder: it has no config.yaml" in refused(train.main, "--resume", flat)
+    assert "no file nope.yaml" in refused(train.main, "--config", "nope.yaml")
 
 
 @pytest.mark.parametrize(
@@ -133,6 +134,7 @@ def test_help_is_a_screen_and_a_plan_takes_a_runs_settings(
     settings = load_config(finished / "config.yaml")
     read, resumed = read_command_line(["--config", str(finished / "config.yaml"), "--optim.epochs", "3"])
     assert (read.run.dir, read.optim.epochs, read.data, resumed) == (None, 3, settings.data, None)
+    assert read_command_line(["--config", str(finished), "--optim.epochs", "3"])[0] == read
     train.main(["--plan", "--config", str(finished / "config.yaml"), "--optim.epochs", "3"])
     planned = capsys.readouterr().out
     assert f"64 training images: 1 steps of {settings.optim.batch_size} in 3 epochs" in planned
