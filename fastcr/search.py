@@ -40,7 +40,7 @@ Row = dict[str, Any]
 def encoder_of(stored: Stored, named: Path | None, device: torch.device) -> Encoder:
     """The encoder that made the embeddings. `UsageError` if it is gone or another one."""
     source = named or Path(stored.facts["weights"])
-    if not source.exists() and not address_of(source) and not is_name(source):
+    if not named and not source.exists() and not address_of(source) and not is_name(source):
         raise UsageError(f"the encoder of these embeddings, {source}, is gone: --encoder says where it is now")
     facts = stored.facts
     encoder, weights, sha256 = open_encoder(source, device, facts.get("tuned"), facts.get("image_size"))

@@ -131,6 +131,7 @@ def test_the_encoder_is_the_one_that_made_the_embeddings(
     moved = weights.rename(tmp_path / "moved.safetensors")
     line = refused(search.main, out, query)
     assert f"the encoder of these embeddings, {weights}, is gone: --encoder says where it is now" in line
+    assert "no run folder or weights file nope" in refused(search.main, out, query, "--encoder", "nope")
     run(out, query, "--encoder", moved, "--k", "1")
     assert found(capfd.readouterr().out)[0][0] == "1.0000"
     write_weights(weights, seed=1)

@@ -108,10 +108,10 @@ def test_queries_with_a_copy_are_counted_and_left_out() -> None:
     assert found.scores["retrieval"]["mean"]["rank1"] != pytest.approx(expected)
 
 
-def shown(before: dict[str, Any], after: dict[str, Any], **more: Any) -> str:
+def shown(before: dict[str, Any], after: dict[str, Any], every: bool = False, **more: Any) -> str:
     results = {"images": 48, "classes": 8, "frozen_init": before, **after, **more}
     console = Console(file=io.StringIO(), width=80)
-    for each in results_tables(results):
+    for each in results_tables(results, every=every):
         console.print(each, highlight=False, soft_wrap=isinstance(each, str))
     return console.file.getvalue()  # type: ignore[attr-defined]
 
@@ -140,5 +140,7 @@ def test_the_table_names_the_best_and_the_line_knows_chance() -> None:
 
 def test_an_encoder_without_training_has_one_column() -> None:
     out = shown(scores(40.0, 30.0), scores(40.0, 30.0))
+    assert "fastcr evaluate RUN --all" in out
+    assert "--all" not in shown(scores(40.0, 30.0), scores(40.0, 30.0), every=True)
     assert "after" not in out
     assert "best pooling: mean; the encoder is as it was before training" in out
