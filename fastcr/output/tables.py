@@ -33,8 +33,7 @@ def results_tables(results: dict[str, Any], *, every: bool = False) -> Iterator[
         yield line
     if every:
         yield poolings_table(results)
-    others = others_table(results)
-    if others.row_count:
+    if (others := others_table(results)).row_count:
         yield others
 
 
