@@ -245,7 +245,7 @@ def load_config(path: Path) -> Config:
             raise TypeError
     except FileNotFoundError:
         begun = f"{path.parent} is not a run folder: it has no {path.name}"
-        raise UsageError(begun if path.parent.is_dir() and path.name == "config.yaml" else f"no file {path}") from None
+        raise UsageError(begun if path.name == "config.yaml" else f"no file {path}") from None
     except (yaml.YAMLError, AttributeError, TypeError, OSError, ValueError, RecursionError):
         raise UsageError(f"{path} is broken: it does not hold sections of settings") from None
     known = {f"{name}.{key}" for name, keys in vars(Config()).items() if name != "preset" for key in vars(keys)}
