@@ -248,10 +248,13 @@ def load_config(path: Path) -> Config:
         raise UsageError(begun if path.name == "config.yaml" else f"no file {path}") from None
     except (yaml.YAMLError, AttributeError, TypeError, OSError, ValueError, RecursionError):
         raise UsageError(f"{path} is broken: it does not hold sections of settings") from None
-    known = {f"{name}.{key}" for name, keys in vars(Config()).items() if name != "preset" for key in vars(keys)}
-    if unknown := settings.keys() - known:
+    sections = {name: vars(keys) for name, keys in vars(Config()).items() if name != "preset"}
+    usual = {f"{name}.{key}": value for name, keys in sections.items() for key, value in keys.items()}
+    if unknown := settings.keys() - usual.keys():
         raise UsageError(f"{path} was made by another version of fastcr: unknown settings {', '.join(sorted(unknown))}")
-    flags = [f"--{name}={value}" for name, value in settings.items() if name not in numbers]
+    # older versions of tyro cannot read None where there could be several numbers
+    given = {name: value for name, value in settings.items() if value is not None or usual[name] is not None}
+    flags = [f"--{name}={value}" for name, value in given.items() if name not in numbers]
     flags += [word for name, values in numbers.items() for word in (f"--{name}", *map(str, values))]
     try:
         # through the command line's own checks: a file edited by hand gets the same messages
