@@ -115,8 +115,8 @@ def search(
 
 
 def chosen_rows(only: str) -> list[tuple[str, str]]:
-    """The rows whose name, as `rationale_fit: 16 bits, K <= 32`, holds the text."""
-    rows = [(kernel, row) for kernel, table in TABLE.items() for row in table]
+    """The rows that this device uses and whose name, as `rationale_fit: 16 bits, K <= 32`, holds the text."""
+    rows = [(kernel, row) for kernel, table in TABLE.items() for row in table if workloads(kernel, row)]
     found = [(kernel, row) for kernel, row in rows if only in f"{kernel}: {row}"]
     if not found:
         raise UsageError(f"--only {only!r}: no such row; rows are {', '.join(': '.join(row) for row in rows[:2])}, ...")

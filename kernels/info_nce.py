@@ -105,7 +105,7 @@ SPEC = queue_spec(
     info_nce,
     info_nce_reference,
     rows=1,
-    settings={
+    own={
         "16 bits, B > 16, D <= 256": SPLIT
         | {"BLOCK_B": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2 if FENCED else 1},
         "32 bits, B > 16, D <= 256": SPLIT | {"BLOCK_B": 32, "BLOCK_N": 32, "num_warps": 8},

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastcr.kernels import settings
 from fastcr.kernels.launch import INTERPRET, Gradients, check_tensor, first_order, on_its_device
 from fastcr.kernels.settings import TABLE, Settings, contrast_class
 from fastcr.kernels.spec import Example, Normal, OpSpec, Sizes, draw_units
@@ -182,6 +183,12 @@ class Parts(NamedTuple):
     """Constants of a kernel that joins them."""
 
 
+def row_of(op: str, dtype: torch.dtype, rows: int, dim: int) -> str:
+    """The row of an op's launch settings for so many rows `[rows,dim]`; some have one of their own for wgmma."""
+    row = contrast_class(dtype, rows, dim)
+    return f"{row}, wgmma" if f"{row}, wgmma" in TABLE[op] and settings.has_wgmma() else row
+
+
 @on_its_device
 def attend(
     op: str, rows: Tensor, queue: Tensor, batch: int, scales: tuple[float, float], *, exact: bool,
@@ -193,11 +200,11 @@ def attend(
     images, by the second. `exact` keeps what rounding the weights to 16 bits would lose.
     """
     count, dim = rows.shape
-    settings: dict[str, Any] = dict(TABLE[op][contrast_class(rows.dtype, count, dim)])
+    chosen: dict[str, Any] = dict(TABLE[op][row_of(op, rows.dtype, count, dim)])
     dims = {"D": dim, "BLOCK_D": max(triton.next_power_of_2(dim), 16)}
     chunk = min(dims["BLOCK_D"], ON_CHIP)
-    blocks, chunks, tile = triton.cdiv(count, settings["BLOCK_B"]), triton.cdiv(dim, chunk), settings["BLOCK_N"]
-    parts = max(settings.pop("programs") // (blocks * chunks), 1)
+    blocks, chunks, tile = triton.cdiv(count, chosen["BLOCK_B"]), triton.cdiv(dim, chunk), chosen["BLOCK_N"]
+    parts = max(chosen.pop("programs") // (blocks * chunks), 1)
     # at least 256 each: a part writes `[R,D]` sums in fp32, and with fewer keys those would be most of the bytes
     share = triton.cdiv(max(triton.cdiv(len(queue), parts), 256), tile) * tile
     parts = triton.cdiv(len(queue), share)
@@ -208,7 +215,7 @@ def attend(
         rows, queue, mine, theirs, peak, total, weighted, count, batch, len(queue), share, *scales, dim, chunk,
         TWO=batch < count, MASKED=images is not None, EXACT=exact and rows.dtype != torch.float32,
         PRECISION="ieee" if rows.dtype == torch.float32 else "tf32",
-        UPCAST=INTERPRET and torch.bfloat16 in (rows.dtype, queue.dtype), **settings,
+        UPCAST=INTERPRET and torch.bfloat16 in (rows.dtype, queue.dtype), **chosen,
     )  # fmt: skip
     return Parts(peak, total, weighted, dims | {"BLOCK_PARTS": triton.next_power_of_2(parts)})
 
@@ -218,10 +225,10 @@ def queue_spec(
     reference: Callable[..., Any],
     *,
     rows: int,
-    settings: dict[str, Settings],
+    own: dict[str, Settings],
     inputs: Callable[[Sizes, torch.dtype, Normal], dict[str, Any]] = draw_units,
 ) -> OpSpec:
-    """The entry of an op that attends with so many `rows` an image, launched with `settings` beside `ROWS`."""
+    """The entry of an op that attends with so many `rows` an image, launched with its `own` settings beside `ROWS`."""
     name = op.__name__
     return OpSpec(
         op,
@@ -234,6 +241,6 @@ def queue_spec(
         ),
         bytes=lambda z, width, backward: width * z["N"] * z["D"],
         flops=lambda z: 4 * rows * z["B"] * z["N"] * z["D"],
-        rows=lambda z, dtype: {name: contrast_class(dtype, rows * z["B"], z["D"])},
-        kernels={name: ROWS | settings},
+        rows=lambda z, dtype: {name: row_of(name, dtype, rows * z["B"], z["D"])},
+        kernels={name: ROWS | own},
     )

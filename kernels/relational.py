@@ -20,6 +20,7 @@ from torch.nn.functional import normalize
 
 from fastcr.kernels.launch import Impl, check_tensor, fused_op, use_triton
 from fastcr.kernels.queue import MAX_DIM, SPLIT, attend, check, new_outputs, queue_spec, register
+from fastcr.kernels.settings import FENCED
 from fastcr.kernels.spec import Normal, Sizes, draw_units
 
 try:
@@ -152,8 +153,11 @@ SPEC = queue_spec(
     relational_reference,
     rows=2,
     inputs=_inputs,
-    settings={
+    own={
         "16 bits, B > 16, D <= 256": SPLIT | {"BLOCK_B": 32, "BLOCK_N": 32, "num_warps": 4},
+        "16 bits, B > 16, D <= 256, wgmma": SPLIT
+        | {"BLOCK_B": 64, "num_warps": 4}
+        | ({"BLOCK_N": 64, "num_stages": 2} if FENCED else {"BLOCK_N": 32, "num_stages": 1}),
         "32 bits, B > 16, D <= 256": SPLIT | {"BLOCK_B": 16, "BLOCK_N": 32, "num_warps": 8},
     },
 )

@@ -35,3 +35,11 @@ def contrast_class(dtype: torch.dtype, batch: int, dim: int) -> str:
     """The row of an op over a queue, for `batch` rows `[B,D]` of `dtype` (queries and keys, of `relational`)."""
     width = "<= 256" if dim <= 256 else "> 256" if dim <= 512 else "> 512"
     return f"{dtype.itemsize * 8} bits, B {'<=' if batch <= 16 else '>'} 16, D {width}"
+
+
+def has_wgmma() -> bool:
+    """Whether the current GPU multiplies tiles of 64 rows as one: compute capability 9.0, 10.0 or 10.3."""
+    try:
+        return triton.runtime.driver.active.get_current_target().arch in (90, 100, 103)
+    except RuntimeError:  # no GPU
+        return False
