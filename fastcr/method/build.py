@@ -140,6 +140,7 @@ def build(config: Config, context: Context, *, initial_weights: bool = True) -> 
         optimizer,
         fit_weight=config.rationale.fit_weight,
         key_momentum=config.moco.key_momentum,
+        start_decay=config.optim.start_decay,
         autocast=autocast,
         scaler=scaler,
     )
@@ -166,7 +167,8 @@ def _modules(config: Config, context: Context, initial_weights: bool) -> tuple[M
         for norm in backbone.modules():
             if isinstance(norm, nn.modules.batchnorm._BatchNorm):
                 norm.eval()
-    moco = MoCo(backbone, channels, config.moco, dtype=context.dtype, processes=processes)
+    keep_start = config.optim.start_decay > 0
+    moco = MoCo(backbone, channels, config.moco, dtype=context.dtype, processes=processes, keep_start=keep_start)
     branch = None
     if config.rationale.enabled:
         branch = RationaleHead(channels, config.rationale, config.run.kernels, processes=processes)

@@ -93,6 +93,7 @@ def train_step(
     *,
     fit_weight: float,
     key_momentum: float,
+    start_decay: float = 0.0,
     autocast: torch.autocast,
     scaler: torch.amp.GradScaler = NO_SCALER,
 ) -> tuple[Tensor, Losses]:
@@ -108,6 +109,8 @@ def train_step(
     with record_function("optimiser"):
         scaler.step(optimizer)
         scaler.update()
+    if start_decay:
+        moco.decay_to_start(optimizer.param_groups[0]["lr"] * start_decay)  # that of the backbone
     moco.update_key_encoder(key_momentum)
     moco.enqueue(losses.key, batch.images)
     return loss.detach(), losses
