@@ -49,8 +49,6 @@ class RunConfig:
     """Epochs between two evaluations during training; 0: only at the end."""
     save_minutes: float = number(5.0, 0)
     """Minutes between two saves of resume.pt; 0: after every step."""
-    track: Literal["none", "wandb"] = "none"
-    """wandb: also log to Weights & Biases (extra wandb), whose own environment variables say where."""
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,6 @@ from fastcr.runs.distributed import ALONE, Processes, processes_of_torchrun
 from fastcr.runs.folder import claim_folder
 from fastcr.runs.log import RunLog, keep_records
 from fastcr.runs.machine import process_age
-from fastcr.runs.sinks import check_tracker
 from fastcr.runs.validate import validate
 from fastcr.runs.watch import RunConsole, StopSignal, check_weights
 from fastcr.trace import plan
@@ -210,7 +209,6 @@ def open_run(config: Config, resume: Path | None, context: Context, folders: Exi
     The run folder is this run's alone until `folders` is closed.
     """
     processes = context.processes
-    check_tracker(config.run.track)
     check_settings(config, context)
     if resume is None and config.run.dir:
         processes.once(partial(check_unused, config.run.dir))

@@ -243,6 +243,8 @@ def load_config(path: Path) -> Config:
             raise TypeError
         if not all(isinstance(each, int | float) for value in numbers.values() for each in value):
             raise TypeError
+        if settings.get("run.track") == "none":  # of an earlier version, which could log elsewhere
+            del settings["run.track"]
     except FileNotFoundError:
         begun = f"{path.parent} is not a run folder: it has no {path.name}"
         raise UsageError(begun if path.name == "config.yaml" else f"no file {path}") from None

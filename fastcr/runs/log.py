@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 from PIL import Image
 from rich.console import Group
 from rich.live import Live
@@ -17,9 +19,9 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 from rich.text import Text
 
 from fastcr.config import Config
+from fastcr.errors import one_line
 from fastcr.runs.checkpoint import write_whole
 from fastcr.runs.context import Context, Pace
-from fastcr.runs.sinks import Sinks
 
 SHOWN = {  # metric: its name and format
     "images_per_second": ("images/s", "{:.0f}"),
@@ -39,8 +41,8 @@ OF_THE_MOMENT = ("images_per_second", "data_wait")  # worth a look while a run g
 class RunLog:
     """Shows a run's progress and logs its records; used as a context manager. Only the first process writes.
 
-    `metrics.jsonl` holds one JSON object a logged step; the same numbers go to TensorBoard, and to Weights & Biases
-    with `--run.track wandb`. A resumed run first drops the records after step `start`, which it will write again.
+    `metrics.jsonl` holds one JSON object a logged step; the same numbers go to TensorBoard. A resumed run first drops
+    the records after step `start`, which it will write again.
     """
 
     def __init__(
@@ -49,13 +51,17 @@ class RunLog:
         self.context, self.steps_per_epoch, self.epochs = context, steps_per_epoch, config.optim.epochs
         self.meter, self.pace, self.start, self.last = Meter(), Pace(), start, last
         self.shown: dict[str, Any] = {}  # the latest of each metric: some come once an epoch
-        self.sinks: Sinks | None = None
+        self.writer: Any = None  # of TensorBoard's events; None after a failure too
         self.file: TextIO | None = None
         if context.processes.first:
             path = folder / "metrics.jsonl"
             keep_records(path, "step", start)
             self.file = path.open("a")
-            self.sinks = Sinks(folder, config, context, start)
+            with suppress(ImportError, UnicodeError), warnings.catch_warnings():  # it takes no folder of any bytes
+                warnings.simplefilter("ignore")  # TensorBoard's own, about its dependencies
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.writer = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
         columns = (MofNCompleteColumn(), TextColumn("steps"), TimeElapsedColumn(), *Progress.get_default_columns())
         self.bar = Progress(*columns, console=context.console, speed_estimate_period=PACE)
         self.task = self.bar.add_task("", total=last, completed=start)
@@ -68,13 +74,12 @@ class RunLog:
             self.live.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+    def __exit__(self, *error: object) -> None:
         """Stop the bar and close the files, whatever happened."""
         self.live.stop()
         if self.file:
             self.file.close()
-        if self.sinks:
-            self.sinks.close(kind is None)
+        self._to_tensorboard(lambda writer: writer.close())
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -104,18 +109,28 @@ class RunLog:
         if self.file:
             self.file.write(json.dumps(record) + "\n")
             self.file.flush()
-        if self.sinks:
-            numbers = {name: value for name, value in record.items() if name not in ("step", "epoch")}
-            self.sinks.scalars(numbers, record["step"])
+        self._scalars({name: each for name, each in record.items() if name not in ("step", "epoch")}, record["step"])
         self.shown |= record
         self.status.plain = describe(self.shown)
 
     def evaluated(self, step: int, scores: dict[str, float], attention: Image.Image | None) -> None:
         """Log an evaluation's scores, by names such as `knn/rationale/top1`, and the attention drawn over images."""
-        if self.sinks:
-            self.sinks.scalars(scores, step)
-            if attention:
-                self.sinks.image("attention", attention, step)
+        self._scalars(scores, step)
+        if attention:
+            pixels = np.array(attention)
+            self._to_tensorboard(lambda writer: writer.add_image("attention", pixels, step, dataformats="HWC"))
+
+    def _scalars(self, values: dict[str, float], step: int) -> None:
+        self._to_tensorboard(lambda writer: [writer.add_scalar(*each, step) for each in values.items()])
+
+    def _to_tensorboard(self, act: Callable[[Any], object]) -> None:
+        """Let `act` do something with the writer; a failure ends the events with one line, never the training."""
+        if self.writer:
+            try:
+                act(self.writer)
+            except Exception as error:  # whatever the library raises
+                self.writer = None
+                self.context.say(f"warning: TensorBoard failed, so nothing more is logged there: {one_line(error)}")
 
     def epoch_done(self, record: dict[str, Any], epoch: int) -> None:
         """Leave a line behind for a finished epoch."""

@@ -82,6 +82,7 @@ def test_resume_of_what_is_no_run(flat: Path, tmp_path: Path, finished: Path, re
     [
         ("", "is broken"),
         ("run:\n  nope: 1\n  gone: 2", "was made by another version of fastcr: unknown settings run.gone, run.nope"),
+        ("run:\n  track: wandb", "unknown settings run.track"),
         ("optim:\n  lr: abc", "'abc'"),
     ],
 )
@@ -105,6 +106,9 @@ def test_presets_are_valid_documented_and_survive_yaml(name: str, tmp_path: Path
     )
     for i, written in enumerate((config, paths)):
         save_config(written, tmp_path / f"{i}.yaml")
+        assert load_config(tmp_path / f"{i}.yaml") == written
+        earlier = (tmp_path / f"{i}.yaml").read_text().replace("run:\n", "run:\n  track: none\n", 1)
+        (tmp_path / f"{i}.yaml").write_text(earlier)
         assert load_config(tmp_path / f"{i}.yaml") == written
 
 

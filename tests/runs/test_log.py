@@ -1,17 +1,23 @@
-"""The lines that a run leaves behind, and those of other long work where there is no bar."""
+"""The lines that a run leaves behind, those of other long work where there is no bar, and TensorBoard's events."""
 
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
+from fastcr import train
 from fastcr.config import Config
 from fastcr.runs.context import Context
 from fastcr.runs.log import RunLog
+from tests.shared import SHORT, TINY, records
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+SHEET = (8 + 6 * (2 * 32 + 8), 8 + 2 * (32 + 8))  # two rows of six pairs
 FIGURES = {"loss": 5.1234, "effective_rank": 87.2, "kept_neighbours": 0.74}
 
 
@@ -56,3 +62,56 @@ def test_without_a_terminal_lines_say_how_far_the_work_has_come(
         ["step 14 of 1,000", "epoch 1/100", "time left 0:16:26"],
         ["step 24 of 1,000", "epoch 1/100", "time left 0:16:16"],
     ]
+
+
+def run(root: Path, folder: Path) -> dict[tuple[str, int], float]:
+    """Train to step 9, then resume to step 17, with an evaluation after 8 and 16 and at each end.
+
+    Returns every number of the run folder's own files, by name and step.
+    """
+    args = [*TINY, *SHORT, "--run.eval_every", "1", "--data.root", root, "--run.dir", folder, "--run.steps", "9"]
+    train.main(list(map(str, args)))
+    train.main(["--resume", str(folder), "--run.steps", "17"])
+    found = {
+        (name, round(record["step"])): value
+        for record in records(folder)
+        for name, value in record.items()
+        if name not in ("step", "epoch")
+    }
+    for entry in map(json.loads, (folder / "evaluations.jsonl").read_text().splitlines()):
+        for section in ("retrieval", "knn"):
+            for pooling, scores in entry[section].items():
+                for measure, value in scores.items():
+                    found[f"{section}/{pooling}/{measure}", 8 * entry["epoch"]] = value
+    assert len({step for _, step in found}) == 17
+    return found
+
+
+def test_tensorboard_has_every_number_and_the_attention_of_each_evaluation(birds: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    expected = run(birds, tmp_path / "run")
+    events = EventAccumulator(str(tmp_path / "run"), size_guidance={"scalars": 0, "images": 0})
+    events.Reload()
+    found = {(tag, each.step): each.value for tag in events.Tags()["scalars"] for each in events.Scalars(tag)}
+    assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-6)  # events hold fp32
+    pictures = events.Images("attention")
+    assert [each.step for each in pictures] == [8, 9, 16, 17]
+    assert {(each.width, each.height) for each in pictures} == {SHEET}
+    assert pictures[0].encoded_image_string != pictures[2].encoded_image_string
+
+
+def test_a_failure_of_tensorboard_is_one_line_and_the_run_continues(
+    flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise ConnectionError("no route\nto anywhere")
+
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", fail)
+    args = [*TINY, "--data.root", flat, "--run.dir", tmp_path / "run", "--run.steps", "3"]
+    train.main(list(map(str, args)))
+    said, errors = capfd.readouterr()
+    warnings = [line for line in said.splitlines() if "warning" in line]
+    assert warnings == ["warning: TensorBoard failed, so nothing more is logged there: no route to anywhere"]
+    assert errors == ""
+    assert len(records(tmp_path / "run")) == 3
