@@ -40,9 +40,9 @@ class RunConfig:
     cuda_graph: bool | Literal["auto"] = "auto"
     """Replay the whole step as one CUDA graph, so that nothing waits for Python; auto: on CUDA, in one process, where
     the step can be captured."""
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Precision of the encoders (autocast; fp16 with loss scaling); auto: bf16 where the device multiplies it in
-    hardware, as all GPUs and some CPUs do, else fp32."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Precision of the encoders (autocast); auto: bf16 where the device multiplies it in hardware, as all GPUs and some
+    CPUs do, else fp32."""
     log_every: int = number(10, 1)
     """Steps between two records in metrics.jsonl; only then does the CPU wait for the GPU."""
     eval_every: int = number(0, 0)

@@ -42,7 +42,7 @@ def make_views(config: Config, images: ImageList, context: Context) -> tuple[Vie
         sizes = measure(images, 2 * data.image_size, context)
         place = choose_place(data.cache, 3 * int(sizes.prod(1).sum()), context)
     loader: Any = choose_loader(data.loader, context) if place == "off" else "cache"
-    precision = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[context.dtype]
+    precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[context.dtype]
     pixels = f"loader: {loader}" if place == "off" else f"cache: {place}"
     context.say(f"{pixels}; device: {context.device}, {precision}; {len(images)} training images")
     if place == "off":

@@ -65,7 +65,6 @@ class Training:
     model: nn.ModuleDict  # moco and branch
     optimizer: torch.optim.Optimizer
     rates: list[float]  # learning rate at the start of each of its groups: backbone, head, branch
-    scaler: torch.amp.GradScaler
     autocast: torch.autocast
     pool: Pool  # of the features, before the projection head
     step: Step
@@ -90,8 +89,7 @@ class Training:
 
     def state(self) -> dict[str, Any]:
         """Everything the next step depends on, but for the batch and the random generators."""
-        parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler}
-        return {name: part.state_dict() for name, part in parts.items()}
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned; torch's own errors if it is of another model."""
@@ -99,7 +97,6 @@ class Training:
         # momentum comes back; the settings are today's
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
-        self.scaler.load_state_dict(state["scaler"])
 
 
 def build(config: Config, context: Context, *, initial_weights: bool = True) -> Training:
@@ -131,7 +128,6 @@ def build(config: Config, context: Context, *, initial_weights: bool = True) -> 
     if processes.ranks > 1:
         loss_function = Synchronised(model, loss_function)
         torch.manual_seed(config.run.seed + processes.rank)  # for what a model draws in training, such as dropout
-    scaler = torch.amp.GradScaler(device.type, enabled=context.dtype == torch.float16)
     autocast = torch.autocast(device.type, dtype=context.dtype, enabled=context.dtype != torch.float32)
     step: Step = partial(
         train_step,
@@ -142,12 +138,11 @@ def build(config: Config, context: Context, *, initial_weights: bool = True) -> 
         key_momentum=config.moco.key_momentum,
         start_decay=config.optim.start_decay,
         autocast=autocast,
-        scaler=scaler,
     )
     graph = config.run.cuda_graph
     if graph is True or (graph == "auto" and device.type == "cuda" and processes.ranks == 1):
         step = Replayed(step, fall_back=context.say if graph == "auto" else None)
-    return Training(encoder, moco, model, optimizer, rates, scaler, autocast, pool, step)
+    return Training(encoder, moco, model, optimizer, rates, autocast, pool, step)
 
 
 def _modules(config: Config, context: Context, initial_weights: bool) -> tuple[MoCo, RationaleHead | None]:
@@ -196,11 +191,7 @@ def _optimizer(
         # capturable: its count of steps lies on the device, where a CUDA graph can go on counting
         kind: dict[str, Any] = {"fused": True, "capturable": device.type == "cuda"}
         return torch.optim.AdamW(groups, betas=betas, weight_decay=optim.weight_decay, **kind), rates
-    optimizer = torch.optim.SGD(groups, momentum=optim.momentum, weight_decay=optim.weight_decay, fused=True)
-    for parameter in trained(optimizer):
-        # torch leaves it uninitialised where the scaler skips the first step; from 0 the sum is the same
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer, rates
+    return torch.optim.SGD(groups, momentum=optim.momentum, weight_decay=optim.weight_decay, fused=True), rates
 
 
 def trained(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

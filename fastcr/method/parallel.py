@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastcr.data.views import Batch
 from fastcr.method.moco import MoCo
-from fastcr.method.step import Losses, LossFunction, Scale
+from fastcr.method.step import Losses, LossFunction
 
 
 class Synchronised:
@@ -28,9 +28,9 @@ class Synchronised:
                 gradient_as_bucket_view=True,
             )
 
-    def __call__(self, moco: MoCo, batch: Batch, autocast: torch.autocast, *, scale: Scale) -> Losses:
+    def __call__(self, moco: MoCo, batch: Batch, autocast: torch.autocast) -> Losses:
         """Losses of this process's part of a batch."""
-        return self.parallel(moco, batch, autocast, scale)
+        return self.parallel(moco, batch, autocast)
 
 
 class _LossModule(nn.Module):
@@ -38,5 +38,5 @@ class _LossModule(nn.Module):
         super().__init__()
         self.model, self.loss_function = model, loss_function
 
-    def forward(self, moco: MoCo, batch: Batch, autocast: torch.autocast, scale: Scale) -> Losses:
-        return self.loss_function(moco, batch, autocast, scale=scale)
+    def forward(self, moco: MoCo, batch: Batch, autocast: torch.autocast) -> Losses:
+        return self.loss_function(moco, batch, autocast)

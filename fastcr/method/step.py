@@ -18,10 +18,8 @@ from fastcr.errors import one_line
 from fastcr.method.moco import MoCo, Pool
 from fastcr.method.objectives import Objective
 
-Scale = Callable[[Tensor], Tensor]
 Step = Callable[[Batch], "tuple[Tensor, Losses]"]
 CamOf = Literal["similarity", "loss"]
-NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)  # hands everything on as it is
 
 
 class Losses(NamedTuple):
@@ -48,13 +46,11 @@ def contrast_losses(
     pool: Pool = mean_pool,
     cam_of: CamOf = "similarity",
     recording: AbstractContextManager[Any] = nullcontext(),  # noqa: B008 (it holds no state)
-    scale: Scale = lambda loss: loss,
 ) -> Losses:
     """The objective's loss of a batch and the fit of the branch to its GradCAM; without a branch, the first alone.
 
     `cam_of` says what GradCAM explains: that loss, or the similarity of the unnormalised query to the objective's
-    positive. The query's forward pass runs inside `recording`. `scale` is what the caller does to the loss before
-    backward (loss scaling): part of the gradient does not pass through the loss.
+    positive. The query's forward pass runs inside `recording`.
     """
     key = moco.key(batch.second, autocast, pool)
     with record_function("query forward"), autocast, recording:
@@ -81,7 +77,7 @@ def contrast_losses(
         contrast = compared.loss.mean()
     with record_function("fit"):  # GradCAM is normalised, so only a shared gradient has to have its size
         pool_weight = 1 / len(pooled) if shared else 0.0
-        divergence, attention, _ = branch.fit(features, scale(gradient), pool_weight=pool_weight)
+        divergence, attention, _ = branch.fit(features, gradient, pool_weight=pool_weight)
     return Losses(contrast, divergence.mean(), attention, features.detach(), key)
 
 
@@ -95,20 +91,18 @@ def train_step(
     key_momentum: float,
     start_decay: float = 0.0,
     autocast: torch.autocast,
-    scaler: torch.amp.GradScaler = NO_SCALER,
 ) -> tuple[Tensor, Losses]:
     """Losses, backward, optimiser, EMA of the keys, enqueue; returns the weighted loss. Never waits for the device.
 
-    `scaler` scales the loss for fp16. Of several processes each has its share of the batch.
+    Of several processes each has its share of the batch.
     """
     optimizer.zero_grad(set_to_none=True)
-    losses = loss_function(moco, batch, autocast, scale=scaler.scale)
+    losses = loss_function(moco, batch, autocast)
     loss = losses.contrast if losses.fit is None else losses.contrast + fit_weight * losses.fit
     with record_function("backward"):
-        scaler.scale(loss).backward()
+        loss.backward()
     with record_function("optimiser"):
-        scaler.step(optimizer)
-        scaler.update()
+        optimizer.step()
     if start_decay:
         moco.decay_to_start(optimizer.param_groups[0]["lr"] * start_decay)  # that of the backbone
     moco.update_key_encoder(key_momentum)

@@ -37,7 +37,7 @@ BASICS = {
     "optim.tuned": "where the saved encoder lies between start (0) and end (1)",
     "model.frozen_stages": "stages that stay as they are: a number, or half",
     "run.device": "cpu, cuda, cuda:N, or auto",
-    "run.precision": "bf16, fp16, fp32, or auto",
+    "run.precision": "bf16, fp32, or auto",
     "run.eval_every": "epochs between two evaluations; 0: only at the end",
     "run.seed": "of weights, order and augmentation",
     "data.workers": "loader processes; one a core if not given",

@@ -18,8 +18,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastcr.errors import UsageError
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 def pick_device(name: str, local_rank: int = 0, local_ranks: int = 1) -> torch.device:
     """The device `--run.device` names; auto: CUDA when there is one. `UsageError` if it is not there.
@@ -48,9 +46,8 @@ def multiplies_bf16() -> bool:
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     """What `--run.precision` means on `device`."""
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" or multiplies_bf16() else "fp32"
-    return DTYPES[precision]
+    bf16 = device.type == "cuda" or multiplies_bf16() if precision == "auto" else precision == "bf16"
+    return torch.bfloat16 if bf16 else torch.float32
 
 
 def pick_workers(workers: int | None, local_ranks: int = 1) -> int:

@@ -43,7 +43,7 @@ def checkpoints() -> tuple[dict[str, bytes], dict[str, Any], dict[str, torch.Ten
         "c": torch.randn(40, generator=generator),
     }
     optimizer = {"state": {0: {"momentum_buffer": state["a"] * 2}}, "param_groups": []}
-    content = {"step": 5, "model": state, "optimizer": optimizer, "scaler": {}, "random": random_states(), "images": 9}
+    content = {"step": 5, "model": state, "optimizer": optimizer, "random": random_states(), "images": 9}
     halves = {f"module.{key}": value.half() for key, value in state.items()}
     released = {"conv16.weight": torch.ones(4, 2, 1, 1), "encoder_q.conv1.weight": torch.ones(2)}
     with tempfile.TemporaryDirectory() as name:

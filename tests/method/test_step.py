@@ -34,7 +34,7 @@ INFONCE = partial(infonce, temperature=0.2)
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 # contrast and fit loss over 50 steps
-NEAR = {"bf16": (4e-3, 3e-2), "fp16": (5e-4, 5e-3), "fp32": (1e-4, 1e-3)}
+NEAR = {"bf16": (4e-3, 3e-2), "fp32": (1e-4, 1e-3)}
 WAITS = ("item", "_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "equal", "to_cpu")
 needs_cuda = pytest.mark.skipif(not CUDA, reason="needs CUDA")
 
@@ -96,9 +96,7 @@ def calm(training: Training) -> Training:
 def losses_of(config: Config, steps: int = 50) -> Tensor:
     """Contrast and fit loss of each of several steps on four batches in turn: `[steps,2]`."""
     training = calm(build(config, context_of(config)))
-    if training.scaler.is_enabled():  # from 65,536 the first steps overflow, and are left out
-        training.scaler.load_state_dict(training.scaler.state_dict() | {"scale": 2.0**8})
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.run.precision, torch.float32)
+    dtype = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
     torch.manual_seed(2)
     pictures = nn.functional.interpolate(2 * torch.randn(64, 3, 4, 4), size=(64, 64), mode="bilinear")
     views = (pictures + 0.3 * torch.randn(2, 64, 3, 64, 64)).to(DEVICE, dtype)
@@ -130,27 +128,9 @@ def plain() -> Tensor:
     return expected
 
 
-@pytest.mark.parametrize(
-    "precision", [pytest.param(each, marks=() if CUDA else pytest.mark.slow) for each in ("bf16", "fp16")]
-)
+@pytest.mark.parametrize("precision", [pytest.param("bf16", marks=() if CUDA else pytest.mark.slow)])
 def test_fifty_steps_in_16_bits_stay_near_those_in_fp32(plain: Tensor, precision: str) -> None:
     assert_near(losses_of(settings_of(precision=precision, compile=False)), plain, precision)
-
-
-def test_steps_whose_gradient_overflows_are_left_out_from_the_first_on() -> None:
-    config = settings_of(precision="fp16", compile=False)
-    training = calm(build(config, context_of(config)))
-    training.scaler.load_state_dict(training.scaler.state_dict() | {"scale": 2.0**100})
-    before = copy.deepcopy([training.model.state_dict(), training.optimizer.state_dict()["state"]])
-    first = torch.randn(4, 3, 32, 32).to(DEVICE, torch.float16, memory_format=torch.channels_last)
-    for _ in range(3):
-        loss, _ = training.step(Batch(first, first))
-        assert loss.isfinite()
-    after = [training.model.state_dict(), training.optimizer.state_dict()["state"]]
-    weights = [name for name, _ in training.moco.backbone.named_parameters()]
-    assert all(torch.equal(after[0][f"moco.backbone.{name}"], before[0][f"moco.backbone.{name}"]) for name in weights)
-    assert not any(state["momentum_buffer"].any() for state in after[1].values())
-    assert training.scaler.get_scale() == 2.0**97
 
 
 @pytest.mark.slow
@@ -263,9 +243,8 @@ def test_compiled_encoders_are_kept_where_a_reboot_leaves_them(
 
 
 @needs_cuda
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_no_step_waits_for_the_device(precision: str) -> None:
-    config = settings_of(precision=precision, compile=False)
+def test_no_step_waits_for_the_device() -> None:
+    config = settings_of(precision="bf16", compile=False)
     training = build(config, context_of(config))
     views = torch.randn(32, 3, 64, 64, device=DEVICE).contiguous(memory_format=torch.channels_last).split(16)
     training.step(Batch(*views))
