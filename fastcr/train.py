@@ -27,12 +27,11 @@ from fastcr.data.views import Views
 from fastcr.encoders.encoder import between, describe
 from fastcr.encoders.weights import with_own_colours
 from fastcr.errors import UsageError, one_line
-from fastcr.measures.evaluation import HISTORY
 from fastcr.measures.health import EncoderHealth, HealthWarnings
 from fastcr.method.build import Schedule, Training, build, check_settings, fit_sizes, trained
 from fastcr.method.start import begin
 from fastcr.method.step import Losses
-from fastcr.output.evaluations import TrainingEvaluation
+from fastcr.output.evaluations import HISTORY, TrainingEvaluation
 from fastcr.runs.checkpoint import (
     INITIAL,
     RESUME,

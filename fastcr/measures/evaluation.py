@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import filecmp
 from collections import Counter
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,10 +26,6 @@ from fastcr.measures.retrieval import Queries, compare, retrieve_each
 from fastcr.method.ddt import ddt_axis
 from fastcr.runs.checkpoint import INITIAL, facts_of
 from fastcr.runs.context import Context
-from fastcr.runs.log import read_records
-
-HISTORY = "evaluations.jsonl"  # of a run: one object for each evaluation during training
-BEST = "best.safetensors"  # the weights of the best of them
 
 
 class Measured(NamedTuple):
@@ -133,7 +128,7 @@ class Evaluation:
         return self.measure(encoder.to(self.context.device), title)
 
     def results(self, weights: Path, initial: Measured | None) -> dict[str, Any]:
-        """Content of `results.json`: scores of `weights` beside those of the initial weights, and the best epoch."""
+        """Content of `results.json`: scores of `weights` beside those of the initial weights."""
         unchanged = partial(filecmp.cmp, weights, weights.with_name(INITIAL), shallow=False)
         same = initial and self.context.processes.once(unchanged)
         measured = initial if initial and same else self.measure_file(weights, "after training", self.tuned)
@@ -146,9 +141,6 @@ class Evaluation:
                 results["comparison"] = compare_best(initial, measured)
         if self.tuned is None and self.context.processes.once(lambda: facts_of(weights)).get("tuned", 1) < 1:
             results["end"] = self.measure_file(weights, "at the end of training", 1.0).scores
-        if epoch := self.best(read_records(weights.parent / HISTORY)):
-            kept = {"weights": BEST} if (weights.parent / BEST).is_file() else {}
-            results["best_epoch"] = epoch | kept
         return results
 
     def described(self, measured: Measured) -> dict[str, Any]:
@@ -178,16 +170,6 @@ class Evaluation:
             "classes": len(set(self.images.labels or ())),
             **measured.scores,
         }
-
-    def best(self, history: list[dict[str, Any]]) -> dict[str, Any] | None:
-        """The evaluation during training, on these images, with the highest rank-1."""
-        ranked = {}
-        for number, entry in enumerate(history):
-            with suppress(KeyError, TypeError, ValueError, AttributeError, IndexError):  # one that a bad disk spoilt
-                if entry["folder"] == str(self.images.root):
-                    found = entry["retrieval"]
-                    ranked[number] = float(found.get("rationale", found["mean"])["rank1"])
-        return history[max(ranked, key=ranked.__getitem__)] if ranked else None
 
 
 def compare_best(before: Measured, after: Measured) -> dict[str, Any] | None:

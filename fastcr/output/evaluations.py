@@ -15,15 +15,16 @@ from PIL import Image
 from fastcr.config import LinearConfig
 from fastcr.data.images import Splits
 from fastcr.encoders.encoder import Encoder
-from fastcr.measures.evaluation import BEST, HISTORY, Evaluation, Measured, not_measured, test_images
+from fastcr.measures.evaluation import Evaluation, Measured, not_measured, test_images
 from fastcr.measures.localisation import read_objects
 from fastcr.measures.poolings import SHOWN
 from fastcr.output.gallery import fixed_attention
 from fastcr.output.tables import results_tables
-from fastcr.runs.checkpoint import INITIAL, save_weights, write_whole
+from fastcr.runs.checkpoint import INITIAL, write_whole
 from fastcr.runs.command_line import called
 from fastcr.runs.context import Context
-from fastcr.runs.log import read_records
+
+HISTORY = "evaluations.jsonl"  # of a run: one object for each evaluation during training
 
 
 class Logged(NamedTuple):
@@ -73,9 +74,6 @@ class TrainingEvaluation:
         with (self.folder / HISTORY).open("a") as file:
             folder = str(self.evaluation.images.root)
             file.write(json.dumps({"epoch": epoch, "folder": folder, **scores}) + "\n")
-        best = self.evaluation.best(read_records(self.folder / HISTORY))
-        if best is None or best["epoch"] == epoch:
-            save_weights(self.folder / BEST, encoder.state_dict(), encoder.facts)
         for section, measure, shown in (("retrieval", "rank1", "rank-1"), ("knn", "top1", "kNN")):
             for name, values in scores.get(section, {}).items():
                 now, then = values[measure], before[section][name][measure]
