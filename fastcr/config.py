@@ -57,8 +57,8 @@ class DataConfig:
 
     root: Path | None = None
     """Folder of images; docs/data.md lists the layouts. Default: the embedded set of drawn birds."""
-    cache: Literal["auto", "device", "host", "disk", "off"] = "auto"
-    """Where decoded images are kept: on the GPU, in main memory, in a file, or nowhere; auto: where they easily fit."""
+    cache: Literal["auto", "device", "host", "off"] = "auto"
+    """Where decoded images are kept: on the GPU, in main memory, or nowhere; auto: where they easily fit."""
     loader: Literal["auto", "dali", "torch"] = "auto"
     """What decodes the images anew in each epoch instead; auto, without a cache: dali on CUDA, else torch."""
     image_size: int = number(224, 32)

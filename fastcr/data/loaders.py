@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import time
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -32,8 +31,8 @@ def make_views(config: Config, images: ImageList, context: Context) -> tuple[Vie
     Each of several processes loads its share of a batch. A resumed run keeps the loader it began with. Raises
     `UsageError` for what is not installed or has no room.
     """
-    data, bad, processes = config.data, BadFiles(images, config.data.on_corrupt), context.processes
-    batch_size = config.optim.batch_size // processes.ranks
+    data, bad = config.data, BadFiles(images, config.data.on_corrupt)
+    batch_size = config.optim.batch_size // context.processes.ranks
     loading = Loading(data.image_size, batch_size, config.run.seed, context, config.run.kernels, config.views)
     if not config.optim.epochs:  # no view will be asked for: nothing is decoded, and nothing settled
         return Views(images, bad, partial(torch_views, images, loading, bad)), config
@@ -49,10 +48,9 @@ def make_views(config: Config, images: ImageList, context: Context) -> tuple[Vie
         config = replace(config, data=replace(data, loader=loader, cache=place))
     else:
         config, start = replace(config, data=replace(data, cache=place)), time.perf_counter()
-        with processes.local_first() if place == "disk" else nullcontext():  # the others find what one has written
-            images = fill(images, sizes, place, context, 2 * data.image_size)
-            for index in images.broken.tolist():
-                bad.note(index)
+        images = fill(images, sizes, place, context, 2 * data.image_size)
+        for index in images.broken.tolist():
+            bad.note(index)
         seconds = time.perf_counter() - start
         context.say(f"decoded once: {images.pixels.numel() / GIB:.2f} GiB in {seconds:.1f} s")
     source = partial(loader_of(loader), images, loading, bad)
@@ -76,17 +74,17 @@ def choose_place(asked: Any, size: int, context: Context) -> Place | Literal["of
     cuda, processes = context.device.type == "cuda", context.processes
     mine = torch.cuda.mem_get_info(context.device)[0] if cuda else 0, free_memory() // processes.local_ranks
     device, host = (-most for most in processes.most(*(-each for each in mine)))  # all choose alike, before any fills
-    needs, room = f"the decoded images take {size / GIB:.1f} GiB", {"device": device, "host": host, "disk": math.inf}
+    needs, room = f"the decoded images take {size / GIB:.1f} GiB", {"device": device, "host": host}
     if asked != "auto":
         if size > room[asked]:
             free = f"{room[asked] / GIB:.1f} are free there" if cuda or asked == "host" else "there is no CUDA device"
-            raise UsageError(f"--data.cache {asked}: {needs}, and {free}: take disk")
+            raise UsageError(f"--data.cache {asked}: {needs}, and {free}: try --data.cache off")
         return asked
     if cuda and size <= device / 4:
         return "device"
     if size <= host / 2:
         return "host"
-    context.say(f"{needs}, too much to keep in memory (--data.cache disk keeps them in a file)")
+    context.say(f"{needs}, too much to keep: they are decoded anew in each epoch")
     return "off"
 
 
