@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import suppress
 from functools import cache
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -15,17 +15,13 @@ NO_DATA = (-999, -9999, -99_999, -32_767, -32_768, -(2**31))  # where it is the 
 HUGE = 1e30  # no data beyond it
 WHOLE = "from 0 to 65,535"  # goes without saying
 SCALED = "fastcr scaled"  # key of PIL's facts of an image: from which range, in words
-OTHER_ORDER = {
-    ";16B": ";16L",
-    ";16L": ";16B",
-    ";16N": ";16B" if sys.byteorder == "little" else ";16L",
-}  # in PIL's words
 BITS, PHOTOMETRIC, LEAST, MOST, PLANAR, NO_DATA_TAG = (258,), (262,), (340, 280), (341, 281), 284, 42_113  # TIFF's
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """An opened image of any mode as RGB, 8 bits: deeper values are scaled (PIL would clip them), alpha is dropped.
 
+    Of colours of 16 bits these are the upper 8, as PIL gives them.
     The range that becomes 0 to 255 is the first of these that there is:
     - what TIFF's tags say: the least and the greatest sample value, or a depth below 16 bits;
     - from 0 to 1 (floats only), or to the greatest value of 8, 10, 12, 14 or 16 bits: the first that holds all values,
@@ -35,21 +31,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
     once on stderr, and is kept in the image's `info`.
     """
     name, tags = getattr(image, "filename", ""), dict(getattr(image, "tag_v2", ()))
-    source = name or getattr(image, "fp", None)
-    forms = [tile[3] if isinstance(tile[3], str) else tile[3][0] for tile in getattr(image, "tile", ()) if tile[3]]
     if tags.get(PLANAR) == 2 and image.mode.startswith("RGB") and np.max(tags.get(BITS[0], 8)) > 8:
         raise OSError("colours of 16 bits in planes, which PIL takes for 8 bits: save them pixel by pixel")
     vars(image)["filename"] = ""  # PIL maps files that it knows by name, and scrambles TIFFs that are to be turned
     image.load()
     vars(image)["filename"] = name
-    deep: np.ndarray | None = None
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        deep = np.asarray(image)
-    elif source and image.mode.startswith("RGB") and forms and all(str(form)[-4:] in OTHER_ORDER for form in forms):
-        deep = both_bytes(image, source)
-    if deep is None:
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
         return image if image.mode == "RGB" else image.convert("RGB")  # a copy of a large image costs memory
-    pixels, words = to_bytes(deep, tags, of_16=image.format == "PPM" and image.mode == "I")  # PIL has scaled these
+    deep, of_16 = np.asarray(image), image.format == "PPM" and image.mode == "I"  # PIL has scaled these
+    pixels, words = to_bytes(deep, tags, of_16=of_16)
     rgb = Image.fromarray(pixels).convert("RGB")
     rgb.info[SCALED] = words
     if words != WHOLE:
@@ -65,27 +55,6 @@ def say(words: str) -> None:
     worker = get_worker_info()
     if worker is None or worker.id == 0:
         print(f"fastcr: pixels of more than 8 bits are scaled, {words}", file=sys.stderr)
-
-
-def both_bytes(image: Image.Image, source: Any) -> np.ndarray | None:
-    """Colours of 16 bits `[H,W,3]`, or greys `[H,W]`, where the upper bytes, which PIL gives, are nearly black.
-
-    The lower bytes are what PIL gives when it takes the file's byte order for the other one.
-    """
-    upper = np.asarray(image)[..., :3]
-    if upper.max(initial=0) > TOPS[3] >> 8:
-        return None
-    if not isinstance(source, str):
-        source.seek(0)
-    with Image.open(source) as again:
-        tiles = cast("list[Any]", again.tile)
-        for at, (*place, form) in enumerate(tiles):
-            raw, rest = (form, None) if isinstance(form, str) else (form[0], form[1:])
-            # grey and alpha are four bytes
-            raw = "RGBA" if (grey := raw == "LA;16B") else raw[:-4] + OTHER_ORDER[raw[-4:]]
-            tiles[at] = (*place, raw if rest is None else (raw, *rest))
-        lower = np.asarray(again).astype(np.uint16)
-    return lower[..., 0] << 8 | lower[..., 1] if grey else upper.astype(np.uint16) << 8 | lower[..., :3]
 
 
 def to_bytes(values: np.ndarray, tags: dict[int, Any], *, of_16: bool = False) -> tuple[np.ndarray, str]:

@@ -95,6 +95,12 @@ def packed(values: np.ndarray) -> np.ndarray:
     return np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], 2).reshape(40, -1).astype(np.uint8)
 
 
+COLOURS = [  # of these, the upper bytes
+    *((tiff(bits(16, colours=n), order), RAMP) for n in (3, 4) for order in "<>"),
+    *((png(bits(16, colours=n), kind), RAMP) for n, kind in ((3, 2), (4, 6))),
+    (png(bits(12, colours=3), 2), RAMP / 16),
+    (png(np.stack([bits(16), bits(16)], 2), 4), RAMP),
+]
 PGM = b"P5 48 40 65535 " + bits(12).astype(">u2").tobytes()
 
 
@@ -121,12 +127,9 @@ PGM = b"P5 48 40 65535 " + bits(12).astype(">u2").tobytes()
             for no_data in (-9999, -3.4e38, np.nan)
         ),
         (tiff(np.where(EDGE, 7e6, RAMP).astype(np.float32), t42113="7000000 "), np.where(EDGE, 0, RAMP)),
-        *((tiff(bits(12, colours=n), order), RAMP) for n in (3, 4) for order in "<>"),
-        *((png(bits(12, colours=n), kind), RAMP) for n, kind in ((3, 2), (4, 6))),
         (tiff(packed(np.rint(RAMP * 1000).astype(int)), t256=48, t258=12), RAMP * 1000 / 4095),
         (PGM, RAMP / 16),  # the file says what is white
-        (png(np.stack([bits(12), bits(16)], 2), 4), RAMP),
-        (png(bits(16, colours=3), 2), RAMP),
+        *COLOURS,
     ],
 )
 def test_depths(file: bytes, seen: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,7 +141,7 @@ def test_depths(file: bytes, seen: np.ndarray, tmp_path: Path, capsys: pytest.Ca
     assert np.abs(found[0][..., 0] - 255 * seen).max() < 1.6
     as_usual = pictures[0].info.get(depth.SCALED, depth.WHOLE) == depth.WHOLE
     assert len(capsys.readouterr().err.splitlines()) == (not as_usual)  # said once
-    assert as_usual == (file in (tiff(bits(16)), tiff(bits(16), t262=0), png(bits(16, colours=3), 2), PGM))
+    assert as_usual == (file in (tiff(bits(16)), tiff(bits(16), t262=0), PGM, *(each for each, _ in COLOURS)))
 
 
 def test_colours_in_planes_are_refused_where_pil_would_scramble_them() -> None:
