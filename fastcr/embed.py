@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fastcr.arguments import EmbedConfig, read_arguments
-from fastcr.data.crop_loader import BATCH_SIZE, load_crops
+from fastcr.data.crop_loader import BATCH_SIZE, in_batches, load_crops
 from fastcr.data.images import ImageList
 from fastcr.data.layouts import read_splits
 from fastcr.encoders.named import open_encoder
@@ -61,7 +61,7 @@ def batches_of(parts: Sequence[ImageList], places: Sequence[int]) -> list[list[i
     """
     splits = [range(*ends) for ends in pairwise([0, *accumulate(map(len, parts))])]
     inside = [[place for place in places if place in split] for split in splits]
-    return [split[at : at + BATCH_SIZE] for split in inside for at in range(0, len(split), BATCH_SIZE)]
+    return [batch for split in inside for batch in in_batches(split)]
 
 
 @torch.inference_mode()

@@ -47,10 +47,7 @@ class _Graph(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         features = self.encoder.backbone(images)
-        attention = self.encoder.pooled(features).attention
-        if attention is None:  # of the features' own shape: len() would fix the batch size
-            attention = torch.full_like(features[:, 0], 1 / features[0, 0].numel())
-        return pooled(features, self.encoder, self.pooling), attention
+        return pooled(features, self.encoder, self.pooling), self.encoder.encoded(features).attention
 
 
 def graph_of(encoder: Encoder, pooling: str | None = None) -> torch.export.ExportedProgram:

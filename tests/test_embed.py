@@ -21,6 +21,7 @@ from rich.console import Console
 
 import fastcr
 from fastcr import embed as command
+from fastcr.data import crop_loader
 from fastcr.data.images import ImageList
 from fastcr.data.layouts import read_splits
 from fastcr.measures.embeddings import Embeddings, embed
@@ -39,7 +40,8 @@ CPU = ("--run.device", "cpu", "--data.workers", "0")
 @pytest.fixture(scope="module", autouse=True)
 def batches_of_8() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "BATCH_SIZE", 8)
+        for module in (crop_loader, command):
+            patch.setattr(module, "BATCH_SIZE", 8)
         patch.setattr(command, "PART_SECONDS", 0.0)
         yield
 
@@ -66,9 +68,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def computed(weights: Path, images: ImageList) -> Embeddings:
     poolings = {name: pool for name, pool in OF_FEATURES.items() if name != "mean"}
     context = Context(console=Console(file=io.StringIO()))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastcr.measures.embeddings.BATCH_SIZE", 8)
-        return embed(fastcr.load(weights), images, context, title="", poolings=poolings)
+    return embed(fastcr.load(weights), images, context, title="", poolings=poolings)
 
 
 class Killed(BaseException):

@@ -19,6 +19,11 @@ BATCH_SIZE = 128
 Crop = tuple[Tensor, tuple[int, int]]
 
 
+def in_batches(indices: Sequence[int]) -> list[list[int]]:
+    """Indices of images in batches of `BATCH_SIZE`; the last may be smaller."""
+    return [[*indices[at : at + BATCH_SIZE]] for at in range(0, len(indices), BATCH_SIZE)]
+
+
 class _Crops(Dataset[Crop | None]):
     """Index to the centre crop, uint8 `[S,S,3]`, and the image's (height, width); None for an unreadable image."""
 

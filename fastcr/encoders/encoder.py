@@ -80,13 +80,15 @@ class Encoder(nn.Module):
 
         Without a branch the attention is uniform, and the embedding the mean one.
         """
-        features = self.backbone(images)
-        if self.branch is None:
-            # of the features' own shape: len() would fix the batch size of an exported graph
-            uniform = torch.full_like(features[:, 0], 1 / features[0, 0].numel())
-            return Encoded(F.normalize(mean_pool(features), dim=1), uniform)
-        pooled, attention = self.branch.pool(features)
-        return Encoded(F.normalize(pooled, dim=1), attention.unflatten(1, features.shape[2:]))
+        return self.encoded(self.backbone(images))
+
+    def encoded(self, features: Tensor) -> Encoded:
+        """Features `[B,C,h,w]` to what `forward` gives."""
+        mean, rationale, attention = self.pooled(features)
+        if rationale is not None and attention is not None:
+            return Encoded(rationale, attention)
+        # of the features' own shape: len() would fix the batch size of an exported graph
+        return Encoded(mean, torch.full_like(features[:, 0], 1 / features[0, 0].numel()))
 
     @property
     def has_class_token(self) -> bool:
@@ -167,8 +169,7 @@ class Encoder(nn.Module):
         with self.evaluating(), ThreadPoolExecutor() as threads:
             for first in progress(range(0, len(every), batch_size), "embedding"):
                 crops = torch.stack([*threads.map(crop, every[first : first + batch_size])])
-                both = self.pooled(self.of_crops(crops.to(device))[0])
-                found.append((both.mean if both.rationale is None else both.rationale).cpu())
+                found.append(self.encoded(self.of_crops(crops.to(device))[0]).embedding.cpu())
         return torch.cat(found) if found else torch.empty(0, 0)
 
     @property

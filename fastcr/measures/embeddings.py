@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastcr.data.copies import thumbnails
-from fastcr.data.crop_loader import BATCH_SIZE, load_crops
+from fastcr.data.crop_loader import in_batches, load_crops
 from fastcr.data.images import ImageList
 from fastcr.encoders.encoder import Encoder
 from fastcr.errors import UsageError
@@ -53,8 +53,7 @@ def embed(
     others their own share. `UsageError` if no image can be read.
     """
     processes = context.processes
-    numbers = range(processes.rank, -(-len(images) // BATCH_SIZE), processes.ranks)
-    batches = [list(range(number * BATCH_SIZE, min((number + 1) * BATCH_SIZE, len(images)))) for number in numbers]
+    batches = in_batches(range(len(images)))[processes.rank :: processes.ranks]
     loader = load([images], batches, encoder.image_size, context)
     # filled in place: the embeddings of 100,000 images are too large to be held twice
     columns: list[Tensor] = []

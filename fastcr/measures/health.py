@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastcr.data.crop_loader import load_crops
+from fastcr.data.crop_loader import in_batches, load_crops
 from fastcr.data.images import ImageList
 from fastcr.data.views import normalise
 from fastcr.encoders.encoder import Encoder, load
@@ -17,7 +17,6 @@ from fastcr.method.start import SAMPLE
 from fastcr.runs.context import Context
 
 NEIGHBOURS = 10
-BATCH_SIZE = 64
 
 
 def effective_rank(embeddings: Tensor) -> float:
@@ -54,8 +53,7 @@ class EncoderHealth:
         the weights to make them with. `UsageError` if none of the sample can be read.
         """
         self.context = context
-        batches = [indices.tolist() for indices in torch.tensor(evenly(len(images), SAMPLE)).split(BATCH_SIZE)]
-        crops = load_crops([images], batches, image_size, Context())
+        crops = load_crops([images], in_batches(evenly(len(images), SAMPLE)), image_size, Context())
         self.crops = [pixels for pixels, _, readable in crops if readable]
         if not self.crops:
             raise images.none_readable()

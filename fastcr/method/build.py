@@ -23,8 +23,7 @@ from fastcr.kernels import launch
 from fastcr.method.depthwise import FastGradients, has_slow_gradients
 from fastcr.method.moco import MoCo, Pool
 from fastcr.method.objectives import build_objective
-from fastcr.method.parallel import Synchronised
-from fastcr.method.step import Losses, LossFunction, Replayed, Step, contrast_losses, train_step
+from fastcr.method.step import Losses, LossFunction, Replayed, Step, contrast_losses, synchronised, train_step
 from fastcr.runs.context import Context
 from fastcr.runs.machine import keep_compiled
 from fastcr.runs.validate import validate
@@ -65,7 +64,6 @@ class Training:
     model: nn.ModuleDict  # moco and branch
     optimizer: torch.optim.Optimizer
     rates: list[float]  # learning rate at the start of each of its groups: backbone, head, branch
-    autocast: torch.autocast
     pool: Pool  # of the features, before the projection head
     step: Step
 
@@ -126,9 +124,8 @@ def build(config: Config, context: Context, *, initial_weights: bool = True) -> 
         recording=FastGradients() if slow else nullcontext(),
     )
     if processes.ranks > 1:
-        loss_function = Synchronised(model, loss_function)
+        loss_function = synchronised(model, loss_function)
         torch.manual_seed(config.run.seed + processes.rank)  # for what a model draws in training, such as dropout
-    autocast = torch.autocast(device.type, dtype=context.dtype, enabled=context.dtype != torch.float32)
     step: Step = partial(
         train_step,
         moco,
@@ -137,12 +134,12 @@ def build(config: Config, context: Context, *, initial_weights: bool = True) -> 
         fit_weight=config.rationale.fit_weight,
         key_momentum=config.moco.key_momentum,
         start_decay=config.optim.start_decay,
-        autocast=autocast,
+        autocast=torch.autocast(device.type, dtype=context.dtype, enabled=context.dtype != torch.float32),
     )
     graph = config.run.cuda_graph
     if graph is True or (graph == "auto" and device.type == "cuda" and processes.ranks == 1):
         step = Replayed(step, fall_back=context.say if graph == "auto" else None)
-    return Training(encoder, moco, model, optimizer, rates, autocast, pool, step)
+    return Training(encoder, moco, model, optimizer, rates, pool, step)
 
 
 def _modules(config: Config, context: Context, initial_weights: bool) -> tuple[MoCo, RationaleHead | None]:

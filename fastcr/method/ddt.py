@@ -6,14 +6,14 @@ tells the object from the surroundings, and an image's positions are weighted wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastcr.data.crop_loader import BATCH_SIZE, load_crops
+from fastcr.data.crop_loader import in_batches, load_crops
 from fastcr.data.images import ImageList
 from fastcr.encoders.encoder import Encoder
 from fastcr.runs.context import Context
@@ -131,6 +131,21 @@ def pair_error(weights: Tensor, wanted: Tensor, maps: Tensor) -> Tensor:
     return (products(weights) - goal).square().sum() / goal.square().sum().clamp(min=1e-30)
 
 
+def features_of(
+    encoder: Encoder,
+    images: ImageList,
+    batches: Sequence[list[int]],
+    context: Context,
+    title: str,
+    load: Callable[..., Iterator[Any]] = load_crops,
+) -> Iterator[tuple[list[int], Tensor]]:
+    """The readable images of each batch, and their features on the context's device."""
+    shown = context.progress(load([images], batches, encoder.image_size, context), title, len(batches))
+    for batch, (pixels, _, readable) in zip(batches, shown, strict=True):
+        if readable:
+            yield [batch[place] for place in readable], encoder.of_crops(pixels.to(context.device), context.dtype)[0]
+
+
 @torch.inference_mode()
 def ddt_axis(
     encoder: Encoder,
@@ -139,15 +154,17 @@ def ddt_axis(
     load: Callable[..., Iterator[Any]] = load_crops,
 ) -> Axis:
     """DDT's axis of an encoder's features of `images`, or of `AXIS_IMAGES` of them taken evenly."""
-    moments: Moments | None = None
-    for _, features in _axis_features(encoder, images, context, load):
-        moments = moments or Moments(features.shape[1], context.device)
-        moments.add(features)
-    if not (channels := context.processes.most(len(moments.products) if moments else 0)[0]):
+    processes, moments = context.processes, None
+    own = in_batches(evenly(len(images), AXIS_IMAGES))[processes.rank :: processes.ranks]
+    with encoder.evaluating():
+        for _, features in features_of(encoder, images, own, context, "axis of DDT", load):
+            moments = moments or Moments(features.shape[1], context.device)
+            moments.add(features)
+    if not (channels := processes.most(len(moments.products) if moments else 0)[0]):
         raise images.none_readable()
     moments = moments or Moments(channels, context.device)
     for name in ("inside", "border", "products"):
-        setattr(moments, name, context.processes.total(getattr(moments, name)))
+        setattr(moments, name, processes.total(getattr(moments, name)))
     return moments.axis()
 
 
@@ -155,21 +172,3 @@ def evenly(count: int, most: int) -> list[int]:
     """The indices of all of `count` images, or of `most` taken evenly."""
     taken = min(count, most)
     return (torch.arange(taken) * count // max(taken, 1)).tolist()
-
-
-def _axis_features(
-    encoder: Encoder,
-    images: ImageList,
-    context: Context,
-    load: Callable[..., Iterator[Any]],
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Readable images of those DDT's axis is of, this process's share in batches: indices and features fp32."""
-    batches = [part.tolist() for part in torch.tensor(evenly(len(images), AXIS_IMAGES)).split(BATCH_SIZE)]
-    own = batches[context.processes.rank :: context.processes.ranks]
-    loader = load([images], own, encoder.image_size, context)
-    with encoder.evaluating():
-        shown = context.progress(loader, "axis of DDT", len(own))
-        for indices, (pixels, _, readable) in zip(own, shown, strict=True):
-            if readable:
-                features = encoder.of_crops(pixels.to(context.device), context.dtype)[0].float()
-                yield [indices[i] for i in readable], features

@@ -7,7 +7,6 @@ embeddings with which later ones of the same images are compared (`measures/heal
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -15,18 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastcr.config import Config
-from fastcr.data.crop_loader import BATCH_SIZE, load_crops
+from fastcr.data.crop_loader import BATCH_SIZE, in_batches
 from fastcr.data.images import ImageList
 from fastcr.encoders.backbone import mean_pool
 from fastcr.encoders.rationale import RationaleHead
 from fastcr.method.build import Training
-from fastcr.method.ddt import AXIS_IMAGES, Axis, Moments, detectors_like, evenly
+from fastcr.method.ddt import AXIS_IMAGES, Axis, Moments, detectors_like, evenly, features_of
 from fastcr.method.moco import MoCo
 from fastcr.runs.context import Context
 
 DETECTOR_IMAGES = 512  # to whose DDT the detectors are fitted
 SAMPLE = 512  # images whose embeddings are followed during the training
-Batches = Iterator[tuple[list[int], Tensor]]  # indices of images, and their features on the CPU
 
 
 def begin(training: Training, images: ImageList, config: Config, context: Context) -> Tensor | None:
@@ -55,15 +53,19 @@ def _look(
     """
     moco, branch, count = training.moco, training.encoder.branch, len(images)
     with training.encoder.evaluating(), torch.compiler.set_stance("force_eager"):
+        see = partial(features_of, training.encoder, images, context=context, title="looking at the images")
         # these features are kept: the attention that pools them is known when all of them have been seen
-        found = list(_features(training, images, first, context))
+        found = [(part, features.cpu()) for part, features in see(in_batches(first))]
         if not found:
             raise images.none_readable()
         indices, features = [index for part, _ in found for index in part], torch.cat([part for _, part in found])
         sample = F.normalize(mean_pool(features[_among(indices, evenly(count, SAMPLE))]), dim=1)
         if like_ddt and isinstance(branch, RationaleHead):
             some = features[_among(indices, evenly(count, DETECTOR_IMAGES))].float()
-            axis = _axis(features, context)
+            moments = Moments(features.shape[1], context.device)
+            for part in features.split(BATCH_SIZE):
+                moments.add(part.to(context.device))
+            axis = Axis(*(each.cpu() for each in moments.axis()))
             weight, bias = detectors_like(axis, some, len(branch.bias), config.run.seed)
             temperature = branch.config.temperature
             branch.load_state_dict({"weight": temperature * weight, "bias": temperature * bias})
@@ -73,8 +75,8 @@ def _look(
         if config.moco.objective != "infonce":
             others = sorted(set(range(count)) - set(first))[: max(len(moco.queue) - len(indices), 0)]
             keys, owners = [moco.embed_keys(pooled)], list(indices)
-            for part, more in _features(training, images, others, context):
-                keys.append(moco.embed_keys(training.pool(more.to(context.device))))
+            for part, more in see(in_batches(others)):
+                keys.append(moco.embed_keys(training.pool(more)))
                 owners += part
             fill_queue(moco, torch.cat(keys), owners)
     names = ("branch.", "moco.head.", "moco.key_head.", "moco.queue")
@@ -104,27 +106,7 @@ def fill_queue(moco: MoCo, keys: Tensor, images: list[int]) -> None:
     moco.queue_images.copy_(torch.tensor(images, device=keys.device)[slots])
 
 
-def _axis(features: Tensor, context: Context) -> Axis:
-    """DDT's axis of features `[N,C,h,w]`; computed on the run's device, given on the CPU."""
-    moments = Moments(features.shape[1], context.device)
-    for part in features.split(BATCH_SIZE):
-        moments.add(part.to(context.device))
-    direction, centre = moments.axis()
-    return Axis(direction.cpu(), centre.cpu())
-
-
 def _among(indices: list[int], wanted: list[int]) -> list[int]:
     """The places of the wanted ones in `indices`."""
     some = set(wanted)
     return [place for place, index in enumerate(indices) if index in some]
-
-
-def _features(training: Training, images: ImageList, indices: list[int], context: Context) -> Batches:
-    """The readable of these images in batches."""
-    batches = [indices[at : at + BATCH_SIZE] for at in range(0, len(indices), BATCH_SIZE)]
-    loaded = load_crops([images], batches, training.encoder.image_size, context)
-    shown = context.progress(loaded, "looking at the images", len(batches))
-    for batch, (pixels, _, readable) in zip(batches, shown, strict=True):
-        if readable:
-            features, _ = training.encoder.of_crops(pixels.to(context.device), context.dtype)
-            yield [batch[place] for place in readable], features.cpu()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
 from fastcr.data.views import Batch
@@ -32,7 +34,7 @@ class Losses(NamedTuple):
     key: Tensor  # [B*ranks,D]: those of all processes
 
 
-# `contrast_losses` with branch and objective bound; in several processes `Synchronised`
+# `contrast_losses` with branch and objective bound; in several processes `synchronised`
 LossFunction = Callable[..., Losses]
 
 
@@ -79,6 +81,29 @@ def contrast_losses(
         pool_weight = 1 / len(pooled) if shared else 0.0
         divergence, attention, _ = branch.fit(features, gradient, pool_weight=pool_weight)
     return Losses(contrast, divergence.mean(), attention, features.detach(), key)
+
+
+def synchronised(model: nn.Module, loss_function: LossFunction) -> LossFunction:
+    """The loss function, of this process's part of a batch, with gradients averaged over the processes (DDP)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer versions of torch call the buffers' flag otherwise
+        # DDP watches one forward: the whole way from a batch to its losses. Buffers stay each process's own:
+        # the queue is the same everywhere, BatchNorm's statistics need not be
+        return DistributedDataParallel(
+            _LossModule(model, loss_function),
+            static_graph=True,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
+
+
+class _LossModule(nn.Module):
+    def __init__(self, model: nn.Module, loss_function: LossFunction) -> None:
+        super().__init__()
+        self.model, self.loss_function = model, loss_function
+
+    def forward(self, moco: MoCo, batch: Batch, autocast: torch.autocast) -> Losses:
+        return self.loss_function(moco, batch, autocast)
 
 
 def train_step(

@@ -119,6 +119,5 @@ def test_released_checkpoints_load_whole(kind: str, tmp_path: Path, capfd: pytes
 
 
 def test_other_checkpoints_are_refused_by_their_keys() -> None:
-    for state in ({"conv1.weight": torch.ones(1)}, {"conv16.weight": torch.ones(1), "queue": torch.ones(1)}):
-        with pytest.raises(UsageError, match=r"not a released checkpoint .*its keys begin conv1"):
-            from_released_checkpoint(state)
+    with pytest.raises(UsageError, match=r"not a released checkpoint .*its keys begin conv16"):
+        from_released_checkpoint({"conv16.weight": torch.ones(1), "queue": torch.ones(1)})

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
+from fastcr.data import crop_loader
 from fastcr.data.crops import centre_crop
 from fastcr.data.images import ImageList
 from fastcr.data.layouts import read_splits
@@ -20,7 +21,6 @@ from fastcr.data.views import normalise
 from fastcr.encoders.backbone import build_backbone
 from fastcr.encoders.encoder import Encoder, load
 from fastcr.errors import UsageError
-from fastcr.measures import embeddings as embedding
 from fastcr.measures.embeddings import embed
 from fastcr.measures.poolings import (
     SIGMA,
@@ -136,8 +136,7 @@ def test_one_pass_gives_every_pooling(encoder: Encoder, images: ImageList, monke
     features = features_of(encoder, images)
     moments = Moments(features.shape[1])
     moments.add(features)
-    monkeypatch.setattr(embedding, "BATCH_SIZE", 5)
-    monkeypatch.setattr(ddt, "BATCH_SIZE", 5)
+    monkeypatch.setattr(crop_loader, "BATCH_SIZE", 5)
     axis = ddt.ddt_axis(encoder, images, CONTEXT)
     torch.testing.assert_close(axis, moments.axis(), atol=1e-4, rtol=0)
     poolings = without_training(axis)
@@ -181,7 +180,7 @@ def test_axis_of_a_large_set_is_of_images_taken_evenly(
 def test_processes_add_up_to_the_axis_of_one(
     encoder: Encoder, images: ImageList, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ddt, "BATCH_SIZE", 12)  # 64 images: three batches each
+    monkeypatch.setattr(crop_loader, "BATCH_SIZE", 12)  # 64 images: three batches each
     shares, alone = [Share(rank, 2) for rank in (0, 1)], Share()
     for share in (*shares, alone):
         ddt.ddt_axis(encoder, images, replace(CONTEXT, processes=share))

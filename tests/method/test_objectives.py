@@ -98,7 +98,7 @@ def test_a_step_trains_every_part_and_gradcam_is_of_what_the_table_says(objectiv
 
     with torch.no_grad():
         pooled = mean_pool(moco.backbone(batch.first))
-        keys = moco.keys(moco.key(batch.second, training.autocast))
+        keys = moco.keys(moco.key(batch.second, torch.autocast("cpu", enabled=False)))
     pooled.requires_grad_()
     projected = moco.head(pooled)
     compared = build_objective(replace(SMALL.moco, objective=objective))(F.normalize(projected, dim=1), keys)
