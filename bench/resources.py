@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `bench`, whe
 from bench.workloads import OPS, Workload
 from fastcr.config import tyro
 from fastcr.errors import UsageError
-from fastcr.kernels import launch, settings
+from fastcr.kernels import launch, queue
 from fastcr.runs.command_line import called, one_line_errors, parse
 
 TENSOR_CORE = re.compile(r"\b(?:[HIQO]G?MMA|UTC[A-Z]*MMA)\b")  # FP64's DMMA is left out
@@ -148,7 +148,7 @@ def resources(targets: Sequence[int] | None = None, every: bool = False) -> list
         raise UsageError(f"--target {min(wrong)}: this Triton's are {', '.join(map(str, able))}")
     found = list[Resources]()
     for target in targets or able:
-        with mock.patch.object(settings, "has_wgmma", return_value=target in (90, 100)):
+        with mock.patch.object(queue, "has_wgmma", return_value=target in (90, 100)):
             found += [compiled(call, target) for call in calls(every)]
     return sorted(found, key=lambda row: (row.kernel, row.shape))
 

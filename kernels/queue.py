@@ -16,9 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastcr.kernels import settings
 from fastcr.kernels.launch import INTERPRET, Gradients, check_tensor, first_order, on_its_device
-from fastcr.kernels.settings import TABLE, Settings, contrast_class
+from fastcr.kernels.settings import TABLE, Settings, contrast_class, has_wgmma
 from fastcr.kernels.spec import Example, Normal, OpSpec, Sizes, draw_units
 
 try:
@@ -186,7 +185,7 @@ class Parts(NamedTuple):
 def row_of(op: str, dtype: torch.dtype, rows: int, dim: int) -> str:
     """The row of an op's launch settings for so many rows `[rows,dim]`; some have one of their own for wgmma."""
     row = contrast_class(dtype, rows, dim)
-    return f"{row}, wgmma" if f"{row}, wgmma" in TABLE[op] and settings.has_wgmma() else row
+    return f"{row}, wgmma" if f"{row}, wgmma" in TABLE[op] and has_wgmma() else row
 
 
 @on_its_device

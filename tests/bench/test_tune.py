@@ -10,7 +10,7 @@ import torch
 
 from bench import tune
 from bench.workloads import Workload
-from fastcr.kernels import rationale_pool, settings
+from fastcr.kernels import queue, rationale_pool
 from fastcr.kernels.settings import TABLE
 
 pytest.importorskip("triton")
@@ -81,7 +81,7 @@ def test_every_row_has_choices_for_all_its_settings_and_examples_on_a_gpu_of_its
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     usual = tune.chosen_rows("")
-    monkeypatch.setattr(settings, "has_wgmma", lambda: True)
+    monkeypatch.setattr(queue, "has_wgmma", lambda: True)
     there = tune.chosen_rows("")
     assert {*usual, *there} == {(kernel, row) for kernel, rows in TABLE.items() for row in rows}
     assert [row for row in there if row not in usual] == [("relational", "16 bits, B > 16, D <= 256, wgmma")]
@@ -114,7 +114,7 @@ def test_the_command_writes_a_whole_table(
         return tune.Outcome(kernel, row, TABLE[kernel][row], 3e-5, best, 2e-5, 0)
 
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(settings, "has_wgmma", lambda: False)
+    monkeypatch.setattr(queue, "has_wgmma", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
     monkeypatch.setattr(tune, "search", found)

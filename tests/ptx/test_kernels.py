@@ -14,7 +14,7 @@ from unittest import mock
 
 import pytest
 
-from fastcr.kernels import settings
+from fastcr.kernels import queue, settings
 from tests.ptx.cases import CASES
 
 pytest.importorskip("triton")
@@ -55,7 +55,7 @@ def test_nothing_is_wrong_with_any_case(op: str, target: str) -> None:
 def test_every_row_of_the_launch_settings_has_a_case() -> None:
     rows, used = {f"{kernel}: {row}" for kernel, table in settings.TABLE.items() for row in table}, set[str]()
     for target in (80, 90):
-        with mock.patch.object(settings, "has_wgmma", return_value=target == 90):
+        with mock.patch.object(queue, "has_wgmma", return_value=target == 90):
             used.update(*(wanted() for _, wanted in CASES.values()))
     assert used == rows
 
