@@ -145,9 +145,6 @@ class OptimConfig:
     """Momentum of SGD; AdamW's beta1."""
     weight_decay: float = number(1e-4, 0)
     """Weight decay, on every parameter."""
-    start_decay: float = number(0.0, 0)
-    """Decay of the backbone's weights towards those that it began with (L2-SP): each step takes them the share
-    start_decay * learning rate of the way back, as AdamW's weight decay takes them towards 0."""
 
 
 @dataclass(frozen=True)

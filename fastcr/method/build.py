@@ -133,7 +133,6 @@ def build(config: Config, context: Context, *, initial_weights: bool = True) -> 
         optimizer,
         fit_weight=config.rationale.fit_weight,
         key_momentum=config.moco.key_momentum,
-        start_decay=config.optim.start_decay,
         autocast=torch.autocast(device.type, dtype=context.dtype, enabled=context.dtype != torch.float32),
     )
     graph = config.run.cuda_graph
@@ -159,8 +158,7 @@ def _modules(config: Config, context: Context, initial_weights: bool) -> tuple[M
         for norm in backbone.modules():
             if isinstance(norm, nn.modules.batchnorm._BatchNorm):
                 norm.eval()
-    keep_start = config.optim.start_decay > 0
-    moco = MoCo(backbone, channels, config.moco, dtype=context.dtype, processes=processes, keep_start=keep_start)
+    moco = MoCo(backbone, channels, config.moco, dtype=context.dtype, processes=processes)
     branch = None
     if config.rationale.enabled:
         branch = RationaleHead(channels, config.rationale, config.run.kernels, processes=processes)

@@ -42,7 +42,6 @@ class MoCo(nn.Module):
         config: queue and head.
         dtype: of the queue, and of the queries and keys where they meet it; sums are fp32 in any case.
         processes: those that share a batch and the queue.
-        keep_start: whether `decay_to_start` will be asked for; it takes a copy of what is trained of the backbone.
     """
 
     queue: Tensor
@@ -57,7 +56,6 @@ class MoCo(nn.Module):
         *,
         dtype: torch.dtype = torch.float32,
         processes: Processes = ALONE,
-        keep_start: bool = False,
     ) -> None:
         super().__init__()
         self.backbone, self.head, self.processes = backbone, projection_head(channels, config), processes
@@ -66,8 +64,6 @@ class MoCo(nn.Module):
         self.key_head = copy.deepcopy(self.head).requires_grad_(False)
         pairs = zip(self.key_backbone.parameters(), self.backbone.parameters(), strict=True)
         self.trained = [(key, query) for key, query in pairs if query.requires_grad]  # of the backbones
-        starts = [query.detach().clone() for _, query in self.trained if keep_start]
-        self.starts = nn.ParameterList(nn.Parameter(each, requires_grad=False) for each in starts)
         dim = list(self.head.parameters())[-1].shape[0]
         self.register_buffer("queue", F.normalize(torch.randn(config.queue_size, dim), dim=1).to(dtype))
         self.register_buffer("queue_images", torch.full((len(self.queue),), -1))
@@ -118,18 +114,6 @@ class MoCo(nn.Module):
         keys, queries = zip(*self.trained, *heads, strict=True)
         with record_function("EMA"):
             torch._foreach_lerp_(keys, queries, 1 - momentum)
-
-    @torch.no_grad()
-    def decay_to_start(self, share: Tensor) -> None:
-        """Take the trained weights of the backbone this `share` of the way back to where they began.
-
-        It is weight decay towards the start (L2-SP, arXiv 1802.01483), apart from the gradient as in AdamW.
-        """
-        weights: list[Tensor] = [query for _, query in self.trained]
-        with record_function("optimiser"):
-            back = list(torch._foreach_sub([*self.starts], weights))
-            torch._foreach_mul_(back, share)
-            torch._foreach_add_(weights, back)
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor, images: Tensor | None = None) -> None:

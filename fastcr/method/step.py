@@ -114,7 +114,6 @@ def train_step(
     *,
     fit_weight: float,
     key_momentum: float,
-    start_decay: float = 0.0,
     autocast: torch.autocast,
 ) -> tuple[Tensor, Losses]:
     """Losses, backward, optimiser, EMA of the keys, enqueue; returns the weighted loss. Never waits for the device.
@@ -128,8 +127,6 @@ def train_step(
         loss.backward()
     with record_function("optimiser"):
         optimizer.step()
-    if start_decay:
-        moco.decay_to_start(optimizer.param_groups[0]["lr"] * start_decay)  # that of the backbone
     moco.update_key_encoder(key_momentum)
     moco.enqueue(losses.key, batch.images)
     return loss.detach(), losses

@@ -43,9 +43,6 @@ def _conflicts(config: Config) -> dict[str, bool]:
             data.loader == "auto" or data.cache in ("auto", "off")
         ),
         "--optim.momentum must be below 1": optim.momentum < 1,
-        "--optim.start_decay times the learning rate must be at most 1": (
-            optim.start_decay * max(optim.lr, optim.backbone_lr or 0) <= 1
-        ),
         f"--moco.objective {moco.objective} needs a larger --moco.queue_size": (
             moco.objective == "infonce" or moco.queue_size > (moco.neighbours if moco.objective == "neighbour" else 1)
         ),

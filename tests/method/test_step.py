@@ -141,18 +141,6 @@ def test_compiled_steps_are_those_of_eager_sample() -> None:
     assert_near(losses_of(compiled, 8), losses_of(eager, 8), "fp32")
 
 
-def test_weights_decay_towards_the_start_by_the_learning_rate(batch: Batch) -> None:
-    moco = MoCo(nn.Conv2d(3, 6, 3), 6, MocoConfig(embedding_dim=4, queue_size=20), keep_start=True)
-    with torch.no_grad():
-        moco.backbone.weight.add_(1)  # the start lies behind
-    plain, _, _ = one_step(moco, None, batch)
-    decayed, _, _ = one_step(moco, None, batch, start_decay=2.0)  # at a learning rate of 0.1
-    weight, bias = (moco.starts[0], moco.starts[1])
-    torch.testing.assert_close(decayed["0.backbone.weight"], 0.8 * plain["0.backbone.weight"] + 0.2 * weight)
-    torch.testing.assert_close(decayed["0.backbone.bias"], 0.8 * plain["0.backbone.bias"] + 0.2 * bias)
-    assert torch.equal(decayed["0.head.0.weight"], plain["0.head.0.weight"])
-
-
 def test_nothing_in_a_step_asks_the_device_for_a_value(batch: Batch) -> None:
     """On a GPU each of these would wait for all that was launched before."""
     moco, branch = small(False)
