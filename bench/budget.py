@@ -114,7 +114,7 @@ def count_step(config: Config, batch: int) -> dict[tuple[str, str], Count]:
     run = replace(config.run, kernels="triton", compile=False, cuda_graph=False)
     config = replace(config, run=run, model=replace(config.model, weights="none", batchnorm=config.model.norms))
     config = replace(config, optim=replace(config.optim, batch_size=batch))
-    dtype, side = torch.bfloat16, config.data.image_size
+    dtype, sides = torch.bfloat16, (config.data.image_size, config.key_size)
     made = method_build._modules(config, Context(dtype=dtype), False)
     before = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)
@@ -125,7 +125,7 @@ def count_step(config: Config, batch: int) -> dict[tuple[str, str], Count]:
         ):
             training = method_build.build(config, Context(dtype=dtype))
             training.moco.keep_frozen(dtype)
-            views = [torch.empty(batch, side, side, 3, dtype=dtype).permute(0, 3, 1, 2) for _ in range(2)]
+            views = [torch.empty(batch, side, side, 3, dtype=dtype).permute(0, 3, 1, 2) for side in sides]
             given = Batch(views[0], views[1], torch.zeros(batch, dtype=torch.int64))
             training.step(given)  # the optimiser makes its buffers
             with Counting() as counting:

@@ -79,7 +79,7 @@ def test_loader(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.benchmark(timer=time.process_time)
 def test_views(benchmark: Any, kind: str, height: int, width: int, size: int) -> None:
-    loading = Loading(size, FEW, seed=0, context=Context(), views=KINDS[kind])
+    loading = Loading((size, size), FEW, seed=0, context=Context(), views=KINDS[kind])
     coarse = torch.rand(FEW, 3, 24, 32, generator=torch.Generator().manual_seed(0))
     images = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1).mul(255).byte()
     pixels, indices = images.permute(0, 2, 3, 1).flatten(), np.arange(FEW)

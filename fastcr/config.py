@@ -119,6 +119,9 @@ class ViewsConfig:
     centre crop that evaluation sees."""
     key_crop: float = number(0.5, 0, 1, above=True)
     """Smallest share of the image's area in a weak view."""
+    key_scale: float = number(1.0, 1, 4)
+    """Side of the key's view over that of the query's, --data.image_size. Above 1 the key shows more detail, and the
+    query learns to see in small images what only large ones show."""
 
 
 @dataclass(frozen=True)
@@ -216,6 +219,11 @@ class Config:
     views: ViewsConfig = field(default_factory=ViewsConfig)
     moco: MocoConfig = field(default_factory=MocoConfig)
     rationale: RationaleConfig = field(default_factory=RationaleConfig)
+
+    @property
+    def key_size(self) -> int:
+        """Side of the key's views, pixels."""
+        return round(self.data.image_size * self.views.key_scale)
 
 
 @dataclass(frozen=True)

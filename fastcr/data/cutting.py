@@ -6,7 +6,8 @@ DALI's decoder (`dali_views.py`); or, needing neither, an image at a time from P
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from fastcr.data.views import MEAN, STD, Batch, Loading, ViewParameters, draw_pa
 from fastcr.kernels.two_views import two_views
 from fastcr.runs.machine import load_batches
 
-Sample = tuple[Tensor, list[int]]
+Sample = tuple[Sequence[Tensor], list[int]]
 
 
 def view_table(p: ViewParameters) -> np.ndarray:
@@ -37,6 +38,14 @@ def view_table(p: ViewParameters) -> np.ndarray:
     return np.concatenate(columns, axis=2, dtype=np.float32)
 
 
+def two_sizes(
+    pixels: Tensor, starts: Tensor, widths: Tensor, table: Tensor, sizes: Sequence[int], **options: Any
+) -> list[Tensor]:
+    """The views of `kernels/two_views.py`, each in a size of its own: `[B,3,S,S]` for each of the `sizes`."""
+    parts = table.split(1, dim=1)
+    return [two_views(pixels, starts, widths, *each, **options)[0] for each in zip(parts, sizes, strict=True)]
+
+
 def cut_views(
     pixels: Tensor, starts: np.ndarray, widths: np.ndarray, table: np.ndarray, indices: np.ndarray, loading: Loading
 ) -> Batch:
@@ -51,9 +60,8 @@ def cut_views(
         tensor = torch.from_numpy(np.ascontiguousarray(values))
         return tensor.pin_memory().to(pixels.device, non_blocking=True) if pixels.is_cuda else tensor
 
-    size, dtype, impl = loading.image_size, loading.context.dtype, loading.impl
-    tensors = send(starts), send(widths), send(table)
-    first, second = two_views(pixels, *tensors, size, mean=MEAN, std=STD, dtype=dtype, impl=impl)
+    tensors, dtype = (send(starts), send(widths), send(table)), loading.context.dtype
+    first, second = two_sizes(pixels, *tensors, loading.sizes, mean=MEAN, std=STD, dtype=dtype, impl=loading.impl)
     return Batch(first, second, send(indices))
 
 
@@ -72,40 +80,40 @@ def cached_views(images: CachedImages, loading: Loading, bad: BadFiles, start: i
         yield cut_views(pixels, starts, sizes[:, 1], table, indices, loading)
 
 
-def cut_image(image: Image.Image, parameters: ViewParameters, size: int) -> Tensor:
-    """The two views of an RGB image, uint8 `[2,size,size,3]`; `parameters` are of that image alone."""
+def cut_image(image: Image.Image, parameters: ViewParameters, sizes: Sequence[int]) -> list[Tensor]:
+    """The two views of an RGB image in these sizes, uint8 `[S,S,3]`; `parameters` are of that image alone."""
     pixels, table = torch.from_numpy(np.array(image)).flatten(), torch.from_numpy(view_table(parameters))
     start, width = torch.zeros(1, dtype=torch.int64), torch.tensor([image.width])
-    views = two_views(pixels, start, width, table, size, mean=(0.0,) * 3, std=(1 / 255,) * 3)[:, 0]
-    return views.round_().to(torch.uint8).permute(0, 2, 3, 1)
+    views = two_sizes(pixels, start, width, table, sizes, mean=(0.0,) * 3, std=(1 / 255,) * 3)
+    return [view[0].round_().to(torch.uint8).permute(1, 2, 0) for view in views]
 
 
 class _ViewDataset(Dataset[Sample]):
-    """`(epoch, index)` to the two views of an image, uint8 `[2,S,S,3]`, and the images skipped as unreadable."""
+    """`(epoch, index)` to the two views of an image, uint8 `[S,S,3]`, and the images skipped as unreadable."""
 
     def __init__(self, images: ImageList, loading: Loading) -> None:
-        self.images, self.size, self.seed, self.views = images, loading.image_size, loading.seed, loading.views
+        self.images, self.sizes, self.seed, self.views = images, loading.sizes, loading.seed, loading.views
 
     def __getitem__(self, item: tuple[int, int]) -> Sample:
         epoch, index = item
         rgb, bad = self.images.rgb_or_next(index)
-        sizes = np.array([[rgb.height, rgb.width]])
-        parameters = draw_parameters(self.seed, epoch, np.array([index]), sizes, self.views)
-        return cut_image(rgb, parameters, self.size), bad  # uint8: a quarter of the room between processes
+        whole = np.array([[rgb.height, rgb.width]])
+        parameters = draw_parameters(self.seed, epoch, np.array([index]), whole, self.views)
+        return cut_image(rgb, parameters, self.sizes), bad  # uint8: a quarter of the room between processes
 
 
-def _collate(samples: list[Sample]) -> tuple[Tensor, list[int]]:
-    return torch.stack([views for views, _ in samples], dim=1), [index for _, bad in samples for index in bad]
+def _collate(samples: list[Sample]) -> tuple[list[Tensor], list[int]]:
+    views = [torch.stack(each) for each in zip(*(views for views, _ in samples), strict=True)]
+    return views, [index for _, bad in samples for index in bad]
 
 
 def torch_views(images: ImageList, loading: Loading, bad: BadFiles, start: int) -> Generator[Batch, None, None]:
     """Batches from step `start` on, decoded and augmented by worker processes."""
-    context, size = loading.context, 2 * 3 * loading.batch_size * loading.image_size**2
+    context, size = loading.context, 3 * loading.batch_size * sum(side**2 for side in loading.sizes)
     items = ([(epoch, index) for index in indices.tolist()] for epoch, indices in loading.steps(len(images), start))
     loaded = load_batches(_ViewDataset(images, loading), items, _collate, context.workers, size, context.device)
-    for (pixels, unreadable), (_, indices) in zip(loaded, loading.steps(len(images), start), strict=False):
+    for (views, unreadable), (_, indices) in zip(loaded, loading.steps(len(images), start), strict=False):
         for index in unreadable:
             bad.note(index)
-        first, second = pixels.to(context.device, non_blocking=True)
-        numbers = torch.from_numpy(indices).to(context.device)
-        yield Batch(normalise(first, context.dtype), normalise(second, context.dtype), numbers)
+        first, second = (normalise(each.to(context.device, non_blocking=True), context.dtype) for each in views)
+        yield Batch(first, second, torch.from_numpy(indices).to(context.device))

@@ -33,12 +33,14 @@ def make_views(config: Config, images: ImageList, context: Context) -> tuple[Vie
     """
     data, bad = config.data, BadFiles(images, config.data.on_corrupt)
     batch_size = config.optim.batch_size // context.processes.ranks
-    loading = Loading(data.image_size, batch_size, config.run.seed, context, config.run.kernels, config.views)
+    sides = data.image_size, config.key_size
+    loading = Loading(sides, batch_size, config.run.seed, context, config.run.kernels, config.views)
     if not config.optim.epochs:  # no view will be asked for: nothing is decoded, and nothing settled
         return Views(images, bad, partial(torch_views, images, loading, bad)), config
     place: Place | Literal["off"] = "off"
     if data.loader == "auto" and data.cache != "off":
-        sizes = measure(images, 2 * data.image_size, context)
+        side = max(2 * data.image_size, round(config.key_size * 8 / 7))  # of the latter the key's view is the centre
+        sizes = measure(images, side, context)
         place = choose_place(data.cache, 3 * int(sizes.prod(1).sum()), context)
     loader: Any = choose_loader(data.loader, context) if place == "off" else "cache"
     precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[context.dtype]
@@ -48,7 +50,7 @@ def make_views(config: Config, images: ImageList, context: Context) -> tuple[Vie
         config = replace(config, data=replace(data, loader=loader, cache=place))
     else:
         config, start = replace(config, data=replace(data, cache=place)), time.perf_counter()
-        images = fill(images, sizes, place, context, 2 * data.image_size)
+        images = fill(images, sizes, place, context, side)
         for index in images.broken.tolist():
             bad.note(index)
         seconds = time.perf_counter() - start

@@ -51,10 +51,10 @@ class ViewParameters(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Two views of the same images: `first`, `second` `[B,3,S,S]`, normalised, channels-last."""
+    """Two views of the same images, normalised, channels-last: the query's and the key's, which may be larger."""
 
-    first: Tensor
-    second: Tensor
+    first: Tensor  # [B,3,S,S]
+    second: Tensor  # [B,3,K,K]
     images: Tensor | None = None  # int64 [B], their indices in the list; None if no one needs them
 
     def tensors(self) -> list[Tensor]:
@@ -66,7 +66,7 @@ class Batch(NamedTuple):
 class Loading:
     """What every loader is told."""
 
-    image_size: int  # side of the views, pixels
+    sizes: tuple[int, int]  # sides of the query's and of the key's views, pixels
     batch_size: int  # images of this process in a step
     seed: int
     context: Context  # where the views go, in which precision, and which of several processes this is

@@ -171,15 +171,19 @@ def _build_timm(name: str, image_size: int | None, colours: Colours) -> tuple[nn
             setattr(model, head, nn.Identity())
     encoder = TimmEncoder(model, colours)
     if image_size:
-        try:
-            with torch.no_grad():
-                encoder.eval()(torch.zeros(1, 3, image_size, image_size))
-        except Exception as error:  # each model refuses in its own way
-            own = model.pretrained_cfg["input_size"][-1]
-            raise UsageError(
-                f"{name} cannot take --data.image_size {image_size} (its own is {own}): {one_line(error)}"
-            ) from None
+        check_size(encoder, name, image_size, f"--data.image_size {image_size}")
     return encoder.train(), model.num_features
+
+
+def check_size(encoder: TimmEncoder, name: str, size: int, setting: str) -> None:
+    """`UsageError`, which names the `setting`, where images of side `size` are none for `encoder`, timm's `name`."""
+    try:
+        with torch.no_grad():
+            encoder.eval()(torch.zeros(1, 3, size, size))
+    except Exception as error:  # each model refuses in its own way
+        own = encoder.timm.pretrained_cfg["input_size"][-1]
+        raise UsageError(f"{name} cannot take {setting} (its own is {own}): {one_line(error)}") from None
+    encoder.train()
 
 
 def create_timm(name: str, *, pretrained: bool) -> Any:

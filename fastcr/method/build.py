@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from fastcr.config import Config
 from fastcr.data.images import ImageList
-from fastcr.encoders.backbone import backbone_mistake, build_backbone, freeze_stages, mean_pool, synchronise_norms
+from fastcr.encoders.backbone import (
+    TimmEncoder,
+    backbone_mistake,
+    build_backbone,
+    check_size,
+    freeze_stages,
+    mean_pool,
+    synchronise_norms,
+)
 from fastcr.encoders.encoder import Encoder, describe
 from fastcr.encoders.folding import fold_norms
 from fastcr.encoders.rationale import RationaleHead, attention_entropy
@@ -147,6 +155,9 @@ def _modules(config: Config, context: Context, initial_weights: bool) -> tuple[M
     backbone, channels = build_backbone(
         model.backbone, model.last_stage, image_size=config.data.image_size, colours=(model.mean, model.std)
     )
+    if isinstance(backbone, TimmEncoder) and config.key_size != config.data.image_size:
+        setting = f"--views.key_scale {config.views.key_scale:g}, which makes {config.key_size} px"
+        check_size(backbone, model.backbone, config.key_size, setting)
     with processes.local_first():  # one process downloads, the others find the file
         missing = load_initial_weights(backbone, model) if initial_weights else []
     if missing:

@@ -138,9 +138,11 @@ def features_of(
     context: Context,
     title: str,
     load: Callable[..., Iterator[Any]] = load_crops,
+    image_size: int | None = None,
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """The readable images of each batch, and their features on the context's device."""
-    shown = context.progress(load([images], batches, encoder.image_size, context), title, len(batches))
+    """The readable images of each batch, and their features on the context's device; by default in the usual size."""
+    crops = load([images], batches, image_size or encoder.image_size, context)
+    shown = context.progress(crops, title, len(batches))
     for batch, (pixels, _, readable) in zip(batches, shown, strict=True):
         if readable:
             yield [batch[place] for place in readable], encoder.of_crops(pixels.to(context.device), context.dtype)[0]

@@ -1,8 +1,8 @@
 """What a run begins with: one pass of its encoder over training images, before the first step.
 
-The images' centre crops give all that a start needs: DDT's axis (`ddt.py`), to which the detectors are fitted; the
-principal axes of the pooled features, at which a linear projection head begins; the first keys of the queue; and
-embeddings with which later ones of the same images are compared (`measures/health.py`).
+The images' centre crops, in the size of the keys' views, give all that a start needs: DDT's axis (`ddt.py`), to which
+the detectors are fitted; the principal axes of the pooled features, at which a linear projection head begins; the first
+keys of the queue; and embeddings with which later ones of the same images are compared (`measures/health.py`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ SAMPLE = 512  # images whose embeddings are followed during the training
 def begin(training: Training, images: ImageList, config: Config, context: Context) -> Tensor | None:
     """Set detectors, projection head and queue as the settings ask; returns the mean embeddings `[n,C]` of `SAMPLE`.
 
-    None where nothing is asked for: as of a MoCo v2 from random weights. Of several processes the first looks at the
+    None where nothing is asked for, as of a MoCo v2 from random weights, and where the keys' views are larger than the
+    images that the encoder is for. Of several processes the first looks at the
     images, and the others take what it found. `UsageError` if no image can be read.
     """
     like_ddt = training.encoder.branch is not None and config.rationale.init == "ddt"
@@ -40,7 +41,7 @@ def begin(training: Training, images: ImageList, config: Config, context: Contex
     first = evenly(len(images), AXIS_IMAGES if wanted else SAMPLE)
     state, sample = context.processes.once(partial(_look, training, images, first, config, context, like_ddt))
     training.model.load_state_dict(state, strict=False)
-    return sample
+    return sample if config.key_size == config.data.image_size else None
 
 
 @torch.no_grad()
@@ -53,7 +54,8 @@ def _look(
     """
     moco, branch, count = training.moco, training.encoder.branch, len(images)
     with training.encoder.evaluating(), torch.compiler.set_stance("force_eager"):
-        see = partial(features_of, training.encoder, images, context=context, title="looking at the images")
+        look = partial(features_of, training.encoder, images, context=context, image_size=config.key_size)
+        see = partial(look, title="looking at the images")
         # these features are kept: the attention that pools them is known when all of them have been seen
         found = [(part, features.cpu()) for part, features in see(in_batches(first))]
         if not found:

@@ -34,7 +34,7 @@ from fastcr.runs.distributed import Processes
 
 CONTEXT = Context(workers=2, console=Console(quiet=True))
 ALONE = replace(CONTEXT, workers=0)
-LOADING = Loading(image_size=32, batch_size=4, seed=3, context=CONTEXT, impl="torch")
+LOADING = Loading(sizes=(32, 32), batch_size=4, seed=3, context=CONTEXT, impl="torch")
 
 
 @pytest.fixture

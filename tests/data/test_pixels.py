@@ -41,12 +41,26 @@ def save(file: Path, pixels: np.ndarray, orientation: int, **options: object) ->
     Image.fromarray(pixels).save(file, exif=exif, **options)
 
 
-def first_views(loader: str, images: ImageList, size: int) -> torch.Tensor:
-    """Both views `[2,B,3,size,size]` of all images, in one batch."""
+def first_views(loader: str, images: ImageList, sizes: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both views `[B,3,S,S]` of all images, in one batch."""
     source = fill(images, measure(images, 64, CONTEXT), "host", CONTEXT, 64) if loader == "cache" else images
-    loading = Loading(size, len(images), 0, CONTEXT)
+    loading = Loading(sizes, len(images), 0, CONTEXT)
     batch = next(loader_of(loader)(source, loading, BadFiles(images, "fail"), 0))
-    return torch.stack([batch.first, batch.second])
+    return batch.first, batch.second
+
+
+@pytest.mark.parametrize("loader", ["torch", "cache", "dali"])
+def test_every_loader_makes_the_keys_views_in_a_size_of_their_own(tmp_path: Path, loader: str) -> None:
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali")
+    for number in range(3):
+        save(tmp_path / f"{number}.png", np.roll(scene(), 9 * number, axis=1), 1)
+    images = ImageList(tmp_path, tuple(f"{number}.png" for number in range(3)), None, ())
+    small, large, both = (first_views(loader, images, sizes) for sizes in ((16, 16), (40, 40), (16, 40)))
+    assert torch.equal(both[0], small[0])
+    assert torch.equal(both[1], large[1])
+    assert both[1].shape == (3, 3, 40, 40)
+    assert both[1].is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("loader", ["torch", "cache", "dali"])
@@ -61,7 +75,9 @@ def test_every_loader_turns_them(tmp_path: Path, loader: str) -> None:
     upright_ones.mkdir()
     for name in images.files:
         Image.fromarray(upright).save(upright_ones / name, quality=100, subsampling=0)
-    turned, plain = (first_views(loader, each, 32) for each in (images, replace(images, root=upright_ones)))
+    turned, plain = (
+        torch.stack(first_views(loader, each, (32, 32))) for each in (images, replace(images, root=upright_ones))
+    )
     assert ((turned - plain).abs().mean((0, 2, 3, 4)) < 0.03).all()  # 2 levels of 255
 
 
@@ -82,7 +98,7 @@ def test_loaders_agree_on_odd_files(tmp_path: Path) -> None:
     for name in ("a.webp", "b.jpg"):
         image.save(tmp_path / name, format="WEBP")
     images = ImageList(tmp_path, tuple(sorted(file.name for file in tmp_path.iterdir())), None, ())
-    torch_s, dali_s = (first_views(name, images, 64) for name in ("torch", "dali"))
+    torch_s, dali_s = (torch.stack(first_views(name, images, (64, 64))) for name in ("torch", "dali"))
     assert ((torch_s - dali_s).abs().mean((0, 2, 3, 4)) * 0.226 * 255).max() < 1.5  # levels of 255
 
 

@@ -69,7 +69,7 @@ def make(loader: str, images: ImageList, on_corrupt: str = "skip", **settings: A
 
 
 make_torch = partial(make, "torch")
-LOADING = Loading(image_size=48, batch_size=6, seed=3, context=Context())
+LOADING = Loading(sizes=(48, 48), batch_size=6, seed=3, context=Context())
 BOTH = pytest.mark.parametrize("make", [make_torch, make_dali], ids=["torch", "dali"])
 
 
@@ -146,7 +146,7 @@ def test_a_central_key_is_the_crop_of_evaluation(width: int, height: int) -> Non
         np.testing.assert_array_equal(mine[:, 0], other[:, 0])  # the query's view is drawn as ever
     assert not any(flags[:, 1].any() for flags in (p.jitter, p.grey, p.blur, p.flip))
     size = max(round(min(width, height) * 7 / 8), 1)  # nothing is resized, so that only the cut can differ
-    ours = cut_image(image, p, size)[1]
+    ours = cut_image(image, p, (size, size))[1]
     assert (ours.int() - centre_crop(image, size).int()).abs().float().mean() <= 1
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastcr.config import Config, DataConfig, MocoConfig, ModelConfig, OptimConfig, RationaleConfig
+from fastcr.config import Config, DataConfig, MocoConfig, ModelConfig, OptimConfig, RationaleConfig, ViewsConfig
 from fastcr.data.crop_loader import load_crops
 from fastcr.data.images import ImageList
 from fastcr.data.views import normalise
@@ -37,25 +37,35 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> ImageList:
     return write_noise(tmp_path_factory.mktemp("images"), broken=BROKEN)
 
 
-def features_of(training: Training, images: ImageList) -> Tensor:
-    ((pixels, _, readable),) = load_crops([images], [list(range(len(images)))], 32, Context())
+def features_of(training: Training, images: ImageList, size: int = 32) -> Tensor:
+    ((pixels, _, readable),) = load_crops([images], [list(range(len(images)))], size, Context())
     assert len(readable) == len(images) - 1
     with torch.no_grad():
         return training.encoder.eval().features(normalise(pixels, torch.float32))
 
 
-@pytest.mark.parametrize("most", [2048, 7], ids=["all images at once", "the queue's other images afterwards"])
+@pytest.mark.parametrize(
+    ("most", "scale"),
+    [(2048, 1.0), (7, 1.0), (7, 1.5)],
+    ids=["all images at once", "the queue's other images afterwards", "larger keys"],
+)
 def test_head_and_queue_are_made_of_the_images_features(
-    images: ImageList, most: int, monkeypatch: pytest.MonkeyPatch
+    images: ImageList, most: int, scale: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(start, "AXIS_IMAGES", most)
-    training = build(CONFIG, Context())
+    config = replace(CONFIG, views=ViewsConfig(key_scale=scale))
+    training = build(config, Context())
     moco = training.moco
-    sample = start.begin(training, images, CONFIG, Context())
-    features = features_of(training, images)
+    sample = start.begin(training, images, config, Context())
+    features = features_of(training, images, round(32 * scale))
     owners = [index for index in range(24) if index != BROKEN]
 
-    torch.testing.assert_close(sample, F.normalize(mean_pool(features), dim=1)[: len(sample)] if most > 24 else sample)
+    if scale > 1:  # it is not what the encoder will be used for
+        assert sample is None
+    else:
+        torch.testing.assert_close(
+            sample, F.normalize(mean_pool(features), dim=1)[: len(sample)] if most > 24 else sample
+        )
     pooled = F.normalize(training.pool(features), dim=1)
     seen = moco.queue_images.tolist()
     assert len(set(seen)) == 20
@@ -67,6 +77,14 @@ def test_head_and_queue_are_made_of_the_images_features(
         np.testing.assert_allclose(products, 1, atol=1e-4)  # the same directions, either way round
     torch.testing.assert_close(moco.queue, F.normalize(of_queue @ moco.head[0].weight.T, dim=1), atol=1e-4, rtol=1e-4)
     assert torch.equal(moco.key_head[0].weight, moco.head[0].weight)
+
+
+def test_a_size_of_the_keys_that_the_encoder_cannot_take_is_refused() -> None:
+    pytest.importorskip("timm")
+    model = ModelConfig(backbone="timm:test_vit", weights="none", batchnorm="frozen")
+    config = replace(CONFIG, model=model, views=ViewsConfig(key_scale=1.25))
+    with pytest.raises(UsageError, match=r"^timm:test_vit cannot take --views\.key_scale 1\.25, which makes 40 px"):
+        build(config, Context())
 
 
 def test_a_queue_larger_than_the_images_holds_them_again(images: ImageList) -> None:
