@@ -66,10 +66,6 @@ ROWS = {
     "match-512": ("match-256 with a head of 512 axes", MATCH_256.replace("256", "512")),
     "match-1280": ("match-256 with a head of 1,280 axes", MATCH_256.replace("256", "1280")),
     "fixed-256": ("match-256 with DDT's attention, which is not fitted", MATCH_256.replace(MATCH, UNFITTED)),
-    "neighbour": (
-        "as relational, with the five nearest keys of the queue as positives",
-        f"{MEAN_POOLED} --moco.objective neighbour --moco.neighbours 5",
-    ),
     "infonce": (
         "as relational, with InfoNCE: the own key is the positive, the queue's keys are negatives",
         f"{MEAN_POOLED} --moco.objective infonce",

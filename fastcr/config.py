@@ -154,9 +154,9 @@ class OptimConfig:
 class MocoConfig:
     """Query encoder, key encoder and queue of keys, and what the query is trained to be."""
 
-    objective: Literal["infonce", "relational", "neighbour"] = "infonce"
+    objective: Literal["infonce", "relational"] = "infonce"
     """infonce (MoCo v2): tell the own key from the queue's. relational (ReSSL): be as similar to the queue's keys as
-    the own key is. neighbour (NNCLR): be like the queue's keys that are nearest to the own key."""
+    the own key is."""
     queue_size: int = number(4096, 0)
     """Keys kept to compare with; at most as many as there are images. 0, of infonce only: no queue; the own key is told
     from the batch's others."""
@@ -164,8 +164,6 @@ class MocoConfig:
     """Temperature of the query's similarities."""
     key_temperature: float = number(0.04, 0, above=True)
     """Temperature of the key's similarities, of relational; below --moco.temperature."""
-    neighbours: int = number(5, 1)
-    """Nearest keys that are positives, of neighbour."""
     head: Literal["mlp", "linear"] = "mlp"
     """Projection head: two layers as in MoCo v2; or one, which begins at the principal axes of the training images'
     features (or as a random orthogonal matrix, where --moco.embedding_dim asks for more dimensions than they have)."""

@@ -235,8 +235,7 @@ def check_settings(config: Config, context: Context) -> None:
 def fit_sizes(config: C, images: ImageList, context: Context) -> C:
     """The settings for these training images; `UsageError` where a batch is larger than the data.
 
-    A queue that is larger than the data is cut to it for the objectives relational and neighbour. For infonce there is
-    a warning.
+    A queue that is larger than the data is cut to it for the objective relational. For infonce there is a warning.
     """
     count, moco = len(images), config.moco
     if count < config.optim.batch_size:

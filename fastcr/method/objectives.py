@@ -7,8 +7,6 @@
   `p = softmax(k_b . queue / t_key)`, `q = softmax(q_b . queue / t_query)`, `loss_b = -sum_n p_n log q_n`. With t_key
   below t_query the target is the sharper of the two. The key is the teacher, so its view should show the whole object
   (`--views.key centre` or `weak`). An image's own earlier keys are left out.
-- `neighbour` is NNCLR (arXiv 2104.14548). The positives are the keys of the queue that are nearest to the own key:
-  `loss_b = -mean over the nearest n of log softmax(q_b . queue / T)[n]`. An image's own earlier keys are left out.
 """
 
 from __future__ import annotations
@@ -52,8 +50,6 @@ def build_objective(config: MocoConfig, impl: Impl = "auto") -> Objective:
     """The objective that the settings ask for, with its temperatures."""
     if config.objective == "infonce":
         return partial(infonce, temperature=config.temperature, impl=impl)
-    if config.objective == "neighbour":
-        return partial(neighbour, temperature=config.temperature, neighbours=config.neighbours)
     return partial(relational, temperature=config.temperature, key_temperature=config.key_temperature, impl=impl)
 
 
@@ -81,16 +77,3 @@ def relational(
         impl=impl,
     )
     return Compared(loss, positive)
-
-
-def neighbour(query: Tensor, keys: Keys, *, temperature: float, neighbours: int) -> Compared:
-    """Cross entropy of unit queries `[B,D]` with the queue's keys nearest to their own keys, nats; in plain torch."""
-    with torch.autocast(query.device.type, enabled=False):
-        queue = keys.queue.to(query.dtype)
-        near, logits = keys.own.to(query.dtype) @ queue.T, query @ queue.T / temperature
-        if keys.images is not None and keys.queue_images is not None:
-            mine = keys.images[:, None] == keys.queue_images
-            near, logits = (each.masked_fill(mine, -torch.inf) for each in (near, logits))
-        nearest = near.topk(neighbours, dim=1).indices
-        loss = -logits.log_softmax(1).gather(1, nearest).mean(1)
-        return Compared(loss, F.normalize(queue[nearest].mean(1), dim=1))

@@ -43,8 +43,8 @@ def _conflicts(config: Config) -> dict[str, bool]:
             data.loader == "auto" or data.cache in ("auto", "off")
         ),
         "--optim.momentum must be below 1": optim.momentum < 1,
-        f"--moco.objective {moco.objective} needs a larger --moco.queue_size": (
-            moco.objective == "infonce" or moco.queue_size > (moco.neighbours if moco.objective == "neighbour" else 1)
+        "--moco.objective relational needs a larger --moco.queue_size": (
+            moco.objective == "infonce" or moco.queue_size > 1
         ),
         "--moco.pooling rationale needs the rationale branch: --rationale.enabled True": (
             moco.pooling == "mean" or config.rationale.enabled

@@ -60,24 +60,6 @@ def test_relational_is_the_op_with_the_temperatures_and_images_of_the_settings()
     torch.testing.assert_close(tuple(found), tuple(expected))
 
 
-@pytest.mark.parametrize("known", [False, True], ids=["any key", "own keys left out"])
-def test_neighbour_losses_and_positives_are_those_of_plain_loops(known: bool) -> None:
-    query, own, queue = unit(4, 6), unit(4, 6, seed=1), unit(10, 6, seed=2)
-    images, queue_images = torch.arange(4), torch.full((10,), -1)
-    for row in range(4) if known else ():
-        queue_images[int((own @ queue.T)[row].argmax())] = row
-    keys = Keys(own, own, queue, 0, images, queue_images) if known else Keys(own, own, queue)
-    found = build_objective(MocoConfig(objective="neighbour", temperature=0.3, neighbours=3))(query, keys)
-    for row in range(4):
-        others = [n for n in range(10) if images[row] != queue_images[n]] if known else list(range(10))
-        to_key, to_query = ([float(each[row] @ queue[n]) for n in others] for each in (own, query))
-        learned = softmax([value / 0.3 for value in to_query])
-        nearest = sorted(range(len(others)), key=lambda n: -to_key[n])[:3]
-        assert float(found.loss[row]) == pytest.approx(-sum(math.log(learned[n]) for n in nearest) / 3, rel=1e-9)
-        positive = torch.stack([queue[others[n]] for n in nearest]).mean(0)
-        torch.testing.assert_close(found.positive[row], F.normalize(positive, dim=0))
-
-
 def test_infonce_compares_with_all_processes_keys_where_there_is_no_queue() -> None:
     query, everyones = unit(3, 6), unit(9, 6, seed=1)
     keys = Keys(everyones[3:6], everyones, torch.empty(0, 6, dtype=torch.float64), first=3)
