@@ -58,6 +58,7 @@ class Built(NamedTuple):
     queue: Tensor | None = None  # [N,D]
     dtype: torch.dtype = torch.float32  # of the images it takes
     memory_format: torch.memory_format = torch.contiguous_format
+    key_size: int | None = None  # side of the keys' views, pixels; None: that of the queries'
 
 
 def ours(
@@ -84,7 +85,8 @@ def ours(
     moco = training.moco
     moco.keep_frozen(context.dtype)
     step = lambda batch: training.step(batch)[0]  # noqa: E731
-    return Built(step, moco.backbone, moco.key_backbone, moco.queue, context.dtype, torch.channels_last)
+    encoders, size = (moco.backbone, moco.key_backbone), config.key_size
+    return Built(step, *encoders, moco.queue, context.dtype, torch.channels_last, size)
 
 
 def beginning(setting: Setting) -> tuple[MoCo, int]:

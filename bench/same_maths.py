@@ -22,13 +22,13 @@ def make_batches(setting: Setting, device: torch.device, built: Built, count: in
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=random, device=device)
 
-    def view(patches: Tensor) -> Tensor:
-        images = F.interpolate(patches, size=setting.image_size, mode="bilinear")
+    def view(patches: Tensor, size: int) -> Tensor:
+        images = F.interpolate(patches, size=size, mode="bilinear")
         images += 0.3 * normal(*images.shape)
         return images.to(dtype=built.dtype, memory_format=built.memory_format)
 
-    patches = (normal(setting.batch, 3, 8, 8) for _ in range(count))
-    return [Batch(view(coarse), view(coarse)) for coarse in patches]
+    patches, sizes = (normal(setting.batch, 3, 8, 8) for _ in range(count)), (setting.image_size, built.key_size)
+    return [Batch(*(view(coarse, size or setting.image_size) for size in sizes)) for coarse in patches]
 
 
 class Trajectory(NamedTuple):

@@ -87,12 +87,14 @@ def plain_run(way: Way, batch: int, known: dict[str, Trajectory]) -> Trajectory:
 def encoder_flops(way: Way, batch: int) -> int:
     """FLOP of the encoders' convolutions in one step: both forward passes, and the backward of what is trained."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        recipe = way.options.get("recipe", PAPER)
         encoder, _ = build_backbone(setting(batch).backbone, setting(batch).last_stage)
-        freeze_stages(encoder, way.options.get("recipe", PAPER).model.frozen_stages)
+        freeze_stages(encoder, recipe.model.frozen_stages)
         features = encoder(torch.empty(1, 3, setting(batch).image_size, setting(batch).image_size))
         forward = counter.get_total_flops()
         features.sum().backward()
-    return (counter.get_total_flops() + forward) * batch
+    of_keys = forward * recipe.views.key_scale**2
+    return round((counter.get_total_flops() + of_keys) * batch)
 
 
 def free_memory() -> None:

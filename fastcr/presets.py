@@ -15,12 +15,12 @@ from fastcr.errors import UsageError
 def tuned(name: str) -> Config:
     """For a whole network with good weights: tune it and keep what it knows (docs/evidence.md).
 
-    The key encoder sees the crop that evaluation sees, twice as large, and follows slowly; queries from mild views learn
-    its similarities. The first half of the stages and BatchNorm's statistics stay as they are. The branch begins with the
-    attention of DDT and is fitted to the GradCAM of what makes the two views similar; what the projection head gets is
-    pooled with it. One detector retrieves as well as 32. The head begins at the 256 principal axes of the images'
-    features. The encoder is saved three quarters of the way, where it is better than the start for kinds that it was
-    not trained on too.
+    The key encoder sees the crop that evaluation sees, twice as large, and follows slowly; queries from mild views
+    learn its similarities. The first half of the stages and BatchNorm's statistics stay as they are. The branch begins
+    with the attention of DDT and is fitted to the GradCAM of what makes the two views similar; what the projection head
+    gets is pooled with it. One detector retrieves as well as 32. The head begins at the 256 principal axes of the
+    images' features. The encoder is saved three quarters of the way, where it is better than the start for kinds that
+    it was not trained on too.
     """
     return Config(
         preset=name,
