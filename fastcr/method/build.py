@@ -156,7 +156,7 @@ def _modules(config: Config, context: Context, initial_weights: bool) -> tuple[M
         model.backbone, model.last_stage, image_size=config.data.image_size, colours=(model.mean, model.std)
     )
     if isinstance(backbone, TimmEncoder) and config.key_size != config.data.image_size:
-        setting = f"--views.key_scale {config.views.key_scale:g}, which makes {config.key_size} px"
+        setting = f"--views.key_scale {config.views.key_scale:g}, {config.key_size} px (1 is always right)"
         check_size(backbone, model.backbone, config.key_size, setting)
     with processes.local_first():  # one process downloads, the others find the file
         missing = load_initial_weights(backbone, model) if initial_weights else []
