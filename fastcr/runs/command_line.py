@@ -36,6 +36,7 @@ BASICS = {
     "optim.lr": "highest learning rate",
     "optim.tuned": "where the saved encoder lies between start (0) and end (1)",
     "model.frozen_stages": "stages that stay as they are: a number, or half",
+    "views.key_scale": "side of the key's view over that of the query's",
     "run.device": "cpu, cuda, cuda:N, or auto",
     "run.precision": "bf16, fp32, or auto",
     "run.eval_every": "epochs between two evaluations; 0: only at the end",
