@@ -39,7 +39,6 @@ BASICS = {
     "views.key_scale": "side of the key's view over that of the query's",
     "run.device": "cpu, cuda, cuda:N, or auto",
     "run.precision": "bf16, fp32, or auto",
-    "run.eval_every": "epochs between two evaluations; 0: only at the end",
     "run.seed": "of weights, order and augmentation",
     "data.workers": "loader processes; one a core if not given",
 }
