@@ -35,8 +35,12 @@ LR = 3e-4  # so small that rounding does not drive two ways apart within a few s
 PAPER = Config(moco=MocoConfig(embedding_dim=EMBEDDING_DIM))
 FROZEN = ModelConfig(batchnorm="frozen")  # what `auto` is with pretrained weights
 RELATIONAL = replace(PAPER, model=FROZEN, moco=replace(PAPER.moco, objective="relational", temperature=0.1))
-TUNED = replace(tuned("folder"), model=replace(FROZEN, frozen_stages=tuned("folder").model.frozen_stages))
-SAME_SIZE = replace(TUNED, views=replace(TUNED.views, key_scale=1.0))
+SAME_SIZE = replace(
+    tuned("folder"),
+    model=replace(FROZEN, frozen_stages=tuned("folder").model.frozen_stages),
+    views=replace(tuned("folder").views, key_scale=1.0),
+)
+TUNED = replace(SAME_SIZE, views=replace(SAME_SIZE.views, key_scale=2.0))  # as a whole network at half its own size
 SGD: dict[str, Any] = {"lr": LR, "momentum": OptimConfig.momentum, "weight_decay": OptimConfig.weight_decay}
 
 

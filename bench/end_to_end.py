@@ -116,7 +116,7 @@ def command_of(config: EndToEndConfig, way: str, phase: str, work: Path, turn: i
             "--model.backbone", BACKBONE, "--model.weights", "none",
             "--model.batchnorm", "frozen",  # as with the pretrained weights that the preset is for
             "--data.image_size", str(config.size), "--optim.batch_size", str(config.batch),
-            "--optim.epochs", str(config.epochs), "--views.key_scale", "1", *common,  # all have views of one size
+            "--optim.epochs", str(config.epochs), *common,
         ]  # fmt: skip
     settings = {
         "images": str(images), "out": str(out), "embeddings": str(work / "embeddings.npz"), "workers": int(workers),

@@ -93,7 +93,7 @@ def encoder_flops(way: Way, batch: int) -> int:
         features = encoder(torch.empty(1, 3, setting(batch).image_size, setting(batch).image_size))
         forward = counter.get_total_flops()
         features.sum().backward()
-    of_keys = forward * recipe.views.key_scale**2
+    of_keys = forward * float(recipe.views.key_scale) ** 2
     return round((counter.get_total_flops() + of_keys) * batch)
 
 

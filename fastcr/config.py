@@ -119,9 +119,10 @@ class ViewsConfig:
     centre crop that evaluation sees."""
     key_crop: float = number(0.5, 0, 1, above=True)
     """Smallest share of the image's area in a weak view."""
-    key_scale: float = number(1.0, 1, 4)
+    key_scale: float | Literal["auto"] = number(1.0, 1, 4)
     """Side of the key's view over that of the query's, --data.image_size. Above 1 the key shows more detail, and the
-    query learns to see in small images what only large ones show."""
+    query learns to see in small images what only large ones show. auto: so that a whole pretrained encoder gets keys of
+    the size that its weights were made for, at most 2; else 1."""
 
 
 @dataclass(frozen=True)
@@ -220,8 +221,9 @@ class Config:
 
     @property
     def key_size(self) -> int:
-        """Side of the key's views, pixels."""
-        return round(self.data.image_size * self.views.key_scale)
+        """Side of the key's views, pixels; until `auto` is settled, that of the query's."""
+        scale = self.views.key_scale
+        return self.data.image_size if scale == "auto" else round(self.data.image_size * scale)
 
 
 @dataclass(frozen=True)

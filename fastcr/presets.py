@@ -15,18 +15,19 @@ from fastcr.errors import UsageError
 def tuned(name: str) -> Config:
     """For a whole network with good weights: tune it and keep what it knows (docs/evidence.md).
 
-    The key encoder sees the crop that evaluation sees, twice as large, and follows slowly; queries from mild views
-    learn its similarities. The first half of the stages and BatchNorm's statistics stay as they are. The branch begins
-    with the attention of DDT and is fitted to the GradCAM of what makes the two views similar; what the projection head
-    gets is pooled with it. One detector retrieves as well as 32. The head begins at the 256 principal axes of the
-    images' features. The encoder is saved three quarters of the way, where it is better than the start for kinds that
+    The key encoder sees the crop that evaluation sees, in the size that its weights were made for where that is larger,
+    and follows slowly; queries from mild views learn its similarities. The first half of the stages and BatchNorm's
+    statistics stay as they are. The branch begins with the attention of DDT and is fitted to the GradCAM of what makes
+    the two views similar; what the projection head gets is pooled with it. One detector retrieves as well as 32. The
+    head begins at the 256 principal axes of the images' features. The encoder is saved three quarters of the way, where
+    it is better than the start for kinds that
     it was not trained on too.
     """
     return Config(
         preset=name,
         model=ModelConfig(frozen_stages="half"),
         optim=OptimConfig(epochs=12, batch_size=64, optimizer="adamw", lr=3e-4, warmup=0.1, tuned=0.75),
-        views=ViewsConfig(jitter=0.5, grey=0.0, blur=0.0, key="centre", key_scale=2.0),
+        views=ViewsConfig(jitter=0.5, grey=0.0, blur=0.0, key="centre", key_scale="auto"),
         moco=MocoConfig(
             objective="relational",
             temperature=0.1,

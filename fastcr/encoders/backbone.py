@@ -156,6 +156,14 @@ def freeze_stages(backbone: nn.Module, count: int | Literal["half"]) -> None:
             module.eval()
 
 
+def usual_size(name: str) -> int | None:
+    """Side of the images that a backbone's published weights were made for, pixels; None where timm does not say."""
+    if not name.startswith(TIMM):
+        return 224
+    config = import_timm(name).get_pretrained_cfg(name.removeprefix(TIMM))
+    return config.input_size[-1] if config else None
+
+
 def synchronise_norms(model: nn.Module) -> None:
     """Put in place of each BatchNorm in `model` one that takes the statistics of all processes."""
     if any(isinstance(module, TimmEncoder) for module in model.modules()):  # torch's would drop the activations

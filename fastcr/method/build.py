@@ -21,6 +21,7 @@ from fastcr.encoders.backbone import (
     freeze_stages,
     mean_pool,
     synchronise_norms,
+    usual_size,
 )
 from fastcr.encoders.encoder import Encoder, describe
 from fastcr.encoders.folding import fold_norms
@@ -37,6 +38,7 @@ from fastcr.runs.machine import keep_compiled
 from fastcr.runs.validate import validate
 
 C = TypeVar("C", bound=Config)
+LARGEST_KEYS = 2.0  # times the queries' side, by `--views.key_scale auto`: the most that was measured
 
 
 class Schedule(NamedTuple):
@@ -156,7 +158,7 @@ def _modules(config: Config, context: Context, initial_weights: bool) -> tuple[M
         model.backbone, model.last_stage, image_size=config.data.image_size, colours=(model.mean, model.std)
     )
     if isinstance(backbone, TimmEncoder) and config.key_size != config.data.image_size:
-        setting = f"--views.key_scale {config.views.key_scale:g}, {config.key_size} px (1 is always right)"
+        setting = f"--views.key_scale {config.views.key_scale}, {config.key_size} px (1 is always right)"
         check_size(backbone, model.backbone, config.key_size, setting)
     with processes.local_first():  # one process downloads, the others find the file
         missing = load_initial_weights(backbone, model) if initial_weights else []
@@ -236,7 +238,14 @@ def fit_sizes(config: C, images: ImageList, context: Context) -> C:
     """The settings for these training images; `UsageError` where a batch is larger than the data.
 
     A queue that is larger than the data is cut to it for the objective relational. For infonce there is a warning.
+    `--views.key_scale auto` becomes a number: keys larger than the weights were made for, or of an encoder that was cut
+    short, teach worse (docs/choices.md).
     """
+    if config.views.key_scale == "auto":
+        model, size = config.model, config.data.image_size
+        whole = model.weights != "none" and model.last_stage == "layer4"
+        scale = min(max((usual_size(model.backbone) or size) / size, 1.0), LARGEST_KEYS) if whole else 1.0
+        config = replace(config, views=replace(config.views, key_scale=scale))
     count, moco = len(images), config.moco
     if count < config.optim.batch_size:
         raise UsageError(f"{images.root} has {count} training images: set --optim.batch_size to at most that")

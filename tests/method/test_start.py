@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from fastcr.data.views import normalise
 from fastcr.encoders.backbone import mean_pool
 from fastcr.errors import UsageError
 from fastcr.method import start
-from fastcr.method.build import Training, build
+from fastcr.method.build import Training, build, fit_sizes
 from fastcr.runs.context import Context
 from tests.shared import write_noise
 
@@ -87,6 +88,33 @@ def test_a_size_of_the_keys_that_the_encoder_cannot_take_is_refused() -> None:
         UsageError, match=r"^timm:test_vit cannot take --views\.key_scale 1\.25, 40 px \(1 is always right\)"
     ):
         build(config, Context())
+
+
+@pytest.mark.parametrize(
+    ("backbone", "size", "options", "scale"),
+    [
+        ("resnet18", 112, {}, 2.0),
+        ("resnet18", 64, {}, 2.0),  # no more than was measured
+        ("resnet18", 224, {}, 1.0),
+        ("resnet18", 320, {}, 1.0),
+        ("resnet18", 112, {"last_stage": "layer3"}, 1.0),
+        ("resnet18", 112, {"weights": "none"}, 1.0),
+        ("timm:test_vit", 128, {}, 1.25),
+    ],
+)
+def test_keys_get_the_size_that_the_weights_of_a_whole_encoder_were_made_for(
+    images: ImageList, backbone: str, size: int, options: dict[str, Any], scale: float
+) -> None:
+    if backbone.startswith("timm:"):
+        pytest.importorskip("timm")
+    model = ModelConfig(backbone=backbone, **{"weights": "imagenet"} | options)
+    views = ViewsConfig(key_scale="auto")
+    config = replace(CONFIG, data=DataConfig(image_size=size), model=model, views=views)
+    assert config.key_size == size  # not settled yet
+    settled = fit_sizes(config, images, Context())
+    assert settled.views.key_scale == scale
+    assert settled.key_size == round(scale * size)
+    assert fit_sizes(replace(config, views=ViewsConfig(key_scale=1.3)), images, Context()).views.key_scale == 1.3
 
 
 def test_a_queue_larger_than_the_images_holds_them_again(images: ImageList) -> None:
