@@ -45,7 +45,8 @@ def make_views(config: Config, images: ImageList, context: Context) -> tuple[Vie
     loader: Any = choose_loader(data.loader, context) if place == "off" else "cache"
     precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[context.dtype]
     pixels = f"loader: {loader}" if place == "off" else f"cache: {place}"
-    context.say(f"{pixels}; device: {context.device}, {precision}; {len(images)} training images")
+    keys = f"; keys of {config.key_size} px" * (config.key_size > data.image_size)
+    context.say(f"{pixels}; device: {context.device}, {precision}; {len(images)} training images{keys}")
     if place == "off":
         config = replace(config, data=replace(data, loader=loader, cache=place))
     else:
